@@ -1,0 +1,36 @@
+"""QLoRA fine-tuning that is right and fast on any machine, GPU or not.
+
+Names are imported when first used, so that `import qlora` and `--help` stay instant.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "LoRAConfig": "config",
+    "LoRAModel": "adapter",
+    "get_lora_model": "adapter",
+    "save_adapter": "adapter",
+    "load_adapter": "adapter",
+    "load_base_model": "model",
+    "load_tokenizer": "model",
+    "inject_lora": "lora",
+    "freeze_base": "lora",
+    "unfreeze": "lora",
+    "lora_parameters": "lora",
+    "base_parameters": "lora",
+    "lora_state_dict": "lora",
+    "load_lora_state_dict": "lora",
+    "merge_lora": "lora",
+    "unmerge_lora": "lora",
+    "parameter_summary": "lora",
+    "count_trainable_parameters": "lora",
+    "count_parameters": "lora",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlora' has no attribute {name!r}")
+    return getattr(import_module(f"qlora.{_HOME[name]}"), name)

@@ -1,0 +1,110 @@
+"""Causal attention over packed sequences, registered with transformers under one name.
+
+A packed row holds S sequences end to end; sequence i occupies positions cu_seqlens[i] .. cu_seqlens[i + 1].
+Attention must be causal inside each and blind across them. Instead of an (N, N) mask, of which all but the
+diagonal blocks is wasted, each block is computed by itself: on CUDA in half precision by one variable-length
+flash kernel, elsewhere by one scaled_dot_product_attention per sequence.
+
+Called without cu_seqlens this is transformers' own "sdpa", so a model with this attention still generates,
+pads and caches as any other.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ATTENTION_NAME = "qlora_packed"
+
+
+def register_attention() -> None:
+    """Make `attn_implementation="qlora_packed"` known to transformers; safe to call again."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION_NAME, packed_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def packed_arguments(cu_seqlens: Tensor, max_length: int) -> dict[str, Any]:
+    """Keyword arguments for a model's forward that make its attention block-diagonal.
+
+    The (1, 1, 1, 0) mask says "already prepared": transformers then builds none of its own.
+    """
+    return {
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_length,
+        "max_length_k": max_length,
+        "attention_mask": torch.empty(1, 1, 1, 0, dtype=torch.bool, device=cu_seqlens.device),
+    }
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer.
+
+    Args:
+        query: (1, heads, N, head_dim); key and value: (1, kv_heads, N, head_dim).
+        cu_seq_lens_q: (S + 1,) int32 boundaries; None falls back to ordinary attention.
+        max_length_q: longest sequence.
+        sliding_window: how far back a token sees (Mistral), None for all the way.
+    Returns:
+        (1, N, heads, head_dim), None
+    Raises:
+        ValueError: logit soft-capping or sinks, which these kernels do not compute.
+    """
+    unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"Attention with {', '.join(unsupported)} is not supported; use a LLaMA-like model.")
+    if cu_seq_lens_q is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    assert max_length_q is not None
+    if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
+        from torch.nn.attention.varlen import varlen_attn
+
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)
+        bounds, longest = cu_seq_lens_q, max_length_q
+        output = varlen_attn(
+            q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=True
+        )
+        return output.unsqueeze(0), None
+    outputs = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        mask = _window_mask(end - start, sliding_window, query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(T, T) causal mask that reaches `window` tokens back; None where plain causal is the same."""
+    if window is None or length <= window:
+        return None
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)

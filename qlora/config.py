@@ -1,0 +1,275 @@
+"""Every setting of a run, each with its one default. Entry points unpack these; the library takes values.
+
+The command line is generated from these classes (field `max_length` is the flag `--max-length`), a
+`--config` file holds the same flat names, and the comment on a field is its help text.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from qlora.errors import InputError
+
+T = TypeVar("T")
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass
+class ModelConfig:
+    """The frozen base."""
+
+    model: str | None = None
+    """A Hugging Face directory, a hub id, or a .gguf file."""
+    use_4bit: bool = True
+    """Quantize the base to 4 bits; --no-4bit loads it in bf16 for plain LoRA."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 16 levels of a 4-bit weight: normal quantiles (nf4) or a tiny float (fp4)."""
+    double_quant: bool = True
+    """Quantize the block scales too."""
+    compute_dtype: ComputeDtype = "auto"
+    """Dtype of activations; auto picks the faster one on this device by measuring."""
+    cache: bool = True
+    """Keep the quantized base on disk ($QLORA_CACHE, else ~/.cache/qlora) for the next start."""
+
+
+@dataclass
+class LoRAConfig:
+    """The adapter: y = W x + (alpha / rank) B A x."""
+
+    rank: int = 8
+    """Rows of A and columns of B."""
+    alpha: float = 16.0
+    """Scale of the update, as alpha / rank."""
+    dropout: float = 0.0
+    """Probability of dropping an input of A while training."""
+    target_modules: str = "q_proj,v_proj"
+    """Linear layers to adapt: names separated by commas, or all-linear."""
+    adapter_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of A and B; the optimizer always works in fp32."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts (B starts at zero)."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target_modules, str):
+            self.target_modules = ",".join(self.target_modules)
+        if self.rank < 1:
+            raise InputError(f"rank is {self.rank}; give --rank a whole number of 1 or more.")
+        if self.alpha <= 0:
+            raise InputError(f"alpha is {self.alpha}; give --alpha a number above 0.")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout is {self.dropout}; give --dropout a number from 0 up to, not including, 1.")
+        for name, value, choices in (
+            ("adapter_dtype", self.adapter_dtype, ("bfloat16", "float32")),
+            ("init", self.init, ("kaiming", "gaussian")),
+        ):
+            if value not in choices:
+                raise InputError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+    @property
+    def targets(self) -> list[str]:
+        """The target names, split and stripped."""
+        return [name for name in (part.strip() for part in self.target_modules.split(",")) if name]
+
+
+@dataclass
+class DataConfig:
+    """What is trained on."""
+
+    data: str | None = None
+    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    eval_data: str | None = None
+    """Held-out data for --eval-every; without it a seeded split of --data is held out."""
+    eval_split: float = 0.05
+    """Share of --data held out when --eval-every is set and --eval-data is not."""
+    max_length: int = 1024
+    """Longest example, in tokens."""
+    on_long: Literal["truncate", "drop"] = "truncate"
+    """A longer example keeps its first --max-length tokens, or is dropped."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Learn the assistant's turns only, or every token."""
+    packing: bool = True
+    """Lay examples end to end with block-diagonal attention; --no-packing pads rows instead."""
+    show_sample: bool = False
+    """Print one example as the model sees it, with what is masked."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise InputError(f"max_length is {self.max_length}; give --max-length 2 or more.")
+        if not 0 < self.eval_split < 1:
+            raise InputError(f"eval_split is {self.eval_split}; give --eval-split a share between 0 and 1.")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    output_dir: str = "out"
+    """Receives adapter, metrics.jsonl, loss.png and checkpoints/."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps; 0 means --epochs decides."""
+    epochs: int = 1
+    """Passes over the data."""
+    batch_size: int = 8
+    """Examples per micro-batch and device; batch size x max length bounds its tokens."""
+    grad_accum: int = 1
+    """Micro-batches per optimizer step: batch size x grad accum x devices examples share a step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up: down to zero as a cosine or a line, or constant."""
+    warmup_steps: int = 10
+    """Optimizer steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Clip the adapter's gradient to this norm; 0 = never."""
+    optim: Literal["auto", "adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = "auto"
+    """auto: paged_adamw_32bit where the device can page, else fused adamw."""
+    gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Recompute activations in the backward pass; auto: only where they would not fit."""
+    eval_every: int = 0
+    """Evaluate every N steps and at the end; 0 = never."""
+    save_every: int = 0
+    """Checkpoint every N steps; 0 = only at the end."""
+    resume: str | None = None
+    """Continue from a checkpoint directory, or auto for the newest in --output-dir."""
+    seed: int = 42
+    """Seeds the adapter, the data order, the split and the dropout."""
+
+    def __post_init__(self) -> None:
+        for name, low in (
+            ("max_steps", 0), ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("warmup_steps", 0),
+            ("weight_decay", 0), ("max_grad_norm", 0), ("eval_every", 0), ("save_every", 0), ("seed", 0),
+        ):  # fmt: skip
+            if getattr(self, name) < low:
+                flag = name.replace("_", "-")
+                raise InputError(f"{name} is {getattr(self, name)}; give --{flag} {low} or more.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate is {self.learning_rate}; give --learning-rate a number above 0.")
+
+
+@dataclass
+class GenerateConfig:
+    """Prompt mode."""
+
+    prompt: str | None = None
+    """Answer this instead of training."""
+    adapter: str | None = None
+    """Adapter directory: to answer with, or to start training from."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 = greedy; higher is more random."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}; give --max-new-tokens 1 or more.")
+        if self.temperature < 0:
+            raise InputError(f"temperature is {self.temperature}; give --temperature 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; give --top-p a number above 0, at most 1.")
+
+
+@dataclass
+class RunConfig:
+    """Fine-tune a 4-bit base with LoRA, or answer a --prompt with one."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def parse_args(config_class: type[T], prog: str, argv: Sequence[str] | None = None) -> T:
+    """Build a config from the command line, with an optional YAML file below it.
+
+    The file becomes flags placed before the given ones: the same types and checks, and the command line wins.
+
+    Raises:
+        InputError: unreadable YAML, an unknown key (with the closest name), a value out of range.
+        SystemExit: the flags themselves are wrong (code 2) or --help was asked for.
+    """
+    import tyro
+
+    args = [_NEGATIONS.get(arg, arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    args, file = _take_config_flag(args)
+    if file is not None:
+        args = config_file_flags(file, _field_names(config_class)) + args
+    return tyro.cli(
+        config_class,
+        prog=prog,
+        args=args,
+        description=f"{config_class.__doc__} A YAML file of the same names may be given with --config FILE.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+# The documented spelling of "no 4 bits"; the generated one is --no-use-4bit.
+_NEGATIONS = {"--no-4bit": "--no-use-4bit", "--use_4bit": "--use-4bit"}
+
+
+def _take_config_flag(args: list[str]) -> tuple[list[str], str | None]:
+    for position, arg in enumerate(args):
+        if arg == "--config":
+            if position + 1 == len(args):
+                raise InputError("--config needs a file; give it the path of a YAML file.")
+            return args[:position] + args[position + 2 :], args[position + 1]
+        if arg.startswith("--config="):
+            return args[:position] + args[position + 1 :], arg.partition("=")[2]
+    return args, None
+
+
+def _field_names(config_class: type) -> dict[str, type]:
+    """Flat name -> declared type text, through one level of nesting."""
+    names: dict[str, Any] = {}
+    for item in fields(config_class):
+        if item.default_factory is not None and hasattr(item.default_factory, "__dataclass_fields__"):
+            names.update(_field_names(item.default_factory))  # type: ignore[arg-type]
+        else:
+            names[item.name] = item.type
+    return names
+
+
+def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
+    """Read a flat YAML file as command-line flags; `names` are the keys it may hold."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The config file {file} cannot be read ({error}); check the path.") from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"The config file {file} is not valid YAML: {reason}.") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"The config file {file} holds a {type(content).__name__}; write one `name: value` a line."
+        )
+    flags: list[str] = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(names))}."
+            raise InputError(f"The config file {file} has an unknown key {key!r}; {hint}")
+        flag = name.replace("_", "-")
+        if names[name] == "bool":
+            if not isinstance(value, bool):
+                raise InputError(f"The config file {file} gives {key} as {value!r}; write true or false.")
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, (dict, list)) and not (isinstance(value, list) and name == "target_modules"):
+            raise InputError(f"The config file {file} gives {key} as {value!r}; write a single value.")
+        elif value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags += [f"--{flag}", text]
+    return flags

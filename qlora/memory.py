@@ -1,0 +1,87 @@
+"""How much memory a run needs, by arithmetic alone.
+
+Per token and layer of a LLaMA block, with D hidden, Q = heads x head_dim, K = kv_heads x head_dim, F the MLP
+width and c the bytes of the compute dtype, the backward pass keeps:
+
+    8 D                            the two norms' inputs, in fp32
+    c (D + 2 Q + 2 K + 3 F)        the adapters' input; q, k, v and the attention's output; gate, its
+                                   activation and up
+
+Under checkpointing a layer keeps only its input, c D, and one layer at a time is held in full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora.device import GIB
+
+CHECKPOINTING_SHARE = 0.5  # of the free memory that activations may take before layers are recomputed
+
+
+@dataclass
+class MemoryPlan:
+    """Bytes of one device by component."""
+
+    base: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items())
+        return f"{self.total / GIB:.2f} GiB planned ({parts})"
+
+
+def activation_bytes(config: Any, num_tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:
+    """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass."""
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    mlp = getattr(config, "intermediate_size", None) or 4 * hidden
+    layer = 8 * hidden + dtype.itemsize * (hidden + 2 * queries + 2 * keys + 3 * mlp)
+    if checkpointing:
+        return num_tokens * (layers * dtype.itemsize * hidden + layer)
+    return num_tokens * layers * layer
+
+
+def wants_checkpointing(mode: str, config: Any, num_tokens: int, dtype: torch.dtype, available: int) -> bool:
+    """Resolve "auto": recompute only if the activations would take over half of the `available` bytes."""
+    if mode != "auto":
+        return mode == "on"
+    return activation_bytes(config, num_tokens, dtype, checkpointing=False) > CHECKPOINTING_SHARE * available
+
+
+def plan_memory(
+    model: torch.nn.Module, num_tokens: int, dtype: torch.dtype, checkpointing: bool, chunk_size: int = 1024
+) -> MemoryPlan:
+    """The plan of a run with this model (loaded, adapters in place) and micro-batches of `num_tokens`.
+
+    The optimizer counts fp32 masters of bf16 adapters and two fp32 moments.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
+    statistics = sum(s.absmax.numel() * s.absmax.itemsize for s in states)
+    statistics += sum(4 * s.state2.absmax.numel() for s in states if s.nested)
+    count = sum(p.numel() for p in trainable)
+    masters = sum(4 * p.numel() for p in trainable if p.dtype != torch.float32)
+    config: Any = model.config
+    return MemoryPlan(
+        base=sum(p.numel() * p.itemsize for p in frozen) + statistics,
+        adapters=sum(p.numel() * p.itemsize for p in trainable),
+        gradients=4 * count,
+        optimizer=masters + 8 * count,
+        activations=activation_bytes(config, num_tokens, dtype, checkpointing),
+        logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize),
+    )

