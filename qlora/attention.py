@@ -11,7 +11,6 @@ pads and caches as any other.
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -85,14 +84,15 @@ def packed_attention(
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (N, heads, head_dim)
         bounds, longest = cu_seq_lens_q, max_length_q
-        output = varlen_attn(
+        output: Any = varlen_attn(
             q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=window, enable_gqa=True
         )
-        return output.unsqueeze(0), None
+        return output[None], None
+    # split, not slices: its backward is one concatenation, a slice's is a full-size zero fill per sequence.
+    lengths = cu_seq_lens_q.diff().tolist()
     outputs = []
-    for start, end in pairwise(cu_seq_lens_q.tolist()):
-        q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        mask = _window_mask(end - start, sliding_window, query.device)
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        mask = _window_mask(q.shape[2], sliding_window, query.device)
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True

@@ -55,39 +55,47 @@ class MasterOptimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Masters and moments as named tensors, to be stored without pickle: `<index>.<name>`."""
-        tensors = {f"{index}.master": master.detach() for index, master in enumerate(self.masters)}
-        for index, state in self.inner.state_dict()["state"].items():
-            tensors.update({f"{index}.{k}": torch.as_tensor(v) for k, v in state.items()})
+        tensors = {}
+        for index, master in enumerate(self.masters):
+            tensors[f"{index}.master"] = master.detach()
+            for name, value in self.inner.state[master].items():
+                if not name.startswith("qmap"):  # bitsandbytes' code table: a constant, shared by all
+                    tensors[f"{index}.{name}"] = torch.as_tensor(value)
         return tensors
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave.
+        """Restore what `state_tensors` gave, into the buffers that this optimizer made (paged ones stay paged).
 
         Raises:
-            InputError: the masters' shapes or the kind of optimizer differ.
+            InputError: lists every tensor that is missing, left over, or of another shape or dtype (another
+                adapter, or another kind of optimizer); nothing is restored then.
         """
-        wrong = [
-            f"{index}.master"
-            for index, master in enumerate(self.masters)
-            if f"{index}.master" not in tensors or tensors[f"{index}.master"].shape != master.shape
-        ]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        for group in self.inner.param_groups:
+            group["lr"] = 0.0
+        self.inner.step()  # a step of nothing, so that the buffers exist
+        for master in self.masters:
+            master.grad = None
+        own = self.state_tensors()
+        wrong = sorted(own.keys() ^ tensors.keys())
+        for key in own.keys() & tensors.keys():
+            if (own[key].shape, own[key].dtype) != (tensors[key].shape, tensors[key].dtype):
+                wrong.append(key)
         if wrong:
-            raise InputError(f"The stored optimizer state does not fit the adapter: {', '.join(wrong)} differ.")
-        description = self.inner.state_dict()
-        states: dict[int, dict[str, Tensor | int]] = {}
-        for key, tensor in tensors.items():
-            index, _, name = key.partition(".")
-            if name == "master":
-                self.masters[int(index)].copy_(tensor)
-            else:
-                # bitsandbytes counts its steps in a plain int, torch in a tensor.
-                plain = name == "step" and not isinstance(self.inner, torch.optim.AdamW)
-                states.setdefault(int(index), {})[name] = int(tensor) if plain else tensor.clone()
-        self.inner.load_state_dict({"state": states, "param_groups": description["param_groups"]})
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            some = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+            raise InputError(f"The stored optimizer state does not fit this adapter and optimizer: {some} differ.")
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            master.copy_(tensors[f"{index}.master"])
             if parameter is not master:
                 parameter.copy_(master)
+            state = self.inner.state[master]
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not name.startswith("qmap"):
+                    value.copy_(tensors[f"{index}.{name}"])
+                elif name == "step":  # bitsandbytes counts in a plain int
+                    state[name] = int(tensors[f"{index}.{name}"])
 
 
 def choose_optimizer(name: str, device: torch.device, say: Callable[[str], object] = lambda line: None) -> str:

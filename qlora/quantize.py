@@ -37,7 +37,6 @@ _log.addFilter(lambda record: "kernels" not in record.getMessage())
 import bitsandbytes as bnb  # noqa: E402
 from bitsandbytes.functional import (  # noqa: E402
     QuantState,
-    _convert_weight_packed_for_cpu,
     dequantize_blockwise,
     gemv_4bit,
     get_4bit_type,
@@ -47,9 +46,7 @@ from bitsandbytes.functional import (  # noqa: E402
 from bitsandbytes.nn import Params4bit  # noqa: E402
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
-DECODE_ROWS = (
-    64  # rows up to which the decoding copy is used; more are a prompt, which the training path does best
-)
+DECODE_ROWS = 64  # up to so many rows the decoding copy is used; more are a prompt, best on the training path
 Decode = Callable[[Tensor], Tensor]
 PIECE = 1 << 20  # weights quantized at a time on a CPU: a multiple of every block size
 
@@ -135,7 +132,7 @@ def dequantize_weight(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     """
     state = weight.quant_state
     if math.prod(state.shape) % state.blocksize:
-        return dequantize_reference(weight, dtype)
+        return _dequantize_ragged(weight, dtype)
     shape = (math.prod(state.shape) // state.blocksize, state.blocksize)
     dense = torch.ops.bitsandbytes.dequantize_4bit.default(
         weight.data, block_scales(state), state.blocksize, state.quant_type, shape, dtype
@@ -143,8 +140,8 @@ def dequantize_weight(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     return dense.view(state.shape)
 
 
-def dequantize_reference(weight: Params4bit, dtype: torch.dtype) -> Tensor:
-    """`dequantize_weight` written out in plain torch, for tests and for ragged blocks."""
+def _dequantize_ragged(weight: Params4bit, dtype: torch.dtype) -> Tensor:
+    """`dequantize_weight` in plain torch, for weights whose last block is ragged."""
     state = weight.quant_state
     codes = weight.data.view(torch.uint8).flatten().long()
     codes = torch.stack([codes >> 4, codes & 15], dim=1).flatten()[: math.prod(state.shape)]
@@ -195,6 +192,8 @@ class Linear16bit(nn.Linear):
 
 
 def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
+    if layer.weight.requires_grad:  # a 16-bit base that was unfrozen
+        return F.linear(x, layer.weight.to(x.dtype), layer_bias(layer, x.dtype))
     if layer.decode is not None and x.numel() <= DECODE_ROWS * x.shape[-1] and not torch.is_grad_enabled():
         return layer.decode(x)
     return frozen_linear(x, layer)
@@ -213,6 +212,8 @@ def decode_copy(layer: Linear4bit | Linear16bit, dtype: torch.dtype, dense: bool
         if weight.is_cuda:
             return lambda x: bnb.matmul_4bit(x, weight.data.t(), quant_state=weight.quant_state, bias=bias)
         if not dense and has_avx512bf16() and rows % 32 == 0 and columns % weight.quant_state.blocksize == 0:
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu
+
             packed, state = _convert_weight_packed_for_cpu(weight.data.clone(), copy.deepcopy(weight.quant_state))
 
             def packed_linear(x: Tensor) -> Tensor:

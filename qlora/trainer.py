@@ -5,8 +5,8 @@ One optimizer step consumes a window of examples, spread over devices and micro-
     sum over the window's target tokens of their cross-entropy / number of those tokens
 
 so 1 x 8, 2 x 4 and 8 x 1 examples, on one device or two, give one and the same gradient. Each micro-batch
-adds its sum, already divided by the whole window's count; then one all-reduce adds the devices' adapter
-gradients, a few megabytes in fp32 (there is no DDP wrapper: it would average, and overlap what is nothing).
+adds its sum; one all-reduce adds the devices' adapter gradients, a few megabytes in fp32 (there is no DDP
+wrapper: it would average over devices, and overlap what takes no time); then the whole is divided once.
 
 Random numbers (dropout) are seeded per step and device, evaluation draws none and leaves no trace in the
 model, and the data order is arithmetic: step k is the same however the run came to it.
@@ -75,10 +75,13 @@ def train_step(
     losses = []
     for batch in batches:
         loss_sum, _ = causal_lm_loss(model, batch.to(device))
-        accelerator.backward(loss_sum / max(1, num_targets))
+        accelerator.backward(loss_sum)
         losses.append(loss_sum.detach())
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
     _sum_gradients(optimizer.parameters, accelerator)
+    for parameter in optimizer.parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(max(1, num_targets))  # once, in fp32
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
     loss, norm = (accelerator.reduce(total, "sum") / max(1, num_targets)).item(), grad_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -139,7 +142,7 @@ def settle_checkpointing(model: Any, mode: str, budget: int, say: Callable[[str]
     dtype, device = model.compute_dtype, next(model.parameters()).device
     on = wants_checkpointing(mode, model.config, budget, dtype, available_memory(device))
     if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     name = str(dtype).removeprefix("torch.")
     say(f"computing in {name}, gradient checkpointing {'on' if on else 'off'}")
     say(f"{plan_memory(model, budget, dtype, on)} at {budget} tokens a micro-batch")

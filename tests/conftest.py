@@ -8,9 +8,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import pytest  # noqa: E402
+import pytest
 
-from tests.models import smollm2_path  # noqa: E402
+from tests.models import smollm2_path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,0 +1,151 @@
+"""Generation: the decoding copies change no weight, batches equal single prompts, sampling is seeded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from qlora.config import LoRAConfig
+from qlora.generate import fast_decoding, generate, stream_answer
+from qlora.lora import freeze_base, inject_lora, lora_layers, lora_parameters
+from qlora.model import load_base_model, load_tokenizer
+from qlora.quantize import Linear4bit, QuantConfig, decode_copy, dense_weight, has_avx512bf16, quantize_weight
+from tests.models import save_tiny_llama
+from tests.tiny import tiny_tokenizer
+
+PROMPTS = ["Hi", "What is the capital of France?", "a b c d e f g", "Tell me more about it"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("tiny"), tokenizer=tiny_tokenizer()))
+
+
+@pytest.fixture
+def model(tiny: str) -> Any:
+    model = load_base_model(tiny, compute_dtype="float32", cache=False)
+    inject_lora(model, LoRAConfig(rank=4, dropout=0.5), seed=1)
+    freeze_base(model)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+def chats(texts: list[str]) -> list[list[dict[str, Any]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def greedy_reference(model: Any, tokenizer: Any, text: str, count: int) -> str:
+    """Slow and obvious: run the whole sequence again for every token, no cache, no batch."""
+    from qlora.tokenize import encode_prompt
+
+    prompt = encode_prompt(chats([text])[0], tokenizer)
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            token = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+            if token == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_greedy_equals_recomputing_everything(model: Any, tiny: str) -> None:
+    """Batched, left-padded and cached decoding gives the tokens of the plain loop."""
+    tokenizer = load_tokenizer(tiny)
+    model.eval()
+    expected = [greedy_reference(model, tokenizer, text, 12) for text in PROMPTS]
+    assert len(set(expected)) > 1
+    assert generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12, batch_size=4) == expected
+    assert generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12, batch_size=1) == expected
+
+
+def test_sampling_is_seeded_and_leaves_the_global_generator(model: Any, tiny: str) -> None:
+    tokenizer = load_tokenizer(tiny)
+    torch.manual_seed(5)
+    expected_draw = torch.rand(3)
+    torch.manual_seed(5)
+    options: dict[str, Any] = dict(max_new_tokens=12, temperature=1.5, top_p=0.95)
+    first = generate(model, tokenizer, chats(PROMPTS), seed=1, **options)
+    again = generate(model, tokenizer, chats(PROMPTS), seed=1, **options)
+    other = generate(model, tokenizer, chats(PROMPTS), seed=2, **options)
+    assert first == again and first != other
+    assert torch.equal(torch.rand(3), expected_draw)
+
+
+def test_generating_between_steps_leaves_training_untouched(model: Any, tiny: str) -> None:
+    ids = torch.arange(5, 45)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        for parameter in lora_parameters(model):
+            parameter.grad = None
+        model(ids).logits.square().mean().backward()
+        return [parameter.grad.clone() for parameter in lora_parameters(model)]
+
+    model.train()
+    before = gradients()
+    weights = {n: m.weight.data.clone() for n, m in model.named_modules() if isinstance(m, Linear4bit)}
+    generate(model, load_tokenizer(tiny), chats(PROMPTS), max_new_tokens=4)
+    assert model.training and weights
+    assert all(torch.equal(weights[n], model.get_submodule(n).weight.data) for n in weights)
+    assert all(m.decode is None for m in model.modules() if isinstance(m, Linear4bit))
+    after = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and before[0].abs().max() > 0
+
+
+def test_the_copies_are_dropped_when_decoding_fails(model: Any) -> None:
+    with pytest.raises(KeyError), fast_decoding(model):
+        assert any(m.decode is not None for m in model.modules() if isinstance(m, Linear4bit))
+        raise KeyError
+    assert all(m.decode is None for m in model.modules() if isinstance(m, Linear4bit))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dense_copy_gives_the_training_numbers(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear4bit(quantize_weight(torch.randn(96, 128), QuantConfig()), torch.randn(96) if bias else None)
+    x = torch.randn(3, 128, dtype=dtype)
+    with torch.no_grad():
+        assert torch.equal(decode_copy(layer, dtype, dense=True)(x), layer(x))
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes' packed layout is for AVX512-BF16 CPUs")
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_a_packed_copy_is_close_and_leaves_the_weight(quant_type: str) -> None:
+    """Scales and activations are rounded to bf16 (2^-9 each, relative), so about 0.4 % of the output's norm."""
+    torch.manual_seed(0)
+    layer = Linear4bit(quantize_weight(torch.randn(96, 128), QuantConfig(quant_type)), torch.randn(96))
+    before = layer.weight.data.clone()
+    x = torch.randn(3, 128)
+    expected = x @ dense_weight(layer, torch.float32).T + layer.bias
+    actual = decode_copy(layer, torch.float32, dense=False)(x)
+    assert actual.dtype == torch.float32
+    assert (actual - expected).norm() / expected.norm() < 6e-3
+    assert torch.equal(layer.weight.data, before) and layer.weight.quant_state.nested
+
+
+def test_a_shape_the_packed_layout_cannot_hold_still_decodes() -> None:
+    """bitsandbytes asserts out_features % 32 and cuts scales by whole blocks: 40 rows, 48 columns fit neither."""
+    layer = Linear4bit(quantize_weight(torch.randn(40, 48), QuantConfig()), None)
+    x = torch.randn(2, 48)
+    with torch.no_grad():
+        assert torch.equal(decode_copy(layer, torch.float32, dense=False)(x), layer(x))
+
+
+def test_streaming_prints_the_answer(model: Any, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = stream_answer(model, load_tokenizer(tiny), "Hi", max_new_tokens=8)
+    assert answer and capsys.readouterr().out.strip() == answer
+
+
+@pytest.mark.gpu
+def test_cuda_decoding_is_close_to_training_layout(tiny: str) -> None:
+    layer = Linear4bit(quantize_weight(torch.randn(96, 128, device="cuda"), QuantConfig()), None)
+    x = torch.randn(1, 128, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = layer(x)
+        actual = decode_copy(layer, torch.bfloat16, dense=False)(x)
+    assert (actual - expected).float().norm() / expected.float().norm() < 1e-2

@@ -1,0 +1,561 @@
+"""lora.py: fused against composed and against PEFT; choosing, counting, merging, loading."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qlora.config import LoRAConfig
+from qlora.errors import InputError
+from qlora.lora import (
+    LoRALinear,
+    base_parameters,
+    count_parameters,
+    count_trainable_parameters,
+    freeze_base,
+    inject_lora,
+    linear_layers,
+    load_lora_state_dict,
+    lora_layers,
+    lora_parameters,
+    lora_state_dict,
+    match_targets,
+    merge_lora,
+    parameter_summary,
+    unfreeze,
+    unmerge_lora,
+)
+from qlora.model import load_base_model
+from qlora.quantize import Linear4bit, Linear16bit, QuantConfig, quantize_weight
+from tests import reference
+from tests.models import save_tiny_llama, tiny_llama_config
+from tests.reference import relative_error
+
+FP32_TOLERANCE = 2e-6  # sums of ~100 products, each rounded to 2^-24
+BF16_TOLERANCE = 2 * 2**-8  # operands, h, u and the results are rounded to 8 bits; the sums are fp32
+ROWS, COLUMNS, RANK = 48, 80, 8
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def make_base(kind: str, bias: bool = True) -> nn.Module:
+    """A frozen (48, 80) layer: 80 is a width that bitsandbytes' CPU kernel gets wrong."""
+    from transformers.pytorch_utils import Conv1D
+
+    dense = gaussian(ROWS, COLUMNS, seed=1) * COLUMNS**-0.5
+    offset = gaussian(ROWS, seed=2) if bias else None
+    if kind == "4bit":
+        return Linear4bit(quantize_weight(dense, QuantConfig()), offset)
+    if kind == "16bit":
+        return Linear16bit(dense.to(torch.bfloat16), offset)
+    layer: nn.Module = Conv1D(ROWS, COLUMNS) if kind == "conv1d" else nn.Linear(COLUMNS, ROWS, bias=bias)
+    layer.weight.data = dense.T.contiguous() if kind == "conv1d" else dense
+    if layer.bias is not None:
+        layer.bias.data = gaussian(ROWS, seed=2) if bias else torch.zeros(ROWS)
+    return layer.requires_grad_(False)
+
+
+def make_lora(kind: str, bias: bool = True, dropout: float = 0.0, dtype: Any = torch.bfloat16) -> LoRALinear:
+    """A LoRALinear in training mode with B away from zero."""
+    base = make_base(kind, bias)
+    layer = LoRALinear(base, RANK, 16.0, dropout, dtype, generator=torch.Generator().manual_seed(5)).train()
+    layer.lora_B.data = gaussian(ROWS, RANK, seed=6, dtype=dtype)
+    return layer
+
+
+def random_adapters(model: Any, seed: int = 7) -> None:
+    """Move every A and B away from its start: a B of zero would hide dA and half of dx."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora_parameters(model):
+        parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+
+
+def tiny_dense(**overrides: Any) -> Any:
+    """A dense fp32 tiny LLaMA with weights large enough that attention and logits matter."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama_config(**overrides))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("lora") / "llama"))
+
+
+@pytest.fixture
+def tiny_4bit(tiny_path: str) -> Any:
+    return load_base_model(tiny_path, compute_dtype="float32", cache=False)
+
+
+# ---- the fused function -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["4bit", "16bit", "linear", "conv1d"])
+def test_fused_equals_composed(kind: str, dtype: torch.dtype, bias: bool, dropout: float) -> None:
+    """Output, dx, dA and dB against autograd through the written-out formula in fp64, same dropout mask."""
+    layer = make_lora(kind, bias, dropout, dtype)
+    x = gaussian(2, 9, COLUMNS, seed=3, dtype=dtype).requires_grad_()
+    dy = gaussian(2, 9, ROWS, seed=4, dtype=dtype)
+    torch.manual_seed(11)
+    y = layer(x)
+    y.backward(dy)
+
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    base = layer.base_layer
+    offset = base.bias.double() if base.bias is not None else None
+    weight = reference.dense_weight(base).double()
+    torch.manual_seed(11)
+    # A mask is drawn alike for every dtype of x, but here for its shape in one draw.
+    expected = reference.lora_linear(exact[0].view(18, COLUMNS), weight, offset, *exact[1:], 2.0, dropout)
+    expected = expected.view(2, 9, ROWS)
+    expected.backward(dy.double())
+
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+    assert y.dtype == dtype and y.shape == (2, 9, ROWS)
+    assert relative_error(y, expected) < tolerance
+    for name, ours, theirs in zip("xAB", (x, layer.lora_A, layer.lora_B), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None, name
+        assert relative_error(ours.grad, theirs.grad) < tolerance, name
+    assert all(parameter.grad is None for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_gradients_are_fp32_whatever_the_adapter_is(compute: torch.dtype) -> None:
+    layer = make_lora("4bit", dtype=torch.bfloat16)
+    layer(gaussian(5, COLUMNS, dtype=compute)).sum().backward()
+    for parameter in (layer.lora_A, layer.lora_B):
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+
+
+def test_dropout_drops_only_in_training() -> None:
+    layer = make_lora("4bit", dropout=0.5)
+    x = gaussian(5, COLUMNS)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_dx_is_not_computed_for_an_input_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first adapted layer ends the backward pass: its base weight is dequantized once, not twice."""
+    from qlora import lora
+
+    calls: list[Any] = []
+    real = lora.dense_weight
+    monkeypatch.setattr(lora, "dense_weight", lambda *a: calls.append(a) or real(*a))
+    layer = make_lora("4bit")
+    for requires_grad, expected in ((False, 1), (True, 2)):
+        calls.clear()
+        x = gaussian(5, COLUMNS).requires_grad_(requires_grad)
+        layer(x).sum().backward()
+        assert len(calls) == expected
+        assert (x.grad is not None) == requires_grad
+        assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
+
+
+def test_only_the_input_h_and_a_byte_mask_are_kept() -> None:
+    saved: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved[tensor.data_ptr()] = tensor
+        return tensor
+
+    layer = make_lora("4bit", dropout=0.3)
+    x = gaussian(64, COLUMNS).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    kept = {pointer: tensor for pointer, tensor in saved.items() if pointer not in parameters}
+    assert x.data_ptr() in kept, "x itself, so that q, k and v share one copy"
+    expected = x.nbytes + 64 * RANK * x.element_size() + x.numel()
+    assert sum(tensor.nbytes for tensor in kept.values()) == expected
+
+
+def test_accumulated_micro_batches_equal_one_batch() -> None:
+    """64 micro-batches in bf16 compute: gradients add up in fp32, so their error is that of one micro-batch's
+    own rounding, averaged; adding in bf16 loses several times more."""
+    layer = make_lora("4bit", dtype=torch.bfloat16)
+    x, dy = gaussian(64, 16, COLUMNS, seed=3), gaussian(64, 16, ROWS, seed=4)
+    dy += 0.5  # a common part, so that the sum grows as a loss's gradient does
+    in_bf16: list[Tensor] = [torch.zeros_like(p) for p in (layer.lora_A, layer.lora_B)]
+    for part, gradient in zip(x.to(torch.bfloat16), dy.to(torch.bfloat16), strict=True):
+        before = [None if p.grad is None else p.grad.clone() for p in (layer.lora_A, layer.lora_B)]
+        layer(part).backward(gradient)
+        for total, parameter, old in zip(in_bf16, (layer.lora_A, layer.lora_B), before, strict=True):
+            total += parameter.grad - (0 if old is None else old)
+    leaves = [p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B)]
+    weight = reference.dense_weight(layer.base_layer).double()
+    whole = reference.lora_linear(x.to(torch.bfloat16).double(), weight, None, *leaves, 2.0)
+    whole.backward(dy.to(torch.bfloat16).double())
+    for parameter, leaf, rough in zip((layer.lora_A, layer.lora_B), leaves, in_bf16, strict=True):
+        assert leaf.grad is not None
+        ours = relative_error(parameter.grad, leaf.grad)
+        assert ours < 2**-8
+        assert ours < relative_error(rough, leaf.grad) / 3
+
+
+# ---- starting point ---------------------------------------------------------------------------------------
+
+
+def test_start_of_a() -> None:
+    """Kaiming: uniform within 1 / sqrt(in), as nn.Linear. Gaussian: deviation 1 / rank. B is zero."""
+    base = nn.Linear(400, 300).requires_grad_(False)
+    kaiming = LoRALinear(base, 64, dtype=torch.float32)
+    bound = 400**-0.5
+    assert 0.999 * bound < kaiming.lora_A.abs().max() <= bound
+    assert kaiming.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    normal = LoRALinear(base, 64, dtype=torch.float32, init="gaussian")
+    assert normal.lora_A.std().item() == pytest.approx(1 / 64, rel=0.02)  # 25,600 draws: 0.4 % deviation
+    assert normal.lora_A.abs().max() > 3 / 64 and abs(normal.lora_A.mean().item()) < 0.02 / 64**0.5
+    for layer in (kaiming, normal):
+        assert not layer.lora_B.any()
+        assert layer.lora_A.shape == (64, 400) and layer.lora_B.shape == (300, 64)
+
+
+def test_fresh_adapter_is_the_base_bit_for_bit(tiny_4bit: Any) -> None:
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        before = tiny_4bit(ids).logits
+        inject_lora(tiny_4bit, LoRAConfig(target_modules="all-linear"))
+        after = tiny_4bit(ids).logits
+        assert torch.equal(before, after)
+        random_adapters(tiny_4bit)
+        assert not torch.equal(before, tiny_4bit(ids).logits)
+
+
+def test_same_seed_same_adapter() -> None:
+    states = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(states))  # the global generator has no say
+        model = tiny_dense()
+        state_of_torch = torch.get_rng_state()
+        inject_lora(model, LoRAConfig(), seed=seed)
+        assert torch.equal(torch.get_rng_state(), state_of_torch)
+        states.append(lora_state_dict(model))
+    first, second, other = states
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    starts = [key for key in first if "lora_A" in key]
+    assert len(starts) == 4 and not any(torch.equal(first[key], other[key]) for key in starts)
+    assert not torch.equal(first[starts[0]], first[starts[2]]), "layers differ from one another"
+
+
+# ---- choosing layers --------------------------------------------------------------------------------------
+
+
+def test_targets_by_suffix_full_name_and_all_linear(tiny_4bit: Any) -> None:
+    layers = linear_layers(tiny_4bit)
+    assert len(layers) == 14 and "lm_head" not in layers
+    assert list(match_targets(tiny_4bit, ["all-linear"])) == list(layers)
+    assert len(match_targets(tiny_4bit, ["q_proj", "v_proj"])) == 4
+    assert list(match_targets(tiny_4bit, ["model.layers.1.self_attn.k_proj"])) == [
+        "model.layers.1.self_attn.k_proj"
+    ]
+    assert list(match_targets(tiny_4bit, ["1.mlp.up_proj"])) == ["model.layers.1.mlp.up_proj"]
+
+
+def test_grouped_query_and_mlp_targets_learn(tiny_4bit: Any) -> None:
+    """Layers that are not square: k and v (32, 64), gate and up (160, 64), down (64, 160)."""
+    names = inject_lora(tiny_4bit, LoRAConfig(target_modules="k_proj,v_proj,gate_proj,up_proj,down_proj"))
+    freeze_base(tiny_4bit)
+    random_adapters(tiny_4bit)
+    tiny_4bit(torch.arange(12).view(1, 12)).logits.square().sum().backward()
+    shapes = {
+        name.rpartition(".")[2]: (m.out_features, m.in_features) for name, m in lora_layers(tiny_4bit).items()
+    }
+    assert len(names) == 10 and shapes["k_proj"] == (32, 64) and shapes["down_proj"] == (64, 160)
+    for parameter in lora_parameters(tiny_4bit):
+        assert parameter.grad is not None and parameter.grad.norm() > 0
+    assert all(parameter.grad is None for parameter in base_parameters(tiny_4bit))
+
+
+@pytest.mark.parametrize("targets", ["wq", "q_proj,wq", "proj", "lm_head", ""])
+def test_target_that_matches_nothing_names_what_there_is(targets: str) -> None:
+    model = tiny_dense()
+    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    with pytest.raises(InputError, match=names) as caught:
+        inject_lora(model, LoRAConfig(target_modules=targets))
+    assert "'q_proj'" not in str(caught.value)
+    assert not lora_layers(model), "nothing is replaced"
+
+
+def test_second_injection_is_refused() -> None:
+    model = tiny_dense()
+    inject_lora(model, LoRAConfig())
+    with pytest.raises(InputError, match="already"):
+        inject_lora(model, LoRAConfig(target_modules="o_proj"))
+    assert len(lora_layers(model)) == 4
+
+
+# ---- what trains ------------------------------------------------------------------------------------------
+
+
+def test_freeze_and_unfreeze(tiny_4bit: Any) -> None:
+    inject_lora(tiny_4bit, LoRAConfig())
+    freeze_base(tiny_4bit)
+    trainable = [p for p in tiny_4bit.parameters() if p.requires_grad]
+    assert [id(p) for p in trainable] == [id(p) for p in lora_parameters(tiny_4bit)] and len(trainable) == 8
+    assert len(base_parameters(tiny_4bit)) + len(trainable) == len(list(tiny_4bit.parameters()))
+    unfreeze(tiny_4bit)
+    packed = [p for p in tiny_4bit.parameters() if not p.requires_grad]
+    assert len(packed) == 14 and all(p.dtype == torch.uint8 for p in packed)
+    freeze_base(tiny_4bit)
+    assert [id(p) for p in tiny_4bit.parameters() if p.requires_grad] == [id(p) for p in trainable]
+
+
+def test_unfrozen_dense_base_gets_the_right_gradients() -> None:
+    """After `unfreeze` the base trains too, through the composed path: the same outputs, and a dW."""
+    layer = make_lora("linear", dtype=torch.float32)
+    x = gaussian(9, COLUMNS, seed=3)
+    frozen = layer(x)
+    unfreeze(layer)
+    y = layer(x)
+    y.sum().backward()
+    base = layer.base_layer
+    leaves = [t.detach().double().requires_grad_() for t in (base.weight, base.bias, layer.lora_A, layer.lora_B)]
+    reference.lora_linear(x.double(), *leaves, 2.0).sum().backward()
+    assert relative_error(y, frozen) < FP32_TOLERANCE
+    for ours, leaf in zip((base.weight, base.bias, layer.lora_A, layer.lora_B), leaves, strict=True):
+        assert leaf.grad is not None and relative_error(ours.grad, leaf.grad) < FP32_TOLERANCE
+
+
+def test_unfrozen_16bit_model_trains_every_weight(tiny_path: str) -> None:
+    """`unfreeze` on a bf16 base (--no-4bit): what wants a gradient gets one, adapted or not."""
+    model = load_base_model(tiny_path, use_4bit=False, compute_dtype="float32")
+    inject_lora(model, LoRAConfig())
+    random_adapters(model)
+    unfreeze(model)
+    model(torch.arange(12).view(1, 12)).logits.square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_tied_weights_are_counted_once() -> None:
+    tied, untied = tiny_dense(tie_word_embeddings=True), tiny_dense()
+    assert count_parameters(untied) - count_parameters(tied) == 300 * 64
+    assert len(base_parameters(untied)) - len(base_parameters(tied)) == 1
+
+
+# ---- merging ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["4bit", "16bit", "linear", "conv1d"])
+def test_merge_computes_the_same_and_unmerges_bit_for_bit(kind: str) -> None:
+    layer = make_lora(kind, dtype=torch.float32).eval()
+    x = gaussian(9, COLUMNS, seed=3)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with torch.no_grad():
+        expected = layer(x)
+        layer.merge()
+        merged = layer(x)
+        layer.merge()  # a second time changes nothing
+        assert torch.equal(merged, layer(x)) and layer.merged_weight is not None
+        # A bf16 base keeps a bf16 merged weight, rounded once.
+        assert relative_error(merged, expected) < (2**-8 if kind == "16bit" else FP32_TOLERANCE)
+        assert not torch.equal(merged, layer.base_layer(x)), "the update is in it"
+        layer.unmerge()
+        assert torch.equal(layer(x), expected)
+    after = layer.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_merged_model_does_not_train(tiny_4bit: Any) -> None:
+    inject_lora(tiny_4bit, LoRAConfig())
+    random_adapters(tiny_4bit)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        expected = tiny_4bit(ids).logits
+        merge_lora(tiny_4bit)
+        assert all(layer.merged_weight is not None for layer in lora_layers(tiny_4bit).values())
+        assert relative_error(tiny_4bit(ids).logits, expected) < 1e-5  # ten layers, each a few units off
+    tiny_4bit.train()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        tiny_4bit(ids)
+    unmerge_lora(tiny_4bit)
+    tiny_4bit(ids).logits.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(tiny_4bit.eval()(ids).logits, expected)
+
+
+# ---- state ------------------------------------------------------------------------------------------------
+
+
+def test_state_dict_round_trip_and_names() -> None:
+    first, second = tiny_dense(), tiny_dense()
+    for model in (first, second):
+        inject_lora(model, LoRAConfig())
+    random_adapters(first)
+    state = lora_state_dict(first)
+    assert len(state) == 8 and "model.layers.1.self_attn.v_proj.lora_B.weight" in state
+    assert state["model.layers.0.self_attn.v_proj.lora_A.weight"].shape == (8, 64)
+    assert state["model.layers.0.self_attn.v_proj.lora_B.weight"].shape == (32, 8)
+    load_lora_state_dict(second, state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in lora_state_dict(second).items())
+    assert not any(a is b for a, b in zip(lora_parameters(first), lora_parameters(second), strict=True))
+
+
+def test_every_mismatch_is_reported_and_nothing_changes() -> None:
+    model = tiny_dense()
+    inject_lora(model, LoRAConfig())
+    random_adapters(model)
+    before = {key: tensor.clone() for key, tensor in lora_state_dict(model).items()}
+    wrong = {key: torch.ones_like(tensor) for key, tensor in before.items()}
+    keys = list(wrong)
+    del wrong[keys[0]]
+    wrong["model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(8, 64)
+    wrong[keys[1]] = torch.ones(64, 4)
+    wrong[keys[2]] = torch.full((8, 64), torch.nan)
+    with pytest.raises(InputError) as caught:
+        load_lora_state_dict(model, wrong, origin="some/adapter")
+    message = str(caught.value)
+    for part in (
+        "some/adapter",
+        f"missing {keys[0]}",
+        "unexpected model.layers.9.self_attn.q_proj.lora_A.weight",
+        f"{keys[1]} is (64, 4) but the model wants (64, 8)",
+        f"{keys[2]} holds NaN",
+    ):
+        assert part in message
+    assert all(torch.equal(tensor, before[key]) for key, tensor in lora_state_dict(model).items())
+
+
+# ---- counting ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hidden", "mlp", "layers", "total", "expected"),
+    [(4096, 11008, 32, 6_738_415_616, 4_194_304), (5120, 13824, 40, 13_015_864_320, 6_553_600)],
+    ids=["7b", "13b"],
+)
+def test_golden_counts_llama(hidden: int, mlp: int, layers: int, total: int, expected: int) -> None:
+    """r = 8 on q and v: 2 x layers x 8 x (in + out). Modules without memory (meta device)."""
+    from accelerate import init_empty_weights
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+    )
+    with init_empty_weights():
+        model = LlamaForCausalLM(config)
+    assert count_parameters(model) == total
+    inject_lora(model, LoRAConfig(rank=8, target_modules="q_proj,v_proj"))
+    freeze_base(model)
+    summary = parameter_summary(model)
+    assert count_trainable_parameters(model) == summary.trainable == expected
+    assert summary.total == total + expected
+    assert summary.adapted_layers == 2 * layers
+    assert f"{expected:,} trainable of {total + expected:,}" in str(summary)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected", "layers"), [("c_attn", 294_912, 12), ("c_attn,attn.c_proj", 442_368, 24)]
+)
+def test_golden_counts_gpt2(targets: str, expected: int, layers: int) -> None:
+    """GPT-2 small's Conv1D layers; "attn.c_proj" is not the MLP's c_proj."""
+    from accelerate import init_empty_weights
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with init_empty_weights():
+        model = GPT2LMHeadModel(GPT2Config())
+    names = inject_lora(model, LoRAConfig(rank=8, target_modules=targets))
+    freeze_base(model)
+    assert count_trainable_parameters(model) == expected
+    assert len(names) == layers and not any("mlp" in name for name in names)
+
+
+def test_4bit_counts_equal_dense_ones(tiny_4bit: Any) -> None:
+    dense = tiny_dense()
+    assert count_parameters(tiny_4bit) == count_parameters(dense)
+    assert sum(p.numel() for p in tiny_4bit.parameters()) < count_parameters(dense)
+    for model in (dense, tiny_4bit):
+        inject_lora(model, LoRAConfig(target_modules="all-linear"))
+        freeze_base(model)
+    assert str(parameter_summary(tiny_4bit)) == str(parameter_summary(dense))
+
+
+# ---- against PEFT -----------------------------------------------------------------------------------------
+
+
+def bitsandbytes_twin(model: Any) -> Any:
+    """The same 4-bit weights in bitsandbytes' own layers, as transformers would load them."""
+    twin = copy.deepcopy(model)
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit):
+            plain = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, False, torch.float32, quant_type="nf4", device="meta"
+            )
+            plain.weight = copy.deepcopy(layer.weight)
+            plain.weight.module = plain
+            plain.quant_state = plain.weight.quant_state
+            parent, _, child = name.rpartition(".")
+            setattr(twin.get_submodule(parent), child, plain)
+    twin.is_loaded_in_4bit = True
+    return twin
+
+
+@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
+@pytest.mark.parametrize("use_4bit", [False, True])
+def test_whole_model_equals_peft(use_4bit: bool, targets: str, tmp_path: Path) -> None:
+    """The same base and adapter weights here and in PEFT: equal logits and adapter gradients.
+
+    fp32 throughout; two blocks of a few hundred roundings each make 1e-5. The MLP is 128 wide, because
+    bitsandbytes' own CPU kernel is wrong for the usual 160.
+    """
+    peft = pytest.importorskip("peft")
+    if use_4bit:
+        path = save_tiny_llama(tmp_path / "llama", intermediate_size=128)
+        ours = load_base_model(str(path), compute_dtype="float32", cache=False)
+        theirs = bitsandbytes_twin(ours)
+    else:
+        ours, theirs = tiny_dense(intermediate_size=128), tiny_dense(intermediate_size=128)
+    inject_lora(ours, LoRAConfig(rank=4, alpha=12, target_modules=targets, adapter_dtype="float32"))
+    freeze_base(ours)
+    random_adapters(ours)
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=12,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    theirs = peft.get_peft_model(theirs, config)
+    wrapped = dict(theirs.named_modules())
+    peft_parameters = {}
+    for key, tensor in lora_state_dict(ours).items():
+        layer, part, _ = key.rsplit(".", 2)
+        parameter = wrapped[f"base_model.model.{layer}"].get_submodule(f"{part}.default").weight
+        parameter.data.copy_(tensor)
+        peft_parameters[key] = parameter
+    trainable = [p for p in theirs.parameters() if p.requires_grad]
+    assert len(trainable) == len(peft_parameters) == (28 if targets == "all-linear" else 8)
+
+    ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for model in (ours, theirs):
+        model.train()
+        output = model(input_ids=ids).logits
+        torch.nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        logits.append(output.detach())
+    assert relative_error(logits[0], logits[1]) < 1e-5
+    for key, layer in lora_layers(ours).items():
+        for part in ("lora_A", "lora_B"):
+            expected = peft_parameters[f"{key}.{part}.weight"].grad
+            assert relative_error(getattr(layer, part).grad, expected) < 1e-5, key

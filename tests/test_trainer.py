@@ -1,0 +1,211 @@
+"""The loop: token normalisation, evaluation without a trace, exact resume, and stopping with a reason."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from qlora.config import LoRAConfig
+from qlora.errors import TrainingStopped
+from qlora.lora import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
+from qlora.model import load_base_model
+from qlora.optim import build_optimizer, build_schedule
+from qlora.packing import make_batches
+from qlora.tokenize import IGNORE_INDEX, Example
+from qlora.trainer import evaluate, fit, settle_checkpointing, train_step
+from tests.models import save_tiny_llama
+
+FP32 = "float32"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_llama(tmp_path_factory.mktemp("tiny")))
+
+
+def make_examples(count: int = 12, seed: int = 0) -> list[Example]:
+    """Random rows of 4 to 40 tokens whose first third is masked."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(4, 41, (), generator=generator))
+        ids = torch.randint(5, 300, (length + 1,), generator=generator)
+        targets = ids[1:].clone()
+        targets[: length // 3] = IGNORE_INDEX
+        examples.append(Example(ids[:-1], targets))
+    return examples
+
+
+def adapted(tiny: str, dtype: str = "float32", dropout: float = 0.0, compute: str = FP32) -> Any:
+    model = load_base_model(tiny, compute_dtype=compute, cache=False)
+    inject_lora(model, LoRAConfig(rank=4, dropout=dropout, adapter_dtype=dtype), seed=1)  # type: ignore[arg-type]
+    freeze_base(model)
+    generator = torch.Generator().manual_seed(2)
+    for layer in lora_layers(model).values():  # a B of zeros would leave A without a real gradient
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+    return model.train()
+
+
+def run(model: Any, examples: list[Example], steps: int, **options: Any) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    optimizer = options.pop("optimizer", None) or build_optimizer(lora_parameters(model), "adamw")
+    settings = dict(batch_size=4, grad_accum=1, max_length=64, max_grad_norm=1.0, seed=3, log=lines.append)
+    total = options.pop("total_steps", steps)
+    schedule = build_schedule("cosine", 1e-2, 2, options.pop("schedule_steps", total))
+    fit(model, optimizer, schedule, examples, Accelerator(), total_steps=steps, **{**settings, **options})
+    return lines
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.parametrize(("batch_size", "max_length"), [(8, 41), (4, 41), (2, 41), (1, 41)])
+def test_the_gradient_does_not_depend_on_how_a_window_is_cut(tiny: str, batch_size: int, max_length: int) -> None:
+    """1 x 8 = 2 x 4 = 8 x 1: equal to a plain mean over all target tokens of unpacked rows, to fp32 rounding."""
+    examples = make_examples(8)
+    model = adapted(tiny)
+    total, count = torch.zeros(()), 0
+    for example in examples:  # the slow reference: one row at a time, full logits
+        logits = model(example.input_ids[None]).logits[0]
+        loss = torch.nn.functional.cross_entropy(logits, example.targets, reduction="sum")
+        total, count = total + loss, count + int((example.targets != IGNORE_INDEX).sum())
+    (total / count).backward()
+    expected = [p.grad.clone() for p in lora_parameters(model)]
+    assert all(g.abs().max() > 0 for g in expected)
+
+    model = adapted(tiny)
+    optimizer = build_optimizer(lora_parameters(model), "adamw")
+    batches = make_batches(examples, batch_size, max_length, packing=True)
+    assert len(batches) > 1 or batch_size == 8
+    loss_value, norm, _, targets = train_step(model, optimizer, batches, Accelerator(), 0.0)
+    assert loss_value == pytest.approx((total / count).item(), rel=1e-5)
+    assert targets == count
+    assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), rel=1e-4)
+    for parameter, gradient in zip(lora_parameters(model), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_packing_off_gives_the_same_losses(tiny: str) -> None:
+    packed = losses(run(adapted(tiny), make_examples(), 4))
+    padded = losses(run(adapted(tiny), make_examples(), 4, packing=False))
+    assert packed == pytest.approx(padded, rel=1e-4)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_evaluation_leaves_training_as_it_was(tiny: str, compute: str) -> None:
+    """TRAPS 1: bitsandbytes repacks weights when a layer evaluates; here losses agree to the last digit."""
+    examples, held_out = make_examples(), make_examples(5, seed=9)
+    plain = run(adapted(tiny, dropout=0.1, compute=compute), examples, 6)
+    evaluated = run(adapted(tiny, dropout=0.1, compute=compute), examples, 6, eval_examples=held_out, eval_every=2)
+    assert losses(evaluated) == losses(plain) and len(losses(plain)) == 6
+    seen = [line["eval_loss"] for line in evaluated if "eval_loss" in line]
+    assert (
+        len(seen) == 4 and len(set(seen)) == 4
+    )  # before, and after steps 2, 4 and 6: it learns, it is not frozen
+
+
+def test_evaluate_is_the_mean_over_target_tokens(tiny: str) -> None:
+    model, examples = adapted(tiny), make_examples(5)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            logits = model(example.input_ids[None]).logits[0]
+            total += float(torch.nn.functional.cross_entropy(logits, example.targets, reduction="sum"))
+            count += example.num_targets
+    assert evaluate(model, examples, Accelerator(), budget=64) == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_one_never_stopped(tiny: str, dtype: str) -> None:
+    """Across an epoch's end (12 examples, windows of 4), with dropout: bit for bit."""
+    examples = make_examples()
+    whole = adapted(tiny, dtype, dropout=0.2)
+    expected = losses(run(whole, examples, 7))
+
+    first = adapted(tiny, dtype, dropout=0.2)
+    optimizer = build_optimizer(lora_parameters(first), "adamw")
+    before = losses(run(first, examples, 4, optimizer=optimizer, schedule_steps=7))
+    stored = {k: v.clone() for k, v in optimizer.state_tensors().items()}
+    adapter = {k: v.clone() for k, v in lora_state_dict(first).items()}
+
+    second = adapted(tiny, dtype, dropout=0.2)
+    for key, tensor in lora_state_dict(second).items():
+        tensor.copy_(adapter[key])
+    optimizer = build_optimizer(lora_parameters(second), "adamw")
+    optimizer.load_state_tensors(stored)
+    torch.rand(100)  # whatever happened to the global generator in between
+    after = losses(run(second, examples, 7, optimizer=optimizer, start_step=4))
+    assert before + after == expected
+    for key, tensor in lora_state_dict(whole).items():
+        assert torch.equal(tensor, lora_state_dict(second)[key])
+
+
+def test_checkpointing_changes_no_number(tiny: str) -> None:
+    plain = losses(run(adapted(tiny, dropout=0.1), make_examples(), 4))
+    model = adapted(tiny, dropout=0.1)
+    assert settle_checkpointing(model, "on", 256, say=lambda line: None)
+    assert model.is_activation_checkpointing
+    assert losses(run(model, make_examples(), 4)) == pytest.approx(plain, rel=1e-5)
+
+
+def test_the_last_partial_window_counts(tiny: str) -> None:
+    """10 examples in windows of 4 are 3 steps an epoch; the third sees 2 examples."""
+    examples = make_examples(10)
+    lines = run(adapted(tiny), examples, 3)
+    assert sum(line["num_tokens"] for line in lines) == sum(len(e) for e in examples)
+    assert sum(line["target_tokens"] for line in lines) == sum(e.num_targets for e in examples)
+
+
+def test_clipping_bounds_the_update(tiny: str) -> None:
+    model, examples = adapted(tiny), make_examples(4)
+    optimizer = build_optimizer(lora_parameters(model), "adamw")
+    batches = make_batches(examples, 4, 64, packing=True)
+    _, norm, _, _ = train_step(model, optimizer, batches, Accelerator(), 1e-3, max_grad_norm=0.01)
+    clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in lora_parameters(model)))
+    assert norm > 0.02 and clipped == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_step_that_learns_lowers_the_loss(tiny: str) -> None:
+    lines = run(adapted(tiny), make_examples(4), 12)
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.1
+    fields = "step loss grad_norm learning_rate num_tokens target_tokens tokens_per_second peak_memory_gib"
+    assert list(lines[0]) == fields.split()
+
+
+def test_a_non_finite_loss_stops_and_saves_the_state_before(tiny: str) -> None:
+    """The weights are poisoned after step 2: step 3 must stop, name itself, and change nothing."""
+    model, saved = adapted(tiny), []
+    good: dict[str, torch.Tensor] = {}
+
+    def poison(line: dict[str, Any]) -> None:
+        if line["step"] == 2:
+            good.update({k: v.clone() for k, v in lora_state_dict(model).items()})
+            model.model.norm.weight.data.fill_(float("nan"))
+
+    with pytest.raises(TrainingStopped, match=r"step 3: loss nan.*micro-batch 1 of 1.*numbers \d+, \d+") as caught:
+        run(model, make_examples(), 6, log=poison, save=saved.append)
+    assert saved == [2]
+    assert "the state before it is saved" in str(caught.value)
+    assert all(torch.equal(good[k], v) for k, v in lora_state_dict(model).items())
+
+
+def test_an_adapter_without_gradient_stops_the_run(tiny: str) -> None:
+    model = adapted(tiny)
+    lost = model.model.layers[1].self_attn.v_proj
+    lost.register_forward_hook(lambda _module, _args, output: output.detach())
+    with pytest.raises(TrainingStopped, match=r"no gradient: model\.layers\.1\.self_attn\.v_proj\."):
+        run(model, make_examples(), 2)
+
+
+def test_training_while_merged_is_an_error(tiny: str) -> None:
+    model = adapted(tiny)
+    for layer in lora_layers(model).values():
+        layer.merge()
+    with pytest.raises(RuntimeError, match="unmerge first"):
+        run(model, make_examples(), 1)
