@@ -1,7 +1,7 @@
 """Fine-tune a 4-bit LLaMA-architecture model with LoRA, or answer a prompt with one.
 
     python train.py --use-4bit --model M --data train.jsonl --output-dir out
-    accelerate launch --num_processes 2 train.py --use-4bit --model M --data train.jsonl
+    accelerate launch --multi_gpu --num_processes 2 train.py --use-4bit --model M --data train.jsonl
     python train.py --use-4bit --model M --adapter out --prompt "..."
 
 This file is the table of contents of a run: each step's chapter is a module of qlora/.
@@ -48,6 +48,7 @@ def train(config: RunConfig, name: str, data: str) -> None:
 
     from qlora.adapter import load_adapter
     from qlora.dataset import load_examples
+    from qlora.device import best_device
     from qlora.lora import freeze_base, inject_lora, lora_parameters, parameter_summary
     from qlora.model import load_base_model, load_tokenizer
     from qlora.optim import build_optimizer, build_schedule, choose_optimizer
@@ -55,7 +56,8 @@ def train(config: RunConfig, name: str, data: str) -> None:
     from qlora.trainer import fit, settle_checkpointing
 
     t, d, lora = config.train, config.data, config.lora
-    accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision="no")
+    # Without cpu=True, several processes on a machine without a GPU would each train alone.
+    accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config))
 
     tokenizer = load_tokenizer(name)

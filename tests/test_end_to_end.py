@@ -100,6 +100,10 @@ def test_merge_and_prompt(
     """The merged directory is an ordinary model: transformers loads it and answers as the adapter model does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from qlora.adapter import load_adapter
+    from qlora.merge import compare_logits
+    from qlora.model import load_base_model
+
     output_dir, _ = real_run
     merged = tmp_path / "merged"
     qlora_main(["merge", "--adapter", str(output_dir), "--output-dir", str(merged), "--max-shard-gb", "0.1"])
@@ -118,8 +122,14 @@ def test_merge_and_prompt(
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
     text = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    # Greedy text may part where two tokens are within the drift; its beginning may not.
-    assert text[:8] == answer[:8]
+    assert text and answer[0] == text[0]  # further on, greedy texts may part where two tokens are near equal
+
+    adapted = load_base_model(smollm2, compute_dtype="float32")
+    load_adapter(adapted, output_dir)
+    with torch.no_grad():
+        expected = adapted(**inputs).logits[0]
+        drift = compare_logits([expected], [model.float()(**inputs).logits[0]])
+    assert 0 < drift.mean_kl < 5e-3 and drift.greedy_agreement > 0.9
 
 
 @pytest.mark.slow
@@ -129,6 +139,7 @@ def test_twenty_steps_equal_peft(smollm2: str, orders: Path, own_cache: Path) ->
     Both run AdamW in fp32 over 20 steps; what differs is the order of additions (packed against single rows,
     one fused function against composed operations), about 1e-6 per step.
     """
+    import bitsandbytes as bnb
     import peft
     from accelerate import Accelerator
     from transformers import AutoModelForCausalLM
@@ -160,6 +171,12 @@ def test_twenty_steps_equal_peft(smollm2: str, orders: Path, own_cache: Path) ->
 
     cached = next(own_cache.glob("base-*"))
     base = AutoModelForCausalLM.from_pretrained(cached, dtype=torch.float32)
+    for module in base.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = torch.float32  # the checkpoint names bf16
+    for parameter in base.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
     theirs_model = peft.PeftModel.from_pretrained(base, start, is_trainable=True)
     theirs_model.train()
     trainable = [p for p in theirs_model.parameters() if p.requires_grad]
@@ -180,10 +197,18 @@ def test_twenty_steps_equal_peft(smollm2: str, orders: Path, own_cache: Path) ->
 
 
 def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+    ]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "train.py", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ EOT, BOS = 2, 4  # <|im_end|> and <s> of the tiny tokenizer
 def conversation(*contents, system=None):
     first = [{"role": "system", "content": system}] if system is not None else []
     roles = ("user", "assistant") * len(contents)
-    return first + [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    return first + [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
 
 
 CONVERSATIONS = {
@@ -221,7 +221,7 @@ def test_nothing_left_says_why(on_long, counts):
 
 
 def test_a_bad_record_is_named_by_its_origin():
-    with pytest.raises(InputError, match="^train.jsonl:9: text is null"):
+    with pytest.raises(InputError, match=r"^train\.jsonl:9: text is null"):
         encode_records([*records(), Record({"text": None}, "train.jsonl:9")], tiny_tokenizer(), LONG)
 
 
