@@ -2,7 +2,7 @@
 
 For supervised position i with hidden state h_i (D) and target t_i, with W (V, D) the frozen output head:
 
-    z_i = W h_i        loss_i = logsumexp(z_i) - z_i[t_i]        dloss_i / dh_i = (softmax(z_i) - e_{t_i}) W
+    z_i = W h_i        loss_i = -log_softmax(z_i)[t_i]        dloss_i / dh_i = (softmax(z_i) - e_{t_i}) W
 
 The gradient needs the same logits as the loss, so both are computed in one pass, a chunk of rows at a time:
 a chunk's logits die before the next chunk's are made, and the backward pass only scales what was stored
@@ -37,15 +37,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight.to(hidden.dtype)
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = (hidden[rows] @ weight.T).float()
+            log_p = torch.log_softmax(hidden[rows] @ weight.T, dim=1, dtype=torch.float32)
             target = targets[rows, None]
-            picked = logits.gather(1, target)
-            lse = logits.logsumexp(1, keepdim=True)
-            loss += (lse - picked).sum()
+            loss -= log_p.gather(1, target).sum()
             if gradient is not None:
-                logits.sub_(lse).exp_()
-                logits.scatter_add_(1, target, torch.full_like(picked, -1.0))
-                torch.mm(logits.to(hidden.dtype), weight, out=gradient[rows])
+                p = log_p.exp_()
+                p.scatter_add_(1, target, p.new_full(target.shape, -1.0))
+                torch.mm(p.to(hidden.dtype), weight, out=gradient[rows])
         ctx.gradient = gradient
         return loss
 

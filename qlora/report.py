@@ -67,11 +67,10 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     training, evaluations = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     steps, losses = [x["step"] for x in training], [x["loss"] for x in training]
-    smooth: list[float] = []
-    for loss in losses:
-        smooth.append(loss if not smooth else 0.9 * smooth[-1] + 0.1 * loss)
+    width = 1 + len(losses) // 20
+    smooth = [sum(losses[max(0, end - width) : end]) / min(end, width) for end in range(1, len(losses) + 1)]
     axes.plot(steps, losses, color="0.8", linewidth=1, label="training, each step")
-    axes.plot(steps, smooth, color="tab:blue", label="training, smoothed (0.9)")
+    axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {width} steps")
     if evaluations:
         held_out = [x["eval_loss"] for x in evaluations]
         axes.plot([x["step"] for x in evaluations], held_out, "o-", color="tab:orange", label="held out")

@@ -142,7 +142,9 @@ def settle_checkpointing(model: Any, mode: str, budget: int, say: Callable[[str]
     dtype, device = model.compute_dtype, next(model.parameters()).device
     on = wants_checkpointing(mode, model.config, budget, dtype, available_memory(device))
     if on:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers 5.21 renamed it and warns of the old name; Python 3.10 has nothing newer than 5.20.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     name = str(dtype).removeprefix("torch.")
     say(f"computing in {name}, gradient checkpointing {'on' if on else 'off'}")
     say(f"{plan_memory(model, budget, dtype, on)} at {budget} tokens a micro-batch")

@@ -150,7 +150,7 @@ def test_checkpointing_changes_no_number(tiny: str) -> None:
     plain = losses(run(adapted(tiny, dropout=0.1), make_examples(), 4))
     model = adapted(tiny, dropout=0.1)
     assert settle_checkpointing(model, "on", 256, say=lambda line: None)
-    assert model.is_activation_checkpointing
+    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert losses(run(model, make_examples(), 4)) == pytest.approx(plain, rel=1e-5)
 
 
