@@ -1,0 +1,572 @@
+"""merge.py: merged weights against the plain formula, an ordinary directory, the drift, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.functional import quantize_4bit
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import qlora.merge
+from qlora import __main__ as command_line
+from qlora.adapter import WEIGHTS, get_lora_model
+from qlora.config import LoRAConfig
+from qlora.errors import InputError, run
+from qlora.merge import Drift, adapter_quantization, compare_logits, merge_adapter
+from qlora.model import load_base_model
+from qlora.quantize import QuantConfig
+from tests import reference
+from tests.models import save_tiny_llama, tiny_llama_config
+from tests.reference import relative_error
+from tests.tiny import tiny_tokenizer
+
+REPOSITORY = Path(qlora.merge.__file__).parents[1]
+IDS = torch.arange(3, 27)[None]
+FP32_TOLERANCE = 1e-5
+BF16_ROUNDING = 2**-8
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "llama", tokenizer=tiny_tokenizer())
+
+
+def make_adapter(base: Path, directory: Path, quant: QuantConfig | None = QuantConfig(), **settings: Any) -> Path:  # noqa: B008
+    """An adapter with random A and B, as after training."""
+    network = load_base_model(str(base), quant is not None, quant, compute_dtype="float32", cache=False)
+    config = LoRAConfig(**{"rank": 4, "alpha": 6.0, **settings})
+    model = get_lora_model(network, config, base_model=str(base))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.lora_parameters():
+        parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
+    model.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_adapter(
+        llama, tmp_path_factory.mktemp("adapters") / "adapter", target_modules="q_proj,v_proj,up_proj"
+    )
+
+
+def merge(model: Path, adapter: Path, output: Path, **options: Any) -> Drift | None:
+    return merge_adapter(str(model), str(adapter), str(output), **{"check_drift": False, **options})
+
+
+def merged_tensors(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of every weights file, read by the safetensors library."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        loaded = load_file(file)
+        assert not tensors.keys() & loaded.keys()
+        tensors.update(loaded)
+    assert tensors
+    return tensors
+
+
+def plain_merge(base: Path, adapter: Path, quant: QuantConfig | None) -> dict[str, Tensor]:
+    """fp32 dequant(W) + (alpha / rank) B A for each stored tensor, written out."""
+    weights = {name: tensor.float() for name, tensor in load_file(base / "model.safetensors").items()}
+    state = load_file(adapter / WEIGHTS)
+    description = json.loads((adapter / "adapter_config.json").read_text())
+    for name, weight in weights.items():
+        if quant is not None and name.endswith("_proj.weight"):
+            codes, quant_state = quantize_4bit(
+                weight, blocksize=64, compress_statistics=quant.double_quant, quant_type=quant.quant_type
+            )
+            weights[name] = reference.dequantize(SimpleNamespace(data=codes, quant_state=quant_state))
+    layers = {key.rpartition(".lora_")[0] for key in state}
+    for layer in layers:
+        A, B = (state[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+        name = layer.removeprefix("base_model.model.") + ".weight"
+        weights[name] = weights[name] + description["lora_alpha"] / description["r"] * (B @ A)
+    assert layers
+    return weights
+
+
+def assert_rounded(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Each tensor is the expected one in bf16; a sum on the edge between two bf16 numbers may fall either way."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert tensor.dtype is torch.bfloat16
+        rounded = expected[name].to(torch.bfloat16)
+        assert (tensor == rounded).float().mean() > 0.999, name
+        assert ((tensor.float() - expected[name]).abs() <= BF16_ROUNDING * expected[name].abs() + 1e-7).all(), name
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(IDS).logits
+
+
+def load_merged(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+
+def everything_below(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+# ---- values -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "quant", [QuantConfig(), QuantConfig("fp4"), QuantConfig(double_quant=False), None], ids=str
+)
+def test_merged_weights(llama: Path, tmp_path: Path, quant: QuantConfig | None) -> None:
+    """bf16(dequantized + s B A), for the quantization that the adapter's file names; None is a 16-bit base."""
+    adapter = make_adapter(llama, tmp_path / "adapter", quant, target_modules="all-linear")
+    merge(llama, adapter, tmp_path / "merged")
+    assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(llama, adapter, quant))
+
+
+def test_merging_onto_the_original(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """bf16(W + s B A), W as it was before quantization: another model than the default's."""
+    merge(llama, adapter, tmp_path / "original", base="original")
+    original = merged_tensors(tmp_path / "original")
+    assert_rounded(original, plain_merge(llama, adapter, None))
+    merge(llama, adapter, tmp_path / "dequantized")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    difference = relative_error(merged_tensors(tmp_path / "dequantized")[name].float(), original[name].float())
+    assert 0.05 < difference < 0.15  # NF4's error on Gaussian weights is 0.09
+
+
+def test_merged_model_computes_what_the_adapter_does(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """transformers' own model on the saved weights against base + adapter: bf16 rounding of the weights apart."""
+    from qlora.adapter import load_adapter
+
+    network = load_base_model(str(llama), compute_dtype="float32", cache=False)
+    plain = logits(network)
+    load_adapter(network, adapter)
+    expected = logits(network)
+    merge(llama, adapter, tmp_path / "merged")
+    assert relative_error(logits(load_merged(tmp_path / "merged")), expected) < 5 * BF16_ROUNDING
+    assert relative_error(plain, expected) > 0.1
+
+
+def test_adapter_of_peft(llama: Path, tmp_path: Path) -> None:
+    """It does not say how its base was quantized; NF4 with double quantization is taken."""
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS)  # drops our metadata
+    assert adapter_quantization(str(adapter)) == QuantConfig()
+    merge(llama, adapter, tmp_path / "merged")
+    assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(llama, adapter, QuantConfig()))
+
+
+def test_prequantized_base(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """A bitsandbytes checkpoint merges to the same weights, and nothing of its quantization stays."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    source = AutoModelForCausalLM.from_pretrained(llama, quantization_config=options, dtype=torch.float32)
+    source.save_pretrained(tmp_path / "prequantized")
+    tiny_tokenizer().save_pretrained(tmp_path / "prequantized")
+    merge(tmp_path / "prequantized", adapter, tmp_path / "merged")
+    assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(llama, adapter, QuantConfig()))
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("target", ["attn.c_proj", "c_attn", "c_fc"])
+def test_gpt2(tmp_path: Path, target: str) -> None:
+    """Conv1D stores (in, out): the update is transposed. attn.c_proj is square, so a mistake would still fit."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = dict(n_embd=64, n_layer=2, n_head=4, vocab_size=300, n_positions=512)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=2))
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
+    model.save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    adapter = make_adapter(tmp_path / "gpt2", tmp_path / "adapter", None, target_modules=target)
+    merge(tmp_path / "gpt2", adapter, tmp_path / "merged")
+    state = load_file(adapter / WEIGHTS)
+    merged, stored = merged_tensors(tmp_path / "merged"), load_file(tmp_path / "gpt2" / "model.safetensors")
+    changed = {key.rpartition(".lora_")[0].removeprefix("base_model.model.") for key in state}
+    assert len(changed) == 2
+    for layer in changed:
+        A, B = (state[f"base_model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
+        expected = stored[f"{layer}.weight"] + 6.0 / 4 * (B @ A).T
+        assert relative_error(merged[f"{layer}.weight"].float(), expected) < BF16_ROUNDING
+
+
+# ---- the directory ----------------------------------------------------------------------------------------
+
+
+def test_sharded_output(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """The same tensors as in one file, in files of at most the given size, and an index that is complete."""
+    merge(llama, adapter, tmp_path / "single")
+    merge(llama, adapter, tmp_path / "sharded", max_shard_size=60_000)
+    files = sorted((tmp_path / "sharded").glob("*.safetensors"))
+    assert len(files) > 3
+    assert [file.name for file in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    single, sharded = merged_tensors(tmp_path / "single"), merged_tensors(tmp_path / "sharded")
+    assert all(torch.equal(sharded[name], tensor) for name, tensor in single.items())
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == single.keys() == sharded.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in single.values())
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            names = list(opened.keys())
+        assert {index["weight_map"][name] for name in names} == {file.name}
+        assert sum(single[name].nbytes for name in names) <= 60_000 and names
+    assert torch.equal(logits(load_merged(tmp_path / "sharded")), logits(load_merged(tmp_path / "single")))
+    assert not (tmp_path / "single" / "model.safetensors.index.json").exists()
+
+
+def test_tensor_larger_than_a_shard(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """It gets a file of its own."""
+    merge(llama, adapter, tmp_path / "merged", max_shard_size=1)
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(merged_tensors(tmp_path / "merged"))
+
+
+def test_ordinary_model_directory(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """transformers loads and generates with it, in bf16; no trace of 4 bits; readable as the umask says."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merge(llama, adapter, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config and config["architectures"] == ["LlamaForCausalLM"]
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    assert {tensor.dtype for tensor in merged_tensors(tmp_path / "merged").values()} == {torch.bfloat16}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype is torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    messages = [{"role": "user", "content": "Hi"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+    tokens = model.generate(**ids, max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=3)
+    assert tokens.shape == (1, ids["input_ids"].shape[1] + 5)
+    assert "model.safetensors" in os.listdir(tmp_path / "merged")
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in (tmp_path / "merged").iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~umask, file.name
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_tied_stays_tied(tmp_path: Path) -> None:
+    tied = save_tiny_llama(tmp_path / "tied", tie_word_embeddings=True, tokenizer=tiny_tokenizer())
+    adapter = make_adapter(tied, tmp_path / "adapter")
+    merge(tied, adapter, tmp_path / "merged")
+    assert "lm_head.weight" not in merged_tensors(tmp_path / "merged")
+    model = load_merged(tmp_path / "merged")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(tied, adapter, QuantConfig()))
+
+
+def test_tokenizer_and_chat_template_travel(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    merge(llama, adapter, tmp_path / "merged")
+    before, after = (AutoTokenizer.from_pretrained(path) for path in (llama, tmp_path / "merged"))
+    messages = [{"role": "user", "content": "Hi, you"}, {"role": "assistant", "content": "Hello"}]
+    assert after.apply_chat_template(messages) == before.apply_chat_template(messages)
+    assert after.special_tokens_map == before.special_tokens_map and after.eos_token == "<|im_end|>"
+    assert after.encode("some text") == before.encode("some text")
+
+
+def test_tokenizer_without_template_gets_the_one_trained_with(tmp_path: Path) -> None:
+    """Others then prompt the merged model as it was trained: byte for byte our own prompt."""
+    from transformers import AutoTokenizer
+
+    from qlora.tokenize import encode_prompt
+
+    plain = tiny_tokenizer(chat_template=False, add_bos=True)
+    base = save_tiny_llama(tmp_path / "base", tokenizer=plain)
+    assert AutoTokenizer.from_pretrained(base).chat_template is None
+    merge(base, make_adapter(base, tmp_path / "adapter"), tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    messages = [{"role": "user", "content": "What is 2 + 2?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert ids == encode_prompt(messages, plain)
+
+
+def test_invalid_generation_config_travels(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """A temperature without sampling, as LLaMA-2's own, which transformers may refuse to save: copied."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    text = json.dumps({"temperature": 0.6, "do_sample": False, "eos_token_id": [2, 5], "max_new_tokens": 9})
+    (base / "generation_config.json").write_text(text)
+    merge(base, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "generation_config.json").read_text() == text
+    assert load_merged(tmp_path / "merged").generation_config.eos_token_id == [2, 5]
+
+
+def test_model_card(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """It names the base, the adapter's size, the weights merged onto and the drift."""
+    drift = merge(llama, adapter, tmp_path / "merged", check_drift=True)
+    text = (tmp_path / "merged" / "README.md").read_text()
+    assert text.startswith("---\n")
+    for part in ("rank 4, alpha 6", "dequantized (nf4, double quantization True)", f"`{llama.name}`", str(drift)):
+        assert part in text
+    merge(llama, adapter, tmp_path / "unmeasured", base="original")
+    text = (tmp_path / "unmeasured" / "README.md").read_text()
+    assert "not measured" in text and "original" in text
+
+
+# ---- the drift --------------------------------------------------------------------------------------------
+
+
+def test_drift_against_the_plain_formula() -> None:
+    """KL(p || q) = sum p (log p - log q), position by position; texts of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    expected = [3 * torch.randn(n, 11, generator=generator) for n in (4, 1, 7)]
+    actual = [tensor + 1.5 * torch.randn(tensor.shape, generator=generator) for tensor in expected]
+    divergences, same, largest = [], 0, 0.0
+    for one, other in zip(expected, actual, strict=True):
+        for x, y in zip(one.tolist(), other.tolist(), strict=True):
+            p = [math.exp(v) / sum(map(math.exp, x)) for v in x]
+            q = [math.exp(v) / sum(map(math.exp, y)) for v in y]
+            divergences.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+            same += x.index(max(x)) == y.index(max(y))
+            largest = max(largest, *(abs(a - b) for a, b in zip(x, y, strict=True)))
+    drift = compare_logits(expected, actual)
+    assert drift.mean_kl == pytest.approx(sum(divergences) / 12, rel=1e-9)
+    assert drift.max_logit_difference == pytest.approx(largest, rel=1e-9)
+    assert drift.num_tokens == 12 and 0 < same < 12 and drift.greedy_agreement == pytest.approx(same / 12)
+    assert drift.mean_kl > 0.01
+    assert compare_logits(actual, expected).mean_kl != drift.mean_kl
+    reported = str(Drift(1.5e-4, 0.25, 0.975, 40))
+    assert "1.50e-04 nats" in reported and "0.250" in reported and "97.5% of 40" in reported
+
+
+def test_no_drift_of_equal_logits() -> None:
+    values = [torch.randn(5, 7)]
+    assert compare_logits(values, [tensor.clone() for tensor in values]) == Drift(0.0, 0.0, 1.0, 5)
+
+
+def exact_in_bf16(shape: torch.Size, seed: int) -> Tensor:
+    """Multiples of 1/256 below 1/4: seven bits, so that adding a few of them stays exact in bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-50, 51, shape, generator=generator) / 256
+
+
+def test_no_drift_where_bf16_is_exact(tmp_path: Path) -> None:
+    """A 16-bit base and an update that are exact in bf16 merge without a trace: what is left is the order of
+    fp32 sums, (W + s B A) x against W x + s B (A x)."""
+    from transformers import LlamaForCausalLM
+
+    base = save_tiny_llama(tmp_path / "base", tokenizer=tiny_tokenizer())
+    model = LlamaForCausalLM(tiny_llama_config())
+    for seed, parameter in enumerate(model.parameters()):
+        parameter.data = (
+            torch.ones_like(parameter) if parameter.dim() == 1 else exact_in_bf16(parameter.shape, seed)
+        )
+    model.save_pretrained(base)
+    network = load_base_model(str(base), use_4bit=False, compute_dtype="float32")
+    adapted = get_lora_model(network, LoRAConfig(rank=4, alpha=8.0, adapter_dtype="float32"))
+    for A, B in zip(*[iter(adapted.lora_parameters())] * 2, strict=True):
+        A.data = torch.eye(4, A.shape[1])  # one feature each: the update is four columns of s B
+        B.data = exact_in_bf16(B.shape, B.shape[0])
+    adapted.save(tmp_path / "adapter")
+    drift = merge(base, tmp_path / "adapter", tmp_path / "merged", check_drift=True)
+    assert drift is not None and drift.num_tokens > 100
+    assert drift.mean_kl < 1e-9 and drift.max_logit_difference < 1e-4 and drift.greedy_agreement == 1.0
+
+
+def test_drift_of_the_two_bases(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """bf16 rounding for the dequantized base, the whole of NF4's error for the original one."""
+    dequantized = merge(llama, adapter, tmp_path / "dequantized", check_drift=True)
+    original = merge(llama, adapter, tmp_path / "original", check_drift=True, base="original")
+    assert dequantized is not None and original is not None
+    assert 0 < dequantized.mean_kl < 1e-3
+    assert original.mean_kl > 20 * dequantized.mean_kl
+    assert original.max_logit_difference > dequantized.max_logit_difference > 0
+
+
+# ---- what is refused --------------------------------------------------------------------------------------
+
+
+def test_output_that_exists(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "precious").write_text("mine")
+    with pytest.raises(InputError, match=r"merged exists already; remove it or choose another"):
+        merge(llama, adapter, tmp_path / "merged")
+    assert everything_below(tmp_path) == {"merged", "merged/precious"}
+
+
+def damage_adapter(directory: Path, change: Any) -> None:
+    state = load_file(directory / WEIGHTS)
+    change(state)
+    save_file(state, directory / WEIGHTS)
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+DAMAGES = {
+    "half of a pair": lambda state: state.pop(f"{Q0}.lora_B.weight"),
+    "NaN": lambda state: state[f"{Q0}.lora_B.weight"].fill_(torch.nan),
+    "infinity": lambda state: state[f"{Q0}.lora_A.weight"].fill_(torch.inf),
+    "misshapen": lambda state: state.update({f"{Q0}.lora_A.weight": torch.ones(4, 65)}),
+    "ranks differ": lambda state: state.update({f"{Q0}.lora_A.weight": torch.ones(3, 64)}),
+    "another rank": lambda state: state.update(
+        {f"{Q0}.lora_A.weight": torch.ones(8, 64), f"{Q0}.lora_B.weight": torch.ones(64, 8)}
+    ),
+    "no such layer": lambda state: state.update(
+        {f"{Q0}x.lora_A.weight": torch.ones(4, 64), f"{Q0}x.lora_B.weight": torch.ones(64, 4)}
+    ),
+}
+
+
+@pytest.mark.parametrize("check_drift", [False, True])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_adapter(llama: Path, adapter: Path, tmp_path: Path, damage: str, check_drift: bool) -> None:
+    """Named whether or not the drift is measured, and nothing is left where the output would have been."""
+    broken = Path(shutil.copytree(adapter, tmp_path / "broken"))
+    damage_adapter(broken, DAMAGES[damage])
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj"):
+        merge(llama, broken, tmp_path / "merged", check_drift=check_drift)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+@pytest.mark.parametrize("change", [dict(hidden_size=128), dict(num_hidden_layers=1)], ids=["width", "depth"])
+@pytest.mark.parametrize("check_drift", [False, True])
+def test_adapter_of_another_base(adapter: Path, tmp_path: Path, change: dict[str, int], check_drift: bool) -> None:
+    other = save_tiny_llama(tmp_path / "other", tokenizer=tiny_tokenizer(), **change)
+    with pytest.raises(InputError, match=str(adapter)):
+        merge(other, adapter, tmp_path / "merged", check_drift=check_drift)
+    assert {path.name for path in tmp_path.iterdir()} == {"other"}
+
+
+def test_original_of_a_16bit_base(llama: Path, tmp_path: Path) -> None:
+    """Without 4 bits both are the same weights."""
+    adapter = make_adapter(llama, tmp_path / "adapter", None)
+    for base in ("dequantized", "original"):
+        merge(llama, adapter, tmp_path / base, base=base)
+    ours, theirs = (merged_tensors(tmp_path / base) for base in ("dequantized", "original"))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_failing_disk_leaves_nothing(
+    llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever part is written when it happens."""
+    for part in ("_write_safetensors", "_write_metadata", "_model_card"):
+
+        def fail(*args: Any) -> None:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(qlora.merge, part, fail)
+            with pytest.raises(OSError, match="No space left"):
+                merge(llama, adapter, tmp_path / "merged")
+        assert list(tmp_path.iterdir()) == []
+
+
+# ---- the command ------------------------------------------------------------------------------------------
+
+
+def command(*argv: str) -> int:
+    return run(command_line.main, ["merge", *argv])
+
+
+def test_command(llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is the one that the adapter names; the drift is printed, or left out by --no-drift."""
+    assert command("--adapter", str(adapter), "--output-dir", str(tmp_path / "a"), "--max-shard-gb", "0.0001") == 0
+    printed = capsys.readouterr().out
+    assert f"merged model in {tmp_path / 'a'}" in printed and "drift from base + adapter: KL" in printed
+    assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
+    argv = ["--adapter", str(adapter), "--model", str(llama), "--base", "original", "--no-drift"]
+    assert command(*argv, "--output-dir", str(tmp_path / "b")) == 0
+    assert "drift" not in capsys.readouterr().out
+    assert_rounded(merged_tensors(tmp_path / "a"), plain_merge(llama, adapter, QuantConfig()))
+    assert_rounded(merged_tensors(tmp_path / "b"), plain_merge(llama, adapter, None))
+
+
+def test_command_with_wrong_inputs(
+    llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2, one line, nothing written."""
+    nameless = Path(shutil.copytree(adapter, tmp_path / "nameless"))
+    description = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps({**description, "base_model_name_or_path": ""}))
+    truncated = Path(shutil.copytree(adapter, tmp_path / "truncated"))
+    os.truncate(truncated / WEIGHTS, 100)
+    output = ["--output-dir", str(tmp_path / "merged")]
+    for argv, message in [
+        (["--adapter", str(nameless)], "names no base; pass --model"),
+        (["--adapter", str(truncated)], "is not a whole safetensors file"),
+        (["--adapter", str(truncated), "--model", str(llama)], "is not a whole safetensors file"),
+        (["--adapter", str(adapter), "--model", "/no/such/base"], "/no/such/base does not exist"),
+        (["--adapter", str(tmp_path / "none"), "--model", str(llama)], "has no adapter_config.json"),
+        (["--adapter", str(adapter), "--output-dir", str(nameless)], "exists already"),
+    ]:
+        assert command(*output, *argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert {path.name for path in tmp_path.iterdir()} == {"nameless", "truncated"}
+
+
+# ---- memory -----------------------------------------------------------------------------------------------
+
+# Peak from /proc: a child's ru_maxrss starts at the peak of the process that started it.
+MEASURE_MERGING = """
+import re, sys
+from qlora.merge import merge_adapter
+peak = lambda: 1024 * int(re.search("VmHWM:(.*) kB", open("/proc/self/status").read())[1])
+tiny, tiny_adapter, large, adapter, output = sys.argv[1:]
+merge_adapter(tiny, tiny_adapter, output + "-tiny", check_drift=False)  # libraries, kernels
+before = peak()
+merge_adapter(large, adapter, output, check_drift=False)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_stays_near_one_tensor(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """A model of 250 MB in fp32 (125 MB merged) whose largest tensor is 17 MB: 60 to 117 MB seen.
+
+    One tensor in fp32, its codes and its bf16 copy; the rest is freed memory that malloc keeps (tensors below
+    32 MB come from its heap). Holding the merged model as well would make it 185 MB or more.
+    """
+    from transformers import LlamaForCausalLM
+
+    sizes = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, num_key_value_heads=8)
+    config = tiny_llama_config(**sizes, num_hidden_layers=4, vocab_size=4096)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    pool = torch.randn(4096 * 1024, generator=torch.Generator().manual_seed(0)) * 0.02
+    tensors = {name: pool[: shape.numel()].clone().view(shape) for name, shape in shapes.items()}
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    assert sum(tensor.nbytes for tensor in tensors.values()) > 230e6
+    large, large_adapter = tmp_path / "large", tmp_path / "adapter"
+    tiny_tokenizer().save_pretrained(large)
+    config.save_pretrained(large)
+    save_file(tensors, large / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(adapter, large_adapter)
+    layer = "base_model.model.model.layers.2.mlp.up_proj"
+    A, B = 0.1 * torch.randn(4, 1024), 0.1 * torch.randn(2816, 4)
+    save_file({f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}, large_adapter / WEIGHTS)
+
+    paths = [str(path) for path in (llama, adapter, large, large_adapter, tmp_path / "merged")]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE_MERGING, *paths],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    growth = int(result.stdout)
+    assert growth < 4 * largest + 80e6 < 150e6, f"{growth / 1e6:.0f} MB"
+    merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.2.mlp.up_proj.weight"]
+    name = "model.layers.2.mlp.up_proj.weight"
+    codes, state = quantize_4bit(tensors[name], blocksize=64, compress_statistics=True, quant_type="nf4")
+    dequantized = reference.dequantize(SimpleNamespace(data=codes, quant_state=state))
+    assert relative_error(merged.float(), dequantized + 1.5 * (B @ A)) < BF16_ROUNDING
