@@ -33,7 +33,7 @@ def merge(argv: Sequence[str]) -> None:
     config = parse_args(MergeConfig, "python -m qlora merge", argv)
     if config.adapter is None:
         raise InputError("No adapter given; pass --adapter with the output directory of a run.")
-    if config.max_shard_gb <= 0:
+    if not config.max_shard_gb > 0:
         raise InputError(f"max_shard_gb is {config.max_shard_gb}; give --max-shard-gb a number above 0.")
     from qlora.adapter import read_adapter
     from qlora.merge import GB, merge_adapter

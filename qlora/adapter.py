@@ -25,6 +25,7 @@ from qlora.lora import (
     ParameterSummary,
     freeze_base,
     inject_lora,
+    linear_layers,
     load_lora_state_dict,
     lora_layers,
     lora_parameters,
@@ -33,6 +34,7 @@ from qlora.lora import (
     parameter_summary,
     unmerge_lora,
 )
+from qlora.quantize import logical_shape
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -50,6 +52,12 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
     "use_qalora": (None, False),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    # Strings here may name a start that changed the base (PiSSA, LoftQ, OLoRA, ...); these did not.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -84,12 +92,11 @@ def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, ba
         "init_lora_weights": True if config.init == "kaiming" else config.init,
         "inference_mode": True,
     }
-    with new_file(directory / WEIGHTS) as file:
-        quantization = getattr(model, "quantization", None)
-        metadata = {"format": "pt", "base_quantization": json.dumps(quantization and asdict(quantization))}
-        save_file(state, file, metadata=metadata)
-    with new_file(directory / CONFIG) as file:
-        file.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    quantization = getattr(model, "quantization", None)
+    metadata = {"format": "pt", "base_quantization": json.dumps(quantization and asdict(quantization))}
+    with new_file(directory / CONFIG) as config_file, new_file(directory / WEIGHTS) as weights_file:
+        save_file(state, weights_file, metadata=metadata)
+        config_file.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
     written = load_file(directory / WEIGHTS)
     if written.keys() != state.keys() or not all(torch.equal(written[k], t) for k, t in state.items()):
         raise RuntimeError(f"{directory / WEIGHTS} does not hold what was written; the disk may be failing.")
@@ -127,6 +134,8 @@ def read_adapter(directory: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], 
         raise InputError(
             f"{directory / WEIGHTS} is not a whole safetensors file ({error}); save the adapter again."
         ) from error
+    if not isinstance(description, dict):
+        raise InputError(f"{directory / CONFIG} holds no JSON object; save the adapter again.")
     kind = description.get("peft_type")
     used = [k for k, neutral in UNSUPPORTED.items() if description.get(k) not in neutral]
     if kind != "LORA" or used:
@@ -160,37 +169,49 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
     Raises:
         InputError: every mismatch at once; the model is then unchanged.
     """
+    layers = lora_layers(model)
+    if any(layer.merged_weight is not None for layer in layers.values()):
+        raise RuntimeError("The adapter is merged; call unmerge before loading another.")
     config, state, description = read_adapter(directory)
-    if not lora_layers(model):
-        _check_fits(model, state, str(directory))
+    if not layers:
+        shapes = {name: logical_shape(layer) for name, layer in linear_layers(model).items()}
+        check_adapter(state, config.rank, shapes, str(directory))
         inject_lora(model, config)
     load_lora_state_dict(model, state, origin=str(directory))
+    for layer in lora_layers(model).values():
+        layer.alpha, layer.dropout = config.alpha, config.dropout
     freeze_base(model)
     targets = description.get("target_modules")
     config.target_modules = ",".join(targets) if isinstance(targets, list) else config.target_modules
     return config
 
 
-def _check_fits(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Compare names and shapes with the base before anything is injected."""
-    from qlora.lora import linear_layers
-    from qlora.quantize import logical_shape
+def check_adapter(state: dict[str, Tensor], rank: int, shapes: dict[str, tuple[int, int]], origin: str) -> None:
+    """Compare an adapter's tensors with the layers of a base, before anything is changed.
 
-    layers = linear_layers(model)
+    Args:
+        shapes: qualified name -> (out, in) of every layer that an adapter could be for.
+    Raises:
+        InputError: lists every unknown layer, missing half, wrong shape or rank, and non-finite value.
+    """
     problems = []
-    for key, tensor in sorted(state.items()):
-        name, _, part = key.rpartition(".lora_")
-        if name not in layers:
-            problems.append(f"{name} is no linear layer of this model")
-        else:
-            rows, columns = logical_shape(layers[name])
-            side, wanted = (1, columns) if part.startswith("A") else (0, rows)
-            if tensor.dim() != 2 or tensor.shape[side] != wanted:
-                problems.append(f"{key} is {tuple(tensor.shape)} but its layer is ({rows}, {columns})")
+    for layer in sorted({key.rpartition(".lora_")[0] for key in state}):
+        if layer not in shapes:
+            problems.append(f"{layer} is no linear layer of this model")
+            continue
+        rows, columns = shapes[layer]
+        for part, wanted in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
+            key = f"{layer}.{part}.weight"
+            if key not in state:
+                problems.append(f"missing {key}")
+            elif tuple(state[key].shape) != wanted:
+                shape = tuple(state[key].shape)
+                problems.append(f"{key} is {shape} but its layer is ({rows}, {columns}) and the rank {rank}")
+            elif not torch.isfinite(state[key]).all():
+                problems.append(f"{key} holds NaN or infinity")
     if problems:
-        raise InputError(
-            f"The adapter in {origin} was made for another base: {'; '.join(dict.fromkeys(problems))}."
-        )
+        listed = "; ".join(problems)
+        raise InputError(f"The adapter in {origin} is damaged or was made for another base: {listed}.")
 
 
 class LoRAModel(nn.Module):
@@ -226,14 +247,9 @@ class LoRAModel(nn.Module):
         save_adapter(self.model, directory, self.lora_config, self.base_model)
 
     def load(self, directory: str | Path) -> None:
-        """Take over the values (and alpha) of a saved adapter that fits; every mismatch is an error."""
-        if self.is_merged:
-            raise RuntimeError("The adapter is merged; call unmerge before loading another.")
-        config, state, _ = read_adapter(directory)
-        load_lora_state_dict(self.model, state, origin=str(directory))
-        for layer in lora_layers(self.model).values():
-            layer.alpha = config.alpha
-        self.lora_config.alpha = config.alpha
+        """Take over the values (and alpha) of a saved adapter of the same layers; every mismatch is an error."""
+        config = load_adapter(self.model, directory)
+        self.lora_config.alpha, self.lora_config.dropout = config.alpha, config.dropout
 
     def merge(self) -> None:
         """Compute with merged dense weights from here on; training is then an error."""

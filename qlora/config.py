@@ -7,6 +7,7 @@ The command line is generated from these classes (field `max_length` is the flag
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -59,7 +60,7 @@ class LoRAConfig:
             self.target_modules = ",".join(self.target_modules)
         if self.rank < 1:
             raise InputError(f"rank is {self.rank}; give --rank a whole number of 1 or more.")
-        if self.alpha <= 0:
+        if not 0 < self.alpha < math.inf:
             raise InputError(f"alpha is {self.alpha}; give --alpha a number above 0.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout is {self.dropout}; give --dropout a number from 0 up to, not including, 1.")
@@ -146,10 +147,11 @@ class TrainConfig:
             ("max_steps", 0), ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("warmup_steps", 0),
             ("weight_decay", 0), ("max_grad_norm", 0), ("eval_every", 0), ("save_every", 0), ("seed", 0),
         ):  # fmt: skip
-            if getattr(self, name) < low:
+            value = getattr(self, name)
+            if not low <= value or (name == "weight_decay" and value == math.inf):
                 flag = name.replace("_", "-")
                 raise InputError(f"{name} is {getattr(self, name)}; give --{flag} {low} or more.")
-        if not 0 < self.learning_rate < float("inf"):
+        if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; give --learning-rate a number above 0.")
 
 
@@ -171,7 +173,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; give --max-new-tokens 1 or more.")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; give --temperature 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; give --top-p a number above 0, at most 1.")
@@ -270,6 +272,8 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
         elif isinstance(value, (dict, list)) and not (isinstance(value, list) and name == "target_modules"):
             raise InputError(f"The config file {file} gives {key} as {value!r}; write a single value.")
         elif value is not None:
+            if isinstance(value, bool):  # YAML reads a bare on or off as a boolean
+                value = "on" if value else "off"
             text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            flags += [f"--{flag}", text]
+            flags.append(f"--{flag}={text}")
     return flags

@@ -6,8 +6,11 @@ import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
+
+from qlora.errors import InputError
 
 GIB = 2**30
 
@@ -27,8 +30,11 @@ def choose_compute_dtype(name: str, device: torch.device, hidden_size: int) -> t
         name: "auto", "float32" or "bfloat16".
         hidden_size: of the model; the measured product is (512, hidden) x (hidden, 4 hidden).
     """
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if name in named:
+        return named[name]
     if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+        raise InputError(f"compute_dtype is {name!r}; choose auto, float32 or bfloat16.")
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
@@ -61,5 +67,9 @@ def peak_memory_gib(device: torch.device) -> float:
     """Highest memory use so far: the CUDA allocator's, or the process's peak resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    # The kernel's figure for this process; ru_maxrss would begin at the peak of the process that started it.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB

@@ -4,20 +4,23 @@ Per token and layer of a LLaMA block, with D hidden, Q = heads x head_dim, K = k
 width and c the bytes of the compute dtype, the backward pass keeps:
 
     8 D                            the two norms' inputs, in fp32
-    c (D + 2 Q + 2 K + 3 F)        the adapters' input; q, k, v and the attention's output; gate, its
-                                   activation and up
+    c (2 Q + 2 K + 3 F)            q, k, v and the attention's output; gate, its activation and up
+    c D                            input of adapted q, k, v; the same again for adapted gate, up
+    c F                            input of an adapted down
 
 Under checkpointing a layer keeps only its input, c D, and one layer at a time is held in full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from qlora.device import GIB
+from qlora.lora import lora_layers
 
 CHECKPOINTING_SHARE = 0.5  # of the free memory that activations may take before layers are recomputed
 
@@ -42,24 +45,36 @@ class MemoryPlan:
         return f"{self.total / GIB:.2f} GiB planned ({parts})"
 
 
-def activation_bytes(config: Any, num_tokens: int, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass."""
+def activation_bytes(
+    config: Any,
+    num_tokens: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    adapted: Collection[str] = ("q_proj", "v_proj"),
+) -> int:
+    """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass.
+
+    Args:
+        adapted: last names of the layers with an adapter.
+    """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    layer = 8 * hidden + dtype.itemsize * (hidden + 2 * queries + 2 * keys + 3 * mlp)
+    inputs = hidden * (not {"q_proj", "k_proj", "v_proj"}.isdisjoint(adapted))
+    inputs += hidden * (not {"gate_proj", "up_proj"}.isdisjoint(adapted)) + mlp * ("down_proj" in adapted)
+    layer = 8 * hidden + dtype.itemsize * (inputs + 2 * queries + 2 * keys + 3 * mlp)
     if checkpointing:
         return num_tokens * (layers * dtype.itemsize * hidden + layer)
     return num_tokens * layers * layer
 
 
-def wants_checkpointing(mode: str, config: Any, num_tokens: int, dtype: torch.dtype, available: int) -> bool:
-    """Resolve "auto": recompute only if the activations would take over half of the `available` bytes."""
+def wants_checkpointing(mode: str, needed: int, available: int) -> bool:
+    """Resolve "auto": recompute only if `needed` bytes of activations are over half of the `available` ones."""
     if mode != "auto":
         return mode == "on"
-    return activation_bytes(config, num_tokens, dtype, checkpointing=False) > CHECKPOINTING_SHARE * available
+    return needed > CHECKPOINTING_SHARE * available
 
 
 def plan_memory(
@@ -69,6 +84,7 @@ def plan_memory(
 
     The optimizer counts fp32 masters of bf16 adapters and two fp32 moments.
     """
+    adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
@@ -82,6 +98,6 @@ def plan_memory(
         adapters=sum(p.numel() * p.itemsize for p in trainable),
         gradients=4 * count,
         optimizer=masters + 8 * count,
-        activations=activation_bytes(config, num_tokens, dtype, checkpointing),
+        activations=activation_bytes(config, num_tokens, dtype, checkpointing, adapted),
         logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize),
     )

@@ -18,20 +18,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from qlora.adapter import load_adapter, read_adapter
+from qlora.adapter import check_adapter, load_adapter, read_adapter
 from qlora.errors import InputError
 from qlora.files import new_directory
+from qlora.lora import linear_layers
 from qlora.model import (
     dequantized_weights,
+    empty_model,
     load_base_model,
     load_config,
     load_tokenizer,
     metadata_directory,
     weight_shapes,
 )
-from qlora.quantize import QuantConfig
+from qlora.quantize import QuantConfig, logical_shape
 from qlora.tokenize import encode_prompt, fallback_template
 
 GB = 10**9
@@ -89,9 +91,14 @@ def merge_adapter(
         raise InputError(f"--output-dir {target} exists already; remove it or choose another.")
     lora, state, _ = read_adapter(adapter)
     quant = adapter_quantization(adapter)
+    network = empty_model(model)
+    layers = linear_layers(network)
+    check_adapter(state, lora.rank, {name: logical_shape(layer) for name, layer in layers.items()}, adapter)
+    flipped = {name for name, layer in layers.items() if not isinstance(layer, nn.Linear)}  # Conv1D: (in, out)
     with new_directory(target) as staging:
-        weights = _merged_weights(model, state, lora.alpha / lora.rank, quant, base == "original", adapter)
-        _write_shards(weights, weight_shapes(model), staging, max_shard_size)
+        dense = dequantized_weights(model, quant, original=base == "original")
+        weights = _merged_weights(dense, state, lora.alpha / lora.rank, flipped)
+        _write_shards(weights, weight_shapes(network), staging, max_shard_size)
         _write_metadata(model, staging)
         drift = _measure_drift(model, adapter, quant, str(staging)) if check_drift else None
         (staging / "README.md").write_text(_model_card(model, adapter, lora.rank, lora.alpha, base, quant, drift))
@@ -114,29 +121,16 @@ def adapter_quantization(adapter: str) -> QuantConfig | None:
 
 
 def _merged_weights(
-    model: str,
-    state: dict[str, Tensor],
-    scaling: float,
-    quant: QuantConfig | None,
-    original: bool,
-    adapter: str,
+    dense: Iterator[tuple[str, Tensor]], state: dict[str, Tensor], scaling: float, flipped: set[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, bf16 tensor) of every parameter, the adapter added where it has something."""
-    pending = {key.rpartition(".lora_")[0] for key in state}
-    for name, weight in dequantized_weights(model, quant, original):
+    for name, weight in dense:
         layer = name.removesuffix(".weight")
-        if layer in pending:
+        if f"{layer}.lora_A.weight" in state:
             A, B = state[f"{layer}.lora_A.weight"].float(), state[f"{layer}.lora_B.weight"].float()
-            if (B.shape[0], A.shape[1]) != tuple(weight.shape):
-                shape = (B.shape[0], A.shape[1])
-                raise InputError(
-                    f"The adapter in {adapter} is {shape} at {layer}, the base {tuple(weight.shape)}."
-                )
-            weight.addmm_(B, A, alpha=scaling)
-            pending.remove(layer)
+            update = scaling * (B @ A)
+            weight += update.T if layer in flipped else update
         yield name, weight.to(torch.bfloat16)
-    if pending:
-        raise InputError(f"The adapter in {adapter} has layers that {model} lacks: {', '.join(sorted(pending))}.")
 
 
 def _write_shards(
@@ -209,8 +203,9 @@ def _write_metadata(model: str, directory: Path) -> None:
 def _measure_drift(model: str, adapter: str, quant: QuantConfig | None, merged: str) -> Drift:
     """Run both models over DRIFT_PROMPTS in fp32, one after the other."""
     tokenizer = load_tokenizer(merged)
-    prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer) for text in DRIFT_PROMPTS]
     network = load_base_model(model, quant is not None, quant, compute_dtype="float32")
+    context = network.config.max_position_embeddings
+    prompts = [encode_prompt([{"role": "user", "content": text}], tokenizer)[:context] for text in DRIFT_PROMPTS]
     load_adapter(network, adapter)
     expected = [network(torch.tensor([ids])).logits[0] for ids in prompts]
     del network

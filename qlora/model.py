@@ -32,6 +32,8 @@ from qlora.quantize import (
     Params4bit,
     QuantConfig,
     dequantize_weight,
+    frozen_conv1d,
+    packed_shape,
     packed_tensors,
     quantization_of,
     quantize_weight,
@@ -41,54 +43,66 @@ from qlora.quantize import (
 CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout changes
 GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
 # Buffers that old checkpoints stored; today's modules compute them.
-STORED_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 # ---- where weights come from ------------------------------------------------------------------------------
 
 
 class SafetensorsSource:
-    """Weights of a Hugging Face directory: model.safetensors, or shards and their index."""
+    """Weights of a Hugging Face directory: model.safetensors, or shards and their index.
 
-    def __init__(self, directory: Path) -> None:
+    Tensors are read into fresh memory, gone when dropped; with `map_files` they are views of the mapped files.
+    """
+
+    def __init__(self, directory: Path, map_files: bool = False) -> None:
         from safetensors import SafetensorError, safe_open
 
         self.path = directory
-        index = directory / "model.safetensors.index.json"
-        if index.is_file():
-            shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
-            if any(Path(shard).name != shard for shard in shards):
-                raise InputError(f"{index} names a shard outside its directory; the file is not to be trusted.")
-            self.files = [directory / shard for shard in shards]
-        else:
-            self.files = [directory / "model.safetensors"]
+        self.files = _weight_files(directory)
         self._file_of: dict[str, Any] = {}
         for file in self.files:
-            if not file.is_file():
-                raise InputError(f"{file} is missing; a model directory needs its safetensors weights complete.")
             try:
-                handle = safe_open(file, framework="pt", backend="pread")
+                handle = safe_open(file, framework="pt", backend="mmap" if map_files else "pread")
             except SafetensorError as error:
                 raise InputError(
                     f"{file} is not a whole safetensors file ({error}); download it again."
                 ) from error
             self._file_of.update(dict.fromkeys(handle.keys(), handle))
         self.names = set(self._file_of)
+        marker = ".quant_state.bitsandbytes__"
+        self.packed = {name.partition(marker)[0]: name for name in self.names if marker in name}
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Logical shape: that of a 4-bit weight is recorded beside its codes."""
+        if name in self.packed:
+            return packed_shape(self.read(self.packed[name]))
         return tuple(self._file_of[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> Tensor:
-        """The tensor, read into fresh memory (not mapped, so it is gone when dropped)."""
         return self._file_of[name].get_tensor(name)
 
-    def map(self) -> None:
-        """Serve tensors as views of the memory-mapped files from here on."""
-        from safetensors import safe_open
 
-        for file in self.files:
-            handle = safe_open(file, framework="pt")
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold a model's weights, all of them there."""
+    if path.suffix == ".gguf":
+        return [path]
+    index = path / "model.safetensors.index.json"
+    files = _indexed_files(index) if index.is_file() else [path / "model.safetensors"]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is missing; a model directory needs its safetensors weights complete.")
+    return files
+
+
+def _indexed_files(index: Path) -> list[Path]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise InputError(f"{index} has no weight_map from tensors to files; download the model again.")
+    shards = sorted(set(weight_map.values()))
+    if any(Path(shard).name != shard for shard in shards):
+        raise InputError(f"{index} names a shard outside its directory; the file is not to be trusted.")
+    return [index.parent / shard for shard in shards]
 
 
 class GGUFSource:
@@ -102,12 +116,12 @@ class GGUFSource:
         from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
 
         self.path = file
-        self.files = [file]
+        self.packed: dict[str, str] = {}
         try:
             reader = GGUFReader(str(file))
+            architecture = str(reader.fields["general.architecture"].contents())
         except (ValueError, IndexError, KeyError) as error:
             raise InputError(f"{file} is not a whole GGUF file ({error}); download it again.") from error
-        architecture = str(reader.fields["general.architecture"].contents())
         if architecture not in GGUF_ARCHITECTURES:
             known = ", ".join(GGUF_ARCHITECTURES)
             raise InputError(f"{file} holds a {architecture} model; GGUF bases of {known} can be loaded.")
@@ -127,7 +141,6 @@ class GGUFSource:
             stored = f"{gguf_name}.{name.rpartition('.')[2]}"
             if stored in tensors:
                 self._tensors[name] = tensors.pop(stored)
-        tensors.pop("rope_freqs.weight", None)
         # What has no Hugging Face name keeps its own, and is reported as unexpected.
         self._tensors.update(tensors)
         self.names = set(self._tensors)
@@ -212,6 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def load_config(model: str) -> Any:
     """The transformers config of a model; custom code is never run."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = metadata_directory(model)
@@ -220,7 +234,7 @@ def load_config(model: str) -> Any:
         raise InputError(f"--model {model} brings code of its own to run; only built-in architectures load.")
     try:
         return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
         raise InputError(f"{path / 'config.json'} describes no model that loads: {_first_line(error)}.") from error
 
 
@@ -272,7 +286,7 @@ def _fingerprint(files: Iterable[Path], *parts: object) -> str:
     return digest.hexdigest()[:24]
 
 
-def _save_quantized(model: Any, config: Any, quant: QuantConfig, target: Path) -> None:
+def _save_quantized(model: Any, quant: QuantConfig, target: Path) -> None:
     """Write a quantized model as a bitsandbytes checkpoint that transformers could load too."""
     from safetensors.torch import save_file
 
@@ -292,7 +306,7 @@ def _save_quantized(model: Any, config: Any, quant: QuantConfig, target: Path) -
             staging / "model.safetensors",
             metadata={"format": "pt"},
         )
-        description = config.to_dict()
+        description = model.config.to_dict()
         description["quantization_config"] = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -330,26 +344,24 @@ def load_base_model(
     quant = quant or QuantConfig()
     device = torch.device(device)
     path = resolve_model(model)
-    config = load_config(model)
-    source = open_source(path)
-    prequantized = any(".quant_state.bitsandbytes__" in name for name in source.names)
-    cached = None
-    if prequantized:
-        if not use_4bit:
-            raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
-    elif use_4bit and cache:
-        cached = cache_directory() / f"base-{_fingerprint(source.files, quant)}"
-        if cached.is_dir():
-            source = SafetensorsSource(cached)
-            source.map()
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-
-    dtype = choose_compute_dtype(compute_dtype, device, config.hidden_size)
-    network = _empty_model(config)
+    files = _weight_files(path)
+    cached = cache_directory() / f"base-{_fingerprint(files, quant)}" if use_4bit and cache else None
+    if cached is not None and cached.is_dir():
+        try:
+            source: SafetensorsSource | GGUFSource = SafetensorsSource(cached, map_files=True)
+        except InputError as error:
+            raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
+    else:
+        source = open_source(path)
+        if source.packed:  # it is what a cache would hold
+            cached = None
+            if not use_4bit:
+                raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
+    network = empty_model(model)
+    dtype = choose_compute_dtype(compute_dtype, device, network.config.hidden_size)
     _fill(network, source, use_4bit, quant, device)
     if cached is not None and not cached.is_dir():
-        _save_quantized(network, config, quant, cached)
+        _save_quantized(network, quant, cached)
     _compute_in(network, dtype)
     network.compute_dtype = dtype
     network.quantization = _quantization_of(network)
@@ -357,12 +369,8 @@ def load_base_model(
     return network.eval()
 
 
-def weight_shapes(model: str) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, in the order of `dequantized_weights`; nothing but the config is read."""
-    return _expected_shapes(_empty_model(load_config(model)))
-
-
-def _expected_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+def weight_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, tied ones once, in the order of `dequantized_weights`."""
     tied = _tied_names(network)
     return {name: tuple(p.shape) for name, p in network.named_parameters() if name not in tied}
 
@@ -381,9 +389,9 @@ def dequantized_weights(
         InputError: as `load_base_model`; or the original of a checkpoint that is stored in 4 bits.
     """
     source = open_source(resolve_model(model))
-    network = _empty_model(load_config(model))
-    stored = _match_names(network, _expected_shapes(network), source)
-    blocks = _quantized_names(network) if quant is not None else set()
+    network = empty_model(model)
+    stored = _match_names(network, weight_shapes(network), source)
+    blocks = _names_to_quantize(network, source) if quant is not None else set()
     for name in stored:
         packed = _read_packed(source, stored[name], torch.device("cpu"))
         if packed is not None and original:
@@ -398,8 +406,13 @@ def dequantized_weights(
         yield name, dequantize_weight(packed, torch.float32)
 
 
-def _quantized_names(network: Any) -> set[str]:
-    """The weights that 4 bits are for: linear layers, the output head left out."""
+def _names_to_quantize(network: Any, source: SafetensorsSource | GGUFSource) -> set[str]:
+    """The weights to bring into 4 bits: linear layers, the output head left out.
+
+    None in a checkpoint that is quantized already: what it keeps in 16 bits it keeps on purpose.
+    """
+    if source.packed:
+        return set()
     head = network.get_output_embeddings()
     linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not linears:
@@ -410,14 +423,17 @@ def _quantized_names(network: Any) -> set[str]:
 
 def _read_packed(source: SafetensorsSource | GGUFSource, key: str, device: torch.device) -> Params4bit | None:
     """The 4-bit weight stored under `key` and its companions, or None if it is stored dense."""
-    suffixes = [name.removeprefix(key) for name in source.names if name.startswith(key + ".")]
-    if not suffixes:
+    if key not in source.packed:
         return None
+    suffixes = [name.removeprefix(key) for name in source.names if name.startswith(key + ".")]
     return unpack_tensors({suffix: source.read(key + suffix) for suffix in ["", *suffixes]}, device)
 
 
-def _empty_model(config: Any) -> Any:
+def empty_model(model: str) -> Any:
     """The model's modules with parameters on the meta device and real (computed) buffers."""
+    config = load_config(model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -446,10 +462,13 @@ def _fill(
     device: torch.device,
 ) -> None:
     """Read every parameter into its stored form; norms and biases in fp32."""
+    from transformers.pytorch_utils import Conv1D
+
     tied = _tied_names(network)
-    stored = _match_names(network, _expected_shapes(network), source)
-    blocks = _quantized_names(network) if use_4bit else set()
+    stored = _match_names(network, weight_shapes(network), source)
+    blocks = _names_to_quantize(network, source) if use_4bit else set()
     linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    head = network.get_output_embeddings()
 
     def read(name: str) -> Tensor:
         return source.read(stored[name]).to(device)
@@ -459,7 +478,7 @@ def _fill(
         if module_name in linears:
             continue
         tensor = read(name)
-        stays_16bit = isinstance(network.get_submodule(module_name), nn.Embedding)
+        stays_16bit = isinstance(network.get_submodule(module_name), (nn.Embedding, Conv1D)) and tensor.dim() == 2
         tensor = tensor.to(torch.bfloat16 if stays_16bit else torch.float32)
         _set(network, name, nn.Parameter(tensor, requires_grad=False))
     for name, module in linears.items():
@@ -468,13 +487,16 @@ def _fill(
             weight = network.get_input_embeddings().weight.data
             _set(network, name, Linear16bit(weight, bias))
             network.get_submodule(name).weight = network.get_input_embeddings().weight
-        elif f"{name}.weight" not in blocks:
-            _set(network, name, Linear16bit(read(f"{name}.weight").to(torch.bfloat16), bias))
         else:
             packed = _read_packed(source, stored[f"{name}.weight"], device)
-            if packed is None:
+            if packed is None and f"{name}.weight" in blocks:
                 packed = quantize_weight(read(f"{name}.weight"), quant)
-            _set(network, name, Linear4bit(packed, bias))
+            if packed is not None and module is not head:
+                _set(network, name, Linear4bit(packed, bias))
+            elif packed is not None:  # the loss needs the head as a matrix
+                _set(network, name, Linear16bit(dequantize_weight(packed, torch.float32), bias))
+            else:
+                _set(network, name, Linear16bit(read(f"{name}.weight").to(torch.bfloat16), bias))
     network.to(device)  # buffers: everything else lies there already
 
 
@@ -485,15 +507,15 @@ def _match_names(
     prefix = network.base_model_prefix + "."
     bare = not any(name.startswith(prefix) for name in source.names)  # GPT-2's files leave the prefix out
     stored = {name: name.removeprefix(prefix) if bare else name for name in expected}
-    packed = {n.partition(".weight.")[0] + ".weight" for n in source.names if ".weight.quant_state." in n}
     problems = [f"missing {name}" for name, key in stored.items() if key not in source.names]
     for name, key in stored.items():
-        if key in source.names and key not in packed and source.shape(key) != expected[name]:
+        if key in source.names and source.shape(key) != expected[name]:
             problems.append(f"{name} is {source.shape(key)} but should be {expected[name]}")
+    companions = [key + part for key in source.packed for part in (".absmax", ".quant_map")]
+    problems += [f"missing {name}" for name in companions if name not in source.names]
     known = set(stored.values()) | set(_tied_names(network))
     for name in source.names - known:
-        companion = name.partition(".weight.")[0] + ".weight" in packed
-        if not companion and not name.endswith(STORED_BUFFERS):
+        if name.partition(".weight.")[0] + ".weight" not in source.packed and not name.endswith(STORED_BUFFERS):
             problems.append(f"unexpected {name}")
     if problems:
         raise InputError(f"The weights in {source.path} do not fit the config: {'; '.join(sorted(problems))}.")
@@ -515,9 +537,13 @@ def _quantization_of(network: Any) -> QuantConfig | None:
 
 def _compute_in(network: nn.Module, dtype: torch.dtype) -> None:
     """Make activations `dtype`: embeddings cast what they give out, norms take the dtype itself."""
+    from transformers.pytorch_utils import Conv1D
+
     for module in network.modules():
         if isinstance(module, nn.Embedding):
             module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
+        elif isinstance(module, Conv1D):
+            module.__class__ = cast(Any, frozen_conv1d())
         elif not isinstance(module, nn.Linear):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
@@ -529,7 +555,7 @@ def _generation_config(network: Any, directory: Path) -> Any:
     if (directory / "generation_config.json").is_file():
         try:
             return GenerationConfig.from_pretrained(directory)
-        except (ValueError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, OSError) as error:
             file = directory / "generation_config.json"
             raise InputError(f"{file} is not valid: {_first_line(error)}; mend or remove it.") from error
     return GenerationConfig.from_model_config(network.config)

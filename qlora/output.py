@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class RunOutput:
             )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "run.json").touch()
+            with tempfile.TemporaryFile(dir=self.directory):
+                pass  # it can be written to
         except OSError as error:
             raise InputError(
                 f"--output-dir {self.directory} cannot be written ({error}); choose another."

@@ -21,6 +21,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -191,6 +192,18 @@ class Linear16bit(nn.Linear):
         return _decode_or_train(self, x)
 
 
+@cache
+def frozen_conv1d() -> type[nn.Module]:
+    """transformers' Conv1D (GPT-2's layer, weight (in, out)) with `Linear16bit`'s forward."""
+    from transformers.pytorch_utils import Conv1D
+
+    class Conv1D16bit(Conv1D):
+        def forward(self, x: Tensor) -> Tensor:
+            return frozen_linear(x, self)
+
+    return Conv1D16bit
+
+
 def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
     if layer.weight.requires_grad:  # a 16-bit base that was unfrozen
         return F.linear(x, layer.weight.to(x.dtype), layer_bias(layer, x.dtype))
@@ -279,6 +292,13 @@ def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
 def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:
     """The tensors that store a 4-bit weight, named by bitsandbytes' suffixes ("" for the codes)."""
     return {"": weight.data, **{f".{k}": v for k, v in weight.quant_state.as_dict(packed=True).items()}}
+
+
+def packed_shape(quant_state: Tensor) -> tuple[int, ...]:
+    """Logical shape of a 4-bit weight from its stored `quant_state` tensor, the others unread."""
+    from bitsandbytes.utils import unpack_tensor_to_dict
+
+    return tuple(unpack_tensor_to_dict(quant_state)["shape"])
 
 
 def unpack_tensors(tensors: dict[str, Tensor], device: torch.device) -> Params4bit:

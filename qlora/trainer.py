@@ -140,7 +140,8 @@ def settle_checkpointing(model: Any, mode: str, budget: int, say: Callable[[str]
         mode: "on", "off", or "auto": on only where `budget` tokens' activations would not fit.
     """
     dtype, device = model.compute_dtype, next(model.parameters()).device
-    on = wants_checkpointing(mode, model.config, budget, dtype, available_memory(device))
+    plan = plan_memory(model, budget, dtype, checkpointing=False)
+    on = wants_checkpointing(mode, plan.activations, available_memory(device))
     if on:
         # transformers 5.21 renamed it and warns of the old name; Python 3.10 has nothing newer than 5.20.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -346,13 +346,11 @@ VARIANTS: dict[str, Any] = {
     "layer_replication": [[0, 1]],
     "alora_invocation_tokens": [1],
     "use_qalora": True,
-}
-# Variants of PEFT 0.21 that this project does not compute either.
-NEWER_VARIANTS: dict[str, Any] = {
     "use_bdlora": {"target_modules_bd_a": ["q_proj"], "nblocks": 2},
     "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 2},
     "arrow_config": {"top_k": 2},
+    "init_lora_weights": "pissa",
 }
 # Starts that take a part out of the base weight: A and B belong to the changed base, not to this one.
 BASE_CHANGING_STARTS = ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"]
@@ -363,10 +361,10 @@ def test_every_unsupported_field_is_tried() -> None:
     assert all(VARIANTS[name] not in neutral for name, neutral in UNSUPPORTED.items())
 
 
-@pytest.mark.parametrize("field", [*VARIANTS, *NEWER_VARIANTS])
+@pytest.mark.parametrize("field", VARIANTS)
 def test_unsupported_fields_are_named(llama: Path, saved: Path, field: str) -> None:
     model = base(llama)
-    edit_description(saved, **{field: {**VARIANTS, **NEWER_VARIANTS}[field]})
+    edit_description(saved, **{field: VARIANTS[field]})
     with pytest.raises(InputError, match=rf"an adapter with {field}, which this version does not compute"):
         load_adapter(model, saved)
     assert not lora_layers(model)

@@ -152,9 +152,7 @@ def hub(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize(
-    "source", ["data/train.jsonl", "train.parquet", "./train", "../a/b", "/no/such", "a/b/c"]
-)
+@pytest.mark.parametrize("source", ["data/train.jsonl", "train.parquet", "./train", "../a/b", "/no/such", "a/b/c"])
 def test_a_missing_file_is_not_asked_of_the_hub(hub, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert f"{source} does not exist" in error_of(read_records, source)

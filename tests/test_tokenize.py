@@ -33,9 +33,7 @@ CONVERSATIONS = {
     "one turn": conversation("Hi there", "Hello"),
     "system": conversation("Hi", "Hello", system="Be brief."),
     "three turns": conversation("Hi", "Hello", "And then?", "the end", "\n\nBye", "Bye"),
-    "answer begins with the newline that the prompt ends in": conversation(
-        "Hi", "\nHello\n", "more", "\n\n\n"
-    ),
+    "answer begins with the newline that the prompt ends in": conversation("Hi", "\nHello\n", "more", "\n\n\n"),
     "answers equal to questions": conversation("a", "a", "a", "a"),
     "answer that spells the end of turn": conversation("What ends it?", "<|im_end|>!", "im_end", "im_end"),
     "question that spells the end of turn": conversation("<|im_end|>", "Yes", "<|im_end|>\n", "Yes"),
@@ -103,9 +101,7 @@ def test_every_prompt_is_the_exact_beginning_of_the_row(name, chat_template):
 def test_no_token_spans_the_end_of_the_prompt():
     tokenizer, messages = tiny_tokenizer(), conversation("Hi", "\nHello")
     prompt = encode_prompt(messages[:1], tokenizer)
-    whole = tokenizer(
-        tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False
-    ).input_ids
+    whole = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids
     assert whole[: len(prompt)] != prompt  # this tokenizer does merge across it
     assert encode_example(messages, tokenizer, LONG).input_ids[: len(prompt)].tolist() == prompt
 
@@ -247,8 +243,7 @@ def with_template(template):
 # As Qwen3: an empty thought, before the last answer only.
 THINKING = CHATML_TEMPLATE.replace(
     "+ message['content']",
-    "+ ('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '')"
-    " + message['content']",
+    "+ ('<think>\n\n</think>\n\n' if loop.last and message['role'] == 'assistant' else '') + message['content']",
 )
 # As LLaMA 2: no generation prompt, and blanks around the answer.
 BRACKETS = (
