@@ -66,7 +66,7 @@ def adapted_model(
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear", "up_proj"])
 def test_activations_against_autograd(tmp_path: Path, dtype: str, heads: tuple[int, int], targets: str) -> None:
-    """What is planned for a layer is what autograd keeps, within a twelfth (the h of adapted layers, norms' scales).
+    """A layer's plan is what autograd keeps, within a twelfth (the h of adapted layers, norms' scales).
 
     One layer is a model of 5 less a model of 2, by 3: what is kept once (rotary tables, last norm) drops out.
     """
