@@ -58,12 +58,16 @@ def train(config: RunConfig, name: str, data: str) -> None:
     t, d, lora = config.train, config.data, config.lora
     # Without cpu=True, several processes on a machine without a GPU would each train alone.
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
+    if t.eval_every and d.eval_data is None and d.eval_split == 0:
+        raise InputError(
+            "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
+        )
     output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config))
 
     tokenizer = load_tokenizer(name)
     examples, held_out = load_examples(
         data, tokenizer, d.max_length, d.train_on, d.on_long,
-        eval_source=d.eval_data, eval_split=d.eval_split if t.eval_every else 0.0, seed=t.seed,
+        eval_source=d.eval_data, eval_split=d.eval_split, seed=t.seed,
         say=accelerator.print, show_sample=d.show_sample,
     )  # fmt: skip
     with accelerator.main_process_first():  # the others find the quantized base in the cache

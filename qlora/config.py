@@ -84,9 +84,9 @@ class DataConfig:
     data: str | None = None
     """Training data: a .jsonl, .json, .csv or .parquet file, or a hub id."""
     eval_data: str | None = None
-    """Held-out data for --eval-every; without it a seeded split of --data is held out."""
-    eval_split: float = 0.05
-    """Share of --data held out when --eval-every is set and --eval-data is not."""
+    """Held-out data for --eval-every."""
+    eval_split: float = 0.0
+    """Share of --data to hold out instead, drawn by --seed; with or without --eval-every, so both train alike."""
     max_length: int = 1024
     """Longest example, in tokens."""
     on_long: Literal["truncate", "drop"] = "truncate"
@@ -101,8 +101,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise InputError(f"max_length is {self.max_length}; give --max-length 2 or more.")
-        if not 0 < self.eval_split < 1:
-            raise InputError(f"eval_split is {self.eval_split}; give --eval-split a share between 0 and 1.")
+        if not 0 <= self.eval_split < 1:
+            raise InputError(f"eval_split is {self.eval_split}; give --eval-split a share from 0 to below 1.")
+        if self.eval_split > 0 and self.eval_data is not None:
+            raise InputError("Both eval_data and eval_split are given; pass one of them.")
 
 
 @dataclass

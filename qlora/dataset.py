@@ -29,7 +29,7 @@ def load_examples(
 
     Args:
         source, eval_source: file or hub id, as `read_records`.
-        eval_split: share of `source` to hold out, drawn by `seed`; unused with an `eval_source`, 0 = none.
+        eval_split: share of `source` to hold out, drawn by `seed`; 0 = none.
         say: receives one line per source, and the sample.
     Raises:
         InputError: unusable data, or a split that leaves one side empty.
@@ -38,12 +38,12 @@ def load_examples(
     say(f"{source}: {report}")
     if show_sample:
         say(format_sample(examples[0], tokenizer))
-    if eval_split == 0:
-        return examples, []
     if eval_source is not None:
         held_out, report = encode_records(read_records(eval_source), tokenizer, max_length, train_on, on_long)
         say(f"{eval_source}: {report}")
         return examples, held_out
+    if eval_split == 0:
+        return examples, []
     count = max(1, round(eval_split * len(examples)))
     if count >= len(examples):
         raise InputError(f"{source} has {len(examples)} examples, too few to hold any out; pass --eval-data.")

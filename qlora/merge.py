@@ -184,6 +184,8 @@ def _write_safetensors(
 
 def _write_metadata(model: str, directory: Path) -> None:
     """Config without quantization, generation config, tokenizer and chat template."""
+    from transformers import GenerationConfig
+
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -193,6 +195,8 @@ def _write_metadata(model: str, directory: Path) -> None:
     generation = metadata_directory(model) / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, directory / generation.name)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(directory)
     tokenizer = load_tokenizer(model)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = fallback_template(tokenizer)  # what training used

@@ -59,7 +59,7 @@ FLAGS: list[tuple[list[str], str, str, Any]] = [
 # One value outside the range of every field that has one.
 OUT_OF_RANGE = [
     ("rank", "0"), ("alpha", "0"), ("alpha", "-1"), ("dropout", "1"), ("dropout", "-0.1"), ("max_length", "1"),
-    ("eval_split", "0"), ("eval_split", "1"), ("max_steps", "-1"), ("epochs", "0"), ("batch_size", "0"),
+    ("eval_split", "-0.1"), ("eval_split", "1"), ("max_steps", "-1"), ("epochs", "0"), ("batch_size", "0"),
     ("grad_accum", "0"), ("learning_rate", "0"), ("warmup_steps", "-1"), ("weight_decay", "-0.1"),
     ("max_grad_norm", "-1"), ("eval_every", "-1"), ("save_every", "-1"), ("seed", "-1"), ("max_new_tokens", "0"),
     ("temperature", "-0.5"), ("top_p", "0"), ("top_p", "1.1"),

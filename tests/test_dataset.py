@@ -39,7 +39,7 @@ def test_a_file_of_its_own_for_evaluation(source: str, tmp_path: Path) -> None:
     (tmp_path / "eval.jsonl").write_text('{"text": "something held out"}\n')
     said: list[str] = []
     train, held = load_examples(
-        source, tiny_tokenizer(), 256, eval_source=str(tmp_path / "eval.jsonl"), eval_split=0.5, say=said.append
+        source, tiny_tokenizer(), 256, eval_source=str(tmp_path / "eval.jsonl"), say=said.append
     )
     assert (len(train), len(held)) == (40, 1)
     assert len(said) == 2 and "eval.jsonl" in said[1]

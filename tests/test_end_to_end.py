@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import train
 from examples.orders import write_task
 from qlora.__main__ import main as qlora_main
+from qlora.errors import InputError
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 
@@ -194,6 +195,18 @@ def test_twenty_steps_equal_peft(smollm2: str, orders: Path, own_cache: Path) ->
         theirs.append(total)
     assert ours[-1] < ours[0] - 0.3  # both have learned, so the comparison is of more than a start
     assert ours == pytest.approx(theirs, abs=1e-4)
+
+
+def test_evaluating_needs_held_out_data(orders: Path, tmp_path: Path) -> None:
+    """A split drawn only when evaluating would make the two runs train on different data."""
+    model = save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer())
+    common = ["--model", str(model), "--data", str(orders), "--max-steps", "4", "--max-length", "512"]
+    with pytest.raises(InputError, match="pass --eval-data FILE, or --eval-split"):
+        train.main([*common, "--eval-every", "2", "--output-dir", str(tmp_path / "none")])
+    split = ["--eval-split", "0.1"]
+    train.main([*common, *split, "--output-dir", str(tmp_path / "plain")])
+    train.main([*common, *split, "--eval-every", "2", "--output-dir", str(tmp_path / "evaluated")])
+    assert losses(tmp_path / "plain") == losses(tmp_path / "evaluated") and len(losses(tmp_path / "plain")) == 4
 
 
 def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
