@@ -10,7 +10,6 @@ This file is the table of contents of a run: each step's chapter is a module of 
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from qlora.config import RunConfig, parse_args
 from qlora.errors import InputError, run
@@ -33,14 +32,15 @@ def answer(config: RunConfig, name: str) -> None:
     from qlora.device import best_device
     from qlora.generate import stream_answer
     from qlora.model import load_base_model, load_tokenizer
+    from qlora.quantize import QuantConfig
 
-    gen = config.generate
-    tokenizer = load_tokenizer(name)
-    model = load_base_model(name, device=best_device(), **base_options(config))
+    m, gen = config.model, config.generate
+    quant = QuantConfig(m.quant_type, m.double_quant)
+    model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     if gen.adapter is not None:
         load_adapter(model, gen.adapter)
-    prompt = gen.prompt or ""
-    stream_answer(model, tokenizer, prompt, gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
+    options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
+    stream_answer(model, load_tokenizer(name), gen.prompt or "", *options)
 
 
 def train(config: RunConfig, name: str, data: str) -> None:
@@ -53,37 +53,38 @@ def train(config: RunConfig, name: str, data: str) -> None:
     from qlora.model import load_base_model, load_tokenizer
     from qlora.optim import build_optimizer, build_schedule, choose_optimizer
     from qlora.output import RunOutput, data_fingerprint
+    from qlora.quantize import QuantConfig
     from qlora.trainer import fit, settle_checkpointing
 
-    t, d, lora = config.train, config.data, config.lora
-    # Without cpu=True, several processes on a machine without a GPU would each train alone.
-    accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
+    m, d, t, lora = config.model, config.data, config.train, config.lora
     if t.eval_every and d.eval_data is None and d.eval_split == 0:
         raise InputError(
             "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
         )
+    # Without cpu=True, several processes on a machine without a GPU would each train alone.
+    accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
+    say, device = accelerator.print, accelerator.device
     output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config))
 
     tokenizer = load_tokenizer(name)
     examples, held_out = load_examples(
-        data, tokenizer, d.max_length, d.train_on, d.on_long,
-        eval_source=d.eval_data, eval_split=d.eval_split, seed=t.seed,
-        say=accelerator.print, show_sample=d.show_sample,
+        data, tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data, eval_split=d.eval_split,
+        seed=t.seed, say=say, show_sample=d.show_sample,
     )  # fmt: skip
+    quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
     with accelerator.main_process_first():  # the others find the quantized base in the cache
-        options = base_options(config) | {"compute_dtype": output.compute_dtype(config.model.compute_dtype)}
-        model = load_base_model(name, device=accelerator.device, **options)
+        model = load_base_model(name, m.use_4bit, quant, dtype, device, m.cache)
     if config.generate.adapter is not None:
         lora = load_adapter(model, config.generate.adapter)
     else:
         inject_lora(model, lora, t.seed)
         freeze_base(model)
-    accelerator.print(parameter_summary(model))
-    settle_checkpointing(model, t.gradient_checkpointing, t.batch_size * d.max_length, say=accelerator.print)
+    say(parameter_summary(model))
+    settle_checkpointing(model, t.gradient_checkpointing, t.batch_size * d.max_length, say)
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
-    optim = choose_optimizer(t.optim, accelerator.device, say=accelerator.print)
+    optim = choose_optimizer(t.optim, device, say)
     fixed = dict(data=data_fingerprint(examples), window=window, optim=optim, rank=lora.rank, alpha=lora.alpha)
     fixed |= dict(dropout=lora.dropout, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
     fixed |= {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
@@ -93,25 +94,14 @@ def train(config: RunConfig, name: str, data: str) -> None:
     try:
         fit(
             model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
-            examples, accelerator,
-            start_step=output.start_step, total_steps=total_steps, batch_size=t.batch_size,
-            grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing, max_grad_norm=t.max_grad_norm,
-            seed=t.seed, eval_examples=held_out, eval_every=t.eval_every, save_every=t.save_every,
-            save=output.save, log=output.log,
+            examples, accelerator, start_step=output.start_step, total_steps=total_steps,
+            batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing,
+            max_grad_norm=t.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=t.eval_every,
+            save_every=t.save_every, save=output.save, log=output.log,
         )  # fmt: skip
     finally:
         output.close()
-    accelerator.print(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
-
-
-def base_options(config: RunConfig) -> dict[str, Any]:
-    from qlora.quantize import QuantConfig
-
-    m = config.model
-    return dict(
-        use_4bit=m.use_4bit, quant=QuantConfig(m.quant_type, m.double_quant),
-        compute_dtype=m.compute_dtype, cache=m.cache,
-    )  # fmt: skip
+    say(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
 
 
 if __name__ == "__main__":

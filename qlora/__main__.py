@@ -43,7 +43,7 @@ def merge(argv: Sequence[str]) -> None:
         raise InputError(f"The adapter {config.adapter} names no base; pass --model.")
     shard = int(config.max_shard_gb * GB)
     drift = merge_adapter(model, config.adapter, config.output_dir, config.base, shard, config.drift)
-    print(f"merged model in {config.output_dir}")
+    print(f"merged model in {config.output_dir}; load it in 16 bits (--no-4bit), see its README.md")
     if drift is not None:
         print(f"drift from base + adapter: {drift}")
 

@@ -5,6 +5,9 @@
 W_hat is by default the *dequantized* base, the weights the adapter was trained against; `original` takes the
 weights as they were before quantization, for which the adapter was not trained. Either way the saved model
 differs from base + adapter a little (bf16 rounding at least), so the drift is measured and written down.
+
+Quantizing the result to 4 bits again is no way back: W_hat lies on the 4-bit grid, and an update below half a
+step of it is rounded away.
 """
 
 from __future__ import annotations
@@ -128,8 +131,8 @@ def _merged_weights(
         layer = name.removesuffix(".weight")
         if f"{layer}.lora_A.weight" in state:
             A, B = state[f"{layer}.lora_A.weight"].float(), state[f"{layer}.lora_B.weight"].float()
-            update = scaling * (B @ A)
-            weight += update.T if layer in flipped else update
+            left, right = (A.T, B.T) if layer in flipped else (B, A)
+            weight.addmm_(left, right, alpha=scaling)
         yield name, weight.to(torch.bfloat16)
 
 
@@ -250,6 +253,10 @@ tags: [qlora, lora, merged]
 A LoRA adapter (rank {rank}, alpha {alpha:g}) merged into the {base_text} weights of `{name}`, saved in bf16.
 
 Drift from base + adapter, in fp32: {drift_text}.
+
+Load it in 16 bits. The base's weights lie on the grid of 4-bit values, and an update smaller than half a step
+of that grid is rounded away when the merged weights are quantized to 4 bits again; for a light fine-tune that
+can be all of it. For 4-bit use keep base and adapter apart.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from qlora.device import choose_compute_dtype
 from qlora.errors import InputError
-from qlora.files import new_directory
+from qlora.files import new_directory, new_file
 from qlora.quantize import (
     Linear4bit,
     Linear16bit,
@@ -40,6 +41,7 @@ from qlora.quantize import (
     unpack_tensors,
 )
 
+MEASURED_WIDTH = 1024  # of the matrix product that decides between fp32 and bf16
 CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout changes
 GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
 # Buffers that old checkpoints stored; today's modules compute them.
@@ -358,7 +360,7 @@ def load_base_model(
             if not use_4bit:
                 raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
     network = empty_model(model)
-    dtype = choose_compute_dtype(compute_dtype, device, network.config.hidden_size)
+    dtype = _settle_compute_dtype(compute_dtype, device, cache)
     _fill(network, source, use_4bit, quant, device)
     if cached is not None and not cached.is_dir():
         _save_quantized(network, quant, cached)
@@ -367,6 +369,19 @@ def load_base_model(
     network.quantization = _quantization_of(network)
     network.generation_config = _generation_config(network, metadata_directory(model))
     return network.eval()
+
+
+def _settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:
+    """`choose_compute_dtype`, measured once per machine: a second measurement on a busy one could differ."""
+    if name != "auto" or device.type == "cuda" or not cache:
+        return choose_compute_dtype(name, device, MEASURED_WIDTH)
+    machine = f"{platform.node()}-{platform.machine()}-{torch.__version__}-{torch.get_num_threads()}"
+    remembered = cache_directory() / f"compute-dtype-{machine}"
+    if not remembered.is_file():
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(remembered) as file:
+            file.write_text(str(choose_compute_dtype(name, device, MEASURED_WIDTH)).removeprefix("torch."))
+    return choose_compute_dtype(remembered.read_text(), device, MEASURED_WIDTH)
 
 
 def weight_shapes(network: Any) -> dict[str, tuple[int, ...]]:

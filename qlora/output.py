@@ -29,7 +29,8 @@ from qlora.checkpoint import (
     save_checkpoint,
 )
 from qlora.config import LoRAConfig
-from qlora.errors import InputError
+from qlora.errors import InputError, TrainingStopped
+from qlora.lora import lora_layers
 from qlora.optim import MasterOptimizer
 from qlora.report import RunDisplay, plot_loss
 from qlora.tokenize import Example
@@ -118,7 +119,13 @@ class RunOutput:
             self.display.show(line)
 
     def save(self, step: int) -> None:
-        """Write the state after `step` steps as a checkpoint, and its adapter as the run's adapter."""
+        """Write the state after `step` steps as a checkpoint, and its adapter as the run's adapter.
+
+        Raises:
+            TrainingStopped: steps were made, but no adapter's B has left zero: nothing was learned.
+        """
+        if step > 0 and not any(layer.lora_B.any() for layer in lora_layers(self.model).values()):
+            raise TrainingStopped(f"After {step} steps every lora_B is still zero, so the adapter does nothing.")
         if self.accelerator.is_main_process:
             path = checkpoint_path(self.directory, step)
             save_checkpoint(

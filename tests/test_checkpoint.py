@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from qlora.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, read_state, save_checkpoint
 from qlora.config import LoRAConfig
-from qlora.errors import InputError
+from qlora.errors import InputError, TrainingStopped
 from qlora.lora import freeze_base, inject_lora, lora_parameters, lora_state_dict
 from qlora.model import load_base_model
 from qlora.optim import MasterOptimizer, build_optimizer
@@ -170,6 +170,18 @@ def test_metrics_of_steps_done_again_are_dropped(saved: tuple[Path, Any, MasterO
     output.close()
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((directory / "run.json").read_text()) == {"rank": 4}
+
+
+def test_an_adapter_that_learned_nothing_is_not_saved(tiny: str, tmp_path: Path) -> None:
+    model = adapted(tiny)
+    output = RunOutput(str(tmp_path / "out"), "base", None, Accelerator(), {})
+    make = lambda: build_optimizer(lora_parameters(model), "adamw")  # noqa: E731
+    output.begin(model, LoRAConfig(rank=4), make, SETTINGS, total_steps=3)
+    with pytest.raises(TrainingStopped, match="After 3 steps every lora_B is still zero"):
+        output.save(3)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+    output.save(0)  # the state before the first step is worth keeping: a run may stop there
+    assert read_state(checkpoint_path(tmp_path / "out", 0))["step"] == 0
 
 
 def test_the_fingerprint_sees_content_masks_and_order() -> None:

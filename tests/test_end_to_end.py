@@ -209,6 +209,15 @@ def test_evaluating_needs_held_out_data(orders: Path, tmp_path: Path) -> None:
     assert losses(tmp_path / "plain") == losses(tmp_path / "evaluated") and len(losses(tmp_path / "plain")) == 4
 
 
+def test_prompt_mode_prints_the_answer_and_nothing_else(tmp_path: Path) -> None:
+    """No library's log or warning that a user could not act on, on either stream."""
+    model = save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer())
+    command = [sys.executable, "train.py", "--model", str(model), "--prompt", "Hi", "--max-new-tokens", "4"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert len(result.stdout.strip()) > 0
+
+
 def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,

@@ -530,10 +530,9 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_stays_near_one_tensor(llama: Path, adapter: Path, tmp_path: Path) -> None:
-    """A model of 250 MB in fp32 (125 MB merged) whose largest tensor is 17 MB: 60 to 117 MB seen.
+    """A model of 250 MB in fp32 (125 MB merged) whose largest tensor is 17 MB.
 
-    One tensor in fp32, its codes and its bf16 copy; the rest is freed memory that malloc keeps (tensors below
-    32 MB come from its heap). Holding the merged model as well would make it 185 MB or more.
+    One tensor in fp32, its codes and its bf16 copy. 44 MB seen; holding the merged model would add 125.
     """
     from transformers import LlamaForCausalLM
 
@@ -558,13 +557,14 @@ def test_memory_stays_near_one_tensor(llama: Path, adapter: Path, tmp_path: Path
     result = subprocess.run(
         [sys.executable, "-c", MEASURE_MERGING, *paths],
         cwd=REPOSITORY,
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},  # what is freed goes back at once: live memory
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
     growth = int(result.stdout)
-    assert growth < 4 * largest + 80e6 < 150e6, f"{growth / 1e6:.0f} MB"
+    assert growth < 4 * largest, f"{growth / 1e6:.0f} MB"
     merged = load_file(tmp_path / "merged" / "model.safetensors")["model.layers.2.mlp.up_proj.weight"]
     name = "model.layers.2.mlp.up_proj.weight"
     codes, state = quantize_4bit(tensors[name], blocksize=64, compress_statistics=True, quant_type="nf4")

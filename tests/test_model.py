@@ -959,3 +959,21 @@ def test_peak_memory_of_loading(llama: Path, tmp_path: Path) -> None:
     limit = resident + largest + 150e6
     assert resident > 40e6 and limit < 250e6
     assert growth < limit, f"{growth / 1e6:.0f} MB to load {resident / 1e6:.0f} MB"
+
+
+def test_the_compute_dtype_is_measured_once(
+    llama: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine two measurements may differ; two runs must not."""
+    from qlora import model as module
+
+    answers = iter([torch.float32, torch.bfloat16])
+    real = module.choose_compute_dtype
+
+    def noisy(name: str, device: torch.device, width: int) -> torch.dtype:
+        return next(answers) if name == "auto" else real(name, device, width)
+
+    monkeypatch.setattr(module, "choose_compute_dtype", noisy)
+    first, second = (load_base_model(str(llama), compute_dtype="auto") for _ in range(2))
+    assert first.compute_dtype == second.compute_dtype == torch.float32
+    assert load_base_model(str(llama), compute_dtype="auto", cache=False).compute_dtype == torch.bfloat16
