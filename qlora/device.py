@@ -20,7 +20,7 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def choose_compute_dtype(name: str, device: torch.device, hidden_size: int) -> torch.dtype:
+def choose_compute_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
     """The dtype activations are computed in.
 
     "auto" measures: bf16 halves activation memory everywhere, but its matrix multiply is faster than fp32
@@ -28,7 +28,7 @@ def choose_compute_dtype(name: str, device: torch.device, hidden_size: int) -> t
 
     Args:
         name: "auto", "float32" or "bfloat16".
-        hidden_size: of the model; the measured product is (512, hidden) x (hidden, 4 hidden).
+        width: of the measured product, (512, width) x (width, 4 width).
     """
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name in named:
@@ -40,8 +40,8 @@ def choose_compute_dtype(name: str, device: torch.device, hidden_size: int) -> t
     seconds: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     operands = {
         dtype: (
-            torch.ones(512, hidden_size, dtype=dtype, device=device),
-            torch.ones(4 * hidden_size, hidden_size, dtype=dtype, device=device),
+            torch.ones(512, width, dtype=dtype, device=device),
+            torch.ones(4 * width, width, dtype=dtype, device=device),
         )
         for dtype in seconds
     }
