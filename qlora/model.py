@@ -18,6 +18,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Iterator
+from functools import cache as _cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -193,12 +194,18 @@ def resolve_model(model: str) -> Path:
         return path
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"--model {model} does not exist; check the path.")
+    return _download(model)
+
+
+@_cache
+def _download(model: str) -> Path:
+    """The hub's snapshot of a model, without the second copy of the weights that some repositories hold."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
     try:
-        patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
-        return Path(snapshot_download(model, allow_patterns=patterns))
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(

@@ -977,3 +977,29 @@ def test_the_compute_dtype_is_measured_once(
     first, second = (load_base_model(str(llama), compute_dtype="auto") for _ in range(2))
     assert first.compute_dtype == second.compute_dtype == torch.float32
     assert load_base_model(str(llama), compute_dtype="auto", cache=False).compute_dtype == torch.bfloat16
+
+
+def test_a_hub_id_is_downloaded_once_and_without_second_copies(
+    llama: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some repositories hold the weights twice (consolidated.safetensors, onnx/, original/)."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked: list[dict[str, Any]] = []
+
+    def snapshot(name: str, **patterns: Any) -> str:
+        asked.append({"name": name, **patterns})
+        return str(llama)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert torch.equal(logits(load("owner/hub-test")), logits(load(llama)))
+    assert [call.pop("name") for call in asked] == ["owner/hub-test"]
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    others = [
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "onnx/model.safetensors",
+        "pytorch_model.bin",
+    ]
+    assert list(filter_repo_objects([*wanted, *others], **asked[0])) == wanted
