@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ATTENTION_NAME = "qlora_packed"
-# Tokens below which the CPU kernel is faster (and exacter) in fp32 than in bf16; docs/LOG.md has the figures.
+# Tokens below which a CPU is faster (and exacter) in fp32 than in bf16: benchmarks/attention_dtype.py
 UPCAST_BELOW = 256
 
 

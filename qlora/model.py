@@ -453,15 +453,15 @@ def _read_packed(source: SafetensorsSource | GGUFSource, key: str, device: torch
 
 def empty_model(model: str) -> Any:
     """The model's modules with parameters on the meta device and real (computed) buffers."""
-    config = load_config(model)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     from qlora.attention import ATTENTION_NAME, register_attention
 
     register_attention()
+    config = load_config(model)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with init_empty_weights(include_buffers=False):
         try:
             return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
