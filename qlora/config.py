@@ -93,6 +93,12 @@ class DataConfig:
     """A longer example keeps its first --max-length tokens, or is dropped."""
     train_on: Literal["completion", "all"] = "completion"
     """Learn the assistant's turns only, or every token."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A row that cannot be used ends the run, or is left out, counted and listed in bad_rows.jsonl."""
+    parse_special: bool = False
+    """Let text such as <|im_end|> inside a message be the control token instead of plain text."""
+    num_workers: int = 0
+    """Processes that tokenise; 0 = this one."""
     packing: bool = True
     """Lay examples end to end with block-diagonal attention; --no-packing pads rows instead."""
     show_sample: bool = False
@@ -101,6 +107,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise InputError(f"max_length is {self.max_length}; give --max-length 2 or more.")
+        if self.num_workers < 0:
+            raise InputError(f"num_workers is {self.num_workers}; give --num-workers 0 or more.")
         if not 0 <= self.eval_split < 1:
             raise InputError(f"eval_split is {self.eval_split}; give --eval-split a share from 0 to below 1.")
         if self.eval_split > 0 and self.eval_data is not None:
@@ -139,15 +147,24 @@ class TrainConfig:
     """Evaluate every N steps and at the end; 0 = never."""
     save_every: int = 0
     """Checkpoint every N steps; 0 = only at the end."""
+    keep_last: int = 0
+    """Keep this many newest checkpoints, and the one with the lowest eval loss; 0 = all."""
     resume: str | None = None
-    """Continue from a checkpoint directory, or auto for the newest in --output-dir."""
+    """Continue from a checkpoint directory, or auto for the newest whole one in --output-dir."""
+    force_resume: bool = False
+    """Resume although model, data or settings differ from the checkpoint's; names what differs."""
+    stop_after: str | None = None
+    """Save and stop in time, as on SIGTERM: 45s, 90m, 3h or 1h30m after the start."""
+    max_skipped: int = 3
+    """Steps with a non-finite loss or gradient to skip before the run stops."""
     seed: int = 42
     """Seeds the adapter, the data order, the split and the dropout."""
 
     def __post_init__(self) -> None:
         for name, low in (
             ("max_steps", 0), ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("warmup_steps", 0),
-            ("weight_decay", 0), ("max_grad_norm", 0), ("eval_every", 0), ("save_every", 0), ("seed", 0),
+            ("weight_decay", 0), ("max_grad_norm", 0), ("eval_every", 0), ("save_every", 0), ("keep_last", 0),
+            ("max_skipped", 0), ("seed", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             if not low <= value or (name == "weight_decay" and value == math.inf):
