@@ -8,6 +8,7 @@ This file is the table of contents of a run: each step's chapter is a module of 
 """
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -44,15 +45,17 @@ def answer(config: RunConfig, name: str) -> None:
 
 
 def train(config: RunConfig, name: str, data: str) -> None:
+    started = time.monotonic()
     from accelerate import Accelerator
 
     from qlora.adapter import load_adapter
     from qlora.dataset import load_examples
     from qlora.device import best_device
+    from qlora.interrupt import StopRequest
     from qlora.lora import freeze_base, inject_lora, lora_parameters, parameter_summary
     from qlora.model import load_base_model, load_tokenizer
     from qlora.optim import build_optimizer, build_schedule, choose_optimizer
-    from qlora.output import RunOutput, data_fingerprint
+    from qlora.output import RunOutput, base_fingerprint, data_fingerprint
     from qlora.quantize import QuantConfig
     from qlora.trainer import fit, settle_checkpointing
 
@@ -64,12 +67,13 @@ def train(config: RunConfig, name: str, data: str) -> None:
     # Without cpu=True, several processes on a machine without a GPU would each train alone.
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     say, device = accelerator.print, accelerator.device
-    output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config))
+    output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last)
 
     tokenizer = load_tokenizer(name)
     examples, held_out = load_examples(
         data, tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data, eval_split=d.eval_split,
-        seed=t.seed, say=say, show_sample=d.show_sample,
+        seed=t.seed, say=say, show_sample=d.show_sample, on_bad_row=d.on_bad_row, bad_rows_file=output.bad_rows,
+        parse_special=d.parse_special, num_workers=d.num_workers,
     )  # fmt: skip
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
     with accelerator.main_process_first():  # the others find the quantized base in the cache
@@ -85,22 +89,27 @@ def train(config: RunConfig, name: str, data: str) -> None:
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
     optim = choose_optimizer(t.optim, device, say)
-    fixed = dict(data=data_fingerprint(examples), window=window, optim=optim, rank=lora.rank, alpha=lora.alpha)
-    fixed |= dict(dropout=lora.dropout, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
+    fixed = dict(base=base_fingerprint(model), data=data_fingerprint(examples), window=window, optim=optim)
+    fixed |= {k: getattr(lora, k) for k in ("rank", "alpha", "dropout")} | dict(total_steps=total_steps)
     fixed |= {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
+    fixed |= dict(max_grad_norm=t.max_grad_norm, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
     optimizer = output.begin(
-        model, lora, lambda: build_optimizer(lora_parameters(model), optim, t.weight_decay), fixed, total_steps
-    )
-    try:
-        fit(
-            model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
-            examples, accelerator, start_step=output.start_step, total_steps=total_steps,
-            batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing,
-            max_grad_norm=t.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=t.eval_every,
-            save_every=t.save_every, save=output.save, log=output.log,
-        )  # fmt: skip
-    finally:
-        output.close()
+        model, lora, lambda: build_optimizer(lora_parameters(model), optim, t.weight_decay), fixed, total_steps,
+        force=t.force_resume,
+    )  # fmt: skip
+    limit = t.stop_after_seconds
+    with StopRequest(None if limit is None else started + limit) as stop:
+        try:
+            fit(
+                model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
+                examples, accelerator, progress=output.progress, total_steps=total_steps,
+                batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing,
+                max_grad_norm=t.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=t.eval_every,
+                save_every=t.save_every, max_skipped=t.max_skipped, save=output.save, log=output.log,
+                keep_batch=output.keep_batch, stop=stop,
+            )  # fmt: skip
+        finally:
+            output.close()
     say(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
 
 

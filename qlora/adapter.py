@@ -10,8 +10,9 @@ project does not compute (DoRA, per-layer ranks, ...) is refused by name, never 
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.config import LoRAConfig
-from qlora.errors import InputError
-from qlora.files import new_file
+from qlora.errors import InputError, is_out_of_memory
+from qlora.files import new_file, read_json
 from qlora.lora import (
     ParameterSummary,
     freeze_base,
@@ -35,9 +36,12 @@ from qlora.lora import (
     unmerge_lora,
 )
 from qlora.quantize import logical_shape
+from qlora.redact import redact
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUM_LISTED = 50  # mismatches that one error names
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_dora": (None, False),
@@ -61,28 +65,35 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, base_model: str = "") -> None:
-    """Write the adapters of `model` and read them back.
+@dataclass(frozen=True)
+class AdapterSnapshot:
+    """What an adapter's two files will hold, apart from the model: training may go on while it is written.
 
-    Each file is written beside its name and renamed: an existing adapter is replaced whole or not at all.
+    Attributes:
+        state: tensors in PEFT's names, copies in main memory.
+        description: adapter_config.json.
+        metadata: of the safetensors file.
+    """
+
+    state: dict[str, Tensor]
+    description: dict[str, Any]
+    metadata: dict[str, str]
+
+
+def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "") -> AdapterSnapshot:
+    """Copy the adapters of `model` as they are now.
 
     Args:
         base_model: name or path of the base, recorded for whoever loads the adapter.
-    Raises:
-        RuntimeError: what was read back is not what the model holds.
     """
-    from safetensors.torch import load_file, save_file
-
     layers = lora_layers(model)
     if not layers:
         raise RuntimeError("The model has no LoRA layers to save.")
-    state = {PREFIX + key: t.detach().contiguous().cpu() for key, t in lora_state_dict(model).items()}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    state = {PREFIX + key: t.detach().to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
     description = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": redact(base_model),
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -94,12 +105,34 @@ def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, ba
     }
     quantization = getattr(model, "quantization", None)
     metadata = {"format": "pt", "base_quantization": json.dumps(quantization and asdict(quantization))}
+    return AdapterSnapshot(state, description, metadata)
+
+
+def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
+    """Write both files of an adapter and read them back.
+
+    Each file is written beside its name and renamed: an existing adapter is replaced whole or not at all.
+
+    Raises:
+        RuntimeError: what was read back is not what was to be written.
+    """
+    from safetensors.torch import load_file, save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     with new_file(directory / CONFIG) as config_file, new_file(directory / WEIGHTS) as weights_file:
-        save_file(state, weights_file, metadata=metadata)
-        config_file.write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+        save_file(snapshot.state, weights_file, metadata=snapshot.metadata)
+        config_file.write_text(json.dumps(snapshot.description, indent=2, sort_keys=True) + "\n")
     written = load_file(directory / WEIGHTS)
-    if written.keys() != state.keys() or not all(torch.equal(written[k], t) for k, t in state.items()):
+    if written.keys() != snapshot.state.keys() or not all(
+        torch.equal(written[k], t) for k, t in snapshot.state.items()
+    ):
         raise RuntimeError(f"{directory / WEIGHTS} does not hold what was written; the disk may be failing.")
+
+
+def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, base_model: str = "") -> None:
+    """Write the adapters of `model` as they are now; arguments and errors as the two above."""
+    write_adapter(snapshot_adapter(model, config, base_model), directory)
 
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
@@ -118,45 +151,95 @@ def read_adapter(directory: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], 
     Raises:
         InputError: a file missing or damaged, a foreign key, or a variant this project does not compute.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     directory = Path(directory)
-    for name in (CONFIG, WEIGHTS):
-        if not (directory / name).is_file():
-            raise InputError(f"The adapter directory {directory} has no {name}; check the path.")
-    try:
-        description = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        state = load_file(directory / WEIGHTS)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{directory / CONFIG} is not valid JSON ({error}); save the adapter again.") from error
-    except SafetensorError as error:
-        raise InputError(
-            f"{directory / WEIGHTS} is not a whole safetensors file ({error}); save the adapter again."
-        ) from error
-    if not isinstance(description, dict):
-        raise InputError(f"{directory / CONFIG} holds no JSON object; save the adapter again.")
+    _check_files(directory)
+    description = read_json(directory / CONFIG, "save the adapter again", unique_keys=True)
     kind = description.get("peft_type")
     used = [k for k, neutral in UNSUPPORTED.items() if description.get(k) not in neutral]
     if kind != "LORA" or used:
-        what = f"a {kind} adapter" if kind != "LORA" else f"an adapter with {', '.join(used)}"
+        what = f"a {_show(kind)} adapter" if kind != "LORA" else f"an adapter with {', '.join(used)}"
         raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
-    foreign = [k for k in state if not (k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")))]
-    if foreign or not state:
-        raise InputError(f"{directory / WEIGHTS} holds {foreign or 'nothing'}, not LoRA tensors in PEFT's names.")
-    state = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
-    layers = sorted({key.rpartition(".lora_")[0] for key in state})
-    try:
-        config = LoRAConfig(
-            rank=int(description["r"]),
-            alpha=float(description["lora_alpha"]),
-            dropout=float(description.get("lora_dropout") or 0.0),
-            target_modules=",".join(layers),
-            adapter_dtype="float32" if next(iter(state.values())).dtype == torch.float32 else "bfloat16",
+    config = _read_settings(directory / CONFIG, description)
+    state = _read_tensors(directory / WEIGHTS)
+    ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
+    if ranks and config.rank not in ranks:
+        raise InputError(
+            f"{directory / CONFIG} has r = {config.rank}, but the tensors in {WEIGHTS} have rank "
+            f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{directory / CONFIG} has no valid r and lora_alpha ({error}).") from error
+    config.target_modules = ",".join(sorted({key.rpartition(".lora_")[0] for key in state}))
+    # The narrowest dtype that holds every value exactly.
+    config.adapter_dtype = "bfloat16" if {t.dtype for t in state.values()} == {torch.bfloat16} else "float32"
     return config, state, description
+
+
+def _check_files(directory: Path) -> None:
+    """Both files are there; where only a pickle is, say why it will not do."""
+    try:
+        missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+        pickle = directory / "adapter_model.bin"
+        if WEIGHTS in missing and pickle.is_file():
+            raise InputError(
+                f"The adapter directory {directory} has no {WEIGHTS}, only {pickle.name}, a pickle, which can run "
+                "code and is never loaded; save the adapter as safetensors."
+            )
+    except OSError as error:
+        raise InputError(f"The adapter directory {directory} cannot be read ({error}); check the path.") from error
+    if missing:
+        raise InputError(f"The adapter directory {directory} has no {missing[0]}; check the path.")
+
+
+def _read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
+    """Rank, alpha and dropout; each field's type and range are checked, and that of target_modules."""
+
+    def check(field: str, wanted: str, fits: bool) -> None:
+        if not fits:
+            value = _show(description[field]) if field in description else "no value"
+            raise InputError(f"{file} has {field} = {value}, not {wanted}; save the adapter again.")
+
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float)
+
+    rank: Any = description.get("r")
+    alpha: Any = description.get("lora_alpha")
+    dropout: Any = description["lora_dropout"] if description.get("lora_dropout") is not None else 0.0
+    targets = description.get("target_modules")
+    check("r", "a whole number of 1 or more", type(rank) is int and rank >= 1)
+    check("lora_alpha", "a number above 0", is_number(alpha) and 0 < alpha < torch.finfo(torch.float32).max)
+    check("lora_dropout", "a number from 0 up to, not including, 1", is_number(dropout) and 0 <= dropout < 1)
+    listed = targets if isinstance(targets, list) else [targets]
+    named = targets is None or all(isinstance(name, str) for name in listed)
+    check("target_modules", "a list of names or a pattern", named)
+    return LoRAConfig(rank=rank, alpha=float(alpha), dropout=float(dropout))
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    """The LoRA tensors of a file, keyed as `lora_state_dict`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(file)
+    # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
+    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{file} is not a whole safetensors file ({error}); save the adapter again.") from error
+    foreign = [k for k in state if not (k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")))]
+    foreign += [key for key in state if not key.isprintable()]
+    if foreign or not state:
+        named = f"{_show(foreign[0])} among {len(state)} tensors" if foreign else "nothing"
+        raise InputError(f"{file} holds {named}, not LoRA tensors in PEFT's names; use plain LoRA.")
+    for key, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")
+    return {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+
+
+def _show(value: Any) -> str:
+    """A value out of a file, on one line and not too long."""
+    return value[:60] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)[:60]
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
@@ -177,12 +260,15 @@ def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
         shapes = {name: logical_shape(layer) for name, layer in linear_layers(model).items()}
         check_adapter(state, config.rank, shapes, str(directory))
         inject_lora(model, config)
+    elif any(layer.rank != config.rank for layer in layers.values()):
+        own = next(layer.rank for layer in layers.values())
+        raise InputError(f"The adapter in {directory} has rank {config.rank}, the model's {own}; they must agree.")
     load_lora_state_dict(model, state, origin=str(directory))
     for layer in lora_layers(model).values():
         layer.alpha, layer.dropout = config.alpha, config.dropout
     freeze_base(model)
     targets = description.get("target_modules")
-    config.target_modules = ",".join(targets) if isinstance(targets, list) else config.target_modules
+    config.target_modules = ",".join(targets) if isinstance(targets, list) and targets else config.target_modules
     return config
 
 
@@ -210,7 +296,8 @@ def check_adapter(state: dict[str, Tensor], rank: int, shapes: dict[str, tuple[i
             elif not torch.isfinite(state[key]).all():
                 problems.append(f"{key} holds NaN or infinity")
     if problems:
-        listed = "; ".join(problems)
+        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
+        listed = "; ".join([*problems[:NUM_LISTED], *rest])
         raise InputError(f"The adapter in {origin} is damaged or was made for another base: {listed}.")
 
 

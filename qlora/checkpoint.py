@@ -3,31 +3,61 @@
     checkpoints/step-000050/
         adapter_model.safetensors, adapter_config.json    usable as an adapter by itself
         optimizer.safetensors                             fp32 masters and moments
-        state.json                                        step, settings, versions, a checksum per file
+        state.json                                        progress, settings, versions, a checksum per file
 
 The step is the whole position: data order, learning rate and random numbers are functions of (seed, step).
-No pickle is written or read.
+No pickle is written or read. A checkpoint is written aside, synced to disk and renamed: whatever is called
+step-N is whole, unless the disk damaged it later, which its checksums tell.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from qlora.adapter import load_adapter, save_adapter
-from qlora.config import LoRAConfig
+from qlora.adapter import AdapterSnapshot, read_adapter, write_adapter
 from qlora.errors import InputError
 from qlora.files import new_directory
+from qlora.lora import load_lora_state_dict
 from qlora.optim import MasterOptimizer
 
-FORMAT = 1
+FORMAT = 2
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+FILES = ("adapter_config.json", "adapter_model.safetensors", OPTIMIZER)
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps done, skipped ones included.
+        skipped: of these, steps left out because their loss was not finite.
+        eval_loss: of exactly this state, if it was evaluated.
+        best_loss: the lowest of all evaluations so far.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    eval_loss: float | None = None
+    best_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in ("step", "skipped"):
+                if type(value) is not int or value < 0:
+                    raise ValueError(f"{name} is {value!r}")
+            elif value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{name} is {value!r}")
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -35,67 +65,142 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """All checkpoints of a run, whole or not, oldest first."""
+    found = [p for p in (output_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
 def save_checkpoint(
     path: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: MasterOptimizer,
-    lora_config: LoRAConfig,
+    progress: Progress,
+    adapter: AdapterSnapshot,
+    optimizer: dict[str, Tensor],
     settings: dict[str, Any],
-    base_model: str,
+    run: dict[str, Any] | None = None,
 ) -> None:
-    """Write one checkpoint, whole or not at all.
+    """Write one checkpoint, whole or not at all. Touches no model: it may run beside training.
 
     Args:
-        step: optimizer steps done.
+        optimizer: copies of `MasterOptimizer.state_tensors()`.
         settings: what a resumed run must share (`load_checkpoint` compares them).
+        run: every other setting, for whoever reads the file.
     """
-    from importlib.metadata import version
-
     from safetensors.torch import save_file
 
-    shutil.rmtree(path, ignore_errors=True)  # left by a run that was resumed from before it
     with new_directory(path) as staging:
-        save_adapter(model, staging, lora_config, base_model)
-        tensors = {k: t.contiguous().cpu() for k, t in optimizer.state_tensors().items()}
-        save_file(tensors, staging / OPTIMIZER)
+        write_adapter(adapter, staging)
+        save_file(optimizer, staging / OPTIMIZER)
         state = {
             "format": FORMAT,
-            "step": step,
+            **asdict(progress),
             "settings": settings,
-            "versions": {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")},
-            "sha256": {file.name: _sha256(file) for file in sorted(staging.iterdir())},
+            "run": run,
+            "versions": library_versions(),
+            "sha256": {name: _sha256(staging / name) for name in FILES},
         }
         (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
+        if path.exists():  # left by a run that was resumed from before it
+            discard(path)
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint that --resume means: a directory, or for "auto" the newest one (None if there is none)."""
-    if resume == "auto":
-        return max((output_dir / "checkpoints").glob("step-*"), default=None)
-    path = Path(resume)
-    if not (path / STATE).is_file():
+def library_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")}
+
+
+def discard(path: Path) -> None:
+    """Remove a directory so that it is never seen half removed."""
+    doomed = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
+    """Keep the `keep_last` newest checkpoints and the one with the lowest eval loss; 0 keeps all."""
+    paths = list_checkpoints(output_dir)
+    if keep_last == 0 or len(paths) <= keep_last:
+        return
+    best = best_checkpoint(output_dir)
+    for path in paths[:-keep_last]:
+        if path != best:
+            discard(path)
+
+
+def best_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint whose own state was evaluated with the lowest loss; None if none was."""
+    losses = []
+    for path in list_checkpoints(output_dir):
+        try:
+            loss = json.loads((path / STATE).read_text())["eval_loss"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # damaged, or of another version: resuming will tell
+        if isinstance(loss, float):
+            losses.append((loss, path))
+    return min(losses)[1] if losses else None
+
+
+def find_checkpoint(resume: str, output_dir: Path, say: Callable[[str], object] = print) -> Path | None:
+    """The checkpoint that --resume means.
+
+    Args:
+        resume: a directory, or "auto" for the newest whole one in `output_dir` (None if there is none at all).
+        say: hears which damaged ones were passed over.
+    Raises:
+        InputError: no such checkpoint, a damaged one, or none but damaged ones.
+    """
+    if resume != "auto":
+        path = Path(resume)
+        if not (path / STATE).is_file():
+            raise InputError(
+                f"--resume {resume} is no checkpoint (it has no {STATE}); give a step-N directory or auto."
+            )
+        read_state(path)
+        return path
+    damage = []
+    for path in reversed(list_checkpoints(output_dir)):
+        try:
+            read_state(path)
+        except InputError as error:
+            damage.append(str(error))
+            continue
+        for line in damage:
+            say(f"passed over: {line}")
+        return path
+    if damage:
         raise InputError(
-            f"--resume {resume} is no checkpoint (it has no {STATE}); give a step-N directory or auto."
+            f"No checkpoint in {output_dir} is whole, and starting afresh would replace them: {damage[0]}"
         )
-    return path
+    return None
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """The state.json of a checkpoint whose files are all as they were written.
 
+    Returns:
+        {"progress": Progress, "settings": ..., "versions": ...}.
     Raises:
-        InputError: a missing or damaged file.
+        InputError: a missing or damaged file, or another version's format.
     """
+    remedy = "pass --resume with an older one, or --resume auto"
     try:
-        state = json.loads((path / STATE).read_text())
-        damaged = [name for name, digest in state["sha256"].items() if _sha256(path / name) != digest]
-        step, settings = int(state["step"]), dict(state["settings"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"The checkpoint {path} is not readable ({error}); resume from an older one.") from error
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if state["format"] != FORMAT:
+            raise InputError(
+                f"The checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}; {remedy}."
+            )
+        progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+        settings, versions, checksums = dict(state["settings"]), dict(state["versions"]), dict(state["sha256"])
+        damaged = [name for name in FILES if checksums[name] != _sha256(path / name)]
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"The checkpoint {path} is not readable ({error!r}); {remedy}.") from error
     if damaged:
-        raise InputError(f"The checkpoint {path} is damaged in {', '.join(damaged)}; resume from an older one.")
-    return {"step": step, "settings": settings}
+        raise InputError(f"The checkpoint {path} is damaged in {', '.join(damaged)}; {remedy}.")
+    return {"progress": progress, "settings": settings, "versions": versions}
 
 
 def load_checkpoint(
@@ -103,36 +208,52 @@ def load_checkpoint(
     model: nn.Module,
     make_optimizer: Callable[[], MasterOptimizer],
     settings: dict[str, Any],
-) -> tuple[int, MasterOptimizer]:
+    force: bool = False,
+    say: Callable[[str], object] = print,
+) -> tuple[Progress, MasterOptimizer]:
     """Restore adapter and optimizer.
 
     Args:
         model: with adapters in place.
         make_optimizer: builds the optimizer over the restored adapters.
-        settings: this run's; every one must equal the checkpoint's.
+        settings: this run's; every one must equal the checkpoint's, but for total_steps.
+        force: go on although some differ; `say` names them.
     Returns:
-        (steps done, the optimizer).
+        (where the run was, the optimizer).
     Raises:
         InputError: a damaged file, or all the settings that differ.
     """
     from safetensors.torch import load_file
 
     state = read_state(path)
-    saved = state["settings"]
+    saved, settings = dict(state["settings"]), dict(settings)
+    planned, plan = saved.pop("total_steps", None), settings.pop("total_steps", None)
+    if planned != plan:
+        say(f"the run was planned for {planned} steps, now for {plan}; the learning rate follows the new plan")
     differing = [
         f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
         for key in sorted({*saved, *settings})
         if saved.get(key) != settings.get(key)
     ]
-    if differing:
+    if differing and not force:
         raise InputError(
-            f"The checkpoint {path} belongs to another run: {'; '.join(differing)}. "
-            "Start with the same settings, or in a new --output-dir."
+            f"The checkpoint {path} belongs to another run: {'; '.join(differing)}. Start with the same "
+            "settings, in a new --output-dir, or pass --force-resume to go on with the new ones."
         )
-    load_adapter(model, path)
+    if differing:
+        say(f"--force-resume overrides {'; '.join(differing)}")
+    current = library_versions()
+    moved = [
+        f"{name} {old} -> {current.get(name)}"
+        for name, old in state["versions"].items()
+        if old != current.get(name)
+    ]
+    if moved:
+        say(f"libraries changed since the checkpoint, so that roundings may differ: {', '.join(moved)}")
+    load_lora_state_dict(model, read_adapter(path)[1], origin=str(path))
     optimizer = make_optimizer()
     optimizer.load_state_tensors(load_file(path / OPTIMIZER))
-    return state["step"], optimizer
+    return state["progress"], optimizer
 
 
 def _sha256(file: Path) -> str:

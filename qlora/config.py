@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -170,8 +171,23 @@ class TrainConfig:
             if not low <= value or (name == "weight_decay" and value == math.inf):
                 flag = name.replace("_", "-")
                 raise InputError(f"{name} is {getattr(self, name)}; give --{flag} {low} or more.")
+        if self.stop_after is not None and self.stop_after_seconds is None:
+            raise InputError(
+                f"stop_after is {self.stop_after!r}; give --stop-after a time such as 45s, 90m or 1h30m."
+            )
+        if self.force_resume and self.resume is None:
+            raise InputError("force_resume is given without resume; pass --resume auto or a checkpoint with it.")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; give --learning-rate a number above 0.")
+
+    @property
+    def stop_after_seconds(self) -> float | None:
+        """--stop-after in seconds; None where it is not given or says no time."""
+        match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", self.stop_after or "")
+        if match is None or not self.stop_after:
+            return None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 @dataclass

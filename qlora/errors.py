@@ -5,30 +5,54 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from qlora.redact import redact
+
 
 class InputError(ValueError):
     """Something the user can mend: the message says what, which value, and what to do."""
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on (a non-finite loss, an adapter without gradient); the last good state is saved."""
+    """Training cannot go on (non-finite losses, a process that died); the last good state is saved."""
+
+
+class StoppedOnRequest(Exception):
+    """A signal or --stop-after ended the run between two steps; its state is saved."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, in any of the words that torch has for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Call an entry point; an expected failure becomes one sentence on standard error.
 
     Returns:
-        Exit code: 0 done, 2 the input is at fault, 3 training stopped by itself, 130 interrupted.
+        Exit code: 0 done; 2 the input or the disk is at fault; 3 training stopped by itself; 4 stopped on
+        request, state saved; 130 interrupted outside training. (A second signal in training: 128 + its number.)
         With --debug among `argv` the traceback is shown instead.
     """
     try:
         main(argv)
         return 0
-    except (InputError, TrainingStopped, OSError) as error:
-        if "--debug" in argv:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 3 if isinstance(error, TrainingStopped) else 2
+    except StoppedOnRequest as request:
+        return _say(str(request), 4)
     except KeyboardInterrupt:
-        print("interrupted; --resume auto continues from the last checkpoint", file=sys.stderr)
-        return 130
+        return _say("interrupted; nothing that was saved is lost", 130)
+    except (InputError, TrainingStopped, OSError, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, (InputError, TrainingStopped, OSError))
+        if "--debug" in argv or not (expected or is_out_of_memory(error)):
+            raise
+        if not expected:
+            hint = "lower --batch-size or --max-length, or pass --gradient-checkpointing on"
+            return _say(f"error: out of memory ({error}); {hint}.", 3)
+        return _say(f"error: {error}", 3 if isinstance(error, TrainingStopped) else 2)
+
+
+def _say(text: str, code: int) -> int:
+    print(redact(" ".join(text.split())), file=sys.stderr)
+    return code

@@ -4,36 +4,51 @@
                metrics.jsonl, loss.png   one line per optimizer step; the curve at the end
                adapter_model.safetensors, adapter_config.json
                checkpoints/step-N/       full state
+               skipped/step-N.jsonl      the examples of a step whose loss was not finite
+               .lock                     held while a run writes here
 
-All processes of a run hold a `RunOutput`; only the main one writes.
+All processes of a run hold a `RunOutput`; only the main one writes. Checkpoints are written by a thread from
+copies, so that training waits for the copies alone. A full disk costs no work: whole checkpoints stay, lines
+of metrics wait in memory, and the next save tries again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 from torch import nn
 
-from qlora.adapter import save_adapter
+from qlora.adapter import WEIGHTS, AdapterSnapshot, snapshot_adapter, write_adapter
 from qlora.checkpoint import (
+    Progress,
+    best_checkpoint,
     checkpoint_path,
     find_checkpoint,
+    list_checkpoints,
     load_checkpoint,
+    prune_checkpoints,
     read_state,
     save_checkpoint,
 )
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
+from qlora.files import new_file
 from qlora.lora import lora_layers
 from qlora.optim import MasterOptimizer
+from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
-from qlora.tokenize import Example
+from qlora.tokenize import IGNORE_INDEX, Example
 
 
 class RunOutput:
@@ -41,10 +56,11 @@ class RunOutput:
 
     Args:
         output_dir: made if absent. A directory with metrics or an adapter of another run is refused unless
-            this run resumes in it.
+            this run resumes in it, and so is one that a living run writes to.
         base_model: recorded in the adapter.
         resume: None, "auto" or a checkpoint directory.
-        run: every setting, written to run.json.
+        run: every setting, written to run.json and into checkpoints.
+        keep_last: checkpoints to keep, see `prune_checkpoints`.
     Raises:
         InputError: nothing can be written there, or another run's results lie there.
     """
@@ -56,28 +72,62 @@ class RunOutput:
         resume: str | None,
         accelerator: Accelerator,
         run: dict[str, Any],
+        keep_last: int = 0,
     ) -> None:
         self.directory, self.base_model, self.accelerator = Path(output_dir), base_model, accelerator
-        self.checkpoint = find_checkpoint(resume, self.directory) if resume else None
-        self.start_step, self.run = 0, run
+        self.run, self.keep_last = json.loads(redact(json.dumps(run))), keep_last
+        self.progress = Progress()
         if accelerator.is_main_process:
-            self._claim(resume)
+            self._claim()
+        self.checkpoint = find_checkpoint(resume, self.directory, accelerator.print) if resume else None
+        if accelerator.is_main_process:
+            self._check_other_runs(resume)
         accelerator.wait_for_everyone()
 
-    def _claim(self, resume: str | None) -> None:
-        if resume is None and (self.directory / "metrics.jsonl").exists():
-            raise InputError(
-                f"--output-dir {self.directory} holds another run; pass --resume auto to continue it, "
-                "or choose another directory."
-            )
+    def _claim(self) -> None:
+        """Take the directory: writable, locked, and swept of what a killed run left half written."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.directory):
                 pass  # it can be written to
+            self._lock = FileLock(self.directory / ".lock", timeout=0)
+            self._lock.acquire()
+        except Timeout as error:
+            raise InputError(
+                f"Another run is writing to --output-dir {self.directory}; wait for its end or choose another."
+            ) from error
         except OSError as error:
             raise InputError(
                 f"--output-dir {self.directory} cannot be written ({error}); choose another."
             ) from error
+        for folder in (self.directory, self.directory / "checkpoints"):
+            for left in folder.glob(".*.tmp"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def _check_other_runs(self, resume: str | None) -> None:
+        holds = [name for name in ("metrics.jsonl", WEIGHTS) if (self.directory / name).exists()]
+        if not holds:
+            return
+        if resume is None:
+            raise InputError(
+                f"--output-dir {self.directory} holds another run ({holds[0]}); pass --resume auto to continue "
+                "it, or choose another directory."
+            )
+        if self.checkpoint is None and WEIGHTS in holds:
+            raise InputError(
+                f"--output-dir {self.directory} holds an adapter but no checkpoint to resume from; choose another."
+            )
+        own = self.directory / "checkpoints"
+        if self.checkpoint is not None and self.checkpoint.resolve().parent != own.resolve():
+            raise InputError(
+                f"--resume {resume} is not from --output-dir {self.directory}, which holds another run; choose "
+                "another --output-dir."
+            )
+
+    @property
+    def bad_rows(self) -> Path | None:
+        """Where the rows left out by --on-bad-row skip are listed; None on all but the main process."""
+        return self.directory / "bad_rows.jsonl" if self.accelerator.is_main_process else None
 
     def compute_dtype(self, asked: str) -> str:
         """The compute dtype of a resumed run is the one it began with: measuring again could choose another."""
@@ -92,64 +142,211 @@ class RunOutput:
         make_optimizer: Callable[[], MasterOptimizer],
         settings: dict[str, Any],
         total_steps: int,
+        force: bool = False,
     ) -> MasterOptimizer:
-        """The optimizer of a fresh or resumed run; sets `start_step` and begins metrics.jsonl.
+        """The optimizer of a fresh or resumed run; sets `progress` and begins metrics.jsonl.
 
         Args:
-            settings: what a resumed run must share with the checkpoint.
+            settings: what a resumed run must share with the checkpoint, unless `force`.
         """
         self.model, self.lora_config, self.settings = model, lora_config, settings
+        say, is_main = self.accelerator.print, self.accelerator.is_main_process
         if self.checkpoint is not None:
-            self.start_step, self.optimizer = load_checkpoint(self.checkpoint, model, make_optimizer, settings)
-            self.accelerator.print(f"resumed from {self.checkpoint}, {self.start_step} steps done")
+            self.progress, self.optimizer = load_checkpoint(
+                self.checkpoint, model, make_optimizer, settings, force, say
+            )
+            say(f"resumed from {self.checkpoint}, {self.progress.step} steps done")
         else:
             self.optimizer = make_optimizer()
-        quiet = not self.accelerator.is_main_process
-        self.display = RunDisplay(total_steps, self.start_step, quiet)
-        if not quiet:
-            (self.directory / "run.json").write_text(json.dumps(self.run, indent=2) + "\n")
-            self._metrics = _open_metrics(self.directory / "metrics.jsonl", self.start_step)
+        self.display = RunDisplay(total_steps, self.progress.step, quiet=not is_main)
+        if is_main:
+            self._set_aside_later_checkpoints()
+            self._writer = ThreadPoolExecutor(1)
+            self._writing: Future[None] | None = None
+            with new_file(self.directory / "run.json") as file:
+                file.write_text(json.dumps(self.run, indent=2) + "\n")
+            self._metrics = MetricsFile(self.directory / "metrics.jsonl", self.progress)
         return self.optimizer
+
+    def _set_aside_later_checkpoints(self) -> None:
+        """Hide checkpoints later than the one resumed from: --resume auto must not go back to their past."""
+        for path in list_checkpoints(self.directory):
+            if self.checkpoint is not None and path.name > self.checkpoint.name:
+                aside = path.with_name(f"aside-{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(path, aside)
+                self.accelerator.print(f"{path} is later than the checkpoint resumed from; kept as {aside.name}")
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl and show it."""
         if self.accelerator.is_main_process:
-            self._metrics.write(json.dumps(line) + "\n")
-            self._metrics.flush()
+            self._metrics.write(line)
             self.display.show(line)
 
-    def save(self, step: int) -> None:
-        """Write the state after `step` steps as a checkpoint, and its adapter as the run's adapter.
+    def keep_batch(self, step: int, window: Sequence[Example]) -> str:
+        """Write a step's examples for inspection; returns a sentence that says where."""
+        path = self.directory / "skipped" / f"step-{step:06d}.jsonl"
+        if not self.accelerator.is_main_process:
+            return f"Its examples are in {path}"
+        rows = [
+            {
+                "where": example.origin,
+                "input_ids": example.input_ids.tolist(),
+                "targets": [None if t == IGNORE_INDEX else t for t in example.targets.tolist()],
+            }
+            for example in window
+        ]
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with new_file(path) as file:
+                file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            return f"Its examples ({', '.join(e.origin for e in window)}) could not be written ({error})"
+        return f"Its examples are in {path}"
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write the state as a checkpoint, and its adapter as the run's adapter.
+
+        Copies are taken before this returns; a thread writes them. A write that fails is said and left to the
+        next save, and to `close`.
 
         Raises:
             TrainingStopped: steps were made, but no adapter's B has left zero: nothing was learned.
         """
-        if step > 0 and not any(layer.lora_B.any() for layer in lora_layers(self.model).values()):
-            raise TrainingStopped(f"After {step} steps every lora_B is still zero, so the adapter does nothing.")
+        made = progress.step - progress.skipped
+        if made > 0 and not any(layer.lora_B.any() for layer in lora_layers(self.model).values()):
+            raise TrainingStopped(f"After {made} steps every lora_B is still zero, so the adapter does nothing.")
         if self.accelerator.is_main_process:
-            path = checkpoint_path(self.directory, step)
-            save_checkpoint(
-                path, step, self.model, self.optimizer, self.lora_config, self.settings, self.base_model
-            )
-            save_adapter(self.model, self.directory, self.lora_config, self.base_model)
-        self.accelerator.wait_for_everyone()
+            self._finish_writing()
+            adapter = snapshot_adapter(self.model, self.lora_config, redact(self.base_model))
+            moments = {
+                name: tensor.to("cpu", copy=True).contiguous()
+                for name, tensor in self.optimizer.state_tensors().items()
+            }
+            frozen = Progress(**vars(progress))
+            self._writing = self._writer.submit(self._write, frozen, adapter, moments, self._metrics.flush())
+
+    def _write(
+        self,
+        progress: Progress,
+        adapter: AdapterSnapshot,
+        moments: dict[str, torch.Tensor],
+        unwritten: OSError | None,
+    ) -> None:
+        path = checkpoint_path(self.directory, progress.step)
+        try:
+            if unwritten is not None:
+                raise unwritten  # lines of metrics: a checkpoint must not outlive those before it
+            self._metrics.sync()
+            save_checkpoint(path, progress, adapter, moments, self.settings, self.run)
+            write_adapter(adapter, self.directory)
+            prune_checkpoints(self.directory, self.keep_last)
+        except Exception as error:
+            self.display.say(f"{path} could not be written ({error}); training goes on, the next save tries again")
+            raise
+
+    def _finish_writing(self) -> OSError | None:
+        """Wait for the write under way; an error of the disk is returned, any other raised."""
+        writing, self._writing = self._writing, None
+        try:
+            if writing is not None:
+                writing.result()
+        except OSError as error:
+            return error
+        return None
 
     def close(self) -> None:
-        """Draw the loss curve; called also after a run that stopped."""
-        if self.accelerator.is_main_process:
-            self.display.close()
-            self._metrics.close()
-            plot_loss(self.directory / "metrics.jsonl", self.directory / "loss.png")
+        """Wait for the last checkpoint and draw the loss curve; called also after a run that stopped.
+
+        Raises:
+            TrainingStopped: the last state could not be written.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        self.display.close()
+        failure = self._finish_writing() or self._metrics.close()
+        self._writer.shutdown()
+        self._lock.release()
+        if failure is not None:
+            whole = [path.name for path in list_checkpoints(self.directory)]
+            raise TrainingStopped(
+                f"The last state could not be written to {self.directory} ({failure}); free some space, then "
+                f"--resume auto goes on from {whole[-1] if whole else 'the start'}."
+            )
+        plot_loss(self.directory / "metrics.jsonl", self.directory / "loss.png")
+        best = best_checkpoint(self.directory)
+        if best is not None:
+            self.accelerator.print(f"lowest held-out loss: {best}")
 
 
-def _open_metrics(path: Path, start_step: int) -> Any:
-    """Open metrics.jsonl for appending; lines of steps that will be done again are dropped first."""
-    kept = []
-    if start_step and path.is_file():
-        whole = (line for line in path.read_text().splitlines() if line.endswith("}"))
-        kept = [line for line in whole if json.loads(line)["step"] <= start_step]
-    path.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a")
+class MetricsFile:
+    """metrics.jsonl of a run: whole lines in the order of the steps, none lost or twice after a resume.
+
+    Args:
+        progress: lines of what will be done again are dropped.
+    """
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        kept = [line for line in _whole_lines(path) if _is_done(line, progress)] if progress.step else []
+        with new_file(path) as staging:
+            staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; what a full disk does not take now goes before the next line."""
+        self._pending += json.dumps(line).encode() + b"\n"
+        self.flush()
+
+    def flush(self) -> OSError | None:
+        """Write what waits; returns the error if some still does."""
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            return error
+        return None
+
+    def sync(self) -> None:
+        """Bring what was written to the disk itself."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> OSError | None:
+        """Returns the error if lines could not be written."""
+        failure = self.flush()
+        self._file.close()
+        return failure
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # cut off by a kill
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+    return lines
+
+
+def _is_done(line: dict[str, Any], progress: Progress) -> bool:
+    """Whether the line is of a step, or an evaluation, that the run will not do again."""
+    if "eval_loss" in line and line["step"] == progress.step:
+        return progress.eval_loss is not None
+    return bool(line["step"] <= progress.step)
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from."""
+    digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:

@@ -36,6 +36,7 @@ class Batch:
     max_length: int
     num_tokens: int  # real tokens, padding left out
     num_targets: int
+    examples: tuple[Example, ...]  # what it was made from
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -88,6 +89,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
         max_length=int(lengths.max()),
         num_tokens=int(lengths.sum()),
         num_targets=sum(e.num_targets for e in examples),
+        examples=tuple(examples),
     )
 
 
@@ -107,7 +109,17 @@ def collate_padded(examples: Sequence[Example]) -> Batch:
         max_length=longest,
         num_tokens=sum(len(e) for e in examples),
         num_targets=sum(e.num_targets for e in examples),
+        examples=tuple(examples),
     )
+
+
+def split_batch(batch: Batch, limit: int) -> list[Batch]:
+    """Halve a micro-batch until no part holds more than `limit` tokens, padding included, or one example alone."""
+    if batch.input_ids.numel() <= limit or len(batch.examples) == 1:
+        return [batch]
+    collate = collate_padded if batch.cu_seqlens is None else collate_packed
+    parts = batch.examples[::2], batch.examples[1::2]  # bins are sorted by length: both halves get their share
+    return [small for part in parts for small in split_batch(collate(part), limit)]
 
 
 def make_batches(examples: Sequence[Example], batch_size: int, max_length: int, packing: bool) -> list[Batch]:

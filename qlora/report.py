@@ -37,6 +37,8 @@ class RunDisplay:
         if "eval_loss" in line:
             self.console.print(f"step {line['step']:>5}/{self.total_steps}  held-out loss {line['eval_loss']:.4f}")
             return
+        if line["loss"] is None:
+            return  # a skipped step has been told of
         status = (
             f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s  "
             f"peak {line['peak_memory_gib']:.2f} GiB"
@@ -46,15 +48,19 @@ class RunDisplay:
         elif line["step"] % self._every == 0 or line["step"] == self.total_steps:
             self.console.print(f"step {line['step']:>5}/{self.total_steps}  {status}")
 
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(text)
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training lines, evaluation lines) of a metrics.jsonl."""
+    """(training lines, evaluation lines) of a metrics.jsonl; skipped steps are left out."""
     lines = [json.loads(text) for text in path.read_text().splitlines()]
-    return [x for x in lines if "loss" in x], [x for x in lines if "eval_loss" in x]
+    return [x for x in lines if x.get("loss") is not None], [x for x in lines if "eval_loss" in x]
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:

@@ -10,28 +10,51 @@ wrapper: it would average over devices, and overlap what takes no time); then th
 
 Random numbers (dropout) are seeded per step and device, evaluation draws none and leaves no trace in the
 model, and the data order is arithmetic: step k is the same however the run came to it.
+
+What may go wrong in a step leaves the state before it whole: nothing but `optimizer.step` changes the model,
+and it comes last. Out of memory: smaller micro-batches, the same step again. A non-finite loss: the step is
+skipped and its batch kept, up to a limit. Another process died: save and stop. Devices agree on each of
+these before they act, or one would wait for ever in a collective that another never enters.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
+from qlora.checkpoint import Progress
 from qlora.device import available_memory, peak_memory_gib
-from qlora.errors import TrainingStopped
+from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.lora import lora_layers, lora_parameters
 from qlora.loss import causal_lm_loss
 from qlora.memory import plan_memory, wants_checkpointing
 from qlora.optim import MasterOptimizer
-from qlora.packing import Batch, WindowOrder, deal_examples, make_batches
+from qlora.packing import Batch, WindowOrder, deal_examples, make_batches, split_batch
 from qlora.tokenize import Example
+
+
+class NonFiniteStep(TrainingStopped):
+    """A loss or gradient that is no number; nothing was changed."""
+
+
+class StepOutOfMemory(TrainingStopped):
+    """Activations did not fit; nothing was changed. `here`: on this device."""
+
+    def __init__(self, here: bool) -> None:
+        super().__init__("out of memory")
+        self.here = here
+
+
+# What gloo and NCCL say when the other end of a collective is gone.
+_LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|peer", re.IGNORECASE)
 
 
 @dataclass
@@ -67,16 +90,25 @@ def train_step(
     Returns:
         (loss per target token in nats, gradient norm before clipping, tokens, target tokens) of the window.
     Raises:
-        TrainingStopped: before anything is changed, on a non-finite loss or gradient.
+        NonFiniteStep, StepOutOfMemory: on all devices, before anything is changed.
     """
+    optimizer.zero_grad()
     device = accelerator.device
     counts = torch.tensor([sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)], device=device)
     num_tokens, num_targets = accelerator.reduce(counts, "sum").tolist()
-    losses = []
-    for batch in batches:
-        loss_sum, _ = causal_lm_loss(model, batch.to(device))
-        accelerator.backward(loss_sum)
-        losses.append(loss_sum.detach())
+    losses: list[Tensor] = []
+    full = False
+    try:
+        for batch in batches:
+            loss_sum, _ = causal_lm_loss(model, batch.to(device))
+            accelerator.backward(loss_sum)
+            losses.append(loss_sum.detach())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        full = True  # and leave this block: the error holds the activations
+    if _any_device(full, accelerator):
+        raise StepOutOfMemory(here=full)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
     _sum_gradients(optimizer.parameters, accelerator)
     for parameter in optimizer.parameters:
@@ -86,9 +118,8 @@ def train_step(
     loss, norm = (accelerator.reduce(total, "sum") / max(1, num_targets)).item(), grad_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [i for i, value in enumerate(losses) if not torch.isfinite(value)]
-        optimizer.zero_grad()
         where = f"micro-batch {bad[0] + 1} of {len(batches)}" if bad else "the gradient"
-        raise TrainingStopped(f"loss {loss}, gradient norm {norm}, first in {where}")
+        raise NonFiniteStep(f"loss {loss}, gradient norm {norm}, first in {where}")
     if check_adapters:
         check_adapters_learn(model)
     if 0 < max_grad_norm < norm:
@@ -97,6 +128,13 @@ def train_step(
                 parameter.grad.mul_(max_grad_norm / norm)
     optimizer.step(learning_rate)
     return loss, norm, num_tokens, num_targets
+
+
+def _any_device(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is up on any device; the same answer on all."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
@@ -111,24 +149,40 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator)
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, examples: Sequence[Example], accelerator: Accelerator, budget: int, packing: bool = True
-) -> float:
+    model: nn.Module,
+    examples: Sequence[Example],
+    accelerator: Accelerator,
+    budget: int,
+    packing: bool = True,
+    stop: Callable[[], str | None] = lambda: None,
+) -> float | None:
     """Mean loss per target token over `examples`, in nats; the model is left as it was found.
 
     Args:
-        budget: tokens of a micro-batch.
+        budget: tokens of a micro-batch; halved for as long as one does not fit in memory.
+        stop: asked after each micro-batch; once there is a reason on any device, the result is None.
     """
     was_training = model.training
     model.eval()
     mine = deal_examples([len(e) for e in examples], accelerator.num_processes)[accelerator.process_index]
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     longest = max(len(e) for e in examples)
-    for batch in make_batches([examples[i] for i in mine], max(1, budget // longest), longest, packing):
-        loss_sum, count = causal_lm_loss(model, batch.to(accelerator.device))
-        sums += torch.stack([loss_sum.double(), torch.tensor(count, device=sums.device)])
+    waiting = make_batches([examples[i] for i in mine], max(1, budget // longest), longest, packing)
+    while waiting and not sums[2]:
+        batch = waiting.pop()
+        try:
+            loss_sum, count = causal_lm_loss(model, batch.to(accelerator.device))
+            sums[:2] += torch.stack([loss_sum.double(), torch.tensor(count, device=sums.device)])
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if len(batch.examples) == 1:
+                raise TrainingStopped("a held-out example does not fit in memory; lower --max-length") from error
+            waiting += split_batch(batch, batch.input_ids.numel() // 2)
+        sums[2] = stop() is not None
     model.train(was_training)
-    loss_sum, count = accelerator.reduce(sums, "sum").tolist()
-    return loss_sum / count
+    loss_sum, count, stopped = accelerator.reduce(sums, "sum").tolist()
+    return None if stopped else loss_sum / count
 
 
 def settle_checkpointing(model: Any, mode: str, budget: int, say: Callable[[str], Any] = print) -> bool:
@@ -165,6 +219,49 @@ def check_adapters_learn(model: nn.Module) -> None:
         raise TrainingStopped(f"these adapters got no gradient: {', '.join(silent)}")
 
 
+def train_window(
+    model: nn.Module,
+    optimizer: MasterOptimizer,
+    batches: Sequence[Batch],
+    accelerator: Accelerator,
+    learning_rate: float,
+    max_grad_norm: float = 0.0,
+    check_adapters: bool = False,
+    seed: int = 0,
+    say: Callable[[str], object] = print,
+) -> tuple[tuple[float, float, int, int], int | None]:
+    """`train_step`, repeated in smaller micro-batches for as long as they do not fit in memory.
+
+    Args:
+        seed: of the step's random numbers, set before each try.
+    Returns:
+        (what train_step returns, the most tokens a micro-batch may hold from here on; None: no limit found).
+    Raises:
+        TrainingStopped: a micro-batch of a single example does not fit; and what train_step raises.
+    """
+    limit = None
+    while True:
+        torch.manual_seed(seed)
+        try:
+            step = train_step(model, optimizer, batches, accelerator, learning_rate, max_grad_norm, check_adapters)
+            return step, limit
+        except StepOutOfMemory as error:
+            here = error.here
+        if _any_device(here and all(len(batch.examples) == 1 for batch in batches), accelerator):
+            raise TrainingStopped(
+                "even a micro-batch of one example does not fit in memory; lower --max-length, or pass "
+                "--gradient-checkpointing on"
+            )
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if here:
+            limit = max(batch.input_ids.numel() for batch in batches) // 2
+            batches = [part for batch in batches for part in split_batch(batch, limit)]
+            say(
+                f"out of memory; the step is repeated as {len(batches)} micro-batches, at most {limit} tokens each"
+            )
+
+
 def fit(
     model: nn.Module,
     optimizer: MasterOptimizer,
@@ -179,59 +276,110 @@ def fit(
     packing: bool = True,
     max_grad_norm: float = 0.0,
     seed: int = 0,
-    start_step: int = 0,
+    progress: Progress | None = None,
     eval_examples: Sequence[Example] = (),
     eval_every: int = 0,
     save_every: int = 0,
-    save: Callable[[int], None] = lambda step: None,
+    max_skipped: int = 0,
+    save: Callable[[Progress], None] = lambda progress: None,
     log: Callable[[dict[str, Any]], None] = lambda line: None,
+    keep_batch: Callable[[int, Sequence[Example]], str] = lambda step, window: "",
+    stop: Callable[[], str | None] = lambda: None,
+    say: Callable[[str], object] = print,
 ) -> None:
-    """Train from `start_step` to `total_steps`.
+    """Train from where `progress` stands up to `total_steps`; `progress` moves along.
 
     Args:
         learning_rate: of the optimizer step counted from 0.
-        save: writes the state after that many steps; called every `save_every`, at the end and before a stop.
+        max_skipped: steps with a non-finite loss that are left out before training stops.
+        save: writes the state as it is: every `save_every` steps, and then also after the best evaluation so
+            far; at the end; before a stop.
         log: receives one dict per step, and {"step", "eval_loss"} per evaluation; called on every process.
+        keep_batch: writes the examples of a step with a non-finite loss for inspection, and says where.
+        stop: why the run should end now, or None; asked between steps and while evaluating.
     Raises:
-        TrainingStopped: see `train_step` and `check_adapters_learn`; the state before the step is saved.
+        StoppedOnRequest: `stop` gave a reason.
+        TrainingStopped: too many non-finite steps, an example that does not fit in memory, adapters without a
+            gradient, another process that died. The state before it is saved.
     """
-    window_size = batch_size * grad_accum * accelerator.num_processes
-    order = WindowOrder(len(examples), window_size, seed)
+    progress = progress or Progress()
+    rank, devices = accelerator.process_index, accelerator.num_processes
+    order = WindowOrder(len(examples), batch_size * grad_accum * devices, seed)
+    budget = batch_size * max_length
     model.train()
     for parameter in lora_parameters(model):
         parameter.grad_dtype = torch.float32
-    if eval_every and start_step == 0:
-        log(
-            {
-                "step": 0,
-                "eval_loss": evaluate(model, eval_examples, accelerator, batch_size * max_length, packing),
-            }
-        )
-    for step in range(start_step, total_steps):
+
+    def make_step(step: int, check_adapters: bool) -> bool:
+        """Whether the step was made: one with a non-finite loss is skipped."""
+        nonlocal budget
         started = time.perf_counter()
         window = [examples[i] for i in order.window(step)]
-        mine = deal_examples([len(e) for e in window], accelerator.num_processes)[accelerator.process_index]
-        batches = make_batches([window[i] for i in mine], batch_size, max_length, packing)
-        torch.manual_seed((seed * 1_000_003 + step) * 4096 + accelerator.process_index)
-        rate = learning_rate(step)
+        mine = [window[i] for i in deal_examples([len(e) for e in window], devices)[rank]]
+        whole = make_batches(mine, batch_size, max_length, packing)
+        batches = [part for batch in whole for part in split_batch(batch, budget)]
+        rate, step_seed = learning_rate(step), (seed * 1_000_003 + step) * 4096 + rank
         try:
-            optimizer.zero_grad()
-            loss, norm, tokens, targets = train_step(
-                model, optimizer, batches, accelerator, rate, max_grad_norm, check_adapters=step == start_step
+            (loss, norm, tokens, targets), limit = train_window(
+                model, optimizer, batches, accelerator, rate, max_grad_norm, check_adapters, step_seed, say
             )
-        except TrainingStopped as error:
-            save(step)
-            rows = ", ".join(str(i) for i in order.window(step))
-            raise TrainingStopped(
-                f"Training stopped at step {step + 1}: {error}. The step's examples were numbers {rows} of the "
-                f"data; the state before it is saved."
-            ) from error
-        seconds = time.perf_counter() - started
-        memory = peak_memory_gib(accelerator.device)
-        log(asdict(StepMetrics(step + 1, loss, norm, rate, tokens, targets, tokens / seconds, memory)))
-        done = step + 1
-        if eval_every and (done % eval_every == 0 or done == total_steps):
-            held_out = evaluate(model, eval_examples, accelerator, batch_size * max_length, packing)
-            log({"step": done, "eval_loss": held_out})
-        if (save_every and done % save_every == 0) or done == total_steps:
-            save(done)
+        except NonFiniteStep as error:
+            where = keep_batch(step + 1, window)
+            if progress.skipped == max_skipped:
+                raise TrainingStopped(f"{error}; {max_skipped} such steps were skipped before. {where}") from error
+            progress.skipped += 1
+            if accelerator.is_main_process:
+                say(f"step {step + 1} skipped ({progress.skipped} of at most {max_skipped}): {error}. {where}")
+            log({"step": step + 1, "loss": None, "skipped": progress.skipped, "learning_rate": rate})
+            return False
+        budget = limit or budget
+        speed, memory = tokens / (time.perf_counter() - started), peak_memory_gib(accelerator.device)
+        log(asdict(StepMetrics(step + 1, loss, norm, rate, tokens, targets, speed, memory)))
+        return True
+
+    def evaluate_if_due() -> tuple[bool, bool]:
+        """(whether this state still wants its evaluation, whether it had it now and is the best so far)."""
+        step = progress.step
+        is_due = eval_every and (step % eval_every == 0 or step == total_steps)
+        if not is_due or progress.eval_loss is not None:
+            return False, False
+        progress.eval_loss = evaluate(model, eval_examples, accelerator, budget, packing, stop)
+        if progress.eval_loss is None:  # a reason to stop came first; a resumed run begins with it
+            return True, False
+        log({"step": step, "eval_loss": progress.eval_loss})
+        is_best = progress.best_loss is None or progress.eval_loss < progress.best_loss
+        progress.best_loss = progress.eval_loss if is_best else progress.best_loss
+        return False, is_best
+
+    saved, checked = replace(progress), False
+
+    def save_if_new() -> None:
+        nonlocal saved
+        if progress != saved:
+            save(progress)
+            saved = replace(progress)
+
+    try:
+        while True:
+            is_pending, is_best = evaluate_if_due()
+            step, reason = progress.step, stop()
+            if _any_device(reason is not None, accelerator):
+                reason = reason or "another process was asked to stop"
+            is_last = step >= total_steps and not is_pending
+            if is_last or reason or (save_every and step and (step % save_every == 0 or is_best)):
+                save_if_new()
+            if is_last:
+                return
+            if reason:
+                raise StoppedOnRequest(f"stopped after step {step} of {total_steps}, state saved: {reason}")
+            checked = make_step(step, check_adapters=not checked) or checked
+            progress.step, progress.eval_loss = step + 1, None
+    except RuntimeError as error:
+        lost_peer = devices > 1 and _LOST_PEER.search(str(error))
+        if not isinstance(error, TrainingStopped) and not lost_peer:
+            raise
+        save_if_new()
+        cause = f"another process of this run has died ({error})" if lost_peer else str(error)
+        raise TrainingStopped(
+            f"Training stopped at step {progress.step + 1}: {cause}; the state before it is saved."
+        ) from error

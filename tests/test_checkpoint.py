@@ -1,4 +1,4 @@
-"""Checkpoints and the output directory: whole or refused, and what a resumed run must share."""
+"""Checkpoints: whole or refused, which ones are kept, and what a resumed run must share."""
 
 from __future__ import annotations
 
@@ -8,18 +8,27 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
-from qlora.checkpoint import checkpoint_path, find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from qlora.adapter import snapshot_adapter
+from qlora.checkpoint import (
+    Progress,
+    best_checkpoint,
+    checkpoint_path,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    read_state,
+    save_checkpoint,
+)
 from qlora.config import LoRAConfig
-from qlora.errors import InputError, TrainingStopped
+from qlora.errors import InputError
 from qlora.lora import freeze_base, inject_lora, lora_parameters, lora_state_dict
 from qlora.model import load_base_model
 from qlora.optim import MasterOptimizer, build_optimizer
-from qlora.output import RunOutput, data_fingerprint
 from tests.models import save_tiny_llama
-from tests.test_trainer import make_examples
 
+PROGRESS = Progress(step=5, skipped=1, eval_loss=2.5, best_loss=2.25)
 SETTINGS = {"data": "abc", "window": 8, "compute_dtype": "float32"}
 
 
@@ -44,22 +53,27 @@ def stepped(model: Any) -> MasterOptimizer:
     return optimizer
 
 
+def write(path: Path, model: Any, optimizer: MasterOptimizer, progress: Progress) -> None:
+    adapter = snapshot_adapter(model, LoRAConfig(rank=4), "base")
+    save_checkpoint(path, progress, adapter, optimizer.state_tensors(), SETTINGS, {"rank": 4})
+
+
 @pytest.fixture
 def saved(tiny: str, tmp_path: Path) -> tuple[Path, Any, MasterOptimizer]:
     model = adapted(tiny)
     optimizer = stepped(model)
     path = checkpoint_path(tmp_path, 5)
-    save_checkpoint(path, 5, model, optimizer, LoRAConfig(rank=4), SETTINGS, "base")
+    write(path, model, optimizer, PROGRESS)
     return path, model, optimizer
 
 
 def test_round_trip_is_bit_for_bit(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
     path, model, optimizer = saved
     other = adapted(tiny, seed=77)
-    step, restored = load_checkpoint(
+    progress, restored = load_checkpoint(
         path, other, lambda: build_optimizer(lora_parameters(other), "adamw"), SETTINGS
     )
-    assert step == 5
+    assert progress == PROGRESS
     assert len(lora_state_dict(model)) == 8
     for key, tensor in lora_state_dict(model).items():
         assert torch.equal(tensor, lora_state_dict(other)[key])
@@ -78,11 +92,53 @@ def test_a_flipped_byte_is_found(saved: tuple[Path, Any, MasterOptimizer], tiny:
         read_state(path)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 1}', '{"step": "x", "sha256": {}, "settings": {}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "1", '{"step": 1}', '{"format": 2, "step": 1}', "[" * 100_000, "\x00", '{"a": 1'],
+    ids=range(9),
+)  # fmt: skip
 def test_an_unreadable_state_is_an_input_error(saved: tuple[Path, Any, MasterOptimizer], content: str) -> None:
     (saved[0] / "state.json").write_text(content)
     with pytest.raises(InputError, match="not readable"):
         read_state(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", -1), ("step", "5"), ("step", True), ("skipped", 1.5), ("eval_loss", "low"), ("settings", 3),
+        ("eval_loss", float("nan")), ("best_loss", float("inf")), ("versions", None), ("sha256", ["a"]),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_in_the_state_is_named(
+    saved: tuple[Path, Any, MasterOptimizer], field: str, value: Any
+) -> None:
+    state = json.loads((saved[0] / "state.json").read_text())
+    (saved[0] / "state.json").write_text(json.dumps(state | {field: value}))
+    with pytest.raises(InputError, match="not readable"):
+        read_state(saved[0])
+
+
+def test_another_format_is_named(saved: tuple[Path, Any, MasterOptimizer]) -> None:
+    state = json.loads((saved[0] / "state.json").read_text())
+    (saved[0] / "state.json").write_text(json.dumps(state | {"format": 1}))
+    with pytest.raises(InputError, match="has format 1, this version reads 2"):
+        read_state(saved[0])
+
+
+def test_a_state_can_name_no_file_elsewhere(saved: tuple[Path, Any, MasterOptimizer]) -> None:
+    """Checksums are looked up for the three files that belong to a checkpoint, whatever the file lists."""
+    state = json.loads((saved[0] / "state.json").read_text())
+    state["sha256"]["../../../secret"] = "0" * 64
+    (saved[0] / "state.json").write_text(json.dumps(state))
+    assert read_state(saved[0])["progress"] == PROGRESS
+
+
+def test_the_state_describes_itself(saved: tuple[Path, Any, MasterOptimizer]) -> None:
+    state = json.loads((saved[0] / "state.json").read_text())
+    assert state["settings"] == SETTINGS and state["run"] == {"rank": 4} and state["format"] == 2
+    assert set(state["versions"]) == {"torch", "transformers", "bitsandbytes", "accelerate"}
+    assert state["versions"]["torch"] == torch.__version__
+    assert len(state["sha256"]) == 3
 
 
 def test_a_missing_file_is_found(saved: tuple[Path, Any, MasterOptimizer]) -> None:
@@ -104,6 +160,29 @@ def test_all_differing_settings_are_listed(saved: tuple[Path, Any, MasterOptimiz
     assert all(torch.equal(before[k], v) for k, v in lora_state_dict(model).items())
 
 
+def test_forcing_names_what_it_overrides(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
+    model, said = adapted(tiny, seed=77), []
+    progress, _ = load_checkpoint(
+        saved[0], model, lambda: build_optimizer(lora_parameters(model), "adamw"), {**SETTINGS, "window": 4},
+        force=True, say=said.append,
+    )  # fmt: skip
+    assert progress == PROGRESS
+    assert said == ["--force-resume overrides window was 8, is 4"]
+    assert all(torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(saved[1]).items())
+
+
+def test_other_library_versions_and_plans_are_said(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
+    state = json.loads((saved[0] / "state.json").read_text())
+    state["versions"]["torch"] = "1.0"
+    state["settings"]["total_steps"] = 10
+    (saved[0] / "state.json").write_text(json.dumps(state))
+    model, said = adapted(tiny), []
+    make = lambda: build_optimizer(lora_parameters(model), "adamw")  # noqa: E731
+    load_checkpoint(saved[0], model, make, {**SETTINGS, "total_steps": 20}, say=said.append)
+    assert said[0].startswith("the run was planned for 10 steps, now for 20")
+    assert f"torch 1.0 -> {torch.__version__}" in said[1] and len(said) == 2
+
+
 def test_the_adapter_in_a_checkpoint_loads_by_itself(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
     from qlora.adapter import load_adapter
 
@@ -115,79 +194,75 @@ def test_the_adapter_in_a_checkpoint_loads_by_itself(saved: tuple[Path, Any, Mas
 
 def test_saving_again_replaces(saved: tuple[Path, Any, MasterOptimizer]) -> None:
     path, model, optimizer = saved
-    save_checkpoint(path, 6, model, optimizer, LoRAConfig(rank=4), SETTINGS, "base")
-    assert read_state(path)["step"] == 6
+    write(path, model, optimizer, Progress(6))
+    assert read_state(path)["progress"] == Progress(6)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_auto_finds_the_newest(tmp_path: Path) -> None:
-    assert find_checkpoint("auto", tmp_path) is None
-    for step in (9, 10, 100):
-        checkpoint_path(tmp_path, step).mkdir(parents=True)
-    assert find_checkpoint("auto", tmp_path) == checkpoint_path(tmp_path, 100)
+@pytest.fixture
+def several(tiny: str, tmp_path: Path) -> Path:
+    """Checkpoints of steps 9, 10, 100 and 2,000,000, of which 10 has the lowest loss."""
+    model = adapted(tiny)
+    optimizer = stepped(model)
+    for step, loss in ((9, 3.0), (10, 1.5), (100, 2.0), (2_000_000, None)):
+        write(checkpoint_path(tmp_path, step), model, optimizer, Progress(step, eval_loss=loss))
+    return tmp_path
+
+
+def steps(directory: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in list_checkpoints(directory)]
+
+
+def test_auto_finds_the_newest(several: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    assert find_checkpoint("auto", tmp_path_factory.mktemp("empty")) is None
+    (several / "checkpoints" / "step-x").mkdir()
+    (several / "checkpoints" / ".step-3000000.17.tmp").mkdir()
+    assert steps(several) == [9, 10, 100, 2_000_000]
+    assert find_checkpoint("auto", several) == checkpoint_path(several, 2_000_000)
+
+
+def test_auto_falls_back_to_the_newest_whole_one_and_says_so(several: Path) -> None:
+    (checkpoint_path(several, 2_000_000) / "state.json").unlink()
+    weights = checkpoint_path(several, 100) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    said: list[str] = []
+    assert find_checkpoint("auto", several, said.append) == checkpoint_path(several, 10)
+    assert len(said) == 2 and "step-2000000 is not readable" in said[0] and "damaged in adapter_model" in said[1]
+
+
+def test_auto_does_not_start_afresh_over_damaged_checkpoints(several: Path) -> None:
+    for path in list_checkpoints(several):
+        (path / "optimizer.safetensors").unlink()
+    with pytest.raises(InputError, match=r"No checkpoint in .* is whole, and starting afresh would replace them"):
+        find_checkpoint("auto", several)
+
+
+def test_a_damaged_checkpoint_given_by_path_is_refused(several: Path) -> None:
+    path = checkpoint_path(several, 100)
+    (path / "optimizer.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match=r"damaged in optimizer\.safetensors; pass --resume with an older one"):
+        find_checkpoint(str(path), several)
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [(0, [9, 10, 100, 2_000_000]), (1, [10, 2_000_000]), (2, [10, 100, 2_000_000]), (3, [10, 100, 2_000_000])],
+)
+def test_the_newest_and_the_best_are_kept(several: Path, keep: int, left: list[int]) -> None:
+    prune_checkpoints(several, keep)
+    assert steps(several) == left
+    assert best_checkpoint(several) == checkpoint_path(several, 10)
+    assert len(list((several / "checkpoints").iterdir())) == len(left)
+
+
+def test_without_evaluations_only_the_newest_are_kept(several: Path) -> None:
+    for path in list_checkpoints(several):
+        state = json.loads((path / "state.json").read_text())
+        (path / "state.json").write_text(json.dumps(state | {"eval_loss": None}))
+    prune_checkpoints(several, 2)
+    assert steps(several) == [100, 2_000_000] and best_checkpoint(several) is None
 
 
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no checkpoint \(it has no state\.json\)"):
         find_checkpoint(str(tmp_path), tmp_path)
-
-
-# ---- the output directory ---------------------------------------------------------------------------------
-
-
-def test_a_directory_of_another_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(InputError, match="holds another run; pass --resume auto"):
-        RunOutput(str(tmp_path), "base", None, Accelerator(), {})
-
-
-def test_an_unwritable_directory(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written"):
-        RunOutput(str(tmp_path / "file" / "out"), "base", None, Accelerator(), {})
-
-
-def test_metrics_of_steps_done_again_are_dropped(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
-    """A run killed after step 7, with half a line written, resumes from step 5."""
-    path, _, _ = saved
-    directory = path.parent.parent
-    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(1, 8)]
-    (directory / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 8, "lo')
-    model = adapted(tiny)
-    output = RunOutput(str(directory), "base", "auto", Accelerator(), {"rank": 4})
-    assert output.compute_dtype("auto") == "float32" and output.compute_dtype("bfloat16") == "bfloat16"
-    output.begin(
-        model,
-        LoRAConfig(rank=4),
-        lambda: build_optimizer(lora_parameters(model), "adamw"),
-        SETTINGS,
-        total_steps=9,
-    )
-    assert output.start_step == 5
-    output.log({"step": 6, "loss": 2.0, "tokens_per_second": 1.0, "peak_memory_gib": 1.0})
-    kept = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in kept] == [1, 2, 3, 4, 5, 6] and kept[-1]["loss"] == 2.0
-    output.close()
-    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((directory / "run.json").read_text()) == {"rank": 4}
-
-
-def test_an_adapter_that_learned_nothing_is_not_saved(tiny: str, tmp_path: Path) -> None:
-    model = adapted(tiny)
-    output = RunOutput(str(tmp_path / "out"), "base", None, Accelerator(), {})
-    make = lambda: build_optimizer(lora_parameters(model), "adamw")  # noqa: E731
-    output.begin(model, LoRAConfig(rank=4), make, SETTINGS, total_steps=3)
-    with pytest.raises(TrainingStopped, match="After 3 steps every lora_B is still zero"):
-        output.save(3)
-    assert not (tmp_path / "out" / "checkpoints").exists()
-    output.save(0)  # the state before the first step is worth keeping: a run may stop there
-    assert read_state(checkpoint_path(tmp_path / "out", 0))["step"] == 0
-
-
-def test_the_fingerprint_sees_content_masks_and_order() -> None:
-    examples = make_examples(4)
-    same, reordered = data_fingerprint(make_examples(4)), data_fingerprint(examples[::-1])
-    masked = make_examples(4)
-    masked[0].targets[-1] = -100
-    assert data_fingerprint(examples) == same
-    assert len({same, reordered, data_fingerprint(masked)}) == 3

@@ -9,17 +9,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from qlora import trainer
+from qlora.checkpoint import Progress
 from qlora.config import LoRAConfig
-from qlora.errors import TrainingStopped
+from qlora.errors import StoppedOnRequest, TrainingStopped
 from qlora.lora import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer, build_schedule
-from qlora.packing import make_batches
+from qlora.packing import WindowOrder, make_batches
 from qlora.tokenize import IGNORE_INDEX, Example
 from qlora.trainer import evaluate, fit, settle_checkpointing, train_step
 from tests.models import save_tiny_llama
 
 FP32 = "float32"
+TIMING = ("tokens_per_second", "peak_memory_gib")
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +143,7 @@ def test_a_resumed_run_equals_one_never_stopped(tiny: str, dtype: str) -> None:
     optimizer = build_optimizer(lora_parameters(second), "adamw")
     optimizer.load_state_tensors(stored)
     torch.rand(100)  # whatever happened to the global generator in between
-    after = losses(run(second, examples, 7, optimizer=optimizer, start_step=4))
+    after = losses(run(second, examples, 7, optimizer=optimizer, progress=Progress(step=4)))
     assert before + after == expected
     for key, tensor in lora_state_dict(whole).items():
         assert torch.equal(tensor, lora_state_dict(second)[key])
@@ -188,8 +191,11 @@ def test_a_non_finite_loss_stops_and_saves_the_state_before(tiny: str) -> None:
             good.update({k: v.clone() for k, v in lora_state_dict(model).items()})
             model.model.norm.weight.data.fill_(float("nan"))
 
-    with pytest.raises(TrainingStopped, match=r"step 3: loss nan.*micro-batch 1 of 1.*numbers \d+, \d+") as caught:
-        run(model, make_examples(), 6, log=poison, save=saved.append)
+    with pytest.raises(TrainingStopped, match=r"step 3: loss nan.*micro-batch 1 of 1.*kept") as caught:
+        run(
+            model, make_examples(), 6, log=poison, save=lambda progress: saved.append(progress.step),
+            keep_batch=lambda step, window: f"kept {step}",
+        )  # fmt: skip
     assert saved == [2]
     assert "the state before it is saved" in str(caught.value)
     assert all(torch.equal(good[k], v) for k, v in lora_state_dict(model).items())
@@ -199,7 +205,7 @@ def test_an_adapter_without_gradient_stops_the_run(tiny: str) -> None:
     model = adapted(tiny)
     lost = model.model.layers[1].self_attn.v_proj
     lost.register_forward_hook(lambda _module, _args, output: output.detach())
-    with pytest.raises(TrainingStopped, match=r"no gradient: model\.layers\.1\.self_attn\.v_proj\."):
+    with pytest.raises(TrainingStopped, match=r"no gradient: model\.layers\.1\.self_attn\.v_proj;"):
         run(model, make_examples(), 2)
 
 
@@ -209,3 +215,201 @@ def test_training_while_merged_is_an_error(tiny: str) -> None:
         layer.merge()
     with pytest.raises(RuntimeError, match="unmerge first"):
         run(model, make_examples(), 1)
+
+
+# ---- what may go wrong in a step --------------------------------------------------------------------------
+
+
+def poisoned_examples() -> tuple[list[Example], Any, int]:
+    """Twelve rows, one of which holds token 299; what makes that token's embedding NaN; and the row's number."""
+    examples, number = make_examples(), 6
+    for example in examples:
+        example.input_ids[example.input_ids == 299] = 298
+    examples[number].input_ids[0] = 299
+
+    def poison(model: Any) -> Any:
+        with torch.no_grad():
+            model.get_input_embeddings().weight[299] = float("nan")
+        return model
+
+    return examples, poison, number
+
+
+def test_a_non_finite_step_is_skipped_and_its_batch_kept(tiny: str) -> None:
+    """The other steps go on as in a loop, written out here, that leaves the poisoned window out."""
+    examples, poison, number = poisoned_examples()
+    order = WindowOrder(12, 4, seed=3)
+    bad = [step for step in range(6) if number in order.window(step)]
+    assert len(bad) == 2  # once an epoch
+
+    expected = poison(adapted(tiny))
+    optimizer = build_optimizer(lora_parameters(expected), "adamw")
+    for parameter in lora_parameters(expected):
+        parameter.grad_dtype = torch.float32
+    schedule = build_schedule("cosine", 1e-2, 2, 6)
+    for step in range(6):
+        if step not in bad:
+            batches = make_batches([examples[i] for i in order.window(step)], 4, 64, packing=True)
+            optimizer.zero_grad()
+            train_step(expected, optimizer, batches, Accelerator(), schedule(step), max_grad_norm=1.0)
+
+    model, kept, said, progress = poison(adapted(tiny)), [], [], Progress()
+    lines = run(
+        model, examples, 6, max_skipped=2, progress=progress, say=said.append,
+        keep_batch=lambda step, window: kept.append((step, window)) or "there",
+    )  # fmt: skip
+    assert [(step, [id(e) for e in window]) for step, window in kept] == [
+        (step + 1, [id(examples[i]) for i in order.window(step)]) for step in bad
+    ]
+    assert progress == Progress(step=6, skipped=2)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] - 1 for line in lines if line["loss"] is None] == bad
+    assert "skipped (1 of at most 2): loss nan" in said[0] and "there" in said[0]
+    for key, tensor in lora_state_dict(expected).items():
+        assert torch.equal(tensor, lora_state_dict(model)[key])
+
+
+def test_one_non_finite_step_too_many_stops_the_run(tiny: str) -> None:
+    examples, poison, _ = poisoned_examples()
+    saved: list[Progress] = []
+    with pytest.raises(TrainingStopped, match=r"loss nan.*1 such steps were skipped before"):
+        run(
+            poison(adapted(tiny)), examples, 6, max_skipped=1, say=lambda line: None,
+            save=lambda progress: saved.append(Progress(**vars(progress))),
+        )  # fmt: skip
+    assert len(saved) == 1 and saved[0].skipped == 1
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) -> list[int]:
+    """Micro-batches of more than `limit` tokens fail in the backward pass as if memory ran out."""
+    refused: list[int] = []
+
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            raise error
+
+    def causal_lm_loss(model: Any, batch: Any) -> Any:
+        loss, count = trainer.loss_of(model, batch)
+        if batch.input_ids.numel() <= limit:
+            return loss, count
+        refused.append(batch.input_ids.numel())
+        if not loss.requires_grad:
+            raise error
+        return Fails.apply(loss), count
+
+    monkeypatch.setattr(trainer, "loss_of", trainer.causal_lm_loss, raising=False)
+    monkeypatch.setattr(trainer, "causal_lm_loss", causal_lm_loss)
+    return refused
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 512 bytes."),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_out_of_memory_repeats_the_step_in_smaller_micro_batches(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, packing: bool, error: Exception
+) -> None:
+    """Two micro-batches a step, the second too large: the first one's gradient must not count twice."""
+    examples, held_out = make_examples(), make_examples(7, seed=9)
+    options: dict[str, Any] = dict(
+        packing=packing, eval_examples=held_out, eval_every=3, grad_accum=2, batch_size=2
+    )
+    expected_model, model, said = adapted(tiny), adapted(tiny), []
+    expected = run(expected_model, examples, 6, **options)
+    refused = limit_memory(monkeypatch, 45, error)
+    lines = run(model, examples, 6, say=said.append, **options)
+    assert 1 <= len(said) < 6 and "the step is repeated as" in said[0]
+    assert len(refused) >= 2
+    assert losses(lines) == pytest.approx(losses(expected), rel=1e-4) and len(losses(lines)) == 6
+    assert [x["eval_loss"] for x in lines if "eval_loss" in x] == pytest.approx(
+        [x["eval_loss"] for x in expected if "eval_loss" in x], rel=1e-4
+    )
+    for key, tensor in lora_state_dict(expected_model).items():
+        torch.testing.assert_close(lora_state_dict(model)[key], tensor, rtol=1e-3, atol=1e-3)
+    count = len(refused)
+    again = run(adapted(tiny), examples, 2, say=said.append, **(options | {"eval_every": 0}))
+    assert len(again) == 2 and len(refused) - count <= 2  # what does not fit is not tried at every step
+
+
+def test_an_example_that_does_not_fit_alone_stops_the_run(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_memory(monkeypatch, 10, MemoryError())
+    saved: list[int] = []
+    with pytest.raises(TrainingStopped, match="one example does not fit in memory; lower --max-length"):
+        run(adapted(tiny), make_examples(), 6, say=lambda line: None, save=lambda p: saved.append(p.step))
+    with pytest.raises(TrainingStopped, match="held-out example does not fit"):
+        run(adapted(tiny), make_examples(), 6, eval_examples=make_examples(3, seed=9), eval_every=1)
+
+
+def test_another_error_in_a_step_is_raised_as_it_is(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit_memory(monkeypatch, 10, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(adapted(tiny), make_examples(), 6)
+
+
+# ---- stopping on request ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked_after", range(1, 16))
+def test_a_run_stopped_on_request_goes_on_where_it_was(tiny: str, asked_after: int) -> None:
+    """The request comes at the n-th time of asking, in evaluations or between steps: no line is lost or twice."""
+    examples, held_out = make_examples(), make_examples(7, seed=9)
+    options: dict[str, Any] = dict(eval_examples=held_out, eval_every=2, batch_size=2, total_steps=5)
+    whole = adapted(tiny, dropout=0.2)
+    expected = run(whole, examples, 5, **{**options, "max_length": 41})
+
+    model, asked, saved = adapted(tiny, dropout=0.2), [], []
+    optimizer = build_optimizer(lora_parameters(model), "adamw")
+
+    def stop() -> str | None:
+        asked.append(1)
+        return "SIGTERM" if len(asked) >= asked_after else None
+
+    lines: list[dict[str, Any]] = []
+    progress = Progress()
+    common: dict[str, Any] = {**options, "max_length": 41, "optimizer": optimizer, "progress": progress}
+    with pytest.raises(StoppedOnRequest, match="SIGTERM"):
+        run(model, examples, 5, stop=stop, log=lines.append, save=lambda p: saved.append(p.step), **common)
+    assert saved in ([progress.step], [])  # nothing to save before the first evaluation and step
+    assert saved or progress == Progress()
+    run(model, examples, 5, log=lines.append, **common)
+    plain = [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+    assert plain == [{k: v for k, v in line.items() if k not in TIMING} for line in expected]
+    for key, tensor in lora_state_dict(whole).items():
+        assert torch.equal(tensor, lora_state_dict(model)[key])
+
+
+def test_a_request_after_the_last_step_changes_nothing(tiny: str) -> None:
+    lines: list[dict[str, Any]] = []
+    run(adapted(tiny), make_examples(), 2, log=lines.append, stop=lambda: "SIGTERM" if len(lines) == 2 else None)
+    assert len(lines) == 2
+
+
+def test_what_is_saved_and_when(tiny: str) -> None:
+    """Every 3 steps, after an evaluation better than all before it, and at the end; each state once."""
+    saved: list[tuple[int, float | None]] = []
+    lines = run(
+        adapted(tiny), make_examples(), 8, save_every=3, eval_every=2, eval_examples=make_examples(5, seed=9),
+        save=lambda p: saved.append((p.step, p.eval_loss)),
+    )  # fmt: skip
+    evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = [s for s in evaluations if s and evaluations[s] < min(v for k, v in evaluations.items() if k < s)]
+    assert best
+    assert saved == [(s, evaluations.get(s)) for s in sorted({3, 6, 8, *best})]
+
+
+def test_a_state_that_is_saved_already_is_not_saved_again(tiny: str) -> None:
+    saved: list[Progress] = []
+    with pytest.raises(StoppedOnRequest):
+        run(adapted(tiny), make_examples(), 8, progress=Progress(4), save=saved.append, stop=lambda: "SIGINT")
+    assert saved == []

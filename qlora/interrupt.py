@@ -1,0 +1,55 @@
+"""Requests to stop a run: SIGTERM, SIGINT, or a time limit. The loop asks between steps.
+
+The first signal asks; the loop finishes its step, saves and ends. A second one ends the process at once, which
+is safe too: every file of a run is written aside and renamed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_REQUEST_SECONDS = 1.0  # launchers and terminals deliver one request several times over
+
+
+class StopRequest:
+    """Why the run should stop now: call it. Listens to signals inside a `with` block, in the main thread.
+
+    Args:
+        deadline: in seconds of time.monotonic(), which no change of the clock moves; None = no limit.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self._signal: int | None = None
+        self._first = 0.0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._signal, self._first = number, now
+            os.write(2, b"asked to stop: finishing the step and saving; a second signal ends at once\n")
+        elif now - self._first > SAME_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+    def __call__(self) -> str | None:
+        if self._signal is not None:
+            return signal.Signals(self._signal).name
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            return "--stop-after"
+        return None
