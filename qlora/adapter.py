@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, is_out_of_memory
-from qlora.files import new_file, read_json
+from qlora.files import explain, new_file, read_json
 from qlora.lora import (
     ParameterSummary,
     freeze_base,
@@ -104,7 +104,8 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
         "inference_mode": True,
     }
     quantization = getattr(model, "quantization", None)
-    metadata = {"format": "pt", "base_quantization": json.dumps(quantization and asdict(quantization))}
+    # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
+    metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
     return AdapterSnapshot(state, description, metadata)
 
 
@@ -184,7 +185,9 @@ def _check_files(directory: Path) -> None:
                 "code and is never loaded; save the adapter as safetensors."
             )
     except OSError as error:
-        raise InputError(f"The adapter directory {directory} cannot be read ({error}); check the path.") from error
+        raise InputError(
+            f"The adapter directory {directory} cannot be read ({explain(error)}); check the path."
+        ) from error
     if missing:
         raise InputError(f"The adapter directory {directory} has no {missing[0]}; check the path.")
 
@@ -194,7 +197,7 @@ def _read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
 
     def check(field: str, wanted: str, fits: bool) -> None:
         if not fits:
-            value = _show(description[field]) if field in description else "no value"
+            value = reprlib.repr(description[field])[:60] if field in description else "no value"
             raise InputError(f"{file} has {field} = {value}, not {wanted}; save the adapter again.")
 
     def is_number(value: Any) -> bool:
@@ -224,7 +227,9 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{file} is not a whole safetensors file ({error}); save the adapter again.") from error
+        raise InputError(
+            f"{file} is not a whole safetensors file ({explain(error)}); save the adapter again."
+        ) from error
     foreign = [k for k in state if not (k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")))]
     foreign += [key for key in state if not key.isprintable()]
     if foreign or not state:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch import nn
 
 from qlora.adapter import WEIGHTS, AdapterSnapshot, snapshot_adapter, write_adapter
@@ -162,7 +163,8 @@ class RunOutput:
         if is_main:
             self._set_aside_later_checkpoints()
             self._writer = ThreadPoolExecutor(1)
-            self._writing: Future[None] | None = None
+            # Its thread starts now: later there may be no memory for one.
+            self._writing: Future[Any] | None = self._writer.submit(list_checkpoints, self.directory)
             with new_file(self.directory / "run.json") as file:
                 file.write_text(json.dumps(self.run, indent=2) + "\n")
             self._metrics = MetricsFile(self.directory / "metrics.jsonl", self.progress)
@@ -245,13 +247,13 @@ class RunOutput:
             self.display.say(f"{path} could not be written ({error}); training goes on, the next save tries again")
             raise
 
-    def _finish_writing(self) -> OSError | None:
+    def _finish_writing(self) -> Exception | None:
         """Wait for the write under way; an error of the disk is returned, any other raised."""
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
                 writing.result()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is either, depending on the file
             return error
         return None
 
@@ -273,7 +275,10 @@ class RunOutput:
                 f"The last state could not be written to {self.directory} ({failure}); free some space, then "
                 f"--resume auto goes on from {whole[-1] if whole else 'the start'}."
             )
-        plot_loss(self.directory / "metrics.jsonl", self.directory / "loss.png")
+        try:
+            plot_loss(self.directory / "metrics.jsonl", self.directory / "loss.png")
+        except Exception as error:  # no picture is worth hiding how the run ended
+            self.accelerator.print(f"loss.png could not be drawn ({error}); all else is saved")
         best = best_checkpoint(self.directory)
         if best is not None:
             self.accelerator.print(f"lowest held-out loss: {best}")

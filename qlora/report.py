@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from qlora.files import new_file
+
 
 class RunDisplay:
     """Loss, tokens/s, peak memory and time left: a live bar on a terminal, about twenty lines elsewhere."""
@@ -83,5 +85,6 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    with new_file(picture) as file:
+        figure.savefig(file, dpi=120, format="png")
     pyplot.close(figure)

@@ -371,7 +371,9 @@ def fit(
             if is_last:
                 return
             if reason:
-                raise StoppedOnRequest(f"stopped after step {step} of {total_steps}, state saved: {reason}")
+                raise StoppedOnRequest(
+                    f"stopped after step {step} of {total_steps} ({reason}); --resume auto goes on from there"
+                )
             checked = make_step(step, check_adapters=not checked) or checked
             progress.step, progress.eval_loss = step + 1, None
     except RuntimeError as error:

@@ -56,7 +56,7 @@ def test_training_learns_and_writes_everything(real_run: tuple[Path, list[str]])
     assert len(seen) == 6 and seen[-1] < seen[0] - 0.2
     names = {path.name for path in output_dir.iterdir()}
     wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "run.json"}
-    assert names == wanted | {"checkpoints"}
+    assert names == wanted | {"checkpoints", ".lock"}
     assert sorted(p.name for p in (output_dir / "checkpoints").iterdir()) == [f"step-00000{n}" for n in (2, 4, 6)]
     state = load_file(output_dir / "adapter_model.safetensors")
     assert len(state) == 120 and all(t.dtype == torch.bfloat16 for t in state.values())
@@ -258,3 +258,34 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         )
         assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3)
     assert abs(one[0]["loss"] - one[-1]["loss"]) > 0.05
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
+    """2 steps on one process, 3 on two, 3 on one again: the data and losses of 8 on one, to fp32 rounding."""
+    model = save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer())
+    data = write_task(tmp_path / "orders", num_train=20, num_test=4)[0]
+    common = ["--model", str(model), "--data", str(data), "--max-length", "512", "--compute-dtype", "float32"]
+    common += ["--adapter-dtype", "float32", "--learning-rate", "1e-2", "--schedule", "constant"]
+    common += ["--eval-split", "0.1", "--eval-every", "2", "--save-every", "1"]
+    one, mixed = str(tmp_path / "one"), str(tmp_path / "mixed")
+    train.main([*common, "--batch-size", "8", "--output-dir", one, "--max-steps", "8"])
+    train.main([*common, "--batch-size", "8", "--output-dir", mixed, "--max-steps", "2"])
+    resume = [*common, "--output-dir", mixed, "--resume", "auto"]
+    result = launch(2, [*resume, "--batch-size", "8", "--max-steps", "5"])
+    assert result.returncode != 0 and "examples_per_step was 8, is 16" in result.stderr
+    result = launch(2, [*resume, "--batch-size", "4", "--max-steps", "5"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("resumed from") == 1
+    train.main([*resume, "--batch-size", "8", "--max-steps", "8"])
+    expected, lines = read_lines(Path(one)), read_lines(Path(mixed))
+    # the shorter runs evaluated at their own ends, too
+    lines = [line for line in lines if not ("eval_loss" in line and line["step"] == 5)]
+    assert len(expected) == len(lines) == 8 + 5
+    for a, b in zip(expected, lines, strict=True):
+        assert a.keys() == b.keys() and a["step"] == b["step"]
+        for field in ("num_tokens", "target_tokens", "learning_rate"):
+            assert a.get(field) == b.get(field)
+        for field in ("loss", "eval_loss"):
+            assert field not in a or math.isclose(a[field], b[field], rel_tol=1e-5)
+    assert abs(lines[1]["loss"] - lines[-2]["loss"]) > 0.05
