@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -279,36 +280,53 @@ def _field_names(config_class: type) -> dict[str, type]:
 
 def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
     """Read a flat YAML file as command-line flags; `names` are the keys it may hold."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"The config file {file} cannot be read ({error}); check the path.") from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"The config file {file} is not valid YAML: {reason}.") from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"The config file {file} holds a {type(content).__name__}; write one `name: value` a line."
-        )
     flags: list[str] = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    lines: dict[str, int] = {}
+    for key, value, line in _read_yaml(file):
+        name, where = str(key).replace("-", "_"), f"{file}:{line}"
         if name not in names:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(names))}."
-            raise InputError(f"The config file {file} has an unknown key {key!r}; {hint}")
+            raise InputError(f"{where}: unknown key {reprlib.repr(key)}; {hint}")
+        if name in lines:
+            raise InputError(f"{where}: {name} was given in line {lines[name]} already; remove one of them.")
+        lines[name] = line
         flag = name.replace("_", "-")
         if names[name] == "bool":
             if not isinstance(value, bool):
-                raise InputError(f"The config file {file} gives {key} as {value!r}; write true or false.")
+                raise InputError(f"{where}: {key} is {reprlib.repr(value)}; write true or false.")
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, (dict, list)) and not (isinstance(value, list) and name == "target_modules"):
-            raise InputError(f"The config file {file} gives {key} as {value!r}; write a single value.")
+        elif isinstance(value, list) and name == "target_modules" and all(isinstance(v, str) for v in value):
+            flags.append(f"--{flag}={','.join(value)}")
+        elif isinstance(value, (dict, list, set, bytes)):
+            raise InputError(f"{where}: {key} is a {type(value).__name__}; write a single value.")
         elif value is not None:
             if isinstance(value, bool):  # YAML reads a bare on or off as a boolean
                 value = "on" if value else "off"
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            flags.append(f"--{flag}={text}")
+            flags.append(f"--{flag}={value}")
     return flags
+
+
+def _read_yaml(file: str) -> list[tuple[Any, Any, int]]:
+    """(key, value, line) of a YAML mapping, doubled keys included."""
+    import yaml
+
+    try:
+        loader = yaml.SafeLoader(Path(file).read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            kind = "list" if isinstance(node, yaml.SequenceNode) else "text alone"
+            raise InputError(f"The config file {file} holds {kind}; write one `name: value` a line.")
+        return [
+            (loader.construct_object(key, deep=True), loader.construct_object(value, deep=True), line + 1)
+            for key, value in (node.value if node is not None else ())
+            for line in (key.start_mark.line,)
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The config file {file} cannot be read ({error}); check path and encoding.") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"The config file {file} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (ValueError, OverflowError) as error:  # a date or number that YAML recognises but Python has not
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"The config file {file} holds a value that does not exist: {error}.") from error

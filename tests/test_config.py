@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import train
 from qlora import __main__ as command_line
-from qlora.config import LoRAConfig, ModelConfig, RunConfig, parse_args
-from qlora.errors import InputError, TrainingStopped, run
+from qlora.config import LoRAConfig, ModelConfig, RunConfig, TrainConfig, config_file_flags, parse_args
+from qlora.errors import InputError, StoppedOnRequest, TrainingStopped, run
 
 REPOSITORY = Path(train.__file__).parent
 # Every flag that DESIGN.md promises to outsiders: (arguments, section, field, value).
@@ -261,13 +267,23 @@ def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         ("zzz: 1", r"unknown key 'zzz'; known keys: .*learning_rate.*"),
         ("a: b: c", r"not valid YAML"),
         ("rank: [8", r"not valid YAML"),
-        ("[1, 2]", r"holds a list; write one `name: value` a line"),
-        ("just text", r"holds a str"),
-        ("rank: [8]", r"rank as \[8\]; write a single value"),
+        ("[1, 2]", r"holds list; write one `name: value` a line"),
+        ("just text", r"holds text alone; write"),
+        ("rank: [8]", r"run.yaml:1: rank is a list; write a single value"),
         ("rank: {a: 1}", r"write a single value"),
-        ("use_4bit: 1", r"use_4bit as 1; write true or false"),
-        ("packing: maybe", r"packing as 'maybe'; write true or false"),
+        ("use_4bit: 1", r"run.yaml:1: use_4bit is 1; write true or false"),
+        ("packing: maybe", r"run.yaml:1: packing is 'maybe'; write true or false"),
+        ("rank: 8\n\nseed: 1\nrank: 4", r"run.yaml:4: rank was given in line 1 already; remove one of them"),
+        ("max-steps: 8\nmax_steps: 4", r"run.yaml:2: max_steps was given in line 1 already"),
+        ("seed: 2020-13-45", r"a value that does not exist: month must be"),
+        ("seed: " + "9" * 5000, r"a value that does not exist: .*digits"),
+        ("[" * 5000, r"not valid YAML"),
+        ("data: !!python/object/apply:os.system ['true']", r"not valid YAML: could not determine a constructor"),
+        ("data: \x07", r"not valid YAML"),
+        ("? [1, 2]\n: 3", r"not valid YAML|unknown key"),
+        ("data: !!binary aGk=", r"write a single value"),
     ],
+    ids=range(20),
 )
 def test_wrong_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:
@@ -307,6 +323,7 @@ def test_config_without_a_file() -> None:
         (InputError("The value\nis wrong."), 2),
         (FileNotFoundError(2, "No such file", "x.jsonl"), 2),
         (TrainingStopped("The loss is nan at step 3."), 3),
+        (StoppedOnRequest("stopped after step 3 of 8 (SIGTERM); --resume auto goes on from there"), 4),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -330,14 +347,41 @@ def test_debug_shows_the_traceback() -> None:
         run(train.main, ["--debug"])
 
 
-def test_our_own_mistakes_are_not_dressed_up() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("shapes do not match")])
+def test_our_own_mistakes_are_not_dressed_up(error: Exception) -> None:
     """A defect keeps its traceback: it is not the user's to mend."""
 
     def main(argv: Sequence[str]) -> None:
-        raise ZeroDivisionError
+        raise error
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(error)):
         run(main, [])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory: 8 bytes")],
+)
+def test_out_of_memory_outside_a_step_is_one_sentence(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> None:
+        raise error
+
+    assert run(main, []) == 3
+    assert re.fullmatch(r"error: out of memory \(.*\); lower --batch-size .*\n", capsys.readouterr().err)
+
+
+def test_errors_show_no_secrets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "correct-horse-battery")
+    secret = "hf_" + "aB3" * 12
+
+    def main(argv: Sequence[str]) -> None:
+        raise InputError(f"no {secret} at https://me:pass@host/x, correct-horse-battery")
+
+    assert run(main, []) == 2
+    said = capsys.readouterr().err
+    assert not any(word in said for word in (secret, "pass@", "correct-horse")) and said.count("[redacted]") == 3
 
 
 @pytest.mark.parametrize(
@@ -432,3 +476,53 @@ def test_defaults_are_in_their_own_range() -> None:
     """Every default passes its own check, and no number among them is nan."""
     numbers = [value for value in defaults().values() if isinstance(value, float)]
     assert numbers and all(math.isfinite(value) for value in numbers)
+
+
+def test_a_file_that_expands_without_end_is_refused_at_once(tmp_path: Path) -> None:
+    """Nine lists of nine references each: 9^9 items if anyone wrote them out."""
+    names = "abcdefghi"
+    levels = ["&a [x, x, x, x, x, x, x, x, x]"]
+    levels += [f"&{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise(names)]
+    (tmp_path / "run.yaml").write_text(f"data: [{', '.join(levels)}]")
+    with pytest.raises(InputError, match=r"run\.yaml:1: data is a list; write a single value"):
+        config_file_flags(str(tmp_path / "run.yaml"), {"data": "str"})
+
+
+@settings(max_examples=int(os.environ.get("QLORA_FUZZ", 300)), deadline=None, derandomize=True)
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.lists(
+            st.tuples(st.sampled_from(["rank", "seed", "packing", "data", "x"]), st.text(max_size=12)), max_size=4
+        ).map(lambda pairs: "\n".join(f"{k}: {v}" for k, v in pairs).encode("utf-8", "surrogatepass")),
+        st.text(alphabet="[]{}:,-&*!?|>'\"%#\n\t 1a.~", max_size=40).map(str.encode),
+    )
+)
+def test_any_bytes_are_flags_or_one_sentence(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
+        Path(file.name).write_bytes(content)
+        names = {"rank": "int", "seed": "int", "packing": "bool", "data": "str | None"}
+        try:
+            flags = config_file_flags(file.name, names)
+        except InputError as error:
+            assert str(error).count("\n") == 0
+        else:
+            assert all(flag.startswith("--") for flag in flags) and len(flags) <= len(names)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("45s", 45), ("90m", 5400), ("3h", 10800), ("1h30m", 5400), ("2d", 172800), ("0s", 0)]
+)
+def test_times(text: str, seconds: int) -> None:
+    assert TrainConfig(stop_after=text).stop_after_seconds == seconds
+
+
+@pytest.mark.parametrize("text", ["", "3", "h", "-1h", "1.5h", "3 h", "30m1h", "1h\n"])
+def test_what_is_no_time(text: str) -> None:
+    with pytest.raises(InputError, match="give --stop-after a time such as 45s, 90m or 1h30m"):
+        TrainConfig(stop_after=text)
+
+
+def test_forcing_without_resuming_is_refused() -> None:
+    with pytest.raises(InputError, match="force_resume is given without resume"):
+        TrainConfig(force_resume=True)
