@@ -98,7 +98,7 @@ class DataConfig:
     on_bad_row: Literal["stop", "skip"] = "stop"
     """A row that cannot be used ends the run, or is left out, counted and listed in bad_rows.jsonl."""
     parse_special: bool = False
-    """Let text such as <|im_end|> inside a message be the control token instead of plain text."""
+    """Let text that spells a special token inside a message be that token instead of plain text."""
     num_workers: int = 0
     """Processes that tokenise; 0 = this one."""
     packing: bool = True

@@ -326,14 +326,30 @@ def training_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Proc
     return ranks
 
 
+def torchrun(port: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(job: list[str], tmp_path: Path) -> None:
+    """Ctrl-C reaches launcher and processes, some of them twice; the state of the last step is saved."""
+    out = tmp_path / "out"
+    process = start(*job, *ENDLESS, "--batch-size", "4", "--output-dir", str(out), launcher=torchrun(29649))
+    await_steps(process, out, 2)
+    os.killpg(process.pid, signal.SIGINT)
+    _, _, err = finish(process)
+    steps = len(read_lines(out))
+    assert f"stopped after step {steps} of 100000 (SIGINT)" in err
+    check_whole(out, steps)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_dead_process_ends_the_others_with_the_cause(job: list[str], tmp_path: Path, victim: int) -> None:
     """SIGKILL for one of two; what is left stops within 30 s, and one process goes on with the same windows."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3"]
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29650 + victim)]
-    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun)
+    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun(29650 + victim))
     await_steps(process, out, 3)
     ranks = training_processes(process)
     assert sorted(ranks) == [0, 1]
