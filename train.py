@@ -89,11 +89,11 @@ def train(config: RunConfig, name: str, data: str) -> None:
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
     optim = choose_optimizer(t.optim, device, say)
-    fixed = dict(base=base_fingerprint(model), data=data_fingerprint(examples), optim=optim)
-    fixed |= dict(examples_per_step=window, total_steps=total_steps)
-    fixed |= {k: getattr(lora, k) for k in ("rank", "alpha", "dropout")}
-    fixed |= {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
-    fixed |= dict(max_grad_norm=t.max_grad_norm, compute_dtype=str(model.compute_dtype).removeprefix("torch."))
+    fixed = {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
+    fixed |= {k: getattr(lora, k) for k in ("rank", "alpha", "dropout")} | {"max_grad_norm": t.max_grad_norm}
+    fixed |= {"base": base_fingerprint(model), "data": data_fingerprint(examples), "optim": optim}
+    fixed |= {"compute_dtype": str(model.compute_dtype).removeprefix("torch.")}
+    fixed |= {"examples_per_step": window, "total_steps": total_steps}
     optimizer = output.begin(
         model, lora, lambda: build_optimizer(lora_parameters(model), optim, t.weight_decay), fixed, total_steps,
         force=t.force_resume,

@@ -51,7 +51,9 @@ def main() -> None:
     step = statistics.median(line["num_tokens"] / line["tokens_per_second"] for line in training)
     wait, work = statistics.median(waits), statistics.median(writes)
     interval = options.save_every * step
-    print(f"a step takes {step:.3f} s; a checkpoint of {size / 1e6:.1f} MB waits {wait:.4f} s, writes {work:.4f} s")
+    print(
+        f"a step takes {step:.3f} s; a checkpoint of {size / 1e6:.1f} MB waits {wait:.4f} s, writes {work:.4f} s"
+    )
     print(
         f"at --save-every {options.save_every}: {wait / interval:.4%} of the time waiting, "
         f"at most {(wait + work) / interval:.4%} with the writing"

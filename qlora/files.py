@@ -1,12 +1,21 @@
-"""Files and directories that appear whole or not at all: written aside, synced to disk, renamed."""
+"""Files and directories that appear whole or not at all: written aside, synced to disk, renamed.
+
+And reading what others wrote: JSON that may hold anything, and names in it that must not lead elsewhere.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from qlora.errors import InputError
+
+JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than half of that
 
 
 @contextmanager
@@ -49,7 +58,7 @@ def new_directory(target: Path) -> Iterator[Path]:
 def _settle(path: Path) -> None:
     """Sync a file to disk and give it ordinary permissions (safetensors creates its files private)."""
     if path.is_file():
-        umask = os.umask(0)
+        umask = os.umask(0o077)  # it can only be read by setting it: another thread's new file is private then
         os.umask(umask)
         path.chmod(0o666 & ~umask)
     _sync(path)
@@ -61,3 +70,50 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        remedy: what to do about a file that is none, for the error.
+        unique_keys: refuse a name that occurs twice instead of taking its last value.
+    Raises:
+        InputError: the file cannot be read, is too large, nested too deep, or holds no JSON object.
+    """
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if unique_keys and name in content:
+                raise InputError(f"{path} gives {name[:60]!r} twice; {remedy}.")
+            content[name] = value
+        return content
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(JSON_LIMIT + 1)
+        if len(text) > JSON_LIMIT:
+            raise InputError(f"{path} is larger than {JSON_LIMIT // 2**20} MiB, as no such file is; {remedy}.")
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=build)
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise InputError(f"{path} is not readable JSON ({explain(error)}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; {remedy}.")
+    return content
+
+
+def explain(error: BaseException) -> str:
+    """What an error over someone's file says, fit for a sentence: its first line, printable and not too long."""
+    lines = [" ".join(line.split()) for line in str(error).strip().splitlines()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return "".join(letter if letter.isprintable() else "?" for letter in text.rstrip("."))[:300]
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a name out of a file is a plain file name: no folder, no "..", nothing unprintable."""
+    if not isinstance(name, str) or name in ("", "..") or len(name) > 255 or not name.isprintable():
+        return False
+    return PureWindowsPath(name).name == name  # "\\" and "C:" count too, on any system

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +25,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora.adapter import check_adapter, load_adapter, read_adapter
+from qlora.adapter import CONFIG, WEIGHTS, check_adapter, load_adapter, read_adapter
 from qlora.errors import InputError
-from qlora.files import new_directory
+from qlora.files import explain, new_directory
 from qlora.lora import linear_layers
 from qlora.model import (
     dequantized_weights,
@@ -37,6 +39,7 @@ from qlora.model import (
     weight_shapes,
 )
 from qlora.quantize import QuantConfig, logical_shape
+from qlora.redact import redact
 from qlora.tokenize import encode_prompt, fallback_template
 
 GB = 10**9
@@ -113,14 +116,52 @@ def adapter_quantization(adapter: str) -> QuantConfig | None:
 
     Adapters of other tools do not say; NF4 with double quantization is taken, as QLoRA's default.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(Path(adapter) / "adapter_model.safetensors", framework="pt") as file:
-        recorded = (file.metadata() or {}).get("base_quantization")
-    if recorded is None:
-        return QuantConfig()
-    fields = json.loads(recorded)
-    return None if fields is None else QuantConfig(**fields)
+    weights = Path(adapter) / WEIGHTS
+    try:
+        with safe_open(weights, framework="pt") as file:
+            recorded = (file.metadata() or {}).get("base_quantization")
+        if recorded is None:
+            return QuantConfig()
+        fields = json.loads(recorded)
+        return None if fields is None else QuantConfig(**fields)
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{weights} has no base_quantization that reads ({explain(error)}); save it again."
+        ) from error
+
+
+def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
+    """The base that an adapter names, for `merge` without --model: said aloud, for the name is the file's.
+
+    An adapter may come from anyone, so its word reads nothing that is not on this machine: a directory, a
+    .gguf file, or a hub id that was downloaded before.
+
+    Args:
+        say: hears which base it is and where the name stands.
+    Raises:
+        InputError: no name, or one of nothing that is here.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    name = read_adapter(adapter)[2].get("base_model_name_or_path")
+    source = Path(adapter) / CONFIG
+    if not isinstance(name, str) or not name:
+        raise InputError(f"The adapter {adapter} names no base; pass --model.")
+    shown = redact(name) if name.isprintable() else repr(name)
+    on_network = name.startswith(("//", "\\\\"))  # a share of another machine, on Windows
+    is_here = name.isprintable() and not on_network and os.path.exists(os.path.expanduser(name))
+    with suppress(HFValidationError):  # it need not be a hub id
+        is_here = is_here or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not is_here:
+        raise InputError(
+            f"{source} names {shown:.200} as its base, which is not on this machine; pass --model with the base's "
+            "path, or with that name to download it."
+        )
+    say(f"base model: {shown}, as {source} names it")
+    return name
 
 
 def _merged_weights(
@@ -242,7 +283,7 @@ def _model_card(
     drift: Drift | None,
 ) -> str:
     base_text = f"{base} ({quant.quant_type}, double quantization {quant.double_quant})" if quant else "16-bit"
-    name = Path(model).name if Path(model).exists() else model
+    name = redact(Path(model).name if Path(model).exists() else model)
     drift_text = "not measured" if drift is None else str(drift)
     return f"""---
 library_name: transformers

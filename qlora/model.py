@@ -17,8 +17,9 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Iterable, Iterator
-from functools import cache as _cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from qlora.device import choose_compute_dtype
 from qlora.errors import InputError
-from qlora.files import new_directory, new_file
+from qlora.files import explain, new_directory, new_file, read_json
 from qlora.quantize import (
     Linear4bit,
     Linear16bit,
@@ -35,198 +36,30 @@ from qlora.quantize import (
     QuantConfig,
     dequantize_weight,
     frozen_conv1d,
-    packed_shape,
     packed_tensors,
     quantization_of,
     quantize_weight,
     unpack_tensors,
 )
+from qlora.sources import REMEDY, GGUFSource, SafetensorsSource, open_source, resolve_model, weight_files
 
 MEASURED_WIDTH = 1024  # of the matrix product that decides between fp32 and bf16
+NUM_LISTED = 50  # mismatches that one error names
 CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout changes
-GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
+SIZE_LIMITS = {  # of a model's config: many times today's largest
+    "num_hidden_layers": 2**12,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**24,
+    "head_dim": 2**16,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "vocab_size": 2**28,
+    "num_experts": 2**14,
+    "num_local_experts": 2**14,
+    "n_routed_experts": 2**14,
+}
 # Buffers that old checkpoints stored; today's modules compute them.
 STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-
-
-# ---- where weights come from ------------------------------------------------------------------------------
-
-
-class SafetensorsSource:
-    """Weights of a Hugging Face directory: model.safetensors, or shards and their index.
-
-    Tensors are read into fresh memory, gone when dropped; with `map_files` they are views of the mapped files.
-    """
-
-    def __init__(self, directory: Path, map_files: bool = False) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.path = directory
-        self.files = _weight_files(directory)
-        self._file_of: dict[str, Any] = {}
-        for file in self.files:
-            try:
-                handle = safe_open(file, framework="pt", backend="mmap" if map_files else "pread")
-            except SafetensorError as error:
-                raise InputError(
-                    f"{file} is not a whole safetensors file ({error}); download it again."
-                ) from error
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
-        self.names = set(self._file_of)
-        marker = ".quant_state.bitsandbytes__"
-        self.packed = {name.partition(marker)[0]: name for name in self.names if marker in name}
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape: that of a 4-bit weight is recorded beside its codes."""
-        if name in self.packed:
-            return packed_shape(self.read(self.packed[name]))
-        return tuple(self._file_of[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        return self._file_of[name].get_tensor(name)
-
-
-def _weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights, all of them there."""
-    if path.suffix == ".gguf":
-        return [path]
-    index = path / "model.safetensors.index.json"
-    files = _indexed_files(index) if index.is_file() else [path / "model.safetensors"]
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file} is missing; a model directory needs its safetensors weights complete.")
-    return files
-
-
-def _indexed_files(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise InputError(f"{index} has no weight_map from tensors to files; download the model again.")
-    shards = sorted(set(weight_map.values()))
-    if any(Path(shard).name != shard for shard in shards):
-        raise InputError(f"{index} names a shard outside its directory; the file is not to be trusted.")
-    return [index.parent / shard for shard in shards]
-
-
-class GGUFSource:
-    """Weights of a .gguf file under their Hugging Face names, dequantized one at a time.
-
-    llama.cpp stores the rows of q and k in the order of its own rotary embedding; they are put back into
-    Hugging Face's order (the llama architecture only; the Qwen ones keep theirs).
-    """
-
-    def __init__(self, file: Path) -> None:
-        from gguf import MODEL_ARCH_NAMES, GGUFReader, get_tensor_name_map
-
-        self.path = file
-        self.packed: dict[str, str] = {}
-        try:
-            reader = GGUFReader(str(file))
-            architecture = str(reader.fields["general.architecture"].contents())
-        except (ValueError, IndexError, KeyError) as error:
-            raise InputError(f"{file} is not a whole GGUF file ({error}); download it again.") from error
-        if architecture not in GGUF_ARCHITECTURES:
-            known = ", ".join(GGUF_ARCHITECTURES)
-            raise InputError(f"{file} holds a {architecture} model; GGUF bases of {known} can be loaded.")
-        self._permuted = GGUF_ARCHITECTURES[architecture]
-        count = {
-            key: int(reader.fields[f"{architecture}.{field}"].contents())
-            for key, field in (("layers", "block_count"), ("q", "attention.head_count"))
-        }
-        kv_field = reader.fields.get(f"{architecture}.attention.head_count_kv")
-        self._heads = {"q": count["q"], "k": int(kv_field.contents()) if kv_field else count["q"]}
-        arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self._tensors: dict[str, Any] = {}
-        name_map = get_tensor_name_map(arch, count["layers"])
-        for name in _decoder_names(count["layers"]):
-            gguf_name = name_map.get_name(name.rpartition(".")[0])
-            stored = f"{gguf_name}.{name.rpartition('.')[2]}"
-            if stored in tensors:
-                self._tensors[name] = tensors.pop(stored)
-        # What has no Hugging Face name keeps its own, and is reported as unexpected.
-        self._tensors.update(tensors)
-        self.names = set(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(n) for n in reversed(self._tensors[name].shape))
-
-    def read(self, name: str) -> Tensor:
-        """fp32, dequantized from GGUF's blocks. Read from the file, not mapped."""
-        import numpy as np
-        from gguf import dequantize
-
-        stored = self._tensors[name]
-        raw = np.fromfile(self.path, stored.data.dtype, stored.data.size, offset=stored.data_offset)
-        if raw.size != stored.data.size:
-            raise InputError(f"{self.path} ends inside {name}; download it again.")
-        tensor = torch.from_numpy(dequantize(raw.reshape(stored.data.shape), stored.tensor_type))
-        tensor = tensor.reshape(self.shape(name))
-        for letter, heads in self._heads.items():
-            if self._permuted and f".self_attn.{letter}_proj." in name:
-                rows = tensor.shape[0]
-                tensor = tensor.view(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
-        return tensor
-
-
-def _decoder_names(num_layers: int) -> Iterable[str]:
-    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
-    parts = [f"self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")]
-    parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
-    parts += [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
-    parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
-    for layer in range(num_layers):
-        yield from (f"model.layers.{layer}.{part}" for part in parts)
-
-
-def resolve_model(model: str) -> Path:
-    """A local directory or .gguf file for a path or hub id (downloaded through huggingface_hub).
-
-    Raises:
-        InputError: neither a path nor an id that the hub knows, or the hub is out of reach.
-    """
-    path = Path(model).expanduser()
-    if path.is_dir() or path.is_file():
-        if path.is_file() and path.suffix != ".gguf":
-            raise InputError(f"--model {model} is a file but no .gguf; give the model's directory instead.")
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise InputError(f"--model {model} has no config.json; give a Hugging Face model directory.")
-        return path
-    if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputError(f"--model {model} does not exist; check the path.")
-    return _download(model)
-
-
-@_cache
-def _download(model: str) -> Path:
-    """The hub's snapshot of a model, without the second copy of the weights that some repositories hold."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(
-            f"--model {model} is neither a local path nor a model the hub could give ({reason}); "
-            "check the spelling and the connection."
-        ) from error
-
-
-def open_source(path: Path) -> SafetensorsSource | GGUFSource:
-    """The weights of a resolved model."""
-    return GGUFSource(path) if path.suffix == ".gguf" else SafetensorsSource(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}); download the model again.") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; download the model again.")
-    return content
 
 
 # ---- config and tokenizer ---------------------------------------------------------------------------------
@@ -234,28 +67,104 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def load_config(model: str) -> Any:
     """The transformers config of a model; custom code is never run."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = metadata_directory(model)
-    declared = _read_json(path / "config.json")
-    if "auto_map" in declared:
-        raise InputError(f"--model {model} brings code of its own to run; only built-in architectures load.")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (ValueError, KeyError, TypeError, OSError, StrictDataclassError) as error:
-        raise InputError(f"{path / 'config.json'} describes no model that loads: {_first_line(error)}.") from error
+    file = path / "config.json"
+    declared = read_json(file, REMEDY)
+    _refuse_own_code(declared, file)
+    if "configuration_files" in declared:  # transformers would read one of those instead of this file
+        raise InputError(f"{file} names other configuration_files; remove that entry.")
+    with _named_failure(f"{file} describes no model that loads", "download it again, or choose another model"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        # Modules of any size can be declared; making them takes real time and, for buffers, memory.
+        for field, limit in SIZE_LIMITS.items():
+            value = getattr(config, field, None)
+            if isinstance(value, int) and value > limit:
+                raise ValueError(f"{field} is {value}, more than {limit}")
+    return config
 
 
 def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer with its chat template, if it has one."""
+    """The model's tokenizer with its chat template, if it has one; custom code is never run."""
     from transformers import AutoTokenizer
 
     path = metadata_directory(model)
+    ignored = _check_tokenizer_files(path)
+    with _named_failure(
+        f"--model {model} has no tokenizer that loads", "give a directory with its tokenizer's files"
+    ):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **ignored)
+
+
+def _check_tokenizer_files(path: Path) -> dict[str, None]:
+    """Refuse what would run code or read files elsewhere when the tokenizer of a directory is made.
+
+    transformers passes every entry of tokenizer_config.json to the tokenizer class, and every entry of
+    special_tokens_map.json after it has put the directory's own files in place.
+
+    Returns:
+        Arguments that put None in the place of paths, which old files carry from their author's machine.
+    """
+    file = path / "tokenizer_config.json"
+    declared = read_json(file, REMEDY) if file.is_file() else {}
+    _refuse_own_code(declared, file)
+    for source, entries in ((file, declared), (path / "config.json", read_json(path / "config.json", REMEDY))):
+        if entries.get("tokenizer_class") is not None:
+            _check_tokenizer_class(entries["tokenizer_class"], source)
+    paths = [key for key in ("vocab", "merges", "tokenizer_object") if isinstance(declared.get(key), str)]
+    paths += [key for key in ("init_inputs", "fast_tokenizer_files") if declared.get(key)]
+    if paths:
+        raise InputError(f"{file} names other files to read as {paths[0]}; remove that entry.")
+    special = path / "special_tokens_map.json"
+    tokens = read_json(special, REMEDY) if special.is_file() else {}
+    others = [name for name in tokens if not name.endswith(("_token", "_tokens"))]
+    if others:
+        raise InputError(f"{special} holds {others[0]!r:.60}, which is no special token; remove that entry.")
+    return dict.fromkeys(key for key in declared if key.endswith("_file"))
+
+
+def _check_tokenizer_class(name: Any, file: Path) -> None:
+    """Only tokenizers: transformers would take any of its classes, a model's too, and load that."""
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    with _named_failure(f"{file} has no good tokenizer_class", "correct that entry"):
+        found: Any = tokenizer_class_from_name(name)
+    if found is None and not (file.parent / "tokenizer.json").is_file():  # which any fast tokenizer can read
+        raise InputError(
+            f"{file} wants the tokenizer_class {name!r:.60}, which is none of transformers' own; it would take "
+            "trust_remote_code, which is off: use a model with a built-in tokenizer."
+        )
+    # Where an optional package is missing, transformers has a placeholder that says so when it is used.
+    is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
+    if found is not None and not is_tokenizer and not hasattr(found, "_backends"):
+        raise InputError(f"{file} has the tokenizer_class {name!r:.60}, which is no tokenizer; correct it.")
+
+
+def _refuse_own_code(declared: dict[str, Any], file: Path) -> None:
+    if "auto_map" in declared:
+        raise InputError(
+            f"{file} brings code of its own to run (auto_map), which would take trust_remote_code; it is off, and "
+            "only built-in architectures and tokenizers load."
+        )
+
+
+@contextmanager
+def _named_failure(what: str, remedy: str) -> Iterator[None]:
+    """Make an InputError of whatever transformers raises over files that may hold anything.
+
+    Its parsers check little, so that a wrong type may surface as any exception, and those of the tokenizers
+    library are plain Exceptions or, where it panicked, not even that.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except (ValueError, KeyError, OSError) as error:
-        raise InputError(f"--model {model} has no tokenizer that loads: {_first_line(error)}.") from error
+        yield
+    except InputError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or "Panic" in type(error).__name__:
+            raise InputError(f"{what} ({explain(error)}); {remedy}.") from error
+        raise
 
 
 def metadata_directory(model: str) -> Path:
@@ -268,14 +177,16 @@ def metadata_directory(model: str) -> Path:
         from transformers import AutoConfig, AutoTokenizer
 
         GGUFSource(path)  # names a damaged file or an unknown architecture before transformers trips on it
+        failure = _named_failure(f"{path} has no config or tokenizer that loads", "download it again")
+        with tempfile.TemporaryDirectory() as alone, failure:
+            # By itself: transformers would take a tokenizer.json that happens to lie beside it for its own.
+            Path(alone, "model.gguf").symlink_to(path.resolve())
+            config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
         with new_directory(target) as staging:
-            AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(staging)
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(staging)
+            config.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
     return target
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 # ---- the cache --------------------------------------------------------------------------------------------
@@ -353,11 +264,12 @@ def load_base_model(
     quant = quant or QuantConfig()
     device = torch.device(device)
     path = resolve_model(model)
-    files = _weight_files(path)
+    files = weight_files(path)
     cached = cache_directory() / f"base-{_fingerprint(files, quant)}" if use_4bit and cache else None
     if cached is not None and cached.is_dir():
+        remedy = "delete this cache and it is made again"
         try:
-            source: SafetensorsSource | GGUFSource = SafetensorsSource(cached, map_files=True)
+            source: SafetensorsSource | GGUFSource = SafetensorsSource(cached, map_files=True, remedy=remedy)
         except InputError as error:
             raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
     else:
@@ -448,7 +360,13 @@ def _read_packed(source: SafetensorsSource | GGUFSource, key: str, device: torch
     if key not in source.packed:
         return None
     suffixes = [name.removeprefix(key) for name in source.names if name.startswith(key + ".")]
-    return unpack_tensors({suffix: source.read(key + suffix) for suffix in ["", *suffixes]}, device)
+    tensors = {suffix: source.read(key + suffix) for suffix in ["", *suffixes]}
+    try:
+        return unpack_tensors(tensors, device)
+    except ValueError as error:
+        raise InputError(
+            f"{source.path}: {key} is no 4-bit weight ({explain(error)}); {source.remedy}."
+        ) from error
 
 
 def empty_model(model: str) -> Any:
@@ -462,11 +380,11 @@ def empty_model(model: str) -> Any:
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        try:
-            return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
-        except ValueError as error:
-            raise InputError(f"This is no causal language model that loads: {_first_line(error)}.") from error
+    failure = _named_failure(f"--model {model} is no causal language model that loads", "choose another model")
+    with init_empty_weights(include_buffers=False), failure:
+        return AutoModelForCausalLM.from_config(
+            config, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        )
 
 
 def _tied_names(network: Any) -> list[str]:
@@ -533,6 +451,8 @@ def _match_names(
     for name, key in stored.items():
         if key in source.names and source.shape(key) != expected[name]:
             problems.append(f"{name} is {source.shape(key)} but should be {expected[name]}")
+        elif key in source.names and not source.is_float(key):
+            problems.append(f"{name} holds whole numbers or narrow floats, whose scales are not known")
     companions = [key + part for key in source.packed for part in (".absmax", ".quant_map")]
     problems += [f"missing {name}" for name in companions if name not in source.names]
     known = set(stored.values()) | set(_tied_names(network))
@@ -540,7 +460,9 @@ def _match_names(
         if name.partition(".weight.")[0] + ".weight" not in source.packed and not name.endswith(STORED_BUFFERS):
             problems.append(f"unexpected {name}")
     if problems:
-        raise InputError(f"The weights in {source.path} do not fit the config: {'; '.join(sorted(problems))}.")
+        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
+        listed = "; ".join([*sorted(problems)[:NUM_LISTED], *rest])
+        raise InputError(f"The weights in {source.path} do not fit the config: {listed}.")
     return stored
 
 
@@ -574,10 +496,12 @@ def _compute_in(network: nn.Module, dtype: torch.dtype) -> None:
 def _generation_config(network: Any, directory: Path) -> Any:
     from transformers import GenerationConfig
 
-    if (directory / "generation_config.json").is_file():
-        try:
-            return GenerationConfig.from_pretrained(directory)
-        except (ValueError, TypeError, AttributeError, OSError) as error:
-            file = directory / "generation_config.json"
-            raise InputError(f"{file} is not valid: {_first_line(error)}; mend or remove it.") from error
+    file = directory / "generation_config.json"
+    if file.is_file():
+        with _named_failure(f"{file} is not valid", "mend or remove it"):
+            config = GenerationConfig.from_pretrained(directory)
+            stops = config.eos_token_id
+            if not all(type(stop) is int for stop in (stops if isinstance(stops, list) else [stops or 0])):
+                raise ValueError(f"eos_token_id is {stops!r:.60}")
+            return config
     return GenerationConfig.from_model_config(network.config)

@@ -162,6 +162,7 @@ class RunOutput:
         self.display = RunDisplay(total_steps, self.progress.step, quiet=not is_main)
         if is_main:
             self._set_aside_later_checkpoints()
+            prune_checkpoints(self.directory, self.keep_last)  # a kill may have come before
             self._writer = ThreadPoolExecutor(1)
             # Its thread starts now: later there may be no memory for one.
             self._writing: Future[Any] | None = self._writer.submit(list_checkpoints, self.directory)
@@ -292,7 +293,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, progress: Progress) -> None:
-        kept = [line for line in _whole_lines(path) if _is_done(line, progress)] if progress.step else []
+        kept = [line for line in _whole_lines(path) if _is_done(line, progress)]
         with new_file(path) as staging:
             staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("ab", buffering=0)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,10 +31,12 @@ from torch.nn import functional as F
 
 from qlora.errors import InputError
 
-# At import bitsandbytes logs that the optional package `kernels` is missing; no user can act on that, and
-# installed it would fetch code from the hub.
+# Where the optional package `kernels` is installed, importing bitsandbytes fetches native code from the hub and
+# runs it: nobody asked for that, so it is hidden meanwhile. Its absence is logged; no user can act on that.
 _log = logging.getLogger("bitsandbytes.backends.cpu.ops")
 _log.addFilter(lambda record: "kernels" not in record.getMessage())
+_kernels = sys.modules.pop("kernels", None)
+sys.modules["kernels"] = None  # type: ignore[assignment]
 
 import bitsandbytes as bnb  # noqa: E402
 from bitsandbytes.functional import (  # noqa: E402
@@ -45,6 +48,10 @@ from bitsandbytes.functional import (  # noqa: E402
     quantize_blockwise,
 )
 from bitsandbytes.nn import Params4bit  # noqa: E402
+
+del sys.modules["kernels"]
+if _kernels is not None:
+    sys.modules["kernels"] = _kernels
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 DECODE_ROWS = 64  # up to so many rows the decoding copy is used; more are a prompt, best on the training path
@@ -62,9 +69,11 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         if self.quant_type not in ("nf4", "fp4"):
-            raise InputError(f"quant_type is {self.quant_type!r}; choose nf4 or fp4.")
-        if self.block_size not in BLOCK_SIZES:
-            raise InputError(f"block_size is {self.block_size}; choose one of {BLOCK_SIZES}.")
+            raise InputError(f"quant_type is {self.quant_type!r:.60}; choose nf4 or fp4.")
+        if type(self.double_quant) is not bool:
+            raise InputError(f"double_quant is {self.double_quant!r:.60}; give true or false.")
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
+            raise InputError(f"block_size is {self.block_size!r:.60}; choose one of {BLOCK_SIZES}.")
 
 
 def quantize_weight(weight: Tensor, config: QuantConfig) -> Params4bit:
@@ -295,13 +304,60 @@ def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:
 
 
 def packed_shape(quant_state: Tensor) -> tuple[int, ...]:
-    """Logical shape of a 4-bit weight from its stored `quant_state` tensor, the others unread."""
+    """Logical shape of a 4-bit weight from its stored `quant_state` tensor, the others unread.
+
+    Raises:
+        ValueError: the tensor holds none.
+    """
     from bitsandbytes.utils import unpack_tensor_to_dict
 
-    return tuple(unpack_tensor_to_dict(quant_state)["shape"])
+    try:
+        return tuple(unpack_tensor_to_dict(quant_state)["shape"])
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # it is JSON in a tensor of bytes
+        raise ValueError(f"no shape in its quant_state: {error}") from error
 
 
 def unpack_tensors(tensors: dict[str, Tensor], device: torch.device) -> Params4bit:
-    """The inverse of `packed_tensors`, bit for bit."""
+    """The inverse of `packed_tensors`, bit for bit.
+
+    Raises:
+        ValueError: parts that do not belong together; the kernels trust their sizes and would read past them.
+    """
     stats = {suffix[1:]: tensor for suffix, tensor in tensors.items() if suffix}
-    return _params4bit(tensors[""].to(device), QuantState.from_dict(stats, device=device))
+    try:
+        state = QuantState.from_dict(stats, device=device)
+    # Its fields are JSON of any type, taken as they come; a foreign one is an AssertionError.
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"its quant_state does not read: {error}") from error
+    except AssertionError as error:
+        raise ValueError("its quant_state holds foreign fields") from error
+    _check_parts(tensors[""], state)
+    return _params4bit(tensors[""].to(device), state)
+
+
+def _check_parts(codes: Tensor, state: QuantState) -> None:
+    """Type and size of every part of a 4-bit weight."""
+    shape, block_size = state.shape or (), state.blocksize
+    if len(shape) != 2 or min(shape) < 1 or not isinstance(state.dtype, torch.dtype):
+        raise ValueError(f"its shape is {tuple(shape)}, its dtype {state.dtype!r:.60}")
+    QuantConfig(state.quant_type, state.nested, block_size)  # names a type or block size that there is not
+    num_blocks = -(-math.prod(shape) // block_size)
+    wanted = {
+        "codes": (codes.numel() * codes.element_size(), -(-math.prod(shape) // 2)),
+        "table": (state.code.numel(), 16),
+        "scales": (state.absmax.numel(), num_blocks),
+    }
+    floats = [state.code]
+    if state.nested:
+        nested_size = state.state2.blocksize
+        if type(nested_size) is not int or nested_size < 1 or state.absmax.dtype != torch.uint8:
+            raise ValueError(f"nested block size {nested_size!r:.60}, scales in {state.absmax.dtype}")
+        wanted["nested scales"] = (state.state2.absmax.numel(), -(-num_blocks // nested_size))
+        wanted["nested table"] = (state.state2.code.numel(), 256)
+        floats += [state.state2.absmax, state.state2.code]
+    else:
+        floats += [state.absmax]
+    wrong = [f"{part} {actual} instead of {right}" for part, (actual, right) in wanted.items() if actual != right]
+    wrong += [f"a table or scales in {part.dtype}" for part in floats if part.dtype != torch.float32]
+    if wrong:
+        raise ValueError(f"for the shape {tuple(shape)}: {', '.join(wrong)}")

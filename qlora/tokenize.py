@@ -25,19 +25,30 @@ parts, encode_prompt's ids begin the training row exactly, and both come from th
 tokenizer may open each part with its "▁": it does so in both.) No special token is added: BOS is up to the
 template.
 
+Special tokens in a message: "<|im_end|>" inside a content is text about a token, not the end of a turn, and it
+is encoded as text unless parse_special is set. Such a text is hidden from the template and from the tokenizer
+behind a private-use character; the rendered part is then cut at the special tokens that are left, which are the
+template's own, and the stretches between them are encoded, unhidden, with special tokens switched off. Rows
+without such text, nearly all, take the plain way. (transformers' sanitize_control_tokens has the same aim, but
+gives ids only, and the targets are found in the text.) Text that the template itself joins into a token is out
+of reach, and a document is parsed as it stands: whole rendered conversations may be given as `text`.
+
 Shapes: T tokens of one row.
 """
 
 import re
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora.errors import InputError
-from qlora.records import Record, to_messages
+from qlora.records import BadRow, Record, collect_bad_row, quote, sort_by_place, to_messages
+from qlora.workers import map_chunks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,12 +66,19 @@ FALLBACK_TEMPLATE = (
 )
 
 
+CHUNK_SIZE = 128  # records that a worker process takes at a time
+
+
 @dataclass
 class Example:
-    """One row: input_ids (T,) int64; targets (T,) int64, shifted already, IGNORE_INDEX where not trained."""
+    """One row: input_ids (T,) int64; targets (T,) int64, shifted already, IGNORE_INDEX where not trained.
+
+    `origin` is where it stood, such as `train.jsonl:17`.
+    """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
+    origin: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -78,28 +96,46 @@ class EncodeReport:
     num_truncated: int = 0  # kept, but cut at max_length
     num_dropped_long: int = 0
     num_dropped_no_target: int = 0
+    num_bad_rows: int = 0
     num_tokens: int = 0
     num_targets: int = 0
 
     def __str__(self) -> str:
-        num_kept = self.num_records - self.num_dropped_long - self.num_dropped_no_target
+        num_kept = self.num_records - self.num_dropped_long - self.num_dropped_no_target - self.num_bad_rows
         share = self.num_targets / max(self.num_tokens, 1)
+        skipped = f"; {self.num_bad_rows:,} bad rows skipped" if self.num_bad_rows else ""
         return (
             f"{num_kept:,} of {self.num_records:,} records kept ({self.num_truncated:,} truncated; dropped: "
-            f"{self.num_dropped_long:,} too long, {self.num_dropped_no_target:,} without a target), "
+            f"{self.num_dropped_long:,} too long, {self.num_dropped_no_target:,} without a target{skipped}), "
             f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets ({share:.0%})"
         )
 
+    def admit(self, row: Example, max_length: int, on_long: str) -> Example | None:
+        """Count one whole row, and return what is trained of it: at most max_length tokens, or None."""
+        self.num_records += 1
+        is_long = len(row) > max_length
+        example = Example(row.input_ids[:max_length], row.targets[:max_length], row.origin)
+        num_targets = example.num_targets
+        if is_long and on_long == "drop":
+            self.num_dropped_long += 1
+            return None
+        if num_targets == 0:
+            self.num_dropped_no_target += 1
+            return None
+        self.num_truncated += is_long
+        self.num_tokens += len(example)
+        self.num_targets += num_targets
+        return example
 
-def encode_prompt(messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+
+def encode_prompt(
+    messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", parse_special: bool = False
+) -> list[int]:
     """Ids of the conversation up to where the assistant begins: exactly how a training row begins.
 
     A document is its own beginning: BOS, where the tokenizer adds one, and the text.
     """
-    if messages[0]["role"] == "document":
-        return _bos_ids(tokenizer) + _token_ids(messages[0]["content"], tokenizer)
-    parts = _render_parts(messages, tokenizer, add_generation_prompt=True, origin="the prompt")
-    return [token for part in parts for token in _token_ids(part, tokenizer)]
+    return RowEncoder(tokenizer, parse_special).encode_prompt(messages)
 
 
 def encode_example(
@@ -108,20 +144,23 @@ def encode_example(
     max_length: int,
     train_on: str = "completion",
     origin: str = "the conversation",
+    parse_special: bool = False,
 ) -> Example:
     """One conversation, or one document, as a row of at most max_length tokens: the first ones are kept.
 
     Args:
-        messages:   what to_messages returns; "weight": 0 makes a turn context; a document is all targets.
-        train_on:   "completion" (the assistant's turns) or "all" (every token).
-        origin:     the record's place, for errors.
+        messages:      what to_messages returns; "weight": 0 makes a turn context; a document is all targets.
+        train_on:      "completion" (the assistant's turns) or "all" (every token).
+        origin:        the record's place, for errors.
+        parse_special: special-token text in a message becomes the token.
     Returns:
         Example with T <= max_length; it has no target if truncation took them all.
     Raises:
-        InputError: the template rewrites earlier turns, or writes no end-of-turn token after an answer.
+        BadRow: the template rewrites earlier turns, or writes no end-of-turn token after an answer.
     """
     _check_options(max_length, train_on, "truncate")
-    return _shift(*_encode_row(messages, tokenizer, train_on, origin), max_length)
+    row = RowEncoder(tokenizer, parse_special).encode_row(messages, train_on, origin)
+    return shift_targets(*row, max_length, origin)
 
 
 def encode_records(
@@ -130,43 +169,85 @@ def encode_records(
     max_length: int,
     train_on: str = "completion",
     on_long: str = "truncate",
+    *,
+    parse_special: bool = False,
+    num_workers: int = 0,
+    bad_rows: list[BadRow] | None = None,
 ) -> tuple[list[Example], EncodeReport]:
     """Every record as a row. Rows without a target teach nothing: they are dropped and counted.
 
     Args:
-        on_long: "truncate" keeps a longer row's first max_length tokens, "drop" leaves it out.
+        on_long:       "truncate" keeps a longer row's first max_length tokens, "drop" leaves it out.
+        parse_special: special-token text in a message becomes the token.
+        num_workers:   processes that tokenise; 0 is this one. The result is the same, in the same order.
+        bad_rows:      receives the records that cannot be used, among those that read_records put there, in the
+            order of the file, and all of them are counted; None: the first one is raised.
     Raises:
-        InputError: a record cannot be used, or nothing is left to train on.
+        BadRow: a record cannot be used, and there is no list for it.
+        InputError: nothing is left to train on.
+        TrainingStopped: a worker died.
     """
     _check_options(max_length, train_on, on_long)
+    encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
+    tasks = map(_read_task, records)
+    chunks = iter(lambda: list(islice(tasks, CHUNK_SIZE)), [])
     examples, report = [], EncodeReport()
-    for record in records:
-        report.num_records += 1
-        ids, is_target = _encode_row(to_messages(record), tokenizer, train_on, record.origin)
-        is_long = len(ids) - 1 > max_length
-        example = _shift(ids, is_target, max_length)
-        if is_long and on_long == "drop":
-            report.num_dropped_long += 1
-        elif example.num_targets == 0:
-            report.num_dropped_no_target += 1
-        else:
-            report.num_truncated += is_long
-            report.num_tokens += len(example)
-            report.num_targets += example.num_targets
-            examples.append(example)
+    with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
+        for result in chain.from_iterable(results):
+            if isinstance(result, BadRow):
+                collect_bad_row(result, bad_rows)
+                continue
+            ids, is_target, origin = result
+            row = shift_targets(ids, is_target, max_length + 1, origin)
+            example = report.admit(row, max_length, on_long)
+            if example is not None:
+                examples.append(example)
+    if bad_rows:
+        sort_by_place(bad_rows)
+        report.num_bad_rows = len(bad_rows)
+        report.num_records += len(bad_rows)
+    if bad_rows and report.num_bad_rows == report.num_records:
+        raise InputError(f"All {report.num_records} records are bad, the first one is {bad_rows[0]}")
     if not examples:
         raise InputError(
             f"None of {report.num_records} records is left at --max-length {max_length}: "
-            f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it; "
-            "raise it or mend the data."
+            f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it, "
+            f"{report.num_bad_rows} bad; raise it or mend the data."
         )
     return examples, report
+
+
+_Task = tuple[list[dict[str, Any]], str] | BadRow  # messages and origin
+_Result = tuple[list[int], list[bool], str] | BadRow  # t_0 .. t_T, whether each is predicted, origin
+
+
+def _read_task(record: Record) -> _Task:
+    try:
+        return to_messages(record), record.origin
+    except BadRow as error:
+        return error
+
+
+def _encode_chunk(encoder: "RowEncoder", train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
+    """Rows of at most max_length + 1 tokens to read: one too many tells that a row is long."""
+    results: list[_Result] = []
+    for task in tasks:
+        if isinstance(task, BadRow):
+            results.append(task)
+            continue
+        messages, origin = task
+        try:
+            ids, is_target = encoder.encode_row(messages, train_on, origin)
+            results.append((ids[: max_length + 2], is_target[: max_length + 2], origin))
+        except BadRow as error:
+            results.append(BadRow(error.where, error.problem))
+    return results
 
 
 def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The id that training teaches the model to stop with; not always tokenizer.eos_token_id."""
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    ids, is_target = _encode_row(conversation, tokenizer, "completion", "the tokenizer")
+    ids, is_target = RowEncoder(tokenizer).encode_row(conversation, "completion", "the tokenizer")
     return [token for token, trained in zip(ids, is_target, strict=True) if trained][-1]
 
 
@@ -178,6 +259,9 @@ def fallback_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     return ("{{ bos_token }}" if _bos_ids(tokenizer) else "") + FALLBACK_TEMPLATE
 
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # shown as \x1b: a terminal would obey them
+
+
 def format_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
     """The row as the model sees it, special tokens and all, with the targets between ⟦ and ⟧."""
     is_target = (example.targets != IGNORE_INDEX).tolist()
@@ -186,6 +270,7 @@ def format_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str
     for trained, run in groupby(zip([False, *is_target], ids, strict=True), key=lambda pair: pair[0]):
         run_ids = [token for _, token in run if token != IGNORE_INDEX]
         text: Any = tokenizer.decode(run_ids, clean_up_tokenization_spaces=False)
+        text = _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
         pieces.append(f"⟦{text}⟧" if trained else text)
     return f"{len(example)} tokens, {example.num_targets} targets between ⟦ and ⟧:\n{''.join(pieces)}"
 
@@ -208,79 +293,155 @@ def _bos_ids(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [token for token in tokenizer("x")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
-def _render_parts(
-    messages: list[dict[str, Any]],
-    tokenizer: "PreTrainedTokenizerBase",
-    add_generation_prompt: bool,
-    origin: str,
-) -> list[str]:
-    """The rendered conversation, cut where each assistant turn begins: the prompt, then one part per turn."""
-    from jinja2 import TemplateError
+class RowEncoder:
+    """A tokenizer that knows its special tokens; it can be sent to another process."""
 
-    template = None if tokenizer.chat_template else fallback_template(tokenizer)
-    cuts = [(index, True) for index, message in enumerate(messages) if message["role"] == "assistant"]
-    parts: list[str] = []
-    before = ""
-    for end, opens_turn in [*cuts, (len(messages), add_generation_prompt)]:
-        try:
-            text: Any = tokenizer.apply_chat_template(
-                messages[:end], chat_template=template, tokenize=False, add_generation_prompt=opens_turn
-            )
-        except TemplateError as error:
-            raise InputError(f"{origin}: the chat template refuses it: {error}; mend the record.") from error
-        if not text.startswith(before):
-            raise InputError(
-                f"{origin}: the chat template rewrites what precedes answer {len(parts)} once more follows; "
-                "split the record so that it has one answer, or use a template that only appends."
-            )
-        parts.append(text[len(before) :])
-        before = text
-    return parts
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", parse_special: bool = False) -> None:
+        self.tokenizer, self.parse_special = tokenizer, parse_special
+        self.template = None if tokenizer.chat_template else fallback_template(tokenizer)
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        contents = {token.content for token in added} | set(tokenizer.all_special_tokens)
+        longest_first = "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)"
+        self.token_ids: dict[str, Any] = {text: tokenizer.convert_tokens_to_ids(text) for text in contents}
+        self.special = re.compile(f"({longest_first})")
+        self.end_of_turn = re.compile(rf"\s*({longest_first})")
+        # Tokens that swallow the white space before or after them.
+        self.strips_left = {token.content for token in added if token.lstrip}
+        self.strips_right = {token.content for token in added if token.rstrip}
+
+    def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+        if messages[0]["role"] == "document":
+            return _bos_ids(self.tokenizer) + _token_ids(messages[0]["content"], self.tokenizer)
+        messages, hidden = self._hide_special_text(messages)
+        parts = self._render_parts(messages, add_generation_prompt=True, origin="the prompt")
+        return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
+
+    def encode_row(
+        self, messages: list[dict[str, Any]], train_on: str, origin: str
+    ) -> tuple[list[int], list[bool]]:
+        """The whole row: ids t_0 .. t_T, and for each whether it is to be predicted."""
+        if messages[0]["role"] == "document":
+            if self.tokenizer.eos_token_id is None:
+                raise BadRow(origin, "the tokenizer has no eos_token to end a document with; set one.")
+            ids = [*self.encode_prompt(messages), self.tokenizer.eos_token_id]
+            is_blank = not messages[0]["content"].strip()  # would teach nothing but BOS -> eos
+            return ids, [not is_blank] * len(ids)
+        messages, hidden = self._hide_special_text(messages)
+        prompt, *turns = self._render_parts(messages, add_generation_prompt=False, origin=origin)
+        ids = self._part_ids(prompt, hidden, origin)
+        is_target = [False] * len(ids)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        for answer, part in zip(answers, turns, strict=True):
+            part_ids, num_trained = self._part_ids(part, hidden, origin), 0
+            if answer.get("weight") != 0:
+                token_id, num_before = self._find_end_of_turn(part, answer["content"])
+                places = [index for index, id_ in enumerate(part_ids) if id_ == token_id]
+                if num_before >= len(places):
+                    content = quote(answer["content"].translate(hidden))
+                    raise BadRow(
+                        origin,
+                        f"the chat template writes no special token after the answer {content}, so the model "
+                        "could not learn to stop; use one that ends each answer, as it stands, in eos_token.",
+                    )
+                num_trained = places[num_before] + 1
+            ids += part_ids
+            is_target += [index < num_trained for index in range(len(part_ids))]
+        return ids, [True] * len(ids) if train_on == "all" else is_target
+
+    def _hide_special_text(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, str]]:
+        """Put one private-use character for each special token spelled out in a content.
+
+        Returns:
+            (messages, hidden): hidden maps the characters back, as str.translate takes it; mostly empty.
+        """
+        if self.parse_special or not any(self.special.search(message["content"]) for message in messages):
+            return messages, {}
+        taken = {*str(self.tokenizer.chat_template)}.union(*(message["content"] for message in messages))
+        free = (code for code in chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)) if chr(code) not in taken)
+        codes: dict[str, int] = {}
+
+        def hide(match: re.Match[str]) -> str:
+            if match[0] not in codes:
+                codes[match[0]] = next(free)
+            return chr(codes[match[0]])
+
+        messages = [message | {"content": self.special.sub(hide, message["content"])} for message in messages]
+        return messages, {code: text for text, code in codes.items()}
+
+    def _render_parts(self, messages: list[dict[str, Any]], add_generation_prompt: bool, origin: str) -> list[str]:
+        """The rendered conversation, cut where each assistant turn begins: the prompt, then a part per turn."""
+        cuts = [(index, True) for index, message in enumerate(messages) if message["role"] == "assistant"]
+        parts: list[str] = []
+        before = ""
+        for end, opens_turn in [*cuts, (len(messages), add_generation_prompt)]:
+            try:
+                text: Any = self.tokenizer.apply_chat_template(
+                    messages[:end], chat_template=self.template, tokenize=False, add_generation_prompt=opens_turn
+                )
+            except Exception as error:  # a template is a program: it may fail in any way
+                kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+                reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
+                raise BadRow(origin, f"the chat template refuses it: {reason}; mend the record.") from error
+            if not text.startswith(before):
+                raise BadRow(
+                    origin,
+                    f"the chat template rewrites what precedes answer {len(parts)} once more follows; "
+                    "split the record so that it has one answer, or use a template that only appends.",
+                )
+            parts.append(text[len(before) :])
+            before = text
+        return parts
+
+    def _part_ids(self, part: str, hidden: dict[int, str], origin: str) -> list[int]:
+        if not any(chr(code) in part for code in hidden):
+            return _token_ids(part, self.tokenizer)
+        ids: list[int] = []
+        pieces = ["", *self.special.split(part), ""]  # "", text, token, text, ..., token, text, ""
+        for before, text, after in zip(pieces[:-1:2], pieces[1::2], pieces[2::2], strict=True):
+            text = text.lstrip() if before in self.strips_right else text
+            text = text.rstrip() if after in self.strips_left else text
+            ids += self._text_ids(text.translate(hidden), before)
+            if after:
+                ids.append(self.token_ids[after])
+        for code, token in hidden.items():
+            # A Unigram vocabulary may spell a special token as one piece of text; so may a word-level one.
+            is_written = ids.count(self.token_ids[token]) == pieces.count(token)
+            if chr(code) in part and not is_written and token != self.tokenizer.unk_token:
+                raise BadRow(
+                    origin,
+                    f"a message holds {quote(token)}, which this tokenizer cannot write as plain text; remove it, "
+                    "or pass --parse-special to let it be the control token.",
+                )
+        return ids
+
+    def _text_ids(self, text: str, before: str) -> list[int]:
+        """Ids of plain text after the special token `before`, or at the beginning of a part ("")."""
+
+        def encode(text: str) -> list[int]:
+            options: Any = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            return self.tokenizer(text, **options)["input_ids"]
+
+        if not before or not text or _token_ids(before + "a", self.tokenizer)[1:] == encode("a"):
+            return encode(text)
+        # A SentencePiece tokenizer may write its "▁" only where a part begins: there the text must not begin.
+        for lead in ("\n", "a", "1", "."):
+            lead_ids, ids = encode(lead), encode(lead + text)
+            if ids[: len(lead_ids)] == lead_ids:  # no token spans the two, so the rest is the text's own
+                return ids[len(lead_ids) :]
+        return encode(text)
+
+    def _find_end_of_turn(self, part: str, content: str) -> tuple[int | None, int]:
+        """Id of the special token right after the answer, if any; and how often it stands in the part before."""
+        content = content.strip()  # as many templates do
+        start = part.find(content)
+        while start >= 0:
+            if match := self.end_of_turn.match(part, start + len(content)):
+                return self.token_ids[match[1]], part.count(match[1], 0, match.start(1))
+            start = part.find(content, start + 1)
+        return None, 0
 
 
-def _encode_row(
-    messages: list[dict[str, Any]], tokenizer: "PreTrainedTokenizerBase", train_on: str, origin: str
-) -> tuple[list[int], list[bool]]:
-    """The whole row: ids t_0 .. t_T, and for each whether it is to be predicted."""
-    if messages[0]["role"] == "document":
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"{origin}: the tokenizer has no eos_token to end a document with; set one.")
-        ids = [*encode_prompt(messages, tokenizer), tokenizer.eos_token_id]
-        is_blank = not messages[0]["content"].strip()  # would teach nothing but BOS -> eos
-        return ids, [not is_blank] * len(ids)
-    prompt, *turns = _render_parts(messages, tokenizer, add_generation_prompt=False, origin=origin)
-    special_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special_tokens.update(tokenizer.all_special_tokens)
-    longest_first = sorted(special_tokens, key=len, reverse=True)
-    end_of_turn = re.compile(rf"\s*({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-    ids = _token_ids(prompt, tokenizer)
-    is_target = [False] * len(ids)
-    answers = [message for message in messages if message["role"] == "assistant"]
-    for answer, part in zip(answers, turns, strict=True):
-        part_ids, num_trained = _token_ids(part, tokenizer), 0
-        if answer.get("weight") != 0:
-            token, num_before = _find_end_of_turn(part, answer["content"], end_of_turn, origin)
-            token_id = tokenizer.convert_tokens_to_ids(token)
-            num_trained = [index for index, id_ in enumerate(part_ids) if id_ == token_id][num_before] + 1
-        ids += part_ids
-        is_target += [index < num_trained for index in range(len(part_ids))]
-    return ids, [True] * len(ids) if train_on == "all" else is_target
-
-
-def _find_end_of_turn(part: str, content: str, end_of_turn: re.Pattern[str], origin: str) -> tuple[str, int]:
-    """The special token right after the answer, and how often it stands in the part before that."""
-    content = content.strip()  # as many templates do
-    start = part.find(content)
-    while start >= 0:
-        if match := end_of_turn.match(part, start + len(content)):
-            return match[1], part.count(match[1], 0, match.start(1))
-        start = part.find(content, start + 1)
-    raise InputError(
-        f"{origin}: the chat template writes no special token after the answer '{content[:40]}', so the "
-        "model could not learn to stop; use a template that ends each answer, as it stands, in eos_token."
-    )
-
-
-def _shift(ids: list[int], is_target: list[bool], max_length: int) -> Example:
+def shift_targets(ids: list[int], is_target: list[bool], max_length: int, origin: str) -> Example:
+    """The row of t_0 .. t_T, cut to its first max_length positions."""
     targets = [token if trained else IGNORE_INDEX for token, trained in zip(ids[1:], is_target[1:], strict=True)]
-    return Example(torch.tensor(ids[:-1][:max_length]).long(), torch.tensor(targets[:max_length]).long())
+    return Example(torch.tensor(ids[:-1][:max_length]).long(), torch.tensor(targets[:max_length]).long(), origin)

@@ -133,6 +133,24 @@ def test_a_state_can_name_no_file_elsewhere(saved: tuple[Path, Any, MasterOptimi
     assert read_state(saved[0])["progress"] == PROGRESS
 
 
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw_32bit"])
+def test_a_state_from_before_the_first_update_resumes(tiny: str, tmp_path: Path, name: str) -> None:
+    """A first step that was skipped leaves an optimizer without moments."""
+    model = adapted(tiny)
+    optimizer = build_optimizer(lora_parameters(model), name)
+    write(tmp_path / "step-1", model, optimizer, Progress(1, skipped=1))
+    other = adapted(tiny, seed=77)
+    make = lambda: build_optimizer(lora_parameters(other), name)  # noqa: E731
+    progress, restored = load_checkpoint(tmp_path / "step-1", other, make, SETTINGS)
+    assert progress == Progress(1, skipped=1)
+    for own, parameters in ((optimizer, lora_parameters(model)), (restored, lora_parameters(other))):
+        for parameter in parameters:
+            parameter.grad = torch.full(parameter.shape, 0.5)
+        own.step(1e-2)
+    assert all(torch.equal(v, lora_state_dict(other)[k]) for k, v in lora_state_dict(model).items())
+    assert all(torch.equal(v, restored.state_tensors()[k]) for k, v in optimizer.state_tensors().items())
+
+
 def test_the_state_describes_itself(saved: tuple[Path, Any, MasterOptimizer]) -> None:
     state = json.loads((saved[0] / "state.json").read_text())
     assert state["settings"] == SETTINGS and state["run"] == {"rank": 4} and state["format"] == 2

@@ -1,4 +1,4 @@
-"""files.py: whole or absent, with the permissions of an ordinary file."""
+"""files.py: whole or absent, with the permissions of an ordinary file; and JSON that may hold anything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.files import new_directory, new_file
+from qlora.errors import InputError
+from qlora.files import JSON_LIMIT, explain, new_directory, new_file, read_json
 
 
 @pytest.fixture(params=[0o022, 0o077])
@@ -143,3 +144,68 @@ def test_new_directory_permissions(tmp_path: Path, umask: int) -> None:
     assert permissions(tmp_path / "model") == permissions(tmp_path / "model" / "inner") == 0o777 & ~umask
     assert permissions(tmp_path / "model" / "a") == 0o666 & ~umask
     assert permissions(tmp_path / "model" / "inner" / "b") == 0o666 & ~umask
+
+
+def test_reading_the_umask_keeps_it(tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can only be read by setting it; what another thread creates meanwhile must not be open to all."""
+    set_to, real = [], os.umask
+
+    def record(value: int) -> int:
+        set_to.append(value)
+        return real(value)
+
+    monkeypatch.setattr(os, "umask", record)
+    with new_file(tmp_path / "a") as staging:
+        staging.write_text("1")
+    monkeypatch.undo()
+    assert set_to and all(value & 0o077 == 0o077 or value == umask for value in set_to)
+    assert os.umask(umask) == umask
+
+
+# ---- JSON of others ---------------------------------------------------------------------------------------
+
+
+def test_json(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"a": {"b": [1, 2.5, null]}, "ä": "\\u00e4", "c": 1, "c": 2}', encoding="utf-8")
+    assert read_json(file, "mend it") == {"a": {"b": [1, 2.5, None]}, "ä": "ä", "c": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Expecting value"), (b"{", "Expecting property name"), (b"[1]", "no JSON object"),
+        (b'"a"', "no JSON object"), (b"null", "no JSON object"), (b'{"a": "\xff"}', "can't decode"),
+        (b"[" * 10**6, "recursion"), (b'{"a": ' + b"1" * 10**5 + b"}", "digits"), (b"{} x", "Extra data"),
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
+    ],
+)  # fmt: skip
+def test_json_that_is_none(tmp_path: Path, content: bytes, reason: str) -> None:
+    """File, reason and remedy in one sentence."""
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(InputError, match=rf"{tmp_path}/a\.json .*{reason}.*; mend it\.$") as raised:
+        read_json(tmp_path / "a.json", "mend it", unique_keys=True)
+    assert str(raised.value).isprintable()
+
+
+def test_json_up_to_the_limit(tmp_path: Path) -> None:
+    for length, is_read in ((JSON_LIMIT, True), (JSON_LIMIT + 1, False)):
+        (tmp_path / "a.json").write_bytes(b'{"a": "' + b"x" * (length - 9) + b'"}')
+        assert (tmp_path / "a.json").stat().st_size == length
+        if is_read:
+            assert len(read_json(tmp_path / "a.json", "")["a"]) == length - 9
+        else:
+            with pytest.raises(InputError, match="larger than 32 MiB"):
+                read_json(tmp_path / "a.json", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ValueError("a"), "a"), (ValueError("first.\nsecond"), "first"), (ValueError(), "ValueError"),
+        (ValueError("\n  "), "ValueError"), (ValueError("field:\n  wrong\nmore"), "field: wrong"),
+        (ValueError("\x1b[2J\ta\0"), "?[2J a?"), (ValueError("x" * 999), "x" * 300),
+    ],
+)  # fmt: skip
+def test_what_an_error_says(error: Exception, text: str) -> None:
+    assert explain(error) == text

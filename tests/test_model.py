@@ -22,17 +22,15 @@ from torch import Tensor, nn
 import qlora.model
 from qlora.errors import InputError
 from qlora.model import (
-    GGUFSource,
-    SafetensorsSource,
     dequantized_weights,
     empty_model,
     load_base_model,
     load_config,
     load_tokenizer,
-    resolve_model,
     weight_shapes,
 )
 from qlora.quantize import Linear4bit, Linear16bit, QuantConfig
+from qlora.sources import GGUFSource, SafetensorsSource, resolve_model
 from tests import reference
 from tests.models import TINY, save_tiny_llama
 from tests.reference import relative_error

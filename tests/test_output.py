@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from qlora import output as output_module
+from qlora.adapter import read_adapter
 from qlora.checkpoint import Progress, checkpoint_path, list_checkpoints, read_state
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
@@ -162,6 +163,14 @@ def test_an_evaluation_still_to_come_is_not_kept_from_before(
     assert [json.loads(line) for line in path.read_text().splitlines()] == lines[:kept]
 
 
+def test_an_evaluation_before_the_first_step_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = {"step": 0, "eval_loss": 0.5}
+    path.write_text(json.dumps(line) + "\n" + json.dumps(step_line(1)) + "\n")
+    MetricsFile(path, Progress(0, eval_loss=0.5)).close()
+    assert [json.loads(text) for text in path.read_text().splitlines()] == [line]
+
+
 @pytest.mark.parametrize("rubbish", ["", "null", "{}", '{"step": "1"}', "[" * 10, "\x00\x00", "\ud83d"])
 def test_rubbish_between_lines_is_dropped(tmp_path: Path, rubbish: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -244,6 +253,9 @@ def test_what_is_written_is_the_state_at_the_time_of_saving(
     go_on.set()
     output.close()
 
+    for directory in (tmp_path, checkpoint_path(tmp_path, 1)):
+        stored = read_adapter(directory)[1]
+        assert all(torch.equal(expected[k], v) for k, v in stored.items()) and stored.keys() == expected.keys()
     other = adapted(tiny, seed=5)
     resumed = begin(tmp_path, other, "auto")
     assert resumed.progress == Progress(1)
@@ -321,6 +333,15 @@ def test_old_checkpoints_go_as_new_ones_come(tiny: str, tmp_path: Path) -> None:
         output.save(Progress(step, eval_loss=loss))
     output.close()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000004", "step-000005"]
+
+
+def test_a_kill_before_pruning_leaves_no_old_checkpoint(tiny: str, tmp_path: Path) -> None:
+    model = adapted(tiny)
+    optimizer = stepped(model)
+    for step in (1, 2, 3):
+        write(checkpoint_path(tmp_path, step), model, optimizer, Progress(step))
+    begin(tmp_path, adapted(tiny), "auto", keep_last=2).close()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
 
 
 def test_secrets_are_written_nowhere(tiny: str, tmp_path: Path) -> None:

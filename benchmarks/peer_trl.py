@@ -1,0 +1,73 @@
+"""One run of PEFT + TRL's SFTTrainer on rows that are tokenised already; started by benchmarks/peers.py.
+
+    python peer_trl.py JOB.json
+
+Nothing of this project is imported: the file runs in an environment of its own. It prints one JSON object.
+"""
+
+import json
+import resource
+import sys
+import time
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, prepare_model_for_kbit_training
+from torch.utils.data import SequentialSampler
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Clock(TrainerCallback):
+    """Seconds and loss of each optimizer step."""
+
+    def __init__(self):
+        self.seconds, self.losses = [], []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds.append(time.perf_counter() - self.started)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+
+
+class InOrder(SFTTrainer):
+    """Takes the rows as they come."""
+
+    def _get_train_sampler(self, *_args):
+        return SequentialSampler(self.train_dataset)
+
+
+def main():
+    with open(sys.argv[1]) as file:
+        job = json.load(file)
+    dtype = getattr(torch, job["dtype"])
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    base = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, quantization_config=quantization)
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=job["checkpointing"])
+    model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
+    clock = Clock()
+    config = SFTConfig(
+        output_dir=job["output_dir"], per_device_train_batch_size=job["batch_size"], max_steps=job["steps"],
+        learning_rate=job["learning_rate"], lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0,
+        optim="adamw_torch", weight_decay=0.0, bf16=dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=job["checkpointing"], max_length=None, completion_only_loss=True,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataset_num_proc=None,
+    )  # fmt: skip
+    trainer = InOrder(
+        model=model, args=config, train_dataset=Dataset.from_list(job["rows"]),
+        processing_class=AutoTokenizer.from_pretrained(job["model"]), callbacks=[clock],
+    )  # fmt: skip
+    trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main()
