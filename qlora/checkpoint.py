@@ -228,8 +228,6 @@ def load_checkpoint(
     state = read_state(path)
     saved, settings = dict(state["settings"]), dict(settings)
     planned, plan = saved.pop("total_steps", None), settings.pop("total_steps", None)
-    if planned != plan:
-        say(f"the run was planned for {planned} steps, now for {plan}; the learning rate follows the new plan")
     differing = [
         f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
         for key in sorted({*saved, *settings})
@@ -240,6 +238,8 @@ def load_checkpoint(
             f"The checkpoint {path} belongs to another run: {'; '.join(differing)}. Start with the same "
             "settings, in a new --output-dir, or pass --force-resume to go on with the new ones."
         )
+    if planned != plan:
+        say(f"the run was planned for {planned} steps, now for {plan}; the learning rate follows the new plan")
     if differing:
         say(f"--force-resume overrides {'; '.join(differing)}")
     current = library_versions()
