@@ -65,10 +65,15 @@ def checkpoint_path(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name; -1 where it is no checkpoint's."""
+    number = path.name.removeprefix("step-")
+    return int(number) if number.isdecimal() else -1
+
+
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """All checkpoints of a run, whole or not, oldest first."""
-    found = [p for p in (output_dir / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((p for p in (output_dir / "checkpoints").glob("step-*") if step_of(p) >= 0), key=step_of)
 
 
 def save_checkpoint(

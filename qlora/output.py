@@ -41,6 +41,7 @@ from qlora.checkpoint import (
     prune_checkpoints,
     read_state,
     save_checkpoint,
+    step_of,
 )
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
@@ -174,7 +175,7 @@ class RunOutput:
     def _set_aside_later_checkpoints(self) -> None:
         """Hide checkpoints later than the one resumed from: --resume auto must not go back to their past."""
         for path in list_checkpoints(self.directory):
-            if self.checkpoint is not None and path.name > self.checkpoint.name:
+            if self.checkpoint is not None and step_of(path) > self.progress.step:
                 aside = path.with_name(f"aside-{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)
                 os.replace(path, aside)

@@ -124,12 +124,14 @@ def test_later_checkpoints_are_set_aside(tiny: str, tmp_path: Path) -> None:
     """After --resume with an older one, a kill and --resume auto must not lead back to the old future."""
     model = adapted(tiny)
     optimizer = stepped(model)
-    for step in (2, 4, 6):
+    for step in (2, 6, 1_000_000):
         write(checkpoint_path(tmp_path, step), model, optimizer, Progress(step))
     output = begin(tmp_path, adapted(tiny), str(checkpoint_path(tmp_path, 2)))
     output.close()
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-000002"]
-    assert read_state(tmp_path / "checkpoints" / "aside-step-000006")["progress"] == Progress(6)
+    for step in (6, 1_000_000):
+        aside = tmp_path / "checkpoints" / f"aside-step-{step:06d}"
+        assert read_state(aside)["progress"] == Progress(step)
 
 
 # ---- metrics ----------------------------------------------------------------------------------------------

@@ -443,7 +443,7 @@ def test_paths_of_the_authors_machine_do_no_harm(copied: Path) -> None:
     """Files of earlier days carry such; they must still load."""
     edit_json(
         copied / "tokenizer_config.json",
-        tokenizer_file="/root/.cache/huggingface/abc",
+        tokenizer_file="/home/someone/.cache/huggingface/abc",
         special_tokens_map_file="/home/author/special_tokens_map.json",
         name_or_path="/home/author/model",
         init_inputs=[],
