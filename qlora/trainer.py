@@ -343,9 +343,12 @@ def fit(
         is_due = eval_every and (step % eval_every == 0 or step == total_steps)
         if not is_due or progress.eval_loss is not None:
             return False, False
-        progress.eval_loss = evaluate(model, eval_examples, accelerator, budget, packing, stop)
-        if progress.eval_loss is None:  # a reason to stop came first; a resumed run begins with it
+        held_out = evaluate(model, eval_examples, accelerator, budget, packing, stop)
+        if held_out is None:  # a reason to stop came first; a resumed run begins with the evaluation
             return True, False
+        if not math.isfinite(held_out):
+            raise TrainingStopped(f"the held-out loss is {held_out}; look at the held-out data")
+        progress.eval_loss = held_out
         log({"step": step, "eval_loss": progress.eval_loss})
         is_best = progress.best_loss is None or progress.eval_loss < progress.best_loss
         progress.best_loss = progress.eval_loss if is_best else progress.best_loss
@@ -377,8 +380,8 @@ def fit(
             checked = make_step(step, check_adapters=not checked) or checked
             progress.step, progress.eval_loss = step + 1, None
     except RuntimeError as error:
-        lost_peer = devices > 1 and _LOST_PEER.search(str(error))
-        if not isinstance(error, TrainingStopped) and not lost_peer:
+        lost_peer = not isinstance(error, TrainingStopped)
+        if lost_peer and not (devices > 1 and _LOST_PEER.search(str(error))):
             raise
         save_if_new()
         cause = f"another process of this run has died ({error})" if lost_peer else str(error)

@@ -280,6 +280,17 @@ def test_one_non_finite_step_too_many_stops_the_run(tiny: str) -> None:
     assert len(saved) == 1 and saved[0].skipped == 1
 
 
+def test_a_held_out_loss_that_is_no_number_stops_the_run(tiny: str) -> None:
+    examples, poison, number = poisoned_examples()
+    saved: list[Progress] = []
+    with pytest.raises(TrainingStopped, match="step 3: the held-out loss is nan; look at the held-out data"):
+        run(
+            poison(adapted(tiny)), [e for e in examples if e is not examples[number]], 4, eval_every=2,
+            eval_examples=[examples[number]], progress=Progress(1), save=lambda p: saved.append(Progress(p.step)),
+        )  # fmt: skip
+    assert saved == [Progress(2)]
+
+
 def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) -> list[int]:
     """Micro-batches of more than `limit` tokens fail in the backward pass as if memory ran out."""
     refused: list[int] = []
