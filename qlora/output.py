@@ -103,7 +103,7 @@ class RunOutput:
                 f"--output-dir {self.directory} cannot be written ({error}); choose another."
             ) from error
         for folder in (self.directory, self.directory / "checkpoints"):
-            for left in folder.glob(".*.tmp"):
+            for left in folder.glob(".*.[0-9]*.tmp"):  # qlora.files puts a process number there
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     def _check_other_runs(self, resume: str | None) -> None:
