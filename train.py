@@ -39,24 +39,28 @@ def answer(config: RunConfig, name: str) -> None:
     quant = QuantConfig(m.quant_type, m.double_quant)
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     if gen.adapter is not None:
-        load_adapter(model, gen.adapter)
+        load_adapter(model, gen.adapter, name)
     options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
-    stream_answer(model, load_tokenizer(name), gen.prompt or "", *options)
+    stream_answer(model, load_tokenizer(name, gen.adapter), gen.prompt or "", *options)
 
 
 def train(config: RunConfig, name: str, data: str) -> None:
     started = time.monotonic()
     from accelerate import Accelerator
 
+    from qlora.adalora import build_adapter_optimizer
     from qlora.adapter import load_adapter
     from qlora.dataset import load_examples
     from qlora.device import best_device
+    from qlora.hub import check_destination, push_to_hub
+    from qlora.initialize import initialize_adapter
     from qlora.interrupt import StopRequest
-    from qlora.lora import freeze_base, inject_lora, lora_parameters, parameter_summary
+    from qlora.lora import freeze_base, inject_lora, parameter_summary
     from qlora.model import load_base_model, load_tokenizer
-    from qlora.optim import build_optimizer, build_schedule, choose_optimizer
+    from qlora.optim import build_schedule, choose_optimizer
     from qlora.output import RunOutput, base_fingerprint, data_fingerprint
     from qlora.quantize import QuantConfig
+    from qlora.trained import add_tokens
     from qlora.trainer import fit, settle_checkpointing
 
     m, d, t, lora = config.model, config.data, config.train, config.lora
@@ -64,12 +68,17 @@ def train(config: RunConfig, name: str, data: str) -> None:
         raise InputError(
             "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
         )
+    if config.generate.adapter is not None and lora.added_tokens:
+        raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
+    if t.push_to_hub is not None:
+        check_destination(t.push_to_hub)
     # Without cpu=True, several processes on a machine without a GPU would each train alone.
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     say, device = accelerator.print, accelerator.device
     output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last)
 
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(name, config.generate.adapter)
+    add_tokens(tokenizer, lora.added_tokens)
     examples, held_out = load_examples(
         data, tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data, eval_split=d.eval_split,
         seed=t.seed, say=say, show_sample=d.show_sample, on_bad_row=d.on_bad_row, bad_rows_file=output.bad_rows,
@@ -79,9 +88,9 @@ def train(config: RunConfig, name: str, data: str) -> None:
     with accelerator.main_process_first():  # the others find the quantized base in the cache
         model = load_base_model(name, m.use_4bit, quant, dtype, device, m.cache)
     if config.generate.adapter is not None:
-        lora = load_adapter(model, config.generate.adapter)
+        lora = load_adapter(model, config.generate.adapter, name, say)
     else:
-        inject_lora(model, lora, t.seed)
+        inject_lora(model, lora, t.seed, tokenizer)
         freeze_base(model)
     say(parameter_summary(model))
     settle_checkpointing(model, t.gradient_checkpointing, t.batch_size * d.max_length, say)
@@ -90,13 +99,15 @@ def train(config: RunConfig, name: str, data: str) -> None:
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
     optim = choose_optimizer(t.optim, device, say)
     fixed = {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
-    fixed |= {k: getattr(lora, k) for k in ("rank", "alpha", "dropout")} | {"max_grad_norm": t.max_grad_norm}
+    fixed |= lora.variant() | {"max_grad_norm": t.max_grad_norm}
     fixed |= {"base": base_fingerprint(model), "data": data_fingerprint(examples), "optim": optim}
     fixed |= {"compute_dtype": str(model.compute_dtype).removeprefix("torch.")}
     fixed |= {"examples_per_step": window, "total_steps": total_steps}
+    if config.generate.adapter is None and output.checkpoint is None:
+        initialize_adapter(model, lora)  # may change the base, of which `fixed` holds the original's fingerprint
     optimizer = output.begin(
-        model, lora, lambda: build_optimizer(lora_parameters(model), optim, t.weight_decay), fixed, total_steps,
-        force=t.force_resume,
+        model, lora, lambda: build_adapter_optimizer(model, lora, optim, t.weight_decay, total_steps), fixed,
+        total_steps, force=t.force_resume,
     )  # fmt: skip
     limit = t.stop_after_seconds
     with StopRequest(None if limit is None else started + limit) as stop:
@@ -112,6 +123,8 @@ def train(config: RunConfig, name: str, data: str) -> None:
         finally:
             output.close()
     say(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
+    if t.push_to_hub is not None and accelerator.is_main_process:
+        say(f"uploaded to {push_to_hub(output.directory, t.push_to_hub)}")
 
 
 if __name__ == "__main__":

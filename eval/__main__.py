@@ -57,12 +57,12 @@ def run_exact_match(argv: Sequence[str]) -> None:
     from qlora.records import read_records
 
     records = read_records(config.data)[: config.max_examples or None]
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.adapter)
     model = load_base_model(
         config.model, config.use_4bit, compute_dtype=config.compute_dtype, device=best_device()
     )
     if config.adapter is not None:
-        load_adapter(model, config.adapter)
+        load_adapter(model, config.adapter, config.model)
     found = exact_match(model, tokenizer, records, config.match, config.max_new_tokens, config.batch_size)
     correct = sum(p.correct for p in found)
     result = {"exact_match": correct / len(found), "correct": correct, "examples": len(found)}

@@ -8,8 +8,8 @@ from typing import Any
 
 _HOME = {
     "LoRAConfig": "config",
-    "LoRAModel": "adapter",
-    "get_lora_model": "adapter",
+    "LoRAModel": "lora_model",
+    "get_lora_model": "lora_model",
     "save_adapter": "adapter",
     "load_adapter": "adapter",
     "load_base_model": "model",

@@ -1,8 +1,14 @@
-"""python -m qlora {train, generate, merge, check-data}: the same jobs as train.py; merging; a look at data."""
+"""python -m qlora {train, generate, merge, mix, import, inspect, export, push, check-data}.
 
+The same jobs as train.py; merging; adapters of other tools; a look into an adapter, and at data; .gguf files; the
+hub.
+"""
+
+import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -13,36 +19,57 @@ from qlora.errors import InputError, run
 
 @dataclass
 class MergeConfig:
-    """Merge an adapter into its base and save an ordinary Hugging Face model."""
+    """Merge adapters into their base and save an ordinary Hugging Face model."""
 
     model: str | None = None
-    """The base; by default the one that the adapter names."""
-    adapter: str | None = None
-    """Adapter directory."""
+    """The base; by default the one that the (first) adapter names."""
+    adapter: tuple[str, ...] = ()
+    """Adapter directory, or several, whose updates add up."""
+    weights: tuple[float, ...] = ()
+    """What the update of each adapter is multiplied by; by default 1."""
     output_dir: str = "merged"
     """Where to write; must not exist."""
     base: Literal["dequantized", "original"] = "dequantized"
     """Merge onto the weights the adapter was trained against, or onto those before quantization."""
+    save_4bit: bool = False
+    """Go back into 4 bits, the codes chosen so that the update survives; by default bf16 is written."""
+    calibration: str | None = None
+    """Texts to choose the 4-bit codes for: a data file, best the training data; by default a few built-in ones."""
     max_shard_gb: float = 5.0
     """Largest weights file, in GB."""
     drift: bool = True
     """Measure how far the merged model is from base + adapter."""
+    drift_text: str | None = None
+    """Measure it on the first tokens of this data file (or .txt) instead of on a few built-in texts."""
+    max_drift: float | None = None
+    """Fail, with nothing written, if the mean KL is above this many nats per token."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def merge(argv: Sequence[str]) -> None:
     config = parse_args(MergeConfig, "python -m qlora merge", argv)
-    if config.adapter is None:
+    if not config.adapter:
         raise InputError("No adapter given; pass --adapter with the output directory of a run.")
     if not config.max_shard_gb > 0:
         raise InputError(f"max_shard_gb is {config.max_shard_gb}; give --max-shard-gb a number above 0.")
     from qlora.merge import GB, base_model_of, merge_adapter
 
-    model = config.model or base_model_of(config.adapter)
-    shard = int(config.max_shard_gb * GB)
-    drift = merge_adapter(model, config.adapter, config.output_dir, config.base, shard, config.drift)
-    print(f"merged model in {config.output_dir}; load it in 16 bits (--no-4bit), see its README.md")
+    drift = merge_adapter(
+        config.model or base_model_of(config.adapter[0]),
+        config.adapter,
+        config.output_dir,
+        config.base,
+        int(config.max_shard_gb * GB),
+        config.drift,
+        weights=config.weights or None,
+        save_4bit=config.save_4bit,
+        calibration=config.calibration,
+        drift_text=config.drift_text,
+        max_drift=config.max_drift,
+    )
+    how = "in 4 bits" if config.save_4bit else "in 16 bits (--no-4bit)"
+    print(f"merged model in {config.output_dir}; load it {how}, see its README.md")
     if drift is not None:
         print(f"drift from base + adapter: {drift}")
 
@@ -86,16 +113,197 @@ def check(argv: Sequence[str]) -> None:
         )
 
 
+@dataclass
+class ImportConfig:
+    """Turn an adapter of MLX-LM or torchtune into PEFT's format, which this project and others load."""
+
+    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
+    """What MLX-LM or torchtune wrote."""
+    output_dir: str | None = None
+    """Where to write; must not exist, or be empty."""
+    model: str | None = None
+    """The base, to check names and shapes against; torchtune's layout cannot be read without it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def import_adapter(argv: Sequence[str]) -> None:
+    config = parse_args(ImportConfig, "python -m qlora import", argv)
+    if config.output_dir is None:
+        raise InputError("No output directory given; pass --output-dir.")
+    from qlora.adapter import PREFIX, AdapterSnapshot, check_adapter, read_adapter, write_adapter
+    from qlora.files import new_directory
+    from qlora.foreign import read_foreign_adapter
+    from qlora.model import empty_model, load_config
+
+    target = Path(config.output_dir)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"--output-dir {target} exists already; remove it or choose another.")
+    model_config = load_config(config.model) if config.model else None
+    tensors, description = read_foreign_adapter(config.adapter, config.model, model_config)
+    snapshot = AdapterSnapshot({PREFIX + key: t for key, t in tensors.items()}, description, {"format": "pt"})
+    with new_directory(target) as staging:
+        write_adapter(snapshot, staging)
+        saved = replace(read_adapter(staging), directory=Path(config.adapter))  # the name for messages
+        if config.model:
+            check_adapter(saved, empty_model(config.model))
+    variant = "DoRA" if saved.config.use_dora else "LoRA"
+    print(f"{variant} of rank {saved.config.rank} in {len(saved.adapted_layers)} layers, written to {target}")
+
+
+@dataclass
+class InspectConfig:
+    """Say what is in an adapter, and how large its update is by layer and module."""
+
+    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    """Adapter directory."""
+    picture: str | None = None
+    """Draw the sizes of the updates into this .png file."""
+    model: str | None = None
+    """The base: sizes are then relative to its weights, and a DoRA update is measured whole."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def inspect(argv: Sequence[str]) -> None:
+    config = parse_args(InspectConfig, "python -m qlora inspect", argv)
+    from qlora.inspection import draw_inspection, inspect_adapter, print_inspection
+
+    found = inspect_adapter(config.adapter, config.model)
+    print_inspection(found)
+    if config.picture:
+        draw_inspection(found, config.picture)
+
+
+@dataclass
+class ExportConfig:
+    """Write a model, or an adapter alone, as a .gguf file for llama.cpp, Ollama and LM Studio."""
+
+    model: str | None = None
+    """The base or a merged model; by default the base that the adapter names."""
+    adapter: str | None = None
+    """Adapter directory, to be merged on the way."""
+    adapter_only: bool = False
+    """Write the adapter alone, to be loaded beside a .gguf of its base."""
+    output: str = "model.gguf"
+    """Where to write; must not exist."""
+    type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
+    """Encoding of the matrices; of an adapter alone f32, f16, bf16 or q8_0."""
+    pre_tokenizer: str | None = None
+    """llama.cpp's name of the tokenizer's splitter, where it is not recognised."""
+    modelfile: bool = False
+    """Write an Ollama Modelfile beside it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def export(argv: Sequence[str]) -> None:
+    config = parse_args(ExportConfig, "python -m qlora export", argv)
+    if config.model is None and config.adapter is None:
+        raise InputError("Nothing to export; pass --model, --adapter or both.")
+    if config.adapter_only and config.adapter is None:
+        raise InputError("--adapter-only needs an adapter; pass --adapter with the output directory of a run.")
+    from qlora.export import export_adapter, export_model
+    from qlora.merge import base_model_of
+    from qlora.model import load_tokenizer
+    from qlora.modelfile import check_modelfile, write_modelfile
+
+    model, output = config.model or base_model_of(str(config.adapter)), Path(config.output)
+    if config.modelfile:
+        check_modelfile(output)
+    if config.adapter_only:
+        export_adapter(model, str(config.adapter), output, config.type)
+        print(f"adapter in {output}; load it beside a .gguf of its base: llama-cli -m BASE.gguf --lora {output}")
+    else:
+        export_model(model, output, config.type, config.adapter, config.pre_tokenizer)
+        print(f"model in {output}, {output.stat().st_size / 1e6:,.1f} MB")
+    if config.modelfile:
+        base = f"{Path(model).stem}.gguf" if config.adapter_only else None
+        name = write_modelfile(output, load_tokenizer(model), base)
+        print("Modelfile beside it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf"))
+        if base is not None:
+            print(f"it expects the base beside it as {base}")
+
+
+@dataclass
+class PushConfig:
+    """Upload an adapter, a merged model or a .gguf file to the Hugging Face hub, with a model card."""
+
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
+    """Output directory of a run, merge or export."""
+    repo: str | None = None
+    """Name on the hub, as owner/name; made if it is not there."""
+    private: bool = False
+    """Make a new repository private."""
+    exact_match: str | None = None
+    """What python -m eval exact_match --output wrote, for the model card."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def push(argv: Sequence[str]) -> None:
+    config = parse_args(PushConfig, "python -m qlora push", argv)
+    if config.repo is None:
+        raise InputError("No repository given; pass --repo owner/name.")
+    from qlora.hub import push_to_hub
+
+    print(push_to_hub(config.directory, config.repo, config.private, exact_match=config.exact_match))
+
+
+@dataclass
+class MixConfig:
+    """Mix adapters of one base into a new one, without loading the base."""
+
+    adapters: tuple[str, ...] = ()
+    """Adapter directories."""
+    weights: tuple[float, ...] = ()
+    """One number for each adapter, negative ones subtract; by default all 1."""
+    method: Literal["cat", "svd", "linear"] = "cat"
+    """cat: exactly the weighted sum, the ranks add up; svd: the nearest to that of --rank; linear: as in PEFT."""
+    rank: int | None = None
+    """Rank under svd; by default the largest one among the adapters."""
+    output_dir: str = "mixed"
+    """Where to write; must not exist."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def mix(argv: Sequence[str]) -> None:
+    config = parse_args(MixConfig, "python -m qlora mix", argv)
+    if not config.adapters:
+        raise InputError("No adapters given; pass --adapters with the directories to mix.")
+    from qlora.mixing import mix_adapters
+
+    weights = config.weights or (1.0,) * len(config.adapters)
+    error = mix_adapters(config.adapters, weights, config.output_dir, config.method, config.rank)
+    accuracy = {
+        "cat": "exactly the weighted sum",
+        "svd": f"{math.sqrt(max(0.0, 1 - error**2)):.2%} of the norm of the weighted sum kept",
+        "linear": f"PEFT's linear mix, which differs from the weighted sum by {error:.0%} of its norm",
+    }
+    print(f"mixed adapter in {config.output_dir}: {accuracy[config.method]}")
+
+
 def main(argv: Sequence[str]) -> None:
     import train
 
-    commands = {"train": train.main, "generate": train.main, "merge": merge, "check-data": check}
+    commands = {
+        "train": train.main,
+        "generate": train.main,
+        "merge": merge,
+        "mix": mix,
+        "check-data": check,
+        "import": import_adapter,
+        "inspect": inspect,
+        "export": export,
+        "push": push,
+    }
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])
     elif list(argv[:1]) in ([], ["-h"], ["--help"]):
         print(f"{__doc__}\n\nusage: python -m qlora COMMAND [--help] [OPTIONS]")
     else:
-        raise InputError(f"Unknown command {argv[0]!r}; choose train, generate, merge or check-data.")
+        raise InputError(f"Unknown command {argv[0]!r}; choose {', '.join(commands)}.")
 
 
 if __name__ == "__main__":

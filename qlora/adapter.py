@@ -1,56 +1,71 @@
-"""Adapters on disk, in the format of PEFT, and `LoRAModel`, an adapter's life in one object.
+"""Adapters on disk, in the format of PEFT.
 
-    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (rank, in), ...lora_B.weight (out, rank)
-    adapter_config.json         rank, alpha, dropout, targets, name of the base model
+    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (rank, in), ...lora_B.weight (out, rank),
+                                ...lora_magnitude_vector (out,) under DoRA, and by their names the parameters
+                                that train in full
+    adapter_config.json         variant, rank, alpha, dropout, targets, name of the base model
+    base_shift.safetensors      PiSSA, and LoftQ of several rounds: what was subtracted from the base's weights
+                                before they were quantized (initialize.py), ...lora_A.weight and ...lora_B.weight
+
+AdaLoRA's tensors (adalora.py) are called ...lora_A (rank, in), ...lora_B (out, rank), ...lora_E (rank, 1); the
+triplets that training has zeroed are left out, and rank_pattern in the config says which.
 
 PEFT, vLLM and the hub read these files, and theirs load here. An adapter that asks for something this
-project does not compute (DoRA, per-layer ranks, ...) is refused by name, never half loaded.
+project does not compute is refused by name, never half loaded.
 """
 
 from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.adalora import describe_adalora, pack_triplets, unpack_triplets
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, is_out_of_memory
 from qlora.files import explain, new_file, read_json
+from qlora.foreign import recognise
+from qlora.initialize import BaseShift, base_shift, check_base, pissa_shift, same_shift, shift_base
 from qlora.lora import (
-    ParameterSummary,
+    Adapter,
+    activate,
+    active_adapter,
+    adapter_state,
+    create_adapter,
     freeze_base,
-    inject_lora,
     linear_layers,
+    list_problems,
     load_lora_state_dict,
     lora_layers,
-    lora_parameters,
     lora_state_dict,
-    merge_lora,
-    parameter_summary,
-    unmerge_lora,
+    with_magnitude,
+    wrap_layers,
+    wrapped_layers,
 )
 from qlora.quantize import logical_shape
 from qlora.redact import redact
+from qlora.trained import (
+    base_shapes,
+    read_tokenizer_files,
+    saved_modules,
+    trained_names,
+    trained_problems,
+)
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, BASE_SHIFT = "adapter_model.safetensors", "adapter_config.json", "base_shift.safetensors"
 PREFIX = "base_model.model."
+STARTS = ("gaussian", "pissa", "loftq")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NUM_LISTED = 50  # mismatches that one error names
+VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
-    "use_rslora": (None, False),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "bias": (None, "none"),
     "lora_bias": (None, False),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
@@ -60,8 +75,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "arrow_config": (None,),
-    # Strings here may name a start that changed the base (PiSSA, LoftQ, OLoRA, ...); these did not.
-    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
+    # Strings here may name a start that changed the base; of those PiSSA can be done again, and LoftQ where it
+    # comes with its base shift.
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "pissa"),
 }
 
 
@@ -73,11 +89,15 @@ class AdapterSnapshot:
         state: tensors in PEFT's names, copies in main memory.
         description: adapter_config.json.
         metadata: of the safetensors file.
+        tokenizer: files by name, where the adapter has a tokenizer of its own.
+        base_shift: tensors of base_shift.safetensors, which is not written where there are none.
     """
 
     state: dict[str, Tensor]
     description: dict[str, Any]
     metadata: dict[str, str]
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    base_shift: dict[str, Tensor] = field(default_factory=dict)
 
 
 def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "") -> AdapterSnapshot:
@@ -89,28 +109,60 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     layers = lora_layers(model)
     if not layers:
         raise RuntimeError("The model has no LoRA layers to save.")
-    state = {PREFIX + key: t.detach().to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
-    description = {
+    state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
+    transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
+    quantization = getattr(model, "quantization", None)
+    # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
+    metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
+    description = describe_adapter(config, list(layers), base_model, transposed)
+    adapter = active_adapter(model)
+    trained = {} if adapter is None else adapter.trained
+    description["modules_to_save"] = sorted(saved_modules(model, config, trained)) or None
+    if len(set(map(id, trained.values()))) < len(trained):  # one tensor is both embedding and head
+        description["ensure_weight_tying"] = True
+    if config.use_adalora:
+        state, pattern = pack_triplets(state)
+        description |= describe_adalora(config, pattern, (0, 0, 1) if adapter is None else adapter.budget)
+    state = {_file_key(key, layers, config.use_adalora): tensor for key, tensor in state.items()}
+    shift = {
+        f"{PREFIX}{layer}.lora_{part}.weight": factor.cpu().contiguous()
+        for layer, factors in base_shift(model).items()
+        for part, factor in zip("AB", factors, strict=True)
+    }
+    if shift:  # PEFT redoes PiSSA on a 16-bit base, and refuses it on a 4-bit one and LoftQ without its config
+        description["init_lora_weights"] = config.init
+    return AdapterSnapshot(state, description, metadata, {} if adapter is None else adapter.tokenizer, shift)
+
+
+def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, transposed: bool) -> dict[str, Any]:
+    """The adapter_config.json of an adapter of these layers.
+
+    Args:
+        transposed: whether they are Conv1D.
+    """
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": redact(base_model),
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _saved_targets(config, list(layers)),
-        "bias": "none",
-        "fan_in_fan_out": any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values()),
-        "init_lora_weights": True if config.init == "kaiming" else config.init,
+        "target_modules": _saved_targets(config, layers),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "rank_pattern": config.rank_patterns,
+        "alpha_pattern": config.alpha_patterns,
+        "layers_to_transform": config.layer_numbers,
+        "bias": config.bias,
+        "modules_to_save": config.trained_modules or None,
+        "fan_in_fan_out": transposed,
+        "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "inference_mode": True,
     }
-    quantization = getattr(model, "quantization", None)
-    # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
-    metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
-    return AdapterSnapshot(state, description, metadata)
 
 
 def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
-    """Write both files of an adapter and read them back.
+    """Write both files of an adapter, and its tokenizer if it has one, and read the tensors back.
 
     Each file is written beside its name and renamed: an existing adapter is replaced whole or not at all.
 
@@ -121,9 +173,17 @@ def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    for name, content in snapshot.tokenizer.items():
+        with new_file(directory / name) as file:
+            file.write_bytes(content)
     with new_file(directory / CONFIG) as config_file, new_file(directory / WEIGHTS) as weights_file:
         save_file(snapshot.state, weights_file, metadata=snapshot.metadata)
         config_file.write_text(json.dumps(snapshot.description, indent=2, sort_keys=True) + "\n")
+        if snapshot.base_shift:
+            with new_file(directory / BASE_SHIFT) as shift_file:
+                save_file(snapshot.base_shift, shift_file)
+        else:
+            (directory / BASE_SHIFT).unlink(missing_ok=True)
     written = load_file(directory / WEIGHTS)
     if written.keys() != snapshot.state.keys() or not all(
         torch.equal(written[k], t) for k, t in snapshot.state.items()
@@ -143,35 +203,155 @@ def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def read_adapter(directory: str | Path) -> tuple[LoRAConfig, dict[str, Tensor], dict[str, Any]]:
+def _file_key(key: str, layers: Collection[str], use_adalora: bool = False) -> str:
+    """PEFT's name of a tensor of `lora_state_dict`: it knows the bias of an adapted layer as its base layer's."""
+    if use_adalora and ".lora_" in key:
+        key = key.removesuffix(".weight")
+    layer, _, kind = key.rpartition(".")
+    return f"{PREFIX}{layer}.base_layer.bias" if kind == "bias" and layer in layers else PREFIX + key
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as its files hold it.
+
+    Attributes:
+        config: what it was made by, the exact names of its layers as targets.
+        state: tensors keyed as in `lora_state_dict`.
+        description: adapter_config.json.
+        directory: where it was read from.
+        base_shift: layer -> (A', B') of what was subtracted from its base's weights; empty for an ordinary base.
+    """
+
+    config: LoRAConfig
+    state: dict[str, Tensor]
+    description: dict[str, Any]
+    directory: Path
+    base_shift: BaseShift = field(default_factory=dict)
+
+    @property
+    def adapted_layers(self) -> list[str]:
+        """Qualified names of the layers with a low-rank update."""
+        return sorted({key.rpartition(".lora_")[0] for key in self.state if ".lora_" in key})
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Parameter name -> value, of those that were trained in full."""
+        return {key: tensor for key, tensor in self.state.items() if ".lora_" not in key}
+
+    def low_rank(self, layer: str) -> tuple[Tensor, Tensor]:
+        """(A (rank, in), B (out, rank)) in fp32 with every factor put into B: the update is B A.
+
+        Raises:
+            InputError: a DoRA adapter, whose update is not of low rank; a PiSSA one, whose base is another.
+        """
+        if self.base_shift or self.config.init == "pissa":
+            raise InputError(
+                f"{self.directory} holds an adapter for a base that was changed (PiSSA, LoftQ); make plain LoRA "
+                "of it with as_plain_lora, or merge it."
+            )
+        if self.config.use_dora:
+            raise InputError(f"{self.directory} holds a DoRA adapter, whose update is not of low rank; merge it.")
+        return self._factors(layer)
+
+    def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        A, B = (self.state[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+        if f"{layer}.lora_E" in self.state:
+            A = A * self.state[f"{layer}.lora_E"].float()
+        return A, self.config.scaling_of(layer, A.shape[0]) * B
+
+    def as_plain_lora(self) -> SavedAdapter:
+        """The same update relative to the original W, as LoRA of twice the rank: B A - B' A' = [B, -B'] [A; A'].
+
+        On W in full precision it computes what this adapter computes on W - B' A' in full precision, to rounding.
+        On a quantized base it does not: q(W) + [B, -B'] [A; A'] has q's error of W where this one has the smaller
+        error of its own base. (PEFT's "convert PiSSA to LoRA".)
+
+        Raises:
+            InputError: a DoRA adapter, or PEFT's PiSSA without its base shift (`with_base_shift` finds it).
+        """
+        if self.config.init == "pissa" and not self.base_shift:
+            raise InputError(f"{self.directory} does not hold its base shift; find it with with_base_shift.")
+        if not self.base_shift:
+            return self
+        if self.config.use_dora:
+            raise InputError(f"{self.directory} holds a DoRA adapter, whose update is not of low rank; merge it.")
+        state, ranks = dict(self.state), {}
+        for layer in self.adapted_layers:
+            A, B = self._factors(layer)  # each B with its scaling, so that the new one is 1
+            if layer in self.base_shift:
+                shift_A, shift_B = self.base_shift[layer]
+                A, B = torch.cat([A, shift_A]), torch.cat([B, -shift_B], 1)
+            state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A, B
+            ranks[layer] = len(A)
+        rank = max(ranks.values())
+        others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+        config = replace(
+            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=others, use_rslora=False,
+            init="kaiming", adapter_dtype="float32",
+        )  # fmt: skip
+        return replace(self, config=config, state=state, base_shift={})
+
+    def merge_into(self, name: str, weight: Tensor) -> Tensor:
+        """What the adapter makes of one parameter of its base.
+
+        Args:
+            name: of the parameter, as transformers saves it.
+            weight: its fp32 value, (out, in) for a linear layer's weight (a Conv1D's transposed).
+        Returns:
+            c (W + s B A), or the trained parameter itself, in fp32; `weight` where the adapter has nothing.
+        """
+        if name in self.state:
+            return self.state[name].float()
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or f"{layer}.lora_A.weight" not in self.state:
+            return weight
+        A, B = self._factors(layer)
+        merged = torch.addmm(weight, B, A)
+        return with_magnitude(merged, self.state.get(f"{layer}.lora_magnitude_vector"))
+
+
+def read_adapter(directory: str | Path) -> SavedAdapter:
     """Read an adapter directory.
 
-    Returns:
-        (config, state, description): the config with the exact layer endings as targets, tensors keyed as
-        `lora_state_dict`, and the raw adapter_config.json.
     Raises:
         InputError: a file missing or damaged, a foreign key, or a variant this project does not compute.
     """
     directory = Path(directory)
+    tool = recognise(directory)
+    if tool is not None:
+        raise InputError(
+            f"{directory} holds an adapter in {tool}'s own format; turn it into PEFT's by python -m qlora import."
+        )
     _check_files(directory)
     description = read_json(directory / CONFIG, "save the adapter again", unique_keys=True)
     kind = description.get("peft_type")
     used = [k for k, neutral in UNSUPPORTED.items() if description.get(k) not in neutral]
-    if kind != "LORA" or used:
-        what = f"a {_show(kind)} adapter" if kind != "LORA" else f"an adapter with {', '.join(used)}"
+    if description.get("init_lora_weights") == "loftq" and (directory / BASE_SHIFT).is_file():
+        used.remove("init_lora_weights")
+    if kind not in ("LORA", "ADALORA") or used:
+        what = f"an adapter with {', '.join(used)}" if kind == "LORA" else f"a {_show(kind)} adapter"
         raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
     config = _read_settings(directory / CONFIG, description)
-    state = _read_tensors(directory / WEIGHTS)
+    state = _read_tensors(directory / WEIGHTS, config)
+    if config.use_adalora:
+        state = unpack_triplets(state, description.get("rank_pattern"), config.rank, directory / CONFIG)
+    saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
+    # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
+    vocabulary = [name for name in saved.trained if name.endswith(VOCABULARY)]
+    config.modules_to_save = ",".join([*config.trained_modules, *(n.rpartition(".")[0] for n in vocabulary)])
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
-    if ranks and config.rank not in ranks:
+    if ranks and not config.rank_pattern and config.rank not in ranks:
         raise InputError(
             f"{directory / CONFIG} has r = {config.rank}, but the tensors in {WEIGHTS} have rank "
             f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
-    config.target_modules = ",".join(sorted({key.rpartition(".lora_")[0] for key in state}))
+    # The exact layers: what the patterns of the file mean depends on the base.
+    config.target_modules, config.layers = ",".join(saved.adapted_layers), ""
     # The narrowest dtype that holds every value exactly.
-    config.adapter_dtype = "bfloat16" if {t.dtype for t in state.values()} == {torch.bfloat16} else "float32"
-    return config, state, description
+    factors = {tensor.dtype for key, tensor in state.items() if ".lora_A." in key or ".lora_B." in key}
+    config.adapter_dtype = "bfloat16" if factors == {torch.bfloat16} else "float32"
+    return saved
 
 
 def _check_files(directory: Path) -> None:
@@ -193,36 +373,91 @@ def _check_files(directory: Path) -> None:
 
 
 def _read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
-    """Rank, alpha and dropout; each field's type and range are checked, and that of target_modules."""
+    """The settings of an adapter_config.json; each field's type and range are checked."""
 
     def check(field: str, wanted: str, fits: bool) -> None:
         if not fits:
             value = reprlib.repr(description[field])[:60] if field in description else "no value"
             raise InputError(f"{file} has {field} = {value}, not {wanted}; save the adapter again.")
 
-    def is_number(value: Any) -> bool:
-        return type(value) in (int, float)
+    def given(field: str, default: Any) -> Any:
+        value = description.get(field)
+        return default if value is None else value
 
-    rank: Any = description.get("r")
+    def is_number(value: Any) -> bool:
+        return type(value) in (int, float) and 0 < value < torch.finfo(torch.float32).max
+
+    is_adalora = description.get("peft_type") == "ADALORA"
+    rank_name = "init_r" if is_adalora else "r"
+    rank: Any = description.get(rank_name)
     alpha: Any = description.get("lora_alpha")
-    dropout: Any = description["lora_dropout"] if description.get("lora_dropout") is not None else 0.0
+    dropout: Any = given("lora_dropout", 0.0)
     targets = description.get("target_modules")
-    check("r", "a whole number of 1 or more", type(rank) is int and rank >= 1)
-    check("lora_alpha", "a number above 0", is_number(alpha) and 0 < alpha < torch.finfo(torch.float32).max)
-    check("lora_dropout", "a number from 0 up to, not including, 1", is_number(dropout) and 0 <= dropout < 1)
+    modules: Any = given("modules_to_save", [])
+    numbers: Any = given("layers_to_transform", [])
+    numbers = [numbers] if type(numbers) is int else numbers
+    ranks: Any = {} if is_adalora else given("rank_pattern", {})
+    alphas: Any = given("alpha_pattern", {})
+    check(rank_name, "a whole number of 1 or more", type(rank) is int and rank >= 1)
+    check("lora_alpha", "a number above 0", is_number(alpha))
+    check(
+        "lora_dropout",
+        "a number from 0 up to, not including, 1",
+        type(dropout) in (int, float) and 0 <= dropout < 1,
+    )
     listed = targets if isinstance(targets, list) else [targets]
     named = targets is None or all(isinstance(name, str) for name in listed)
     check("target_modules", "a list of names or a pattern", named)
-    return LoRAConfig(rank=rank, alpha=float(alpha), dropout=float(dropout))
+    check("modules_to_save", "a list of names", _is_list_of_names(modules))
+    are_numbers = isinstance(numbers, list) and all(type(n) is int and 0 <= n < 10_000 for n in numbers)
+    check("layers_to_transform", "a list of layer numbers", are_numbers)
+    for name, values in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        fits = (
+            isinstance(values, dict) and _is_list_of_names(list(values)) and all(map(is_number, values.values()))
+        )
+        check(name, "names with numbers above 0", fits)
+    target: Any = given("target_r", 0) if is_adalora else 0
+    interval: Any = given("deltaT", 1) if is_adalora else 10
+    check("target_r", "a whole number", type(target) is int and target >= 0)
+    check("deltaT", "a whole number of 1 or more", type(interval) is int and interval >= 1)
+    for name in ("use_rslora", "use_dora"):
+        check(name, "true or false", type(given(name, False)) is bool)
+    check("bias", "none, all or lora_only", given("bias", "none") in ("none", "all", "lora_only"))
+    try:
+        return LoRAConfig(
+            rank=rank,
+            alpha=float(alpha),
+            dropout=float(dropout),
+            use_rslora=given("use_rslora", False),
+            use_dora=given("use_dora", False),
+            use_adalora=is_adalora,
+            adalora_target_rank=min(target, rank),
+            adalora_interval=interval,
+            rank_pattern=ranks,
+            alpha_pattern=alphas,
+            layers=",".join(map(str, numbers)),
+            bias=given("bias", "none"),
+            modules_to_save=modules,
+            init=start if (start := description.get("init_lora_weights")) in STARTS else "kaiming",
+        )
+    except InputError as error:
+        raise InputError(f"{file} does not hold together ({explain(error)}); save the adapter again.") from error
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The LoRA tensors of a file, keyed as `lora_state_dict`."""
+def _is_list_of_names(names: Any) -> bool:
+    """Names that can go into messages, and between commas."""
+    return isinstance(names, list) and all(
+        isinstance(name, str) and name.isprintable() and "=" not in name and "," not in name for name in names
+    )
+
+
+def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
+    """The tensors of a file, keyed as `lora_state_dict`."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        state = load_file(file)
+        stored = load_file(file)
     # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -230,16 +465,65 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{file} is not a whole safetensors file ({explain(error)}); save the adapter again."
         ) from error
-    foreign = [k for k in state if not (k.startswith(PREFIX) and k.endswith((".lora_A.weight", ".lora_B.weight")))]
-    foreign += [key for key in state if not key.isprintable()]
+    state = {_own_key(key): tensor for key, tensor in stored.items()}
+    if len(state) < len(stored):
+        raise InputError(f"{file} holds a parameter under two names; save the adapter again.")
+    foreign = [key for key in stored if not key.startswith(PREFIX) or not key.isprintable()]
     if foreign or not state:
         named = f"{_show(foreign[0])} among {len(state)} tensors" if foreign else "nothing"
-        raise InputError(f"{file} holds {named}, not LoRA tensors in PEFT's names; use plain LoRA.")
+        raise InputError(f"{file} holds {named}, not LoRA tensors in PEFT's names; save the adapter again.")
+    unannounced = [key for key in state if not _belongs(key, config)]
+    if unannounced:
+        raise InputError(
+            f"{file} holds {_show(unannounced[0])} among {len(state)} tensors, which {CONFIG} does not announce "
+            "by use_dora, bias or modules_to_save; save the adapter again."
+        )
     for key, tensor in state.items():
         if tensor.dtype not in DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")
-    return {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    return state
+
+
+def _read_base_shift(file: Path) -> BaseShift:
+    """What a base_shift.safetensors holds; nothing where there is none."""
+    if not file.is_file():
+        return {}
+    state = _read_tensors(file, LoRAConfig())
+    layers = sorted({key.rpartition(".lora_")[0] for key in state})
+    shift = {}
+    for layer in layers:
+        A, B = (state.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise InputError(
+                f"{file} holds no pair lora_A (rank, in), lora_B (out, rank) for {layer}; save it again."
+            )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise InputError(f"{file} holds NaN or infinity for {layer}; save the adapter again.")
+        shift[layer] = A.float(), B.float()
+    return shift
+
+
+def _own_key(key: str) -> str:
+    """A tensor's name in `lora_state_dict`, from its name in a file of any version of PEFT."""
+    key = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    if key.endswith((".lora_A", ".lora_B")):  # AdaLoRA's
+        return f"{key}.weight"
+    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
+
+
+def _belongs(key: str, config: LoRAConfig) -> bool:
+    """Whether an adapter of this configuration may hold such a tensor."""
+    if key.endswith((".lora_A.weight", ".lora_B.weight")):
+        return True
+    if key.endswith(".lora_magnitude_vector"):
+        return config.use_dora
+    if key.endswith(".lora_E"):
+        return config.use_adalora
+    if key.endswith(VOCABULARY) or (key.endswith(".bias") and config.bias != "none"):
+        return True
+    module = "." + key.rpartition(".")[0]
+    return any(module.endswith("." + name) for name in config.trained_modules)
 
 
 def _show(value: Any) -> str:
@@ -247,121 +531,159 @@ def _show(value: Any) -> str:
     return value[:60] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)[:60]
 
 
-def load_adapter(model: nn.Module, directory: str | Path) -> LoRAConfig:
+def load_adapter(
+    model: nn.Module, directory: str | Path, base_model: str = "", say: Callable[[str], Any] = print
+) -> LoRAConfig:
     """Give a base model the adapter of a directory, in place and frozen all but the adapter.
 
-    A model without LoRA layers gets them where the file says; one that has them gets the values.
+    A model without an active adapter gets this one; where one is active, it takes over values and settings.
 
+    Args:
+        base_model: name or path of `model`; where the adapter names another, `say` hears of it.
     Returns:
         The adapter's configuration, its targets as in the file.
     Raises:
         InputError: every mismatch at once; the model is then unchanged.
     """
-    layers = lora_layers(model)
-    if any(layer.merged_weight is not None for layer in layers.values()):
+    if any(layer.merged_weight is not None for layer in wrapped_layers(model).values()):
         raise RuntimeError("The adapter is merged; call unmerge before loading another.")
-    config, state, description = read_adapter(directory)
-    if not layers:
-        shapes = {name: logical_shape(layer) for name, layer in linear_layers(model).items()}
-        check_adapter(state, config.rank, shapes, str(directory))
-        inject_lora(model, config)
-    elif any(layer.rank != config.rank for layer in layers.values()):
-        own = next(layer.rank for layer in layers.values())
-        raise InputError(f"The adapter in {directory} has rank {config.rank}, the model's {own}; they must agree.")
-    load_lora_state_dict(model, state, origin=str(directory))
-    for layer in lora_layers(model).values():
-        layer.alpha, layer.dropout = config.alpha, config.dropout
+    active = active_adapter(model)
+    saved = settle_base(read_adapter(directory), model)
+    if active is None:
+        adapter = build_adapter(saved, model)
+        wrap_layers(model, adapter.layers)
+        activate(model, adapter)
+    else:
+        check_adapter(saved, model)
+        load_lora_state_dict(model, saved.state, origin=str(directory))
+        active.config = written_config(saved)
+        for name, weights in active.layers.items():
+            weights.alpha, weights.dropout = saved.config.alpha_of(name), saved.config.dropout
+            weights.scaling = saved.config.scaling_of(name, weights.rank)
     freeze_base(model)
-    targets = description.get("target_modules")
-    config.target_modules = ",".join(targets) if isinstance(targets, list) and targets else config.target_modules
-    return config
+    named = saved.description.get("base_model_name_or_path")
+    theirs, ours = (Path(name).name if isinstance(name, str) else "" for name in (named, base_model))
+    if theirs and ours and theirs != ours:  # people move directories: no more than a note
+        say(f"note: the adapter {directory} names {_show(redact(theirs))} as its base, not {redact(ours)}")
+    return written_config(saved)
 
 
-def check_adapter(state: dict[str, Tensor], rank: int, shapes: dict[str, tuple[int, int]], origin: str) -> None:
-    """Compare an adapter's tensors with the layers of a base, before anything is changed.
+def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
+    """A saved adapter in memory, at rest, on the device of `model`, which is left as it is.
+
+    Raises:
+        InputError: every mismatch at once (`check_adapter`).
+    """
+    check_adapter(saved, model)
+    check_base(model, saved.base_shift, ready=True)
+    adapter = create_adapter(model, saved.config, trained=saved.trained)
+    with torch.no_grad():
+        for key, parameter in adapter_state(adapter).items():
+            parameter.copy_(saved.state[key])
+    adapter.config, adapter.tokenizer = written_config(saved), read_tokenizer_files(saved.directory)
+    budget = [saved.description.get(field) for field in ("tinit", "tfinal", "total_step")]
+    if all(type(number) is int for number in budget):  # AdaLoRA's; they only go back into a file
+        adapter.budget = tuple(budget)  # type: ignore[assignment]
+    return adapter
+
+
+def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
+    """Make the base of `model` the one that the adapter was trained on: PiSSA's and LoftQ's are changed first.
+
+    Returns:
+        The adapter, with its base shift where PEFT's file leaves it to the reader.
+    Raises:
+        InputError: a mismatch, or a base that other adapters share; the model is then unchanged.
+    """
+    saved = with_base_shift(saved, model, getattr(model, "source", None))
+    if not same_shift(base_shift(model), saved.base_shift):
+        check_adapter(saved, model)
+        check_base(model, saved.base_shift)
+        shift_base(model, saved.base_shift)
+    return saved
+
+
+def with_base_shift(saved: SavedAdapter, model: nn.Module, source: str | None) -> SavedAdapter:
+    """A PiSSA adapter of PEFT with the base shift that it does not carry; others as they are.
 
     Args:
-        shapes: qualified name -> (out, in) of every layer that an adapter could be for.
-    Raises:
-        InputError: lists every unknown layer, missing half, wrong shape or rank, and non-finite value.
+        model: the base, for its shapes; may be on the meta device.
+        source: what `load_base_model` loads it from.
     """
-    problems = []
-    for layer in sorted({key.rpartition(".lora_")[0] for key in state}):
-        if layer not in shapes:
+    if saved.config.init != "pissa" or saved.base_shift:
+        return saved
+    check_adapter(saved, model)
+    if source is None:
+        raise InputError(f"{saved.directory} wants its base's original weights; load that with load_base_model.")
+    settings = saved.config
+    scalings = {}
+    for layer in saved.adapted_layers:
+        rank = settings.rank_of(layer)
+        scalings[layer] = rank, settings.scaling_of(layer, rank)
+    return replace(saved, base_shift=pissa_shift(source, scalings))
+
+
+def written_config(saved: SavedAdapter) -> LoRAConfig:
+    """The configuration of an adapter with targets and layers as its file spells them."""
+    targets, numbers = (saved.description.get(field) for field in ("target_modules", "layers_to_transform"))
+    listed = [numbers] if type(numbers) is int else numbers or []
+    return replace(
+        saved.config,
+        target_modules=",".join(targets) if isinstance(targets, list) and targets else saved.config.target_modules,
+        layers=",".join(map(str, listed)),
+    )
+
+
+def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
+    """Compare an adapter's tensors with a base, before anything is changed.
+
+    Args:
+        model: the base; may be on the meta device.
+    Raises:
+        InputError: lists every unknown layer, missing part, wrong shape or rank, and non-finite value.
+    """
+    layers = {name: logical_shape(layer) for name, layer in linear_layers(model).items()}
+    problems: list[str] = []
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer in saved.adapted_layers:
+        if layer not in layers:
             problems.append(f"{layer} is no linear layer of this model")
             continue
-        rows, columns = shapes[layer]
-        for part, wanted in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
-            key = f"{layer}.{part}.weight"
-            if key not in state:
-                problems.append(f"missing {key}")
-            elif tuple(state[key].shape) != wanted:
-                shape = tuple(state[key].shape)
-                problems.append(f"{key} is {shape} but its layer is ({rows}, {columns}) and the rank {rank}")
-            elif not torch.isfinite(state[key]).all():
-                problems.append(f"{key} holds NaN or infinity")
+        (rows, columns), rank = layers[layer], saved.config.rank_of(layer)
+        wanted[f"{layer}.lora_A.weight"], wanted[f"{layer}.lora_B.weight"] = (rank, columns), (rows, rank)
+        if saved.config.use_dora:
+            wanted[f"{layer}.lora_magnitude_vector"] = (rows,)
+        if saved.config.use_adalora:
+            wanted[f"{layer}.lora_E"] = (rank, 1)
+    parameters = base_shapes(model)
+    problems += trained_problems(model, saved.trained)
+    adapted = [name for name in saved.adapted_layers if name in layers]
+    try:
+        trained = trained_names(model, saved.config, adapted, tied=False)
+    except InputError as error:
+        problems.append(explain(error))
+        trained = []
+    wanted |= {name: parameters[name] for name in trained if name not in saved.trained}
+    for name in saved.trained:
+        if trained and name in parameters and name not in trained:
+            problems.append(f"{name} is none that bias and modules_to_save in {CONFIG} let train")
+    if saved.config.bias == "lora_only" and any(n not in saved.state and n.endswith(".bias") for n in trained):
+        problems.append(
+            "older versions of PEFT write no biases of bias = lora_only (train with bias = all, or set bias to "
+            f"none in {CONFIG} to load the adapter without them)"
+        )
+    for layer, (A, B) in saved.base_shift.items():
+        if layers.get(layer) != (len(B), A.shape[1]):
+            here = layers.get(layer, "no layer")
+            problems.append(f"the base shift of {layer} is {(len(B), A.shape[1])}, but here it is {here}")
+    for key, shape in wanted.items():
+        tensor = saved.state.get(key)
+        if tensor is None:
+            problems.append(f"missing {key}")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{key} is {tuple(tensor.shape)} but its layer and rank want {shape}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{key} holds NaN or infinity")
     if problems:
-        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-        listed = "; ".join([*problems[:NUM_LISTED], *rest])
-        raise InputError(f"The adapter in {origin} is damaged or was made for another base: {listed}.")
-
-
-class LoRAModel(nn.Module):
-    """A base model with its adapter: trains, saves, loads, merges.
-
-    Args:
-        model: a causal LM; its target layers are replaced in place and everything else is frozen.
-    """
-
-    def __init__(self, model: nn.Module, config: LoRAConfig, seed: int = 0, base_model: str = "") -> None:
-        super().__init__()
-        inject_lora(model, config, seed)
-        freeze_base(model)
-        self.model, self.lora_config, self.base_model = model, config, base_model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate on the adapted model."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer should get."""
-        return (p for p in self.model.parameters() if p.requires_grad)
-
-    def lora_parameters(self) -> list[nn.Parameter]:
-        """A and B of every adapted layer."""
-        return lora_parameters(self.model)
-
-    def save(self, directory: str | Path) -> None:
-        """Write adapter_model.safetensors and adapter_config.json."""
-        save_adapter(self.model, directory, self.lora_config, self.base_model)
-
-    def load(self, directory: str | Path) -> None:
-        """Take over the values (and alpha) of a saved adapter of the same layers; every mismatch is an error."""
-        config = load_adapter(self.model, directory)
-        self.lora_config.alpha, self.lora_config.dropout = config.alpha, config.dropout
-
-    def merge(self) -> None:
-        """Compute with merged dense weights from here on; training is then an error."""
-        merge_lora(self.model)
-
-    def unmerge(self) -> None:
-        """Back to base and adapter, bit for bit."""
-        unmerge_lora(self.model)
-
-    @property
-    def is_merged(self) -> bool:
-        return any(layer.merged_weight is not None for layer in lora_layers(self.model).values())
-
-    def summary(self) -> ParameterSummary:
-        """Logical parameter counts; print it."""
-        return parameter_summary(self.model)
-
-
-def get_lora_model(
-    model: nn.Module, config: LoRAConfig | None = None, seed: int = 0, base_model: str = ""
-) -> LoRAModel:
-    """Adapt `model` in place with q_proj and v_proj adapters by default, everything else frozen."""
-    return LoRAModel(model, config or LoRAConfig(), seed, base_model)
+        listed = list_problems(problems)
+        raise InputError(f"The adapter in {saved.directory} is damaged or was made for another base: {listed}.")

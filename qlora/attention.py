@@ -7,6 +7,9 @@ flash kernel, elsewhere by one scaled_dot_product_attention per sequence.
 
 Called without cu_seqlens this is transformers' own "sdpa", so a model with this attention still generates,
 pads and caches as any other.
+
+Gemma 2 caps its scores before the softmax, s -> c tanh(s / c), which no such kernel computes: there the scores
+are written out, (heads, T, T) of one sequence at a time.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ def packed_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer.
@@ -65,14 +69,17 @@ def packed_attention(
         cu_seq_lens_q: (S + 1,) int32 boundaries; None falls back to ordinary attention.
         max_length_q: longest sequence.
         sliding_window: how far back a token sees (Mistral), None for all the way.
+        softcap: largest magnitude c of a score (Gemma 2), None for no limit.
     Returns:
-        (1, N, heads, head_dim), None
+        (1, N, heads, head_dim), None; without cu_seq_lens_q the first dimension is the batch.
     Raises:
-        ValueError: logit soft-capping or sinks, which these kernels do not compute.
+        ValueError: attention sinks, which are not computed.
     """
-    unsupported = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"Attention with {', '.join(unsupported)} is not supported; use a LLaMA-like model.")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("Attention with sinks (s_aux) is not supported; use a LLaMA-like model.")
+    if cu_seq_lens_q is None and softcap is not None:
+        capped = _softcapped_attention(query, key, value, attention_mask, dropout, scaling, softcap)
+        return capped.transpose(1, 2), None
     if cu_seq_lens_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -80,7 +87,7 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     assert max_length_q is not None
-    if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
+    if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 and softcap is None:
         from torch.nn.attention.varlen import varlen_attn
 
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -97,12 +104,44 @@ def packed_attention(
         if q.shape[2] < UPCAST_BELOW and q.device.type == "cpu":
             q, k, v = q.float(), k.float(), v.float()
         mask = _window_mask(q.shape[2], sliding_window, query.device)
+        if softcap is not None:
+            outputs.append(_softcapped_attention(q, k, v, mask, dropout, scaling, softcap))
+            continue
         outputs.append(
             F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         )
     return torch.cat([output.to(query.dtype) for output in outputs], dim=2).transpose(1, 2), None
+
+
+def _softcapped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """softmax(c tanh(q k^T scaling / c) + mask) v, all scores written out, the softmax in fp32.
+
+    Args:
+        query: (B, heads, T, head_dim); key and value: (B, kv_heads, T', head_dim).
+        mask: (..., T, T') bool, true where a token looks; None for a causal one that ends at the last key.
+    Returns:
+        (B, heads, T, head_dim)
+    """
+    if mask is None:
+        rows, columns = query.shape[2], key.shape[2]
+        mask = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap))
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype), dropout)
+    return weights @ value
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:

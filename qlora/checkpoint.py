@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from qlora.adapter import AdapterSnapshot, read_adapter, write_adapter
 from qlora.errors import InputError
-from qlora.files import new_directory
+from qlora.files import is_file_name, new_directory
+from qlora.initialize import shift_base
 from qlora.lora import load_lora_state_dict
 from qlora.optim import MasterOptimizer
 
 FORMAT = 2
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-FILES = ("adapter_config.json", "adapter_model.safetensors", OPTIMIZER)
+FILES = ("adapter_config.json", "adapter_model.safetensors", OPTIMIZER)  # a tokenizer or base shift may join them
 
 
 @dataclass
@@ -102,7 +103,7 @@ def save_checkpoint(
             "settings": settings,
             "run": run,
             "versions": library_versions(),
-            "sha256": {name: _sha256(staging / name) for name in FILES},
+            "sha256": {file.name: _sha256(file) for file in sorted(staging.iterdir())},
         }
         (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
         if path.exists():  # left by a run that was resumed from before it
@@ -198,7 +199,8 @@ def read_state(path: Path) -> dict[str, Any]:
             )
         progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
         settings, versions, checksums = dict(state["settings"]), dict(state["versions"]), dict(state["sha256"])
-        damaged = [name for name in FILES if checksums[name] != _sha256(path / name)]
+        files = sorted({*FILES, *filter(is_file_name, checksums)})
+        damaged = [name for name in files if checksums[name] != _sha256(path / name)]
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -255,7 +257,9 @@ def load_checkpoint(
     ]
     if moved:
         say(f"libraries changed since the checkpoint, so that roundings may differ: {', '.join(moved)}")
-    load_lora_state_dict(model, read_adapter(path)[1], origin=str(path))
+    adapter = read_adapter(path)
+    shift_base(model, adapter.base_shift)
+    load_lora_state_dict(model, adapter.state, origin=str(path))
     optimizer = make_optimizer()
     optimizer.load_state_tensors(load_file(path / OPTIMIZER))
     return state["progress"], optimizer

@@ -16,6 +16,10 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on (non-finite losses, a process that died); the last good state is saved."""
 
 
+class CheckFailed(RuntimeError):
+    """A result is outside the bounds that were asked for."""
+
+
 class StoppedOnRequest(Exception):
     """A signal or --stop-after ended the run between two steps; its state is saved."""
 
@@ -32,8 +36,9 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Call an entry point; an expected failure becomes one sentence on standard error.
 
     Returns:
-        Exit code: 0 done; 2 the input or the disk is at fault; 3 training stopped by itself; 4 stopped on
-        request, state saved; 130 interrupted outside training. (A second signal in training: 128 + its number.)
+        Exit code: 0 done; 2 the input or the disk is at fault; 3 training stopped by itself, or a check
+        failed; 4 stopped on request, state saved; 130 interrupted outside training. (A second signal in
+        training: 128 + its number.)
         With --debug among `argv` the traceback is shown instead.
     """
     try:
@@ -43,14 +48,14 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         return _say(str(request), 4)
     except KeyboardInterrupt:
         return _say("interrupted; nothing that was saved is lost", 130)
-    except (InputError, TrainingStopped, OSError, RuntimeError, MemoryError) as error:
-        expected = isinstance(error, (InputError, TrainingStopped, OSError))
+    except (InputError, TrainingStopped, CheckFailed, OSError, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, (InputError, TrainingStopped, CheckFailed, OSError))
         if "--debug" in argv or not (expected or is_out_of_memory(error)):
             raise
         if not expected:
             hint = "lower --batch-size or --max-length, or pass --gradient-checkpointing on"
             return _say(f"error: out of memory ({error}); {hint}.", 3)
-        return _say(f"error: {error}", 3 if isinstance(error, TrainingStopped) else 2)
+        return _say(f"error: {error}", 3 if isinstance(error, (TrainingStopped, CheckFailed)) else 2)
 
 
 def _say(text: str, code: int) -> int:

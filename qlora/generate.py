@@ -2,8 +2,8 @@
 
 Prompts are tokenised by the same function as training data. While decoding, one token at a time, a layer
 that dequantizes its whole weight for a single row is hundreds of times slower than it need be: inside
-`fast_decoding` every frozen layer computes from a copy laid out for few rows, made for the occasion and
-dropped after it. The weights that train are never touched.
+`fast_decoding` every frozen layer computes from a copy laid out for few rows, and DoRA's scale is computed once,
+both made for the occasion and dropped after it. The weights that train are never touched.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from qlora.device import GIB
+from qlora.lora import lora_layers
 from qlora.quantize import Linear4bit, Linear16bit, decode_copy, logical_numel
 from qlora.tokenize import encode_prompt, end_of_turn_id
 
@@ -23,8 +24,9 @@ DENSE_COPY_LIMIT = 1 * GIB  # a larger base is decoded from repacked 4-bit weigh
 
 @contextmanager
 def fast_decoding(model: Any) -> Iterator[None]:
-    """Give the frozen layers decoding copies for the duration of the block."""
+    """Give the frozen layers decoding copies, and the adapted ones a fixed scale, for the time of the block."""
     layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit))]
+    adapted = list(lora_layers(model).values())
     dtype = model.compute_dtype
     dense = sum(logical_numel(layer.weight) for layer in layers) * dtype.itemsize <= DENSE_COPY_LIMIT
     was_training = model.training
@@ -32,8 +34,13 @@ def fast_decoding(model: Any) -> Iterator[None]:
     try:
         for layer in layers:
             layer.decode = decode_copy(layer, dtype, dense)
+        for lora in adapted:
+            scale = lora.output_scale(dtype)
+            lora.fixed_scale = None if scale is None else scale.detach()
         yield
     finally:
+        for lora in adapted:
+            lora.fixed_scale = None
         for layer in layers:
             layer.decode = None
         model.train(was_training)

@@ -1,29 +1,45 @@
-"""LoRA on frozen linear layers (arXiv 2106.09685), forward and backward in one function.
+"""LoRA on frozen linear layers (arXiv 2106.09685) and its family, forward and backward in one function.
 
 Shapes: N tokens, I inputs, O outputs, R rank; x (N, I), W (O, I) frozen and possibly 4-bit, A (R, I),
-B (O, R), s = alpha / R, m the dropout mask divided by its keep probability (absent: all ones), * elementwise.
+B (O, R), s the scaling, m the dropout mask divided by its keep probability (absent: all ones), * elementwise.
 
     forward    h = (x * m) A^T                  (N, R)
-               y = x W^T + b + s h B^T          (N, O)
+               z = x W^T + s h B^T              (N, O)
+               y = c * z + b                    (N, O)      c = 1, but for DoRA
 
-    backward   u  = s dy B                      (N, R)
-               dB = s dy^T h                    (O, R)
+    backward   g  = c * dy                      (N, O)
+               u  = s g B                       (N, R)
+               dB = s g^T h                     (O, R)
                dA = u^T (x * m)                 (R, I)
-               dx = dy W + (u A) * m            (N, I)
+               dx = g W + (u A) * m             (N, I)
+               db = sum over N of dy            (O,)        where the bias trains
+               dc = sum over N of dy * z        (O,)        DoRA
 
-What is kept between the two: x (shared by every layer that reads it: q, k and v keep one copy), h and the
-one-byte mask. W is dequantized twice and kept never; W and b get no gradient; dx is computed only if
-something below wants it, so the first adapted layer stops the backward pass. A and B are bf16 but their
-gradients leave in fp32 (`grad_dtype`), so that accumulating micro-batches loses nothing.
+The family differs in s, c, A and in how A and B start:
 
-B starts at zero: the adapted model is the base model until the first step.
+    LoRA       s = alpha / R
+    rsLoRA     s = alpha / sqrt(R)                              arXiv 2312.03732
+    DoRA       c = magnitude / n, n = row norms of W + s B A    arXiv 2402.09353; n counts as a constant (4.3)
+    AdaLoRA    (E * A) in the place of A, E (R, 1)              arXiv 2303.10512; see adalora.py
+    PiSSA, LoftQ                                                how A and B start; see initialize.py
+
+n is found without W + s B A (`LoRALinear.weight_norm`), and c is applied as z + (c - 1) z, which keeps c's digits
+in bf16. Dropout is on the input of A alone, under DoRA too (PEFT's DoRA then drops W's input in part as well).
+
+What is kept between the two passes: x (shared by every layer that reads it: q, k and v keep one copy), h, the
+one-byte mask, and z under DoRA. W is dequantized twice (under DoRA a third time, for n) and kept never; W gets no
+gradient; dx is computed only if something below wants it, so the first adapted layer stops the backward pass. A
+and B are bf16 but their gradients leave in fp32 (`grad_dtype`), so that accumulating micro-batches loses nothing.
+
+The adapted model is the base model until the first step.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,14 +49,39 @@ from torch.nn import functional as F
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.quantize import dense_weight, layer_bias, logical_numel, logical_shape
+from qlora.trained import (
+    copy_trained,
+    start_new_tokens,
+    swap_parameters,
+    token_ids_of,
+    tokenizer_files,
+    trained_names,
+)
+
+SMALLEST = torch.finfo(torch.float32).tiny
+NUM_LISTED = 50  # mismatches that one error names
 
 
 class LoRAFunction(torch.autograd.Function):
-    """Base and adapter together; formulas in the module docstring."""
+    """Base and adapter together; formulas in the module docstring.
+
+    Args:
+        x: (..., I); lora_A (R, I); lora_B (O, R).
+        scale: (O,) fp32, DoRA's c; None = ones.
+        bias: (O,) or None.
+    """
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, lora_A: Tensor, lora_B: Tensor, layer: nn.Module, scaling: float, dropout: float
+        ctx: Any,
+        x: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        layer: nn.Module,
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
         A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
@@ -49,32 +90,133 @@ class LoRAFunction(torch.autograd.Function):
         if dropout > 0:
             dropped, mask = torch.native_dropout(x2, dropout, True)
         h = dropped @ A.T
-        y = F.linear(x2, dense_weight(layer, x.dtype), layer_bias(layer, x.dtype))
+        offset = None if bias is None else bias.to(x.dtype)
+        y = F.linear(x2, dense_weight(layer, x.dtype), offset if scale is None else None)
         y.addmm_(h, B.T, alpha=scaling)
-        ctx.save_for_backward(x2, h, mask, lora_A, lora_B)
+        z = None
+        if scale is not None:
+            z, y = y, rescale(y, y if offset is None else y + offset, scale)
+        ctx.save_for_backward(x2, h, mask, lora_A, lora_B, scale, z)
         ctx.layer, ctx.scaling, ctx.keep = layer, scaling, 1 - dropout
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x2, h, mask, lora_A, lora_B = ctx.saved_tensors
+        x2, h, mask, lora_A, lora_B, scale, z = ctx.saved_tensors
         dy2 = dy.reshape(-1, dy.shape[-1])
-        wants_dx, wants_dA, wants_dB = ctx.needs_input_grad[:3]
-        u = ctx.scaling * (dy2 @ lora_B.to(dy.dtype))
+        wants_dx, wants_dA, wants_dB, wants_dc, wants_db = ctx.needs_input_grad[:5]
+        g = dy2 if scale is None else rescale(dy2, dy2, scale)
+        u = ctx.scaling * (g @ lora_B.to(dy.dtype))
         dx = dA = dB = None
+        dc = (dy2 * z).sum(0, dtype=torch.float32) if wants_dc else None
+        db = dy2.sum(0, dtype=torch.float32) if wants_db else None
         if wants_dB:
-            dB = (dy2.T @ h).float() * ctx.scaling
+            dB = (g.T @ h).float() * ctx.scaling
         if wants_dA:
             dropped = x2 if mask is None else x2 * mask / ctx.keep
             dA = (u.T @ dropped).float()
         if wants_dx:
-            dx = dy2 @ dense_weight(ctx.layer, dy.dtype)
+            dx = g @ dense_weight(ctx.layer, dy.dtype)
             if mask is None:
                 dx.addmm_(u, lora_A.to(dy.dtype))
             else:
                 dx += (u @ lora_A.to(dy.dtype)) * mask / ctx.keep
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
-        return dx, dA, dB, None, None, None
+        return dx, dA, dB, dc, db, None, None, None
+
+
+class ScaledRows(torch.autograd.Function):
+    """E * A in fp32 for A (R, I) in any dtype and E (R, 1); in fp32 too dA = E * dy, dE = sum over I of A * dy."""
+
+    @staticmethod
+    def forward(ctx: Any, lora_A: Tensor, lora_E: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(lora_A, lora_E)
+        return lora_A.float() * lora_E
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        lora_A, lora_E = ctx.saved_tensors
+        return lora_E * dy, (lora_A.float() * dy).sum(1, keepdim=True)
+
+
+class LoRAWeights(nn.Module):
+    """What one adapter learns in one layer.
+
+    Attributes:
+        lora_A (rank, in), lora_B (out, rank): in `dtype`.
+        magnitude: (out,) fp32, DoRA; None otherwise.
+        lora_E: (rank, 1) fp32, AdaLoRA's singular values; None otherwise.
+        scaling: what the update is multiplied by.
+
+    Args:
+        init: "kaiming" (A uniform within 1 / sqrt(in), as nn.Linear) or "gaussian" (deviation 1 / rank); B zero.
+        generator: CPU generator that A is drawn from.
+    """
+
+    magnitude: nn.Parameter | None
+    lora_E: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+        init: str = "kaiming",
+        generator: torch.Generator | None = None,
+        device: Any = None,
+        scaling: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.scaling = alpha / rank if scaling is None else scaling
+        start = torch.empty(rank, in_features)
+        if init == "gaussian":
+            start.normal_(0.0, 1.0 / rank, generator=generator)
+        else:
+            bound = 1.0 / math.sqrt(in_features)
+            start.uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        for parameter in (self.lora_A, self.lora_B):
+            parameter.grad_dtype = torch.float32
+        self.register_parameter("magnitude", None)
+        self.register_parameter("lora_E", None)
+
+    def add_singular_values(self, generator: torch.Generator) -> None:
+        """AdaLoRA's start: A and B Gaussian with a deviation of 0.02 (its authors' code), E zero."""
+        for parameter in (self.lora_A, self.lora_B):
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+        self.lora_E = nn.Parameter(torch.zeros(self.rank, 1, device=self.lora_A.device))
+
+    @property
+    def effective_A(self) -> Tensor:
+        """(rank, in) A as it is multiplied: under AdaLoRA with its singular values, in fp32."""
+        return self.lora_A if self.lora_E is None else ScaledRows.apply(self.lora_A, self.lora_E)
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(out, in) update s B A, multiplied in `dtype`; DoRA's rescaling left out."""
+        return self.scaling * (self.lora_B.detach().to(dtype) @ self.effective_A.detach().to(dtype))
+
+
+def with_magnitude(weight: Tensor, magnitude: Tensor | None) -> Tensor:
+    """The (out, in) fp32 weight with DoRA's magnitudes for the norms of its rows; None leaves it alone."""
+    if magnitude is None:
+        return weight
+    norms = weight.norm(dim=1).clamp_(min=SMALLEST)
+    return weight * (magnitude.detach().float() / norms)[:, None]
+
+
+def squared_norms(layer: nn.Module) -> Tensor:
+    """(out,) fp32 squared norms of the rows of a frozen layer's weight."""
+    return dense_weight(layer, torch.float32).square().sum(1)
+
+
+def rescale(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """y + (scale - 1) z in y's dtype, so y * scale where z is y: a bf16 scale near 1 would be a step of 1/128."""
+    return torch.addcmul(y, z, (scale - 1).to(y.dtype))
 
 
 class LoRALinear(nn.Module):
@@ -82,14 +224,16 @@ class LoRALinear(nn.Module):
 
     Args:
         base_layer: the layer to wrap; it stays as it is, also after a merge.
-        rank, alpha: the update is (alpha / rank) B A.
+        rank, alpha: the update is (alpha / rank) B A; rank 0 wraps without an adapter.
         dropout: probability, on the input of A, in training mode only.
-        dtype: of lora_A (rank, in) and lora_B (out, rank).
-        init: "kaiming" (uniform within 1 / sqrt(in), as nn.Linear) or "gaussian" (deviation 1 / rank) for A.
-        generator: CPU generator that A is drawn from.
+        dtype, init, generator: as in `LoRAWeights`.
+
+    Attributes:
+        lora: the active adapter's weights; None = the base alone.
     """
 
     base_layer: Any
+    lora: LoRAWeights | None
 
     def __init__(
         self,
@@ -103,36 +247,78 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.merged_weight: Tensor | None = None
+        self.fixed_scale: Tensor | None = None  # DoRA's c while decoding, when it does not change
+        self._squared_norms: Tensor | None = None
         self.out_features, self.in_features = logical_shape(base_layer)
-        start = torch.empty(rank, self.in_features)
-        if init == "gaussian":
-            start.normal_(0.0, 1.0 / rank, generator=generator)
-        else:
-            bound = 1.0 / math.sqrt(self.in_features)
-            start.uniform_(-bound, bound, generator=generator)
-        device: Any = base_layer.weight.device
-        self.lora_A = nn.Parameter(start.to(device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device, dtype=dtype))
-        for parameter in (self.lora_A, self.lora_B):
-            parameter.grad_dtype = torch.float32
+        self.register_module("lora", None)
+        if rank > 0:
+            shape, device = (self.in_features, self.out_features), base_layer.weight.device
+            self.lora = LoRAWeights(*shape, rank, alpha, dropout, dtype, init, generator, device)
+
+    # What callers ask of a layer, they ask of its active adapter.
+    @property
+    def weights(self) -> LoRAWeights:
+        """The active adapter's weights."""
+        assert self.lora is not None, "no adapter is active in this layer"
+        return self.lora
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        return self.weights.lora_A
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        return self.weights.lora_B
+
+    @property
+    def rank(self) -> int:
+        return self.weights.rank
+
+    @property
+    def alpha(self) -> float:
+        return self.weights.alpha
+
+    @property
+    def dropout(self) -> float:
+        return self.weights.dropout
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.rank
+        return self.weights.scaling
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out, in) update (alpha / rank) B A, multiplied in `dtype`."""
-        return self.scaling * (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype))
+        """(out, in) update s B A, multiplied in `dtype`; DoRA's rescaling left out."""
+        return self.weights.delta_weight(dtype)
+
+    @torch.no_grad()
+    def weight_norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(out,) fp32 row norms of W + s B A, without that matrix.
+
+            |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b       for each row w of W, b of B
+
+        |w|^2 is computed once (`activate` forgets it, in case the base has changed); w A^T takes one product of
+        rank columns, multiplied in `dtype`.
+        """
+        if self._squared_norms is None or self._squared_norms.device != self.base_layer.weight.device:
+            self._squared_norms = squared_norms(self.base_layer)
+        A, B, s = self.weights.effective_A.float(), self.lora_B.float(), self.scaling
+        cross = (dense_weight(self.base_layer, dtype) @ A.to(dtype).T).float()
+        squares = self._squared_norms + (2 * s * cross + s * s * (B @ (A @ A.T))).mul_(B).sum(1)
+        return squares.clamp_(min=SMALLEST).sqrt_()  # a row of zeros has c = 0 rather than 0 / 0
+
+    def output_scale(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
+        """(out,) fp32 DoRA's c = magnitude / row norms of W + s B A; None without DoRA."""
+        magnitude = self.weights.magnitude
+        return None if magnitude is None else magnitude / self.weight_norm(dtype)
 
     def merge(self) -> None:
-        """Compute with one dense weight W + s B A, added in fp32; the base layer is left untouched."""
-        if self.merged_weight is None:
+        """Compute with one dense weight c (W + s B A), added in fp32; the base layer is left untouched."""
+        if self.merged_weight is None and self.lora is not None:
             weight = self.base_layer.weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             merged = dense_weight(self.base_layer, torch.float32) + self.delta_weight()
-            self.merged_weight = merged.to(dtype)
+            self.merged_weight = with_magnitude(merged, self.weights.magnitude).to(dtype)
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit: the base layer was never changed."""
@@ -144,18 +330,27 @@ class LoRALinear(nn.Module):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("The adapter is merged into its base, so it cannot train; call unmerge first.")
             return F.linear(x, self.merged_weight.to(x.dtype), layer_bias(self.base_layer, x.dtype))
-        dropout = self.dropout if self.training else 0.0
+        weights = self.lora
+        if weights is None:
+            return self.base_layer(x)
+        dropout = weights.dropout if self.training else 0.0
+        A, B, s, bias = weights.effective_A, weights.lora_B, weights.scaling, self.base_layer.bias
+        scale = self.output_scale(x.dtype) if self.fixed_scale is None else self.fixed_scale
         if not torch.is_grad_enabled() and dropout == 0:
             x2 = x.reshape(-1, x.shape[-1])
-            y = self.base_layer(x2)
-            y.addmm_(x2 @ self.lora_A.to(x.dtype).T, self.lora_B.to(x.dtype).T, alpha=self.scaling)
+            y = self.base_layer(x2).addmm_(x2 @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
+            if scale is not None:
+                y = rescale(y if bias is None else y - bias.to(x.dtype), y, scale)
             return y.view(*x.shape[:-1], y.shape[-1])
-        if any(p.requires_grad for p in self.base_layer.parameters()):
-            h = F.linear(F.dropout(x, dropout), self.lora_A.to(x.dtype))
-            return self.base_layer(x) + self.scaling * F.linear(h, self.lora_B.to(x.dtype))
-        return LoRAFunction.apply(x, self.lora_A, self.lora_B, self.base_layer, self.scaling, dropout)
+        if self.base_layer.weight.requires_grad:  # a 16-bit base that was unfrozen
+            if scale is not None:
+                raise InputError("DoRA wants a frozen base; train without use_dora, or call freeze_base.")
+            return self.base_layer(x) + s * F.linear(F.linear(F.dropout(x, dropout), A.to(x.dtype)), B.to(x.dtype))
+        return LoRAFunction.apply(x, A, B, scale, bias, self.base_layer, s, dropout)
 
     def extra_repr(self) -> str:
+        if self.lora is None:
+            return "no active adapter"
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, dtype={self.lora_A.dtype}"
 
 
@@ -163,75 +358,204 @@ class LoRALinear(nn.Module):
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, the output head left out."""
+    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, the output head left out.
+
+    A wrapped layer is given by its own name, as the layer inside.
+    """
     from transformers.pytorch_utils import Conv1D
 
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     return {
-        name: module
+        name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, Conv1D)) and module is not head
     }
 
 
-def match_targets(model: nn.Module, targets: Iterable[str]) -> dict[str, nn.Module]:
+def match_targets(
+    model: nn.Module, targets: Iterable[str], numbers: Iterable[int] | None = None
+) -> dict[str, Any]:
     """The layers that `targets` name: a layer's last name(s), its full name, or "all-linear".
 
+    Args:
+        numbers: only in these decoder layers, counted from 0; None = in all.
     Raises:
-        InputError: a target that matches nothing, with the names there are.
+        InputError: a target that matches nothing, with the names there are, or a decoder layer that is not there.
     """
     layers = linear_layers(model)
     targets = list(targets)
-    if targets == ["all-linear"]:
+    if targets != ["all-linear"]:
+        unmatched = [t for t in targets if not any(_named(name, t) for name in layers)]
+        if unmatched or not targets:
+            available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
+            raise InputError(
+                f"target_modules {unmatched} match no linear layer. This model has: {available}. "
+                "Pass --target-modules with names from that list, or all-linear."
+            )
+        layers = {name: layer for name, layer in layers.items() if any(_named(name, t) for t in targets)}
+    if numbers is None:
         return layers
-    unmatched = [t for t in targets if not any(_named(name, t) for name in layers)]
-    if unmatched or not targets:
-        available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
+    present = {number for number in map(layer_number, layers) if number is not None}
+    absent = sorted(set(numbers) - present)
+    if absent:
         raise InputError(
-            f"target_modules {unmatched} match no linear layer. This model has: {available}. "
-            "Pass --target-modules with names from that list, or all-linear."
+            f"layers names decoder layer {absent[0]}, where this model has none to adapt; its layers are "
+            f"{min(present, default=0)} to {max(present, default=0)}."
         )
-    return {name: layer for name, layer in layers.items() if any(_named(name, t) for t in targets)}
+    wanted = set(numbers)
+    return {name: layer for name, layer in layers.items() if layer_number(name) in wanted}
 
 
 def _named(name: str, target: str) -> bool:
     return name == target or name.endswith("." + target)
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0) -> list[str]:
+def layer_number(name: str) -> int | None:
+    """Which decoder layer a layer is in, counted from 0, by the first number in its name; None: in none."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+@dataclass
+class Adapter:
+    """All that one adapter learns, active in a model or at rest.
+
+    Attributes:
+        config: what it was made by.
+        layers: qualified layer name -> its weights there.
+        trained: parameter name -> a copy of a base parameter that trains in full (biases, embeddings, ...).
+        tokenizer: files by name of the tokenizer that goes with the adapter; none where it is the base's.
+        budget: t_i, t_f and T of the run in which AdaLoRA trains it, for its file.
+    """
+
+    config: LoRAConfig
+    layers: dict[str, LoRAWeights]
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    budget: tuple[int, int, int] = (0, 0, 1)
+
+
+def create_adapter(
+    model: nn.Module,
+    config: LoRAConfig,
+    seed: int = 0,
+    tokenizer: Any = None,
+    trained: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """A fresh adapter for `model`, which is left as it is; arguments and errors as `inject_lora`.
+
+    Args:
+        trained: values of the parameters that train in full; None = the base's, of those that `config` names.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
+    weights = {}
+    for name, layer in match_targets(model, config.targets, config.layer_numbers).items():
+        (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
+        rank = config.rank_of(name)
+        weights[name] = LoRAWeights(
+            columns, rows, rank, config.alpha_of(name), config.dropout, dtype, config.init, generator,
+            device, config.scaling_of(name, rank),
+        )  # fmt: skip
+        if config.use_adalora:
+            weights[name].add_singular_values(generator)
+        if config.use_dora:  # the outputs' magnitudes as they are, so that c = 1
+            weights[name].magnitude = nn.Parameter(squared_norms(layer).sqrt())
+    if trained is not None:
+        return Adapter(config, weights, copy_trained(model, trained))
+    copies = copy_trained(model, trained_names(model, config, list(weights)))
+    if not config.added_tokens:
+        return Adapter(config, weights, copies)
+    copies = start_new_tokens(model, copies, token_ids_of(tokenizer, config.added_tokens))
+    return Adapter(config, weights, copies, tokenizer_files(tokenizer))
+
+
+def wrap_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Wrap the named layers of `model` in place where they are not; they compute as before."""
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, LoRALinear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRALinear(layer, rank=0).train(layer.training))
+    model.__dict__["_wrapped_layers"] = _find_wrapped(model)
+
+
+def activate(model: nn.Module, adapter: Adapter | None) -> None:
+    """Let `model` compute with this adapter, or with none: the base, bit for bit. Nothing is copied or read.
+
+    Raises:
+        RuntimeError: an adapter is merged.
+    """
+    layers = wrapped_layers(model)
+    if any(layer.merged_weight is not None for layer in layers.values()):
+        raise RuntimeError("The adapter is merged; call unmerge before switching to another.")
+    if adapter is None and model.__dict__.get("_base_shift"):
+        raise InputError(
+            "The base was changed for a PiSSA or LoftQ adapter and answers with that alone; load it afresh."
+        )
+    weights = {} if adapter is None else adapter.layers
+    for name, layer in layers.items():  # by dict entry: nn.Module's own setattr takes a microsecond each
+        layer._modules["lora"] = weights.get(name)
+        layer.__dict__["fixed_scale"] = layer.__dict__["_squared_norms"] = None
+    at_rest: dict[str, nn.Parameter] = model.__dict__.pop("_base_parameters", {})
+    if at_rest:
+        swap_parameters(model, at_rest)
+    if adapter is not None and adapter.trained:
+        model.__dict__["_base_parameters"] = swap_parameters(model, adapter.trained)
+    model.__dict__["_active_adapter"] = adapter
+
+
+def active_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that `model` computes with."""
+    return model.__dict__.get("_active_adapter")
+
+
+def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> list[str]:
     """Replace the target layers of `model` by LoRALinear, in place; what trains is left to `freeze_base`.
 
     Args:
         seed: of A's start. The same seed gives the same adapter on every machine and rank.
+        tokenizer: only for `config.new_tokens`, which `trained.add_tokens` has added to it.
     Returns:
         The qualified names of the wrapped layers, in model order.
     Raises:
         InputError: targets that match nothing, or a model that has adapters already.
     """
-    if lora_layers(model):
+    if wrapped_layers(model):
         raise InputError("The model has LoRA layers already; inject into a fresh base model.")
-    generator = torch.Generator().manual_seed(seed)
-    dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
-    chosen = match_targets(model, config.targets)
-    for name, layer in chosen.items():
-        parent, _, child = name.rpartition(".")
-        wrapped = LoRALinear(layer, config.rank, config.alpha, config.dropout, dtype, config.init, generator)
-        setattr(model.get_submodule(parent), child, wrapped.train(layer.training))
-    return list(chosen)
+    adapter = create_adapter(model, config, seed, tokenizer)
+    wrap_layers(model, adapter.layers)
+    activate(model, adapter)
+    return list(adapter.layers)
+
+
+def wrapped_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Qualified name -> LoRALinear, in model order, whether or not the active adapter has something there.
+
+    Looked up where `wrap_layers` has kept them: walking a model's modules takes milliseconds.
+    """
+    kept: dict[str, LoRALinear] | None = model.__dict__.get("_wrapped_layers")
+    return _find_wrapped(model) if kept is None else kept
+
+
+def _find_wrapped(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Qualified name -> LoRALinear, in model order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    """Qualified name -> LoRALinear that the active adapter has weights for, in model order."""
+    return {name: layer for name, layer in wrapped_layers(model).items() if layer.lora is not None}
 
 
 # ---- what trains ------------------------------------------------------------------------------------------
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A and B of every adapted layer, in model order."""
-    return [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
+    """All that the active adapter learns, in model order: A and B of every layer, and what trains beside them."""
+    adapter = active_adapter(model)
+    own = [p for layer in lora_layers(model).values() for p in layer.weights.parameters()]
+    return own + (list(dict.fromkeys(adapter.trained.values())) if adapter is not None else [])
 
 
 def base_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -266,7 +590,7 @@ def merge_lora(model: nn.Module) -> None:
 
 def unmerge_lora(model: nn.Module) -> None:
     """Return to base + adapter, bit for bit."""
-    for layer in lora_layers(model).values():
+    for layer in wrapped_layers(model).values():
         layer.unmerge()
 
 
@@ -274,12 +598,31 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """`<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank), detached, not copied."""
-    return {
-        f"{name}.{part}.weight": getattr(layer, part).detach()
-        for name, layer in lora_layers(model).items()
-        for part in ("lora_A", "lora_B")
-    }
+    """All that the active adapter has learned, detached, not copied.
+
+    `<layer>.lora_A.weight` (rank, in), `<layer>.lora_B.weight` (out, rank), under DoRA
+    `<layer>.lora_magnitude_vector` (out,), under AdaLoRA `<layer>.lora_E` (rank, 1), and by their own names the
+    parameters that train in full.
+    """
+    adapter = active_adapter(model)
+    return {} if adapter is None else {key: value.detach() for key, value in adapter_state(adapter).items()}
+
+
+def adapter_state(adapter: Adapter) -> dict[str, nn.Parameter]:
+    """The parameters of an adapter, active or at rest, by the names of `lora_state_dict`."""
+    layers = adapter.layers.items()
+    state = {f"{name}.{key}": value for name, weights in layers for key, value in weights_state(weights).items()}
+    return {**state, **adapter.trained}
+
+
+def weights_state(weights: LoRAWeights) -> dict[str, nn.Parameter]:
+    """One layer's parameters by the names they are saved under."""
+    state = {"lora_A.weight": weights.lora_A, "lora_B.weight": weights.lora_B}
+    if weights.magnitude is not None:
+        state["lora_magnitude_vector"] = weights.magnitude
+    if weights.lora_E is not None:
+        state["lora_E"] = weights.lora_E
+    return state
 
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str = "state dict") -> None:
@@ -296,11 +639,22 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str
             problems.append(f"{key} is {tuple(state[key].shape)} but the model wants {tuple(own[key].shape)}")
         elif not torch.isfinite(state[key]).all():
             problems.append(f"{key} holds NaN or infinity")
+    first_name: dict[int, str] = {}
+    for key in own.keys() & state.keys():
+        tied = first_name.setdefault(own[key].data_ptr(), key)
+        if key != tied and not torch.equal(state[key], state[tied]):
+            problems.append(f"{key} and {tied} are one tensor in the model, but differ")
     if problems:
-        raise InputError(f"The adapter in {origin} does not fit this model: {'; '.join(sorted(problems))}.")
+        raise InputError(f"The adapter in {origin} does not fit this model: {list_problems(sorted(problems))}.")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])
+
+
+def list_problems(problems: list[str]) -> str:
+    """Mismatches as one clause, the first NUM_LISTED of them by name."""
+    rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
+    return "; ".join([*problems[:NUM_LISTED], *rest])
 
 
 # ---- counting ---------------------------------------------------------------------------------------------

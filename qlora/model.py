@@ -2,10 +2,13 @@
 
     source (directory, hub id or .gguf)  ->  read one tensor  ->  quantize it  ->  drop it  ->  next
 
-Nothing is ever resident in full precision but the tensor in hand. Linear layers inside the blocks become
-4-bit (`use_4bit`) or bf16; embeddings and the output head stay in bf16; norms and biases take the compute
-dtype. Embeddings cast their output, and our linear layers compute in their input's dtype, so the stored
-dtype never shows in the activations.
+Nothing is ever resident in full precision but the tensor in hand. Linear layers inside the blocks (Conv1D and
+the matrices of experts too) become 4-bit (`use_4bit`) or bf16; embeddings and the output head stay in bf16;
+norms, biases and routers take the compute dtype. Embeddings cast their output, and our linear layers compute in
+their input's dtype, so the stored dtype never shows in the activations.
+
+GPT-2's Conv1D holds W^T, (in, out). In 4 bits it is the Linear4bit it stands for, (out, in), as bitsandbytes has
+it; in 16 bits and in every file it keeps its own layout.
 
 The quantized model is kept on disk in the layout transformers uses for bitsandbytes checkpoints, so the
 cache and an already quantized checkpoint load by the same path, memory-mapped.
@@ -18,18 +21,21 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qlora.device import choose_compute_dtype
 from qlora.errors import InputError
+from qlora.experts import separate_experts
 from qlora.files import explain, new_directory, new_file, read_json
 from qlora.quantize import (
+    FrozenMatrix,
     Linear4bit,
     Linear16bit,
     Params4bit,
@@ -41,7 +47,15 @@ from qlora.quantize import (
     quantize_weight,
     unpack_tensors,
 )
-from qlora.sources import REMEDY, GGUFSource, SafetensorsSource, open_source, resolve_model, weight_files
+from qlora.sources import (
+    REMEDY,
+    GGUFSource,
+    SafetensorsSource,
+    open_source,
+    resolve_model,
+    saved_name,
+    weight_files,
+)
 
 MEASURED_WIDTH = 1024  # of the matrix product that decides between fp32 and bf16
 NUM_LISTED = 50  # mismatches that one error names
@@ -85,15 +99,22 @@ def load_config(model: str) -> Any:
     return config
 
 
-def load_tokenizer(model: str) -> Any:
-    """The model's tokenizer with its chat template, if it has one; custom code is never run."""
+def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
+    """The model's tokenizer with its chat template, if it has one; custom code is never run.
+
+    Args:
+        adapter: an adapter's directory: where it holds a tokenizer (new tokens, a chat template) that one is
+            loaded, for it is what the adapter was trained with.
+    """
     from transformers import AutoTokenizer
 
-    path = metadata_directory(model)
-    ignored = _check_tokenizer_files(path)
-    with _named_failure(
-        f"--model {model} has no tokenizer that loads", "give a directory with its tokenizer's files"
-    ):
+    path, where = metadata_directory(model), f"--model {model}"
+    if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
+        path, where = Path(adapter), f"The adapter {adapter}"
+    ignored: dict[str, Any] = dict(_check_tokenizer_files(path))
+    with _named_failure(f"{where} has no tokenizer that loads", "give a directory with its tokenizer's files"):
+        if not (path / "config.json").is_file():  # an adapter's: the class may hang on the kind of model
+            ignored["config"] = load_config(model)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **ignored)
 
 
@@ -109,7 +130,8 @@ def _check_tokenizer_files(path: Path) -> dict[str, None]:
     file = path / "tokenizer_config.json"
     declared = read_json(file, REMEDY) if file.is_file() else {}
     _refuse_own_code(declared, file)
-    for source, entries in ((file, declared), (path / "config.json", read_json(path / "config.json", REMEDY))):
+    own = path / "config.json"
+    for source, entries in ((file, declared), (own, read_json(own, REMEDY) if own.is_file() else {})):
         if entries.get("tokenizer_class") is not None:
             _check_tokenizer_class(entries["tokenizer_class"], source)
     paths = [key for key in ("vocab", "merges", "tokenizer_object") if isinstance(declared.get(key), str)]
@@ -212,13 +234,10 @@ def _save_quantized(model: Any, quant: QuantConfig, target: Path) -> None:
 
     tensors: dict[str, Tensor] = {}
     tied = set(_tied_names(model))
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            tensors.update(
-                {f"{name}.weight{k}": v for k, v in packed_tensors(cast(Params4bit, module.weight)).items()}
-            )
     for name, parameter in model.named_parameters():
-        if name not in tensors and name not in tied:
+        if isinstance(parameter, Params4bit):
+            tensors.update({f"{name}{part}": tensor for part, tensor in packed_tensors(parameter).items()})
+        elif name not in tied:
             tensors[name] = parameter.detach()
     with new_directory(target) as staging:
         save_file(
@@ -256,8 +275,8 @@ def load_base_model(
         compute_dtype: "auto" (measured on the device), "float32" or "bfloat16": dtype of activations.
         cache: keep the quantized weights on disk and read them from there the next time.
     Returns:
-        A transformers causal LM in eval mode, nothing trainable, with two attributes more: `compute_dtype`, and
-        `quantization`, the QuantConfig of its weights (None for a 16-bit base).
+        A transformers causal LM in eval mode, nothing trainable, with three attributes more: `compute_dtype`,
+        `source` (`model` as given), and `quantization`, the QuantConfig of its weights (None for a 16-bit base).
     Raises:
         InputError: no such model; or all missing, extra and misshapen weights.
     """
@@ -285,6 +304,7 @@ def load_base_model(
         _save_quantized(network, quant, cached)
     _compute_in(network, dtype)
     network.compute_dtype = dtype
+    network.source = model
     network.quantization = _quantization_of(network)
     network.generation_config = _generation_config(network, metadata_directory(model))
     return network.eval()
@@ -304,19 +324,32 @@ def _settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch
 
 
 def weight_shapes(network: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, tied ones once, in the order of `dequantized_weights`."""
+    """Shape of every parameter of an `empty_model` under the name transformers saves it, tied ones once.
+
+    In the order and the layout of `dequantized_weights`.
+    """
+    kind = network.config.model_type
+    return {saved_name(name, kind): shape for name, shape in _parameter_shapes(network).items()}
+
+
+def _parameter_shapes(network: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, tied ones once."""
     tied = _tied_names(network)
     return {name: tuple(p.shape) for name, p in network.named_parameters() if name not in tied}
 
 
 def dequantized_weights(
-    model: str, quant: QuantConfig | None, original: bool = False
+    model: str,
+    quant: QuantConfig | None,
+    original: bool = False,
+    shift: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of a model by name, one at a time, as `load_base_model` would compute with it.
 
     Args:
         quant: how the blocks are quantized; None for a 16-bit base.
         original: give the stored weight itself, not the one its 4-bit codes stand for.
+        shift: the base shift of a PiSSA or LoftQ adapter (see initialize.py), subtracted before quantizing.
     Yields:
         (name, fp32 tensor), names as transformers saves them, tied ones once.
     Raises:
@@ -324,43 +357,101 @@ def dequantized_weights(
     """
     source = open_source(resolve_model(model))
     network = empty_model(model)
-    stored = _match_names(network, weight_shapes(network), source)
+    stored = _match_names(network, source)
     blocks = _names_to_quantize(network, source) if quant is not None else set()
+    transposed = _transposed_names(network)
+    kind = network.config.model_type
     for name in stored:
         packed = _read_packed(source, stored[name], torch.device("cpu"))
         if packed is not None and original:
             raise InputError(f"--model {model} is stored in 4 bits, so there is no original to merge onto.")
+        layer = name.removesuffix(".weight")
+        if shift and name != layer and layer in shift:
+            tensor = source.read(stored[name]) if packed is None else dequantize_weight(packed, torch.float32)
+            turned = name in transposed and packed is None
+            weight = shifted_weight(tensor.T if turned else tensor, shift[layer])
+            how = quantization_of(packed) if packed is not None else quant if name in blocks else None
+            if how is not None and not original:
+                weight = dequantize_weight(quantize_weight(weight, how), torch.float32)
+            yield saved_name(name, kind), weight.T if name in transposed else weight
+            continue
         if packed is None:
             tensor = source.read(stored[name])
             if quant is None or name not in blocks or original:
-                yield name, tensor.float()
+                yield saved_name(name, kind), tensor.float()
                 continue
-            packed = quantize_weight(tensor, quant)
+            packed = quantize_weight(tensor.T if name in transposed else tensor, quant)
             del tensor
-        yield name, dequantize_weight(packed, torch.float32)
+        dense = dequantize_weight(packed, torch.float32)
+        yield saved_name(name, kind), dense.T if name in transposed else dense
+
+
+def read_weights(model: str, layers: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight (out, in) fp32) of the named linear layers as a model's files hold them, one at a time.
+
+    Where the files hold 4-bit codes, what these stand for.
+    """
+    source, network = open_source(resolve_model(model)), empty_model(model)
+    stored, transposed = _match_names(network, source), _transposed_names(network)
+    for layer in layers:
+        name = f"{layer}.weight"
+        packed = _read_packed(source, stored[name], torch.device("cpu"))
+        if packed is not None:
+            yield layer, dequantize_weight(packed, torch.float32)
+        else:
+            tensor = source.read(stored[name]).float()
+            yield layer, tensor.T.contiguous() if name in transposed else tensor
+
+
+def is_stored_in_4bit(model: str) -> bool:
+    """Whether a model's files hold 4-bit codes, and no original weights."""
+    return bool(open_source(resolve_model(model)).packed)
+
+
+def shifted_weight(weight: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
+    """W - B' A' for a weight (out, in) and factors (A', B'), right to the last bit of fp32.
+
+    Multiplied in fp64, so that every machine finds the same 4-bit codes in it.
+    """
+    A, B = (factor.to(weight.device, torch.float64) for factor in factors)
+    pieces = zip(weight.split(1024), B.split(1024), strict=True)  # rows of a large product in fp64
+    return torch.cat([(rows.double() - part @ A).float() for rows, part in pieces])
 
 
 def _names_to_quantize(network: Any, source: SafetensorsSource | GGUFSource) -> set[str]:
-    """The weights to bring into 4 bits: linear layers, the output head left out.
+    """The weights to bring into 4 bits: linear layers, Conv1D and experts' matrices, the output head left out.
 
     None in a checkpoint that is quantized already: what it keeps in 16 bits it keeps on purpose.
     """
     if source.packed:
         return set()
     head = network.get_output_embeddings()
-    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head}
-    if not linears:
-        kind = network.config.model_type
-        raise InputError(f"A {kind} model has no plain linear layers to quantize; pass --no-4bit.")
-    return {f"{name}.weight" for name in linears}
+    names = {f"{name}.weight" for name, module in _matrix_layers(network).items() if module is not head}
+    if not names:
+        raise InputError(f"A {network.config.model_type} model has no linear layers to quantize; pass --no-4bit.")
+    return names
+
+
+def _matrix_layers(network: Any) -> dict[str, nn.Module]:
+    """Qualified name -> layer whose weight is one matrix that may be quantized; the output head among them."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (nn.Linear, Conv1D, FrozenMatrix)
+    return {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
+
+
+def _transposed_names(network: Any) -> set[str]:
+    """The weights that files hold as (in, out) and 4-bit layers as (out, in)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, Conv1D)}
 
 
 def _read_packed(source: SafetensorsSource | GGUFSource, key: str, device: torch.device) -> Params4bit | None:
     """The 4-bit weight stored under `key` and its companions, or None if it is stored dense."""
-    if key not in source.packed:
+    if isinstance(source, GGUFSource) or key not in source.packed:
         return None
-    suffixes = [name.removeprefix(key) for name in source.names if name.startswith(key + ".")]
-    tensors = {suffix: source.read(key + suffix) for suffix in ["", *suffixes]}
+    tensors = source.read_packed(key)
     try:
         return unpack_tensors(tensors, device)
     except ValueError as error:
@@ -370,7 +461,10 @@ def _read_packed(source: SafetensorsSource | GGUFSource, key: str, device: torch
 
 
 def empty_model(model: str) -> Any:
-    """The model's modules with parameters on the meta device and real (computed) buffers."""
+    """The model's modules with parameters on the meta device and real (computed) buffers.
+
+    Those of transformers, but for mixtures of experts: their experts are kept apart (qlora/experts.py).
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -382,9 +476,11 @@ def empty_model(model: str) -> Any:
         del config.quantization_config
     failure = _named_failure(f"--model {model} is no causal language model that loads", "choose another model")
     with init_empty_weights(include_buffers=False), failure:
-        return AutoModelForCausalLM.from_config(
+        network = AutoModelForCausalLM.from_config(
             config, attn_implementation=ATTENTION_NAME, trust_remote_code=False
         )
+        separate_experts(network)
+    return network
 
 
 def _tied_names(network: Any) -> list[str]:
@@ -401,13 +497,13 @@ def _fill(
     quant: QuantConfig,
     device: torch.device,
 ) -> None:
-    """Read every parameter into its stored form; norms and biases in fp32."""
+    """Read every parameter into its stored form; norms, biases and routers in fp32."""
     from transformers.pytorch_utils import Conv1D
 
     tied = _tied_names(network)
-    stored = _match_names(network, weight_shapes(network), source)
+    stored = _match_names(network, source)
     blocks = _names_to_quantize(network, source) if use_4bit else set()
-    linears = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear)}
+    layers = _matrix_layers(network)
     head = network.get_output_embeddings()
 
     def read(name: str) -> Tensor:
@@ -415,42 +511,50 @@ def _fill(
 
     for name in stored:
         module_name = name.rpartition(".")[0]
-        if module_name in linears:
+        if module_name in layers:
             continue
         tensor = read(name)
-        stays_16bit = isinstance(network.get_submodule(module_name), (nn.Embedding, Conv1D)) and tensor.dim() == 2
+        stays_16bit = isinstance(network.get_submodule(module_name), nn.Embedding)
         tensor = tensor.to(torch.bfloat16 if stays_16bit else torch.float32)
         _set(network, name, nn.Parameter(tensor, requires_grad=False))
-    for name, module in linears.items():
+    for name, module in layers.items():
         bias = read(f"{name}.bias").float() if module.bias is not None else None
         if f"{name}.weight" in tied:
             weight = network.get_input_embeddings().weight.data
             _set(network, name, Linear16bit(weight, bias))
             network.get_submodule(name).weight = network.get_input_embeddings().weight
+            continue
+        packed = _read_packed(source, stored[f"{name}.weight"], device)
+        if packed is None and f"{name}.weight" in blocks:
+            dense = read(f"{name}.weight")
+            packed = quantize_weight(dense.T if isinstance(module, Conv1D) else dense, quant)
+        if packed is not None and module is head:  # the loss needs the head as a matrix
+            weight = dequantize_weight(packed, torch.float32)
         else:
-            packed = _read_packed(source, stored[f"{name}.weight"], device)
-            if packed is None and f"{name}.weight" in blocks:
-                packed = quantize_weight(read(f"{name}.weight"), quant)
-            if packed is not None and module is not head:
-                _set(network, name, Linear4bit(packed, bias))
-            elif packed is not None:  # the loss needs the head as a matrix
-                _set(network, name, Linear16bit(dequantize_weight(packed, torch.float32), bias))
-            else:
-                _set(network, name, Linear16bit(read(f"{name}.weight").to(torch.bfloat16), bias))
+            weight = read(f"{name}.weight").to(torch.bfloat16) if packed is None else packed
+        if isinstance(module, FrozenMatrix):
+            module.weight = packed if packed is not None else nn.Parameter(weight, requires_grad=False)
+        elif packed is not None and module is not head:
+            _set(network, name, Linear4bit(packed, bias))
+        elif isinstance(module, Conv1D):
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            module.bias = nn.Parameter(cast(Tensor, bias), requires_grad=False)
+        else:
+            _set(network, name, Linear16bit(weight, bias))
     network.to(device)  # buffers: everything else lies there already
 
 
-def _match_names(
-    network: Any, expected: dict[str, tuple[int, ...]], source: SafetensorsSource | GGUFSource
-) -> dict[str, str]:
+def _match_names(network: Any, source: SafetensorsSource | GGUFSource) -> dict[str, str]:
     """Parameter name -> stored name, or one error that lists everything missing, extra or misshapen."""
+    expected, transposed = _parameter_shapes(network), _transposed_names(network)
     prefix = network.base_model_prefix + "."
     bare = not any(name.startswith(prefix) for name in source.names)  # GPT-2's files leave the prefix out
     stored = {name: name.removeprefix(prefix) if bare else name for name in expected}
     problems = [f"missing {name}" for name, key in stored.items() if key not in source.names]
     for name, key in stored.items():
-        if key in source.names and source.shape(key) != expected[name]:
-            problems.append(f"{name} is {source.shape(key)} but should be {expected[name]}")
+        wanted = expected[name][::-1] if name in transposed and key in source.packed else expected[name]
+        if key in source.names and source.shape(key) != wanted:
+            problems.append(f"{name} is {source.shape(key)} but should be {wanted}")
         elif key in source.names and not source.is_float(key):
             problems.append(f"{name} holds whole numbers or narrow floats, whose scales are not known")
     companions = [key + part for key in source.packed for part in (".absmax", ".quant_map")]
@@ -473,9 +577,9 @@ def _set(network: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None
 
 def _quantization_of(network: Any) -> QuantConfig | None:
     """Read from the weights themselves: an already quantized checkpoint brings its own."""
-    for module in network.modules():
-        if isinstance(module, Linear4bit):
-            return quantization_of(cast(Params4bit, module.weight))
+    for parameter in network.parameters():
+        if isinstance(parameter, Params4bit):
+            return quantization_of(parameter)
     return None
 
 
@@ -483,12 +587,19 @@ def _compute_in(network: nn.Module, dtype: torch.dtype) -> None:
     """Make activations `dtype`: embeddings cast what they give out, norms take the dtype itself."""
     from transformers.pytorch_utils import Conv1D
 
+    def cast_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        scale = getattr(module, "embed_scale", None)
+        if scale is None:
+            return output.to(dtype)
+        # Gemma's embedding multiplies in the dtype of its table: in bf16 that would round the product.
+        return F.embedding(args[0], module.weight, module.padding_idx).to(dtype) * scale.to(dtype)
+
     for module in network.modules():
         if isinstance(module, nn.Embedding):
-            module.register_forward_hook(lambda _module, _args, output: output.to(dtype))
+            module.register_forward_hook(cast_output)
         elif isinstance(module, Conv1D):
             module.__class__ = cast(Any, frozen_conv1d())
-        elif not isinstance(module, nn.Linear):
+        elif not isinstance(module, (nn.Linear, FrozenMatrix)):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(dtype)
 

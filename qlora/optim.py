@@ -3,12 +3,16 @@
 A bf16 number has 8 significant bits: adding an update smaller than 1/512 of it changes nothing. AdamW
 therefore steps fp32 master copies, and the bf16 parameters are rounded from them; small updates add up in
 the master until the rounding sees them. fp32 adapters are their own masters.
+
+LoRA+ (arXiv 2402.12354): B learns at a multiple of A's rate, for with equal ones a wide layer's features do not
+move as they should (its section 3).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +20,7 @@ from torch import Tensor, nn
 from qlora.errors import InputError
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as in the QLoRA paper's code
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
 class MasterOptimizer:
@@ -23,23 +28,32 @@ class MasterOptimizer:
 
     Args:
         parameters: what trains; gradients are read from `.grad` in any dtype.
-        make: builds a torch optimizer over the masters.
+        make: builds a torch optimizer over groups of masters.
+        fast: those of `parameters` whose learning rate is `ratio` times that of the others.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], make: Callable[[list[Tensor]], torch.optim.Optimizer]
+        self,
+        parameters: Sequence[nn.Parameter],
+        make: MakeOptimizer,
+        fast: Collection[nn.Parameter] = (),
+        ratio: float = 1.0,
     ) -> None:
         self.parameters = list(parameters)
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
-        self.inner = make(self.masters)
+        chosen = {id(p) for p in fast}
+        groups: dict[float, list[Tensor]] = {}  # ratio -> masters
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            groups.setdefault(ratio if id(parameter) in chosen else 1.0, []).append(master)
+        self.inner = make([{"params": masters, "ratio": share} for share, masters in groups.items()])
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """One AdamW update at this rate; parameters become their masters rounded."""
         for group in self.inner.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -79,7 +93,7 @@ class MasterOptimizer:
             self.inner.step()  # a step of nothing, so that the buffers exist
             for master in self.masters:
                 master.grad = None
-        own = self.state_tensors()
+        own = MasterOptimizer.state_tensors(self)
         wrong = sorted(own.keys() ^ tensors.keys())
         for key in own.keys() & tensors.keys():
             if (own[key].shape, own[key].dtype) != (tensors[key].shape, tensors[key].dtype):
@@ -109,32 +123,37 @@ def choose_optimizer(name: str, device: torch.device, say: Callable[[str], objec
     return "paged_adamw_32bit" if pages else "adamw"
 
 
-def build_optimizer(parameters: Sequence[nn.Parameter], name: str, weight_decay: float = 0.0) -> MasterOptimizer:
+def build_optimizer(
+    parameters: Sequence[nn.Parameter],
+    name: str,
+    weight_decay: float = 0.0,
+    lora_plus_ratio: float = 1.0,
+    lora_B: Collection[nn.Parameter] = (),
+) -> MasterOptimizer:
     """AdamW of one kind over the adapters.
 
     Args:
         name: adamw (torch, fused), paged_adamw_32bit or paged_adamw_8bit (bitsandbytes; moments of tensors
             below 4,096 values stay in 32 bits). Off CUDA the paged ones run, unpaged.
+        lora_plus_ratio: LoRA+'s; learning rate of `lora_B` over that of all others.
     Raises:
         InputError: an unknown name.
     """
+    return MasterOptimizer(parameters, adamw_kind(name, weight_decay), lora_B, lora_plus_ratio)
+
+
+def adamw_kind(name: str, weight_decay: float = 0.0) -> MakeOptimizer:
+    """What builds one kind of AdamW over groups of masters; arguments and errors as `build_optimizer`."""
     if name == "adamw":
-        return MasterOptimizer(
-            parameters,
-            lambda masters: torch.optim.AdamW(
-                masters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True
-            ),
+        return lambda groups: torch.optim.AdamW(
+            groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True
         )
     if name in ("paged_adamw_32bit", "paged_adamw_8bit"):
         import bitsandbytes as bnb
 
-        paged = parameters[0].is_cuda
         bits = 32 if name.endswith("32bit") else 8
-        return MasterOptimizer(
-            parameters,
-            lambda masters: bnb.optim.AdamW(
-                masters, 0.0, BETAS, EPS, weight_decay, optim_bits=bits, is_paged=paged
-            ),
+        return lambda groups: bnb.optim.AdamW(
+            groups, 0.0, BETAS, EPS, weight_decay, optim_bits=bits, is_paged=groups[0]["params"][0].is_cuda
         )
     raise InputError(f"optim is {name!r}; choose adamw, paged_adamw_32bit or paged_adamw_8bit.")
 

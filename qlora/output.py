@@ -51,6 +51,7 @@ from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
 from qlora.tokenize import IGNORE_INDEX, Example
+from qlora.trained import base_name, replaced_parameters
 
 
 class RunOutput:
@@ -347,7 +348,9 @@ def _is_done(line: dict[str, Any], progress: Progress) -> bool:
 def base_fingerprint(model: nn.Module) -> str:
     """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from."""
     digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
+    replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
     for name, parameter in model.named_parameters():
+        parameter = replaced.get(base_name(name), parameter)
         if not parameter.requires_grad:
             flat = parameter.detach().reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()

@@ -201,6 +201,22 @@ class Linear16bit(nn.Linear):
         return _decode_or_train(self, x)
 
 
+class FrozenMatrix(nn.Module):
+    """One bare matrix of an expert, (out, in), in 4 bits or 16; frozen, and no target of LoRA.
+
+    A checkpoint of many experts holds thousands of these; a token meets a few of them in each layer.
+    """
+
+    bias = None
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+
 @cache
 def frozen_conv1d() -> type[nn.Module]:
     """transformers' Conv1D (GPT-2's layer, weight (in, out)) with `Linear16bit`'s forward."""
@@ -214,8 +230,6 @@ def frozen_conv1d() -> type[nn.Module]:
 
 
 def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
-    if layer.weight.requires_grad:  # a 16-bit base that was unfrozen
-        return F.linear(x, layer.weight.to(x.dtype), layer_bias(layer, x.dtype))
     if layer.decode is not None and x.numel() <= DECODE_ROWS * x.shape[-1] and not torch.is_grad_enabled():
         return layer.decode(x)
     return frozen_linear(x, layer)
@@ -250,13 +264,13 @@ def decode_copy(layer: Linear4bit | Linear16bit, dtype: torch.dtype, dense: bool
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The (out, in) weight of a frozen Linear4bit, Linear or Conv1D, in `dtype`; a view where it can be."""
+    """The (out, in) weight of a frozen linear layer or Conv1D, in `dtype`; a view where it can be."""
     weight = layer.weight
     if isinstance(weight, Params4bit):
         return dequantize_weight(weight, dtype)
     assert isinstance(weight, Tensor)
     weight = weight.detach()
-    return (weight if isinstance(layer, nn.Linear) else weight.T).to(dtype)
+    return (weight if _is_upright(layer) else weight.T).to(dtype)
 
 
 def logical_shape(layer: nn.Module) -> tuple[int, int]:
@@ -281,21 +295,36 @@ def layer_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """y = x W^T + b for a frozen W: backward dx = dy W, with W dequantized again rather than kept."""
+    """y = x W^T + b for a frozen W: dx = dy W, with W dequantized again rather than kept; db = sum of dy."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
-        return F.linear(x, dense_weight(layer, x.dtype), layer_bias(layer, x.dtype))
+        return F.linear(x, dense_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dy @ dense_weight(ctx.layer, dy.dtype), None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        wants_dx, wants_db = ctx.needs_input_grad[:2]
+        dx = dy @ dense_weight(ctx.layer, dy.dtype) if wants_dx else None
+        db = dy.flatten(0, -2).sum(dim=0, dtype=torch.float32) if wants_db else None
+        return dx, db, None
 
 
 def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
-    """(..., in) -> (..., out) through a frozen layer; no activation is saved."""
-    return FrozenLinear.apply(x, layer)
+    """(..., in) -> (..., out) through a frozen layer, whose bias may train; no activation is saved.
+
+    Where the weight has to train after all, through an ordinary layer.
+    """
+    weight: Any = layer.weight
+    if weight.requires_grad:  # an adapter's copy, or a 16-bit base that was unfrozen
+        weight = (weight if _is_upright(layer) else weight.T).to(x.dtype)
+        return F.linear(x, weight, layer_bias(layer, x.dtype))
+    return FrozenLinear.apply(x, layer.bias, layer)
+
+
+def _is_upright(layer: nn.Module) -> bool:
+    """Whether a layer stores its weight as (out, in); Conv1D has (in, out)."""
+    return isinstance(layer, (nn.Linear, FrozenMatrix))
 
 
 def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:

@@ -2,6 +2,9 @@
 
 Files of others may hold anything. Each is checked before it is used: whole, no pickle, no path that leads out
 of its directory, no size that its bytes cannot have; an error names the file and the value.
+
+A source gives every weight under the name it has in our modules. Where the files say it otherwise (an expert's
+matrices in a mixture of experts, the tensors of a .gguf) the names are translated here.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ from qlora.quantize import packed_shape
 REMEDY = "download the model again"
 GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # a narrower one needs scales, which no plain weight has
+MAX_STACKED = 2**14  # experts in one tensor
+# Mixtral's files keep the names of its first release; today's modules have those of other mixtures of experts.
+MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -39,7 +45,8 @@ class SafetensorsSource:
 
         self.path, self.remedy = directory, remedy
         self.files = weight_files(directory)
-        self._file_of: dict[str, Any] = {}
+        # name -> file, key in it, index in the tensor there
+        self._places: dict[str, tuple[Any, str, tuple[Any, ...]]] = {}
         for file in self.files:
             try:
                 handle = safe_open(file, framework="pt", backend="mmap" if map_files else "pread")
@@ -47,11 +54,18 @@ class SafetensorsSource:
                 raise InputError(
                     f"{file} is not a whole safetensors file ({explain(error)}); {remedy}."
                 ) from error
-            self._file_of.update(dict.fromkeys(handle.keys(), handle))
-        self.names = set(self._file_of)
+            for key in handle.keys():  # noqa: SIM118
+                for name, index in _names_of(key, handle).items():
+                    self._places[name] = (handle, key, index)
+        self.names = set(self._places)
         _check_names(self.names, directory)
         marker = ".quant_state.bitsandbytes__"
         self.packed = {name.partition(marker)[0]: name for name in self.names if marker in name}
+        self._parts: dict[str, list[str]] = {}  # of a packed weight: its own name and its companions'
+        for name in self.names:
+            owner = name.partition(".weight.")[0] + ".weight" if ".weight." in name else name
+            if owner in self.packed:
+                self._parts.setdefault(owner, []).append(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Logical shape: that of a 4-bit weight is recorded beside its codes."""
@@ -61,22 +75,69 @@ class SafetensorsSource:
                 return packed_shape(quant_state)
             except ValueError as error:
                 raise InputError(f"{self.path}: {name} is damaged ({explain(error)}); {self.remedy}.") from error
-        return tuple(self._file_of[name].get_slice(name).get_shape())
+        file, key, index = self._places[name]
+        whole = tuple(file.get_slice(key).get_shape())
+        if not index:
+            return whole
+        rows = index[1] if len(index) > 1 else slice(0, whole[1])
+        return (rows.stop - rows.start, *whole[2:])
 
     def is_float(self, name: str) -> bool:
         """Whether the values are floating point numbers, as a weight's are (a 4-bit one's stand for such)."""
-        return name in self.packed or self._file_of[name].get_slice(name).get_dtype() in FLOAT_DTYPES
+        file, key, _ = self._places[name]
+        return name in self.packed or file.get_slice(key).get_dtype() in FLOAT_DTYPES
 
     def read(self, name: str) -> Tensor:
         from safetensors import SafetensorError
 
+        file, key, index = self._places[name]
         try:
-            return self._file_of[name].get_tensor(name)
+            return file.get_slice(key)[index] if index else file.get_tensor(key)
         # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
         except (SafetensorError, OSError, TypeError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
             raise InputError(f"{self.path}: {name} cannot be read ({explain(error)}); {self.remedy}.") from error
+
+    def read_packed(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a 4-bit weight, by bitsandbytes' suffixes ("" for the codes)."""
+        return {part.removeprefix(name): self.read(part) for part in sorted(self._parts[name])}
+
+
+def _names_of(key: str, file: Any) -> dict[str, tuple[Any, ...]]:
+    """Names of the weights that one stored tensor holds -> their index in it, () for all of it.
+
+    One and the same but for experts: E of them may be stacked, gate over up, as transformers holds them.
+    """
+    prefix, _, part = key.rpartition(".experts.")
+    if part in ("gate_up_proj", "down_proj"):
+        shape = file.get_slice(key).get_shape()
+        if len(shape) == 3 and shape[0] <= MAX_STACKED and 0 not in shape:
+            half = shape[1] // 2
+            rows = {"gate_proj": (slice(0, half),), "up_proj": (slice(half, shape[1]),)}
+            matrices = rows if part == "gate_up_proj" else {part: ()}
+            return {
+                f"{prefix}.experts.{expert}.{name}.weight": (expert, *index)
+                for expert in range(shape[0])
+                for name, index in matrices.items()
+            }
+    return {module_name(key): ()}
+
+
+def module_name(name: str) -> str:
+    """The name that a stored tensor has in our modules; the inverse of `saved_name`."""
+    if ".block_sparse_moe." in name:
+        for theirs, ours in MIXTRAL_NAMES.items():
+            name = name.replace(theirs, ours)
+    return name
+
+
+def saved_name(name: str, model_type: str) -> str:
+    """The name that transformers saves a parameter of our modules under."""
+    if model_type == "mixtral" and ".mlp." in name:
+        for theirs, ours in MIXTRAL_NAMES.items():
+            name = name.replace(ours, theirs)
+    return name
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -144,6 +205,11 @@ class GGUFSource:
             raise InputError(f"{file} holds a {architecture:.60} model; GGUF bases of {known} can be loaded.")
         self._permuted = GGUF_ARCHITECTURES[architecture]
         tensors = {tensor.name: tensor for tensor in reader.tensors}
+        scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+        if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
+            raise InputError(  # transformers' reader leaves both out, so the model would compute other numbers
+                f"{file} scales its rotary embedding, which is not read from GGUF; use the model's safetensors."
+            )
         _check_names(tensors, file)
         try:
             num_layers = _gguf_value(reader, f"{architecture}.block_count", int)
@@ -207,6 +273,8 @@ def _bounded_reader() -> Any:
 
     class BoundedReader(GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            # Reading through the map's own class takes twice as long.
+            self.data = self.data.view(np.ndarray)  # type: ignore[assignment]
             end = int(offset) + int(count) * np.dtype(dtype).itemsize
             if end > len(self.data):
                 raise ValueError(f"it ends at byte {len(self.data)}, but announces data up to {end}")

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from qlora.checkpoint import Progress
 from qlora.device import available_memory, peak_memory_gib
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
-from qlora.lora import lora_layers, lora_parameters
+from qlora.lora import active_adapter, lora_layers, lora_parameters
 from qlora.loss import causal_lm_loss
 from qlora.memory import plan_memory, wants_checkpointing
 from qlora.optim import MasterOptimizer
@@ -207,7 +207,7 @@ def settle_checkpointing(model: Any, mode: str, budget: int, say: Callable[[str]
 
 
 def check_adapters_learn(model: nn.Module) -> None:
-    """After the first backward pass every adapter must have a gradient.
+    """After the first backward pass every adapter, and what trains beside it, must have a gradient.
 
     Raises:
         TrainingStopped: names the layers without one; what they would have learned is lost otherwise.
@@ -215,6 +215,10 @@ def check_adapters_learn(model: nn.Module) -> None:
     silent = [
         n for n, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
     ]
+    adapter = active_adapter(model)
+    trained = {} if adapter is None else adapter.trained
+    # A bias may wait: that of an expert which no token has chosen yet.
+    silent += [n for n, parameter in trained.items() if parameter.grad is None and not n.endswith(".bias")]
     if silent:
         raise TrainingStopped(f"these adapters got no gradient: {', '.join(silent)}")
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a thread each, or they wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 

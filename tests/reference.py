@@ -94,13 +94,25 @@ def block_diagonal_mask(lengths: list[int], window: int | None = None) -> Tensor
     return mask if window is None else mask & (distance < window)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None) -> Tensor:
-    """softmax(q k^T s + mask) v, all scores written out; q (1, H, N, d), k, v (1, G, N, d) -> (1, N, H, d)."""
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(q k^T s + mask) v, all scores written out; q (1, H, N, d), k, v (1, G, N, d) -> (1, N, H, d).
+
+    With a soft cap c a score z is c tanh(z / c).
+    """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    return (scores.softmax(dim=-1) @ value).transpose(1, 2)
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value).transpose(1, 2)
 
 
 # ---- loss -------------------------------------------------------------------------------------------------

@@ -128,10 +128,40 @@ def test_equals_dense_block_diagonal_mask(
             assert relative_error(ours.grad, theirs.grad) < tolerance
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_unsupported_attention_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=name):
-        run_packed(*random_qkv(4, 2), **{name: torch.ones(4)})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_softcap_equals_dense_block_diagonal_mask(window: int | None, dtype: torch.dtype) -> None:
+    """Gemma 2's capped scores; scores near 1, so that a cap of 0.7 bites."""
+    qkv = random_qkv(4, 2, dtype)
+    output = run_packed(*qkv, sliding_window=window, softcap=0.7)
+    exact = [tensor.detach().double().requires_grad_() for tensor in qkv]
+    mask = reference.block_diagonal_mask(LENGTHS, window)
+    expected = reference.attention(*exact, mask, softcap=0.7)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    output.backward(gradient)
+    expected.backward(gradient.double())
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+    assert output.dtype == dtype and relative_error(output, expected) < tolerance
+    assert relative_error(reference.attention(*exact, mask), expected) > 0.05
+    for ours, theirs in zip(qkv, exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert relative_error(ours.grad, theirs.grad) < tolerance
+
+
+@pytest.mark.parametrize("new", [1, 3, 9])
+def test_softcap_without_boundaries(new: int) -> None:
+    """Generation: the last `new` of 9 tokens against all keys, with the mask left out or given."""
+    query, key, value = (tensor[:, :, :9].detach() for tensor in random_qkv(4, 2))
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = reference.attention(query, key, value, causal, softcap=0.7)[:, -new:]
+    for mask in (None, causal[-new:][None, None]):
+        output, _ = packed_attention(torch.nn.Module(), query[:, :, -new:], key, value, mask, softcap=0.7)
+        assert relative_error(output, expected) < FP32_TOLERANCE
+
+
+def test_sinks_are_refused() -> None:
+    with pytest.raises(ValueError, match="sinks"):
+        run_packed(*random_qkv(4, 2), s_aux=torch.ones(4))
 
 
 def test_registering_twice_is_harmless() -> None:

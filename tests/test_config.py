@@ -204,6 +204,90 @@ def test_library_users_get_the_same_checks(bad: dict[str, Any]) -> None:
         LoRAConfig(**bad)
 
 
+# ---- patterns and layer ranges ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        (" ", {}),
+        ("q_proj=4", {"q_proj": 4}),
+        (" q_proj=4 , layers.0.mlp.up_proj=16", {"q_proj": 4, "layers.0.mlp.up_proj": 16}),
+        (r"layers\.(0|1)\..*=2,v_proj=3", {r"layers\.(0|1)\..*": 2, "v_proj": 3}),
+        ({"q_proj": 4, "v_proj": 2.0}, {"q_proj": 4, "v_proj": 2}),
+    ],
+)
+def test_patterns(text: Any, expected: dict[str, int]) -> None:
+    config = LoRAConfig(rank_pattern=text, alpha_pattern=text)
+    assert config.rank_patterns == config.alpha_patterns == expected
+    assert all(type(rank) is int for rank in config.rank_patterns.values())
+    again = LoRAConfig(rank_pattern=config.rank_patterns)  # type: ignore[arg-type]
+    assert again.rank_patterns == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "q_proj", "=4", "q_proj=", "q_proj=x", "q_proj=0", "q_proj=-1", "q_proj=nan", "q_proj=inf", "(=4", "*=4",
+        "(a+)+=4", "(a|a)*=4", "(.*)*x=4", "a?a?a?a?a?=4", ".*.*.*.*.*=4", "a{99999999999999}=4", "x" * 201 + "=4",
+        ",".join(f"x{i}=4" for i in range(5000)), "a)|(b=4",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_what_is_no_pattern(name: str, text: str) -> None:
+    """Among them the patterns that can take for ever to fail."""
+    with pytest.raises(InputError, match=rf"{name} holds .*give --{name.replace('_', '-')} "):
+        LoRAConfig(**{name: text})
+
+
+def test_a_rank_is_whole() -> None:
+    with pytest.raises(InputError, match=r"rank_pattern gives q_proj the rank 2\.5; give a whole number"):
+        LoRAConfig(rank_pattern="q_proj=2.5")
+    assert LoRAConfig(alpha_pattern="q_proj=2.5").alpha_of("model.q_proj") == 2.5
+
+
+def test_the_worst_pattern_that_is_taken_ends() -> None:
+    """Four repeats against a name longer than any model has: polynomial, and asserted by ending at all."""
+    config = LoRAConfig(rank_pattern=".*.*.*.*x=4")
+    assert config.rank_of("a." * 40) == config.rank
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.self_attn.q_proj", "model.layers.11.mlp.q_proj", "q_proj", "model.xq_proj", "m.q_proj.x"],
+)
+@pytest.mark.parametrize(
+    "pattern", ["q_proj", "0.self_attn.q_proj", r"layers\.\d\..*", "layers.1.*", "model.*", "x|q_proj", "proj"]
+)
+def test_patterns_mean_what_pefts_mean(name: str, pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    theirs = get_pattern_key([pattern], name) == pattern and name != pattern
+    assert (LoRAConfig(rank_pattern={pattern: 99}).rank_of(name) == 99) == (theirs or name == pattern)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("", None), (" ", None), ("3", [3]), ("0,2,4-7", [0, 2, 4, 5, 6, 7]), ("0009", [9])]
+)
+def test_layers(text: str, expected: list[int] | None) -> None:
+    assert LoRAConfig(layers=text).layer_numbers == expected
+
+
+@pytest.mark.parametrize("text", ["a", "-1", "3-1", "1-", "1.5", "1;2", "99999", "1-2-3", " 1 - 1"])
+def test_what_are_no_layers(text: str) -> None:
+    with pytest.raises(InputError, match=r"layers is .*; give --layers numbers and ranges, such as 0,2,4-7"):
+        LoRAConfig(layers=text)
+
+
+def test_scales() -> None:
+    """LoRA: alpha / rank; rsLoRA: alpha / sqrt(rank); each with the layer's own."""
+    plain = LoRAConfig(rank=16, alpha=8, alpha_pattern="q_proj=2")
+    assert plain.scaling_of("a.v_proj", 16) == 0.5 and plain.scaling_of("a.q_proj", 4) == 0.5
+    stable = LoRAConfig(rank=16, alpha=8, alpha_pattern="q_proj=2", use_rslora=True)
+    assert stable.scaling_of("a.v_proj", 16) == 2 and stable.scaling_of("a.q_proj", 4) == 1
+
+
 # ---- the YAML file ----------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,7 @@ def test_merge_and_prompt(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from qlora.adapter import load_adapter
-    from qlora.merge import compare_logits
+    from qlora.drift import compare_logits
     from qlora.model import load_base_model
 
     output_dir, _ = real_run

@@ -28,13 +28,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
+import qlora.__main__ as command_line
 import qlora.files
 import qlora.merge
-from qlora.adapter import CONFIG, PREFIX, WEIGHTS, get_lora_model, load_adapter
+import train
+from qlora.adapter import CONFIG, PREFIX, WEIGHTS, load_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
+from qlora.errors import run as run_main
 from qlora.files import JSON_LIMIT
-from qlora.lora import lora_layers
+from qlora.lora import activate, active_adapter, lora_layers, lora_parameters
+from qlora.lora_model import get_lora_model
 from qlora.merge import adapter_quantization
 from qlora.model import empty_model, load_base_model, load_config, load_tokenizer
 from qlora.quantize import QuantConfig, dequantize_weight, unpack_tensors
@@ -49,6 +53,7 @@ Q0, V1 = (PREFIX + f"model.layers.{name}" for name in ("0.self_attn.q_proj", "1.
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = dict(hidden_size=32, intermediate_size=32, vocab_size=269, max_position_embeddings=64)
+    sizes["attention_bias"] = True
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "llama", tokenizer=tiny_tokenizer(), **sizes)
 
 
@@ -91,6 +96,44 @@ def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+# Every field that a variant brings; "whole" and "adapted" above are plain LoRA.
+VARIANT = dict(
+    rank=4,
+    adapter_dtype="float32",
+    use_dora=True,
+    use_rslora=True,
+    bias="lora_only",
+    rank_pattern={"1.self_attn.v_proj": 2},
+    alpha_pattern={r"layers\.0\..*": 4.0},
+    layers="0-1",
+)
+
+
+@pytest.fixture(scope="module")
+def varied(llama: Path) -> Any:
+    """The model with an active adapter of all variants together."""
+    network = load_base_model(str(llama), compute_dtype="float32", cache=False)
+    model = get_lora_model(network, LoRAConfig(**VARIANT), base_model=str(llama))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.lora_parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole_variant(varied: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its adapter, saved."""
+    directory = tmp_path_factory.mktemp("adapters") / "variant"
+    varied.save(directory)
+    return directory
+
+
+@pytest.fixture
+def saved_variant(whole_variant: Path, tmp_path: Path) -> Path:
+    """A copy of it to damage."""
+    return Path(shutil.copytree(whole_variant, tmp_path / "variant"))
+
+
 @pytest.fixture
 def saved(whole: Path, tmp_path: Path) -> Path:
     """A copy of it to damage."""
@@ -103,7 +146,14 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self.modules = [(name, type(module), id(module)) for name, module in model.named_modules()]
         self.tensors = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
-        self.settings = [(n, layer.alpha, layer.dropout, layer.rank) for n, layer in lora_layers(model).items()]
+        self.settings = self.settings_of(model)
+
+    @staticmethod
+    def settings_of(model: nn.Module) -> list[Any]:
+        layers = lora_layers(model).items()
+        own = [(name, w.alpha, w.dropout, w.rank, w.scaling) for name, w in layers]
+        adapter = active_adapter(model)
+        return [*own, id(adapter), None if adapter is None else copy.deepcopy(adapter.config)]
 
     def assert_kept(self, model: nn.Module) -> None:
         assert self.modules == [(name, type(module), id(module)) for name, module in model.named_modules()]
@@ -112,9 +162,7 @@ class State:
         for name, (identity, requires_grad, tensor) in self.tensors.items():
             assert (id(after[name]), after[name].requires_grad) == (identity, requires_grad), name
             assert torch.equal(after[name], tensor), name
-        assert self.settings == [
-            (n, layer.alpha, layer.dropout, layer.rank) for n, layer in lora_layers(model).items()
-        ]
+        assert self.settings == self.settings_of(model)
 
 
 def assert_one_sentence(error: InputError) -> None:
@@ -148,11 +196,14 @@ def edit_state(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> N
 # ---- one of each kind -------------------------------------------------------------------------------------
 
 
-def test_the_good_one_loads(base: Any, adapted: Any, whole: Path) -> None:
+def test_the_good_ones_load(base: Any, adapted: Any, varied: Any, whole: Path, whole_variant: Path) -> None:
     """Otherwise every refusal below could have another reason; and a loaded one is noticed."""
-    for model in (copy.deepcopy(base), copy.deepcopy(adapted)):
+    other = copy.deepcopy(varied.model)
+    other.model.layers[0].self_attn.q_proj.lora_B.data.zero_()
+    for model, directory in ((base, whole), (adapted, whole), (base, whole_variant), (other, whole_variant)):
+        model = copy.deepcopy(model)
         before = State(model)
-        load_adapter(model, whole)
+        load_adapter(model, directory)
         with pytest.raises(AssertionError):
             before.assert_kept(model)
 
@@ -286,7 +337,7 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
 A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] = {
     "int8": (to(torch.int8), ("int8", "save it in float32")),
-    "one int8": (lambda s: s.update({A: s[A].to(torch.int8)}), ("int8", A)),
+    "one int8": (lambda s: s.update({A: s[A].to(torch.int8)}), ("q_proj.lora_A.weight in int8",)),
     "float64": (to(torch.float64), ("float64", "save it in float32")),
     "float8": (to(torch.float8_e4m3fn), ("float8_e4m3fn", "save it in float32")),
     "bool": (to(torch.bool), ("bool", "save it in float32")),
@@ -297,7 +348,7 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] =
     "infinity": (lambda s: s[A][1].fill_(-torch.inf), ("q_proj.lora_A.weight holds NaN or infinity",)),
     "missing B": (lambda s: s.pop(B), ("missing model.layers.0.self_attn.q_proj.lora_B.weight",)),
     "extra layer": (lambda s: s.update({A.replace("0", "9"): s[A] + 1}), ("layers.9.self_attn.q_proj",)),
-    "extra tensor": (lambda s: s.update({"x": torch.ones(1)}), ("x among 9 tensors", "use plain LoRA")),
+    "extra tensor": (lambda s: s.update({"x": torch.ones(1)}), ("x among 9 tensors", "save the adapter again")),
     "no name": (rename(A, f"{PREFIX}.lora_A.weight"), ("is no linear layer",)),
     "line break": (rename(A, f"{Q0}\n.lora_A.weight"), ("not LoRA tensors in PEFT's names",)),
     "escape": (rename(A, f"{Q0}\x1b[2J.lora_A.weight"), ("not LoRA tensors in PEFT's names",)),
@@ -330,8 +381,137 @@ def test_another_rank_than_the_models(adapted: Any, base: Any, saved: Path) -> N
     """Whole in itself, but for a model adapted with another rank."""
     edit_description(saved, r=2)
     edit_state(saved, lambda s: s.update({k: t[:2] if "lora_A" in k else t[:, :2] for k, t in s.items()}))
-    assert_refused(saved, [adapted], f"{saved} has rank 2, the model's 4")
+    assert_refused(saved, [adapted], str(saved), "lora_A.weight is (2, 32) but the model wants (4, 32)")
     load_adapter(copy.deepcopy(base), saved)
+
+
+MAGNITUDE, BIAS = f"{Q0}.lora_magnitude_vector", f"{Q0}.base_layer.bias"
+HANGING = [
+    "(a+)+$",
+    "(.*)*x",
+    "(a|a)*$",
+    "a?" * 40 + "a" * 40,
+    ".*" * 30 + "x",
+    "(x+x+)+y",
+    "a{1,9}" * 9,
+    "a" * 9999,
+]
+FIELDS_OF_VARIANTS: list[tuple[dict[str, Any], str]] = [
+    ({"use_dora": False}, "which adapter_config.json does not announce"),
+    ({"use_dora": "yes"}, "use_dora = 'yes', not true or false"),
+    ({"use_rslora": 1}, "use_rslora = 1, not true or false"),
+    ({"bias": "none"}, "which adapter_config.json does not announce"),
+    ({"bias": "some"}, "bias = 'some', not none, all or lora_only"),
+    ({"bias": ["all"]}, "bias = ['all'], not none"),
+    ({"bias": "all"}, "missing model.layers.0.self_attn.k_proj.bias"),
+    ({"rank_pattern": {}}, "v_proj.lora_A.weight is (2, 32) but its layer and rank want (4, 32)"),
+    ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight is (4, 32) but its layer and rank want (3, 32)"),
+    ({"rank_pattern": {"v_proj": 2.5}}, "rank 2.5; give a whole number"),
+    ({"rank_pattern": {"v_proj": 0}}, "not names with numbers above 0"),
+    ({"rank_pattern": ["v_proj"]}, "not names with numbers above 0"),
+    ({"rank_pattern": {"v_proj": True}}, "not names with numbers above 0"),
+    ({"rank_pattern": {"v_proj": 10**400}}, "not names with numbers above 0"),
+    ({"rank_pattern": {"(": 2}}, "rank_pattern holds '(=2'"),
+    ({"rank_pattern": {"": 2}}, "rank_pattern holds '=2'"),
+    ({"rank_pattern": {f"x{i}": 2 for i in range(9999)}}, "holds 9999 entries"),
+    ({"alpha_pattern": {"v_proj": float("nan")}}, "not names with numbers above 0"),
+    ({"alpha_pattern": {"v_proj": -1}}, "not names with numbers above 0"),
+    ({"alpha_pattern": {"a{99999999999999}": 1}}, "alpha_pattern holds 'a{99999999999999}=1'"),
+    ({"layers_to_transform": [-1]}, "not a list of layer numbers"),
+    ({"layers_to_transform": ["0"]}, "not a list of layer numbers"),
+    ({"layers_to_transform": [True]}, "not a list of layer numbers"),
+    ({"layers_to_transform": 10**9}, "not a list of layer numbers"),
+    *(({"alpha_pattern": {pattern: 1}}, "alpha_pattern") for pattern in HANGING),
+]
+
+
+@pytest.mark.parametrize(("fields", "part"), FIELDS_OF_VARIANTS, ids=lambda value: str(value)[:40])
+def test_fields_of_variants(base: Any, varied: Any, saved_variant: Path, fields: Any, part: str) -> None:
+    edit_description(saved_variant, **fields)
+    with limited(10):
+        assert_refused(saved_variant, [base, varied.model], str(saved_variant), part)
+
+
+TENSORS_OF_VARIANTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "no magnitude": (lambda s: s.pop(MAGNITUDE), "missing model.layers.0.self_attn.q_proj.lora_magnitude_vector"),
+    "short magnitude": (lambda s: s.update({MAGNITUDE: torch.ones(31)}), "magnitude_vector is (31,) but"),
+    "flat magnitude": (lambda s: s.update({MAGNITUDE: torch.ones(1, 32)}), "magnitude_vector is (1, 32) but"),
+    "NaN magnitude": (lambda s: s[MAGNITUDE][3].fill_(torch.nan), "magnitude_vector holds NaN or infinity"),
+    "whole magnitude": (lambda s: s.update({MAGNITUDE: torch.ones(32, dtype=torch.int32)}), "vector in int32"),
+    "two magnitudes": (lambda s: s.update({f"{MAGNITUDE}.weight": s[MAGNITUDE] + 1}), "under two names"),
+    "magnitude alone": (
+        lambda s: s.update({MAGNITUDE.replace("q_proj", "o_proj"): torch.ones(32)}),
+        "missing model.layers.0.self_attn.o_proj.lora_A.weight",
+    ),
+    "no bias": (lambda s: s.pop(BIAS), "missing model.layers.0.self_attn.q_proj.bias"),
+    "no biases": (
+        lambda s: [s.pop(key) for key in list(s) if key.endswith(".bias")],
+        "older versions of PEFT write no biases of bias = lora_only",
+    ),
+    "short bias": (lambda s: s.update({BIAS: torch.ones(31)}), "q_proj.bias is (31,)"),
+    "infinite bias": (lambda s: s[BIAS][3].fill_(torch.inf), "q_proj.bias holds NaN or infinity"),
+    "two biases": (lambda s: s.update({f"{Q0}.bias": s[BIAS] + 1}), "under two names"),
+    "bias of a layer without": (
+        lambda s: s.update({f"{PREFIX}model.layers.0.mlp.up_proj.bias": torch.ones(32)}),
+        "up_proj.bias is no parameter",
+    ),
+    "bias of another layer": (
+        lambda s: s.update({f"{PREFIX}model.layers.0.self_attn.k_proj.bias": torch.ones(16)}),
+        "k_proj.bias is none that bias and modules_to_save in adapter_config.json let train",
+    ),
+    "singular values": (lambda s: s.update({f"{Q0}.lora_E": torch.ones(4, 1)}), "does not announce"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS_OF_VARIANTS)
+def test_tensors_of_variants(base: Any, varied: Any, saved_variant: Path, kind: str) -> None:
+    change, part = TENSORS_OF_VARIANTS[kind]
+    edit_state(saved_variant, change)
+    assert_refused(saved_variant, [base, varied.model], str(saved_variant), part)
+
+
+def test_every_damage_at_once(base: Any, varied: Any, saved_variant: Path) -> None:
+    """One error names them all."""
+    kinds = ("no magnitude", "short bias", "bias of another layer", "bias of a layer without")
+
+    def damage(state: dict[str, Tensor]) -> None:
+        for kind in kinds:
+            TENSORS_OF_VARIANTS[kind][0](state)
+
+    edit_state(saved_variant, damage)
+    edit_description(saved_variant, rank_pattern={})
+    parts = [TENSORS_OF_VARIANTS[kind][1] for kind in kinds]
+    assert_refused(saved_variant, [base, varied.model], *parts, "v_proj.lora_A.weight is (2, 32) but its layer")
+
+
+def test_a_variant_for_a_model_with_another_one(
+    adapted: Any, varied: Any, whole: Path, whole_variant: Path
+) -> None:
+    """Each whole in itself: plain LoRA and DoRA with biases do not fit each other's parameters."""
+    assert_refused(whole_variant, [adapted], "unexpected model.layers.0.self_attn.q_proj.lora_magnitude_vector")
+    assert_refused(whole, [varied.model], "missing model.layers.0.self_attn.q_proj.lora_magnitude_vector")
+
+
+@pytest.mark.parametrize("kind", ["no magnitude", "no biases", "bias of a layer without", "a hanging pattern"])
+@pytest.mark.parametrize("command", ["prompt", "merge"])
+def test_bad_variants_at_the_command_line(
+    llama: Path, saved_variant: Path, kind: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 2 and one line."""
+    if kind == "a hanging pattern":
+        part = "alpha_pattern"
+        edit_description(saved_variant, alpha_pattern={HANGING[0]: 1})
+    else:
+        change, part = TENSORS_OF_VARIANTS[kind]
+        edit_state(saved_variant, change)
+    flags = ["--model", str(llama), "--adapter", str(saved_variant)]
+    if command == "prompt":
+        code = run_main(train.main, [*flags, "--prompt", "Hi", "--compute-dtype", "float32", "--no-cache"])
+    else:
+        code = run_main(command_line.main, ["merge", *flags, "--output-dir", str(tmp_path / "merged")])
+        assert not (tmp_path / "merged").exists()
+    said = capsys.readouterr().err.splitlines()
+    assert code == 2 and part in said[-1] and sum(line.startswith("error: ") for line in said) == 1
 
 
 def test_an_adapter_of_another_base(base: Any, saved: Path, tmp_path: Path) -> None:
@@ -758,7 +938,10 @@ def changed_safetensors(content: bytes) -> st.SearchStrategy[bytes]:
 
 def unwrap(model: nn.Module) -> None:
     """Take the adapters off again."""
-    for name, layer in lora_layers(model).items():
+    layers = lora_layers(model)
+    activate(model, None)
+    model.__dict__.pop("_wrapped_layers", None)
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
 
@@ -771,11 +954,7 @@ def try_adapter(directory: Path, base: Any, before: State) -> None:
         except InputError as error:
             assert_one_sentence(error)
         else:
-            assert all(
-                torch.isfinite(p).all()
-                for layer in lora_layers(base).values()
-                for p in (layer.lora_A, layer.lora_B)
-            )
+            assert lora_layers(base) and all(torch.isfinite(p).all() for p in lora_parameters(base))
             unwrap(base)
         before.assert_kept(base)
         try:
@@ -784,18 +963,18 @@ def try_adapter(directory: Path, base: Any, before: State) -> None:
             assert_one_sentence(error)
 
 
-@pytest.fixture(scope="module")
-def work(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An adapter directory whose files are replaced again and again."""
-    return Path(shutil.copytree(whole, tmp_path_factory.mktemp("fuzz") / "adapter"))
+@pytest.fixture(params=["plain", "variant"])
+def good(request: pytest.FixtureRequest, whole: Path, whole_variant: Path) -> Path:
+    """An adapter directory to change, of either kind."""
+    return whole if request.param == "plain" else whole_variant
 
 
-def test_random_adapter_weights(base: Any, whole: Path, work: Path) -> None:
+def test_random_adapter_weights(base: Any, good: Path, tmp_path: Path) -> None:
     before = State(base)
-    shutil.copy(whole / CONFIG, work / CONFIG)
+    work = Path(shutil.copytree(good, tmp_path / "adapter"))
 
-    @fuzz(0.3)
-    @given(changed_safetensors((whole / WEIGHTS).read_bytes()))
+    @fuzz(0.15)
+    @given(changed_safetensors((good / WEIGHTS).read_bytes()))
     def run(content: bytes) -> None:
         (work / WEIGHTS).write_bytes(content)
         try_adapter(work, base, before)
@@ -803,13 +982,29 @@ def test_random_adapter_weights(base: Any, whole: Path, work: Path) -> None:
     run()
 
 
-def test_random_adapter_config(base: Any, whole: Path, work: Path) -> None:
-    before = State(base)
-    shutil.copy(whole / WEIGHTS, work / WEIGHTS)
-    text = (whole / CONFIG).read_bytes()
+# Names, and pieces of patterns: repeats of repeats are what may never end.
+PATTERN = st.one_of(
+    st.sampled_from(["q_proj", "v_proj", "self_attn.q_proj", "0.self_attn.v_proj", ".*", r"layers\.[01]\..*"]),
+    st.lists(st.sampled_from([*list("aq.*+?|()[]{}^$\\,=10 _"), ".*", "(.+)+", "proj", "{9}"]), max_size=12).map(
+        "".join
+    ),
+)
+PATTERNS = st.dictionaries(
+    PATTERN, st.sampled_from([1, 2, 4, 4.0, 0.5, 0, -1, True, "4", None, 1e300]), max_size=3
+)
 
-    @fuzz(0.25)
-    @given(st.one_of(changed_json(json.loads(text)), changed_bytes(text, len(text)), st.binary(max_size=64)))
+
+def test_random_adapter_config(base: Any, good: Path, tmp_path: Path) -> None:
+    before = State(base)
+    work = Path(shutil.copytree(good, tmp_path / "adapter"))
+    text = (good / CONFIG).read_bytes()
+    content = json.loads(text)
+    patterns = st.tuples(PATTERNS, PATTERNS).map(
+        lambda pair: json.dumps({**content, "rank_pattern": pair[0], "alpha_pattern": pair[1]}).encode()
+    )
+
+    @fuzz(0.125)
+    @given(st.one_of(changed_json(content), patterns, changed_bytes(text, len(text)), st.binary(max_size=64)))
     def run(content: bytes) -> None:
         (work / CONFIG).write_bytes(content)
         try_adapter(work, base, before)

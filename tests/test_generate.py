@@ -9,7 +9,16 @@ import torch
 
 from qlora.config import LoRAConfig
 from qlora.generate import fast_decoding, generate, stream_answer
-from qlora.lora import freeze_base, inject_lora, lora_layers, lora_parameters
+from qlora.lora import (
+    LoRALinear,
+    activate,
+    active_adapter,
+    create_adapter,
+    freeze_base,
+    inject_lora,
+    lora_layers,
+    lora_parameters,
+)
 from qlora.model import load_base_model, load_tokenizer
 from qlora.quantize import Linear4bit, QuantConfig, decode_copy, dense_weight, has_avx512bf16, quantize_weight
 from tests.models import save_tiny_llama
@@ -149,3 +158,54 @@ def test_cuda_decoding_is_close_to_training_layout(tiny: str) -> None:
         expected = layer(x)
         actual = decode_copy(layer, torch.bfloat16, dense=False)(x)
     assert (actual - expected).float().norm() / expected.float().norm() < 1e-2
+
+
+# ---- DoRA -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dora(tiny: str) -> Any:
+    model = load_base_model(tiny, compute_dtype="float32", cache=False)
+    inject_lora(model, LoRAConfig(rank=4, use_dora=True), seed=1)
+    freeze_base(model)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        layer.weights.magnitude.data *= 1.3
+    return model
+
+
+def test_doras_scale_is_computed_once(dora: Any, tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every token: it takes the whole weight."""
+    tokenizer = load_tokenizer(tiny)
+    expected = [greedy_reference(dora.eval(), tokenizer, text, 12) for text in PROMPTS]
+    calls: list[Any] = []
+    norms = LoRALinear.weight_norm
+    monkeypatch.setattr(LoRALinear, "weight_norm", lambda layer, dtype: calls.append(layer) or norms(layer, dtype))
+    assert generate(dora, tokenizer, chats(PROMPTS), max_new_tokens=12) == expected
+    assert len(calls) == len(set(calls)) == len(lora_layers(dora)) == 4
+
+
+def test_the_fixed_scale_ends_with_the_block(dora: Any, tiny: str) -> None:
+    """Training after it, and another adapter within it, compute with their own scale."""
+    layers = list(lora_layers(dora).values())
+    ids = torch.arange(5, 45)[None]
+    dora.train()
+    before = dora(ids).logits
+    with pytest.raises(KeyError), fast_decoding(dora):
+        assert all(layer.fixed_scale is not None for layer in layers)
+        raise KeyError
+    assert all(layer.fixed_scale is None for layer in layers)
+    generate(dora, load_tokenizer(tiny), chats(PROMPTS), max_new_tokens=2)
+    after = dora(ids).logits
+    assert torch.equal(after, before)
+    after.square().mean().backward()  # of norms that were made in inference mode
+    assert all(layer.weights.magnitude.grad.abs().max() > 0 for layer in layers)
+    other = create_adapter(dora, LoRAConfig(rank=2, use_dora=True))
+    with torch.no_grad():
+        mine = active_adapter(dora)
+        activate(dora, other)
+        expected = dora.eval()(ids).logits
+        activate(dora, mine)
+        with fast_decoding(dora):
+            activate(dora, other)
+            torch.testing.assert_close(dora(ids).logits, expected, rtol=1e-4, atol=1e-4)

@@ -10,11 +10,14 @@ import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.lora import (
     LoRALinear,
+    activate,
+    active_adapter,
     base_parameters,
     count_parameters,
     count_trainable_parameters,
@@ -506,8 +509,12 @@ def bitsandbytes_twin(model: Any) -> Any:
             plain.weight = copy.deepcopy(layer.weight)
             plain.weight.module = plain
             plain.quant_state = plain.weight.quant_state
+            plain.bias = copy.deepcopy(layer.bias)
+            plain.support_avx512bf16_for_cpu = False  # else it repacks to a layout of bf16 roundings in eval mode
             parent, _, child = name.rpartition(".")
             setattr(twin.get_submodule(parent), child, plain)
+    for end in (twin.get_input_embeddings(), twin.get_output_embeddings()):
+        end.weight.data = end.weight.data.float()  # PEFT copies them in their dtype
     twin.is_loaded_in_4bit = True
     return twin
 
@@ -559,3 +566,274 @@ def test_whole_model_equals_peft(use_4bit: bool, targets: str, tmp_path: Path) -
         for part in ("lora_A", "lora_B"):
             expected = peft_parameters[f"{key}.{part}.weight"].grad
             assert relative_error(getattr(layer, part).grad, expected) < 1e-5, key
+
+
+# ---- DoRA -------------------------------------------------------------------------------------------------
+
+
+def dora_linear(
+    x: Tensor, weight: Tensor, bias: Any, A: Tensor, B: Tensor, magnitude: Tensor, s: float, dropout: float = 0.0
+) -> Tensor:
+    """arXiv 2402.09353, equation 5 with the norm detached (4.3): magnitude / |W + s B A| (W x + s B A x) + b."""
+    norm = (weight + s * B @ A).norm(dim=1).detach()
+    return reference.lora_linear(x, weight, None, A, B, s, dropout) * (magnitude / norm) + (
+        0 if bias is None else bias
+    )
+
+
+def make_dora(kind: str, bias: bool = True, dropout: float = 0.0, dtype: Any = torch.bfloat16) -> LoRALinear:
+    """A LoRALinear in training mode with B away from zero, and magnitudes away from the norms."""
+    layer = make_lora(kind, bias, dropout, dtype)
+    norms = reference.dense_weight(layer.base_layer).norm(dim=1)
+    layer.weights.magnitude = nn.Parameter(norms * (1 + 0.5 * gaussian(ROWS, seed=8)))
+    return layer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["4bit", "16bit", "linear", "conv1d"])
+def test_fused_dora_equals_composed(kind: str, dtype: torch.dtype, bias: bool, dropout: float) -> None:
+    """Output and every gradient, the magnitude's and the bias's too, against plain autograd in fp64."""
+    layer = make_dora(kind, bias, dropout, dtype)
+    base, magnitude = layer.base_layer, layer.weights.magnitude
+    if bias:
+        base.bias.requires_grad_()
+    x = gaussian(2, 9, COLUMNS, seed=3, dtype=dtype).requires_grad_()
+    dy = gaussian(2, 9, ROWS, seed=4, dtype=dtype)
+    torch.manual_seed(11)
+    y = layer(x)
+    y.backward(dy)
+
+    ours = {"x": x, "A": layer.lora_A, "B": layer.lora_B, "magnitude": magnitude}
+    leaves = {name: t.detach().double().requires_grad_() for name, t in ours.items()}
+    offset = base.bias.detach().double().requires_grad_() if bias else None
+    weight = reference.dense_weight(base).double()
+    torch.manual_seed(11)
+    rows = leaves["x"].view(18, COLUMNS)
+    expected = dora_linear(rows, weight, offset, leaves["A"], leaves["B"], leaves["magnitude"], 2.0, dropout)
+    expected = expected.view(2, 9, ROWS)
+    expected.backward(dy.double())
+
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+    assert y.dtype == dtype and relative_error(y, expected) < tolerance
+    for name, parameter in ours.items():
+        assert parameter.grad is not None and leaves[name].grad is not None, name
+        assert relative_error(parameter.grad, leaves[name].grad) < tolerance, name
+    assert base.weight.grad is None
+    if offset is not None:
+        assert relative_error(base.bias.grad, offset.grad) < tolerance
+
+
+@pytest.mark.parametrize("kind", ["4bit", "16bit", "linear", "conv1d"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_without_the_matrix(kind: str, dtype: torch.dtype) -> None:
+    """The expanded square against the norm of the written-out W + s B A in fp64; B grows until it dominates."""
+    layer = make_dora(kind)
+    weight = reference.dense_weight(layer.base_layer).double()
+    B = layer.lora_B.detach().clone()
+    for size in (0.0, 0.01, 1.0, 30.0):
+        layer.lora_B.data = B * size
+        expected = (weight + 2.0 * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+        # In bf16 W and A are rounded in the middle term alone, which is the largest where B is about W's size.
+        assert relative_error(layer.weight_norm(dtype), expected) < (2e-6 if dtype == torch.float32 else 2e-3)
+
+
+def test_a_fresh_dora_is_the_base(tiny_4bit: Any) -> None:
+    """c is 1 to the last bit, so the output is the base's: here, in generation's path, exactly."""
+    ids = torch.arange(40).view(1, 40)
+    with torch.no_grad():
+        before = tiny_4bit(ids).logits
+        inject_lora(tiny_4bit, LoRAConfig(target_modules="all-linear", use_dora=True))
+        assert torch.equal(tiny_4bit(ids).logits, before)
+        for layer in lora_layers(tiny_4bit).values():
+            scale = layer.output_scale()
+            assert scale is not None and torch.equal(scale, torch.ones_like(scale))
+            assert torch.equal(layer.weights.magnitude, layer.weight_norm())
+    assert relative_error(tiny_4bit(ids).logits, before) < FP32_TOLERANCE  # training's path adds a bias apart
+
+
+def test_a_row_of_zeros_under_dora() -> None:
+    """A pruned output has norm 0: it stays 0, values and gradients, instead of 0 / 0."""
+    base = make_base("linear", bias=False)
+    base.weight.data[3] = 0
+    model = nn.Sequential(base)
+    inject_lora(model, LoRAConfig(target_modules="0", use_dora=True, adapter_dtype="float32"))
+    y = model.train()(gaussian(5, COLUMNS))
+    y.sum().backward()
+    assert not y[:, 3].any() and torch.isfinite(y).all()
+    assert all(torch.isfinite(p.grad).all() for p in lora_parameters(model))
+    merge_lora(model)
+    assert torch.isfinite(model.eval()(gaussian(5, COLUMNS))).all()
+
+
+def test_small_changes_of_the_magnitude_reach_a_bf16_output() -> None:
+    """Magnitudes 0.3 % up: c itself rounded to bf16 would be 1, whose neighbour is 1.0078."""
+    layer = make_dora("4bit", bias=False)
+    layer.weights.magnitude = nn.Parameter(1.003 * layer.weight_norm())
+    x = gaussian(200, COLUMNS, dtype=torch.bfloat16)
+    before = F.linear(x.float(), reference.dense_weight(layer.base_layer) + layer.delta_weight())
+    for y in (layer(x), layer.eval()(x)):
+        growth = (y.float() * before).sum() / before.square().sum() - 1
+        assert 0.002 < growth < 0.005  # outputs are rounded by up to 0.4 %, up or down by where they lie
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [make_lora, make_dora])
+@pytest.mark.parametrize("kind", ["4bit", "16bit", "linear", "conv1d"])
+def test_inference_equals_training(kind: str, make: Any, dtype: torch.dtype, bias: bool) -> None:
+    """The path without gradients, with DoRA's scale fixed or not, against the one with them."""
+    if dtype == torch.bfloat16 and kind in ("linear", "conv1d"):
+        pytest.skip("torch's own layers hold fp32 weights and compute in these alone")
+    layer = make(kind, bias)
+    x = gaussian(3, 9, COLUMNS, dtype=dtype)
+    training = layer(x)
+    assert training.requires_grad
+    with torch.no_grad():
+        inference = layer(x)
+        scale = layer.output_scale(dtype)
+        layer.fixed_scale = scale
+        assert torch.equal(layer(x), inference)
+    # In bf16 the base's part, its sum with the update, under DoRA that with the bias, and the result are rounded.
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
+    assert inference.dtype == dtype and relative_error(inference, training) < tolerance
+
+
+def test_dora_keeps_one_output_more() -> None:
+    """What the backward pass of the magnitude needs beside x and h: z, (N, O)."""
+    sizes = []
+    for layer in (make_lora("4bit"), make_dora("4bit")):
+        saved: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.update({t.data_ptr(): t}) or t, lambda t: t
+        ):
+            layer(gaussian(64, COLUMNS).requires_grad_())
+        sizes.append(sum(t.nbytes for t in saved.values() if t.dim() == 2 and t.shape[0] == 64))
+    assert sizes[1] - sizes[0] == 64 * ROWS * 4
+
+
+# ---- scales, patterns, layer ranges -----------------------------------------------------------------------
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    """arXiv 2312.03732: alpha / sqrt(r), with each layer's own rank and alpha."""
+    model = tiny_dense()
+    config = LoRAConfig(
+        rank=16, alpha=8, use_rslora=True, rank_pattern={"1.self_attn.v_proj": 4}, alpha_pattern={"q_proj": 2}
+    )
+    inject_lora(model, config)
+    scales = {name.removeprefix("model.layers."): layer.scaling for name, layer in lora_layers(model).items()}
+    assert scales == {
+        "0.self_attn.q_proj": 2 / 16**0.5,
+        "0.self_attn.v_proj": 8 / 16**0.5,
+        "1.self_attn.q_proj": 2 / 16**0.5,
+        "1.self_attn.v_proj": 8 / 4**0.5,
+    }
+    random_adapters(model)
+    layer = lora_layers(model)["model.layers.1.self_attn.v_proj"]
+    x = gaussian(5, 64)
+    update = x.double() @ layer.lora_A.double().T @ layer.lora_B.double().T * 4
+    expected = x.double() @ layer.base_layer.weight.double().T + update
+    assert relative_error(layer(x), expected) < FP32_TOLERANCE
+
+
+def test_patterns_give_ranks_and_alphas() -> None:
+    """A name's end, a full name, a pattern; the first that fits wins, as in PEFT."""
+    model = tiny_dense()
+    config = LoRAConfig(
+        rank=8,
+        alpha=16,
+        target_modules="all-linear",
+        rank_pattern=r"layers.0.self_attn.q_proj=2, mlp\..*=3, q_proj=5, proj=7",
+        alpha_pattern="model.layers.1.mlp.up_proj=1.5",
+    )
+    inject_lora(model, config)
+    ranks = {name.removeprefix("model.layers."): layer.rank for name, layer in lora_layers(model).items()}
+    assert ranks["0.self_attn.q_proj"] == 2 and ranks["1.self_attn.q_proj"] == 5
+    assert {rank for name, rank in ranks.items() if "mlp" in name} == {3}
+    assert ranks["0.self_attn.k_proj"] == 8, "proj is the end of a name, but not after a dot"
+    alphas = {name: layer.alpha for name, layer in lora_layers(model).items()}
+    assert alphas.pop("model.layers.1.mlp.up_proj") == 1.5 and set(alphas.values()) == {16}
+    for name, layer in lora_layers(model).items():
+        assert layer.lora_A.shape[0] == layer.lora_B.shape[1] == config.rank_of(name)
+        assert layer.scaling == config.alpha_of(name) / config.rank_of(name)
+
+
+def test_layers_choose_decoder_layers() -> None:
+    model = tiny_dense(num_hidden_layers=5)
+    names = inject_lora(model, LoRAConfig(target_modules="q_proj,up_proj", layers="0, 3-4"))
+    assert names == [f"model.layers.{i}.{part}" for i in (0, 3, 4) for part in ("self_attn.q_proj", "mlp.up_proj")]
+
+
+def test_a_decoder_layer_that_is_not_there() -> None:
+    model = tiny_dense()
+    with pytest.raises(
+        InputError, match="decoder layer 2, where this model has none to adapt; its layers are 0 to 1"
+    ):
+        inject_lora(model, LoRAConfig(layers="1-2"))
+    assert not lora_layers(model)
+
+
+# ---- biases -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_4bit", [False, True])
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_gradients_of_biases(bias: Any, use_4bit: bool, tmp_path: Path) -> None:
+    """Those of adapted layers (LoRAFunction), of others (FrozenLinear), against a plain merged model in fp32."""
+    from transformers import LlamaForCausalLM
+
+    path = save_tiny_llama(tmp_path / "llama", attention_bias=True, mlp_bias=True)
+    model = load_base_model(str(path), use_4bit, compute_dtype="float32", cache=False)
+    config = LoRAConfig(target_modules="q_proj,up_proj", adapter_dtype="float32", bias=bias)
+    inject_lora(model, config)
+    freeze_base(model)
+    random_adapters(model)
+    plain = LlamaForCausalLM(model.config)
+    merged = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = name.replace(".base_layer.", ".")
+        if ".lora." not in name:
+            packed = hasattr(parameter, "quant_state")
+            merged[name] = reference.dequantize(parameter) if packed else parameter.detach().float()
+    for name, layer in lora_layers(model).items():
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.delta_weight()
+    plain.load_state_dict(merged)
+
+    ids = torch.arange(24).view(2, 12)
+    for network in (model.train(), plain.train()):
+        network(ids).logits.square().mean().backward()
+    everywhere = [name for name, _ in plain.named_parameters() if name.endswith(".bias")]
+    wanted = {
+        "none": [],
+        "all": everywhere,
+        "lora_only": [n for n in everywhere if n.split(".")[-2] in ("q_proj", "up_proj")],
+    }[bias]
+    assert len(everywhere) == 2 * 7 and len(wanted) == {"none": 0, "all": 14, "lora_only": 4}[bias]
+    state = lora_state_dict(model)
+    assert sorted(name for name in state if name.endswith(".bias")) == sorted(wanted)
+    gradients = {
+        name.replace(".base_layer.", "."): p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
+    assert sorted(name for name in gradients if ".lora." not in name) == sorted(wanted)
+    for name in wanted:
+        assert relative_error(gradients[name], plain.get_parameter(name).grad) < 1e-5, name
+
+
+def test_trained_biases_are_copies(tmp_path: Path) -> None:
+    """Training moves the adapter's bias; without the adapter the base answers as before, bit for bit."""
+    path = save_tiny_llama(tmp_path / "llama", attention_bias=True)
+    model = load_base_model(str(path), compute_dtype="float32", cache=False)
+    ids = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+        inject_lora(model, LoRAConfig(bias="lora_only"))
+        adapter = active_adapter(model)
+        random_adapters(model)
+        adapted = model(ids).logits
+        assert not torch.equal(adapted, before)
+        activate(model, None)
+        assert torch.equal(model(ids).logits, before)
+        activate(model, adapter)
+        assert torch.equal(model(ids).logits, adapted)

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.lora import freeze_base, inject_lora, lora_parameters
-from qlora.loss import causal_lm_loss, linear_cross_entropy
+from qlora.loss import causal_lm_loss, linear_cross_entropy, load_balancing_loss
 from qlora.model import load_base_model
 from qlora.packing import collate_packed, collate_padded
 from qlora.tokenize import IGNORE_INDEX, Example
@@ -36,14 +36,28 @@ def make_case(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[T
     return hidden.requires_grad_(), weight, targets
 
 
-def exact_loss(hidden: Tensor, weight: Tensor, targets: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(loss sum, dhidden) of factor x loss, from the full logits in fp64."""
-    leaf = hidden.detach().double().requires_grad_()
-    logits = leaf @ weight.double().T
+def exact_loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    factor: float = 1.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss sum, dhidden, dweight) of factor x loss, from the full logits in fp64."""
+    leaf, head = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = leaf @ head.T * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE_INDEX)
     (loss * factor).backward()
-    assert leaf.grad is not None
-    return loss.detach(), leaf.grad
+    assert leaf.grad is not None and head.grad is not None
+    return loss.detach(), leaf.grad, head.grad
+
+
+def exact_loss(hidden: Tensor, weight: Tensor, targets: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(loss sum, dhidden)."""
+    return exact_loss_and_gradients(hidden, weight, targets, factor)[:2]
 
 
 # ---- the function -----------------------------------------------------------------------------------------
@@ -146,8 +160,104 @@ def test_misuse_is_refused() -> None:
     hidden, weight, targets = make_case()
     with pytest.raises(ValueError, match="50 positions but targets 49"):
         linear_cross_entropy(hidden, weight, targets[1:])
-    with pytest.raises(ValueError, match="freeze"):
-        linear_cross_entropy(hidden, weight.requires_grad_(), targets)
+
+
+# ---- heads that train, scaled and capped logits -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.3, None), (1.0, 1.5), (2.5, 1.5)])
+def test_scaled_and_capped_logits(scale: float, softcap: float | None, dtype: torch.dtype) -> None:
+    """z = c tanh(m W h / c), with all its gradients, in chunks; logits near 1, so that a cap of 1.5 bites."""
+    hidden, weight, targets = make_case(dtype)
+    head = weight.float().requires_grad_()
+    loss, _ = linear_cross_entropy(hidden, head, targets, 7, scale, softcap)
+    (loss * 0.25).backward()
+    options = {"factor": 0.25, "scale": scale, "softcap": softcap}
+    expected, dhidden, dhead = exact_loss_and_gradients(hidden, weight, targets, **options)
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else 2 * BF16_TOLERANCE  # capping rounds twice more
+    assert relative_error(loss, expected) < tolerance
+    assert hidden.grad is not None and relative_error(hidden.grad, dhidden) < tolerance
+    assert head.grad is not None and relative_error(head.grad, dhead) < tolerance
+    if softcap is not None:
+        plain, _, _ = exact_loss_and_gradients(hidden, weight, targets, 0.25, scale)
+        assert relative_error(plain, expected) > 0.01
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head", "neither"])
+def test_gradient_of_the_head(frozen: str) -> None:
+    """Accumulated over chunks in fp32, also under bf16 activations; what is frozen gets none."""
+    hidden, weight, targets = make_case(torch.bfloat16)
+    head = weight.float().requires_grad_(frozen != "head")
+    hidden.requires_grad_(frozen != "hidden")
+    loss, _ = linear_cross_entropy(hidden, head, targets, chunk_size=7)
+    loss.backward()
+    _, dhidden, dhead = exact_loss_and_gradients(hidden, weight, targets)
+    assert (hidden.grad is None) == (frozen == "hidden") and (head.grad is None) == (frozen == "head")
+    if hidden.grad is not None:
+        assert relative_error(hidden.grad, dhidden) < BF16_TOLERANCE
+    if head.grad is not None:
+        assert head.grad.dtype == torch.float32
+        assert relative_error(head.grad, dhead) < BF16_TOLERANCE
+
+
+def test_gradient_of_a_bf16_head_loses_nothing_between_chunks() -> None:
+    """One rounding at the end, however many chunks: single-row chunks in bf16 would add up to 50 of them."""
+    hidden, weight, targets = make_case()
+    head = weight.to(torch.bfloat16).requires_grad_()
+    head.grad_dtype = torch.float32
+    linear_cross_entropy(hidden, head, targets, chunk_size=1)[0].backward()
+    _, _, dhead = exact_loss_and_gradients(hidden, weight.to(torch.bfloat16), targets)
+    assert head.grad is not None and head.grad.dtype == torch.float32
+    assert relative_error(head.grad, dhead) < FP32_TOLERANCE
+
+
+def test_gradient_of_a_tied_embedding() -> None:
+    """Head and embedding in one parameter: both uses add up, as autograd through full logits has it."""
+    _, weight, targets = make_case()
+    ids = torch.randint(0, VOCAB, (POSITIONS,), generator=torch.Generator().manual_seed(3))
+    gradients = []
+    for chunked in (True, False):
+        shared = weight.clone().requires_grad_()
+        hidden = torch.tanh(3 * shared[ids])
+        if chunked:
+            loss, _ = linear_cross_entropy(hidden, shared, targets, chunk_size=7)
+        else:
+            loss = reference.cross_entropy(hidden, shared, targets)
+        gradients += torch.autograd.grad(loss, shared)
+    assert relative_error(*gradients) < FP32_TOLERANCE
+
+
+def test_masked_batch_gives_the_head_zero_gradient() -> None:
+    hidden, weight, _ = make_case()
+    head = weight.requires_grad_()
+    linear_cross_entropy(hidden, head, torch.full((POSITIONS,), IGNORE_INDEX))[0].backward()
+    assert head.grad is not None and not head.grad.any()
+
+
+# ---- mixtures of experts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_load_balancing_equals_transformers(top_k: int) -> None:
+    """Value and gradient, with padding left out; 4 where all 4 chosen experts of 4 are used alike."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(12, 4, generator=generator).requires_grad_() for _ in range(3)]
+    real = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    for mask in (real, torch.ones_like(real)):
+        ours = load_balancing_loss(layers, top_k, mask.flatten())
+        theirs = load_balancing_loss_func(tuple(layers), 4, top_k, mask)
+        assert relative_error(ours.detach(), theirs.detach()) < FP32_TOLERANCE
+        if top_k < 4:  # else every expert is chosen by every token, and no router can do better or worse
+            for mine, other in zip(
+                torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True
+            ):
+                assert relative_error(mine, other) < FP32_TOLERANCE
+                assert not mine[~mask.flatten()].any()
+        else:
+            assert ours.item() == pytest.approx(4.0)
 
 
 # ---- through a model --------------------------------------------------------------------------------------
@@ -214,10 +324,32 @@ def test_packed_rows_need_packed_attention(model: Any) -> None:
     causal_lm_loss(model, collate_packed(make_examples()))
 
 
-@pytest.mark.parametrize("field", ["final_logit_softcapping", "logit_scale", "logits_scaling"])
-def test_changed_logits_are_refused(model: Any, field: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.config, field, 30.0, raising=False)
-    with pytest.raises(InputError, match=field):
+@pytest.mark.parametrize(
+    ("field", "value"), [("final_logit_softcapping", 3.0), ("logit_scale", 0.3), ("logits_scaling", 3.0)]
+)
+def test_changed_logits_reach_the_loss(
+    model: Any, field: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a config says about the logits; against whole models in tests/test_families.py."""
+    batch = collate_padded(make_examples())
+    with torch.no_grad():
+        plain, _ = causal_lm_loss(model, batch)
+        hidden = model.base_model(batch.input_ids).last_hidden_state.flatten(0, 1)
+        monkeypatch.setattr(model.config, field, value, raising=False)
+        loss, _ = causal_lm_loss(model, batch)
+    scale = {"logit_scale": value, "logits_scaling": 1 / value}.get(field, 1.0)
+    softcap = value if field == "final_logit_softcapping" else None
+    expected, _, _ = exact_loss_and_gradients(
+        hidden, model.lm_head.weight, batch.targets.flatten(), scale=scale, softcap=softcap
+    )
+    assert relative_error(loss, expected) < 1e-5
+    assert relative_error(plain, expected) > 0.01
+
+
+def test_head_with_a_bias_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Phi 2 has one; leaving it out would be another model."""
+    monkeypatch.setattr(model.lm_head, "bias", torch.nn.Parameter(torch.ones(300), requires_grad=False))
+    with pytest.raises(InputError, match="llama model's output head has a bias"):
         causal_lm_loss(model, collate_padded(make_examples()))
 
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 
 import qlora.merge
 from qlora import __main__ as command_line
-from qlora.adapter import WEIGHTS, get_lora_model
+from qlora.adapter import WEIGHTS
 from qlora.config import LoRAConfig
+from qlora.drift import Drift, compare_logits, load_drift_texts, perplexity
 from qlora.errors import InputError, run
-from qlora.merge import Drift, adapter_quantization, compare_logits, merge_adapter
-from qlora.model import load_base_model
-from qlora.quantize import QuantConfig
+from qlora.lora_model import get_lora_model
+from qlora.merge import adapter_quantization, merge_adapter
+from qlora.model import load_base_model, load_tokenizer
+from qlora.quantize import Params4bit, QuantConfig
 from tests import reference
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
@@ -63,7 +66,8 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def merge(model: Path, adapter: Path, output: Path, **options: Any) -> Drift | None:
-    return merge_adapter(str(model), str(adapter), str(output), **{"check_drift": False, **options})
+    adapters = [str(adapter), *map(str, options.pop("others", []))]
+    return merge_adapter(str(model), adapters, str(output), **{"check_drift": False, **options})
 
 
 def merged_tensors(directory: Path) -> dict[str, Tensor]:
@@ -88,7 +92,9 @@ def plain_merge(base: Path, adapter: Path, quant: QuantConfig | None) -> dict[st
                 weight, blocksize=64, compress_statistics=quant.double_quant, quant_type=quant.quant_type
             )
             weights[name] = reference.dequantize(SimpleNamespace(data=codes, quant_state=quant_state))
-    layers = {key.rpartition(".lora_")[0] for key in state}
+    layers = {key.rpartition(".lora_")[0] for key in state if ".lora_" in key}
+    for key in state.keys() - {f"{layer}.lora_{part}.weight" for layer in layers for part in "AB"}:
+        weights[key.removeprefix("base_model.model.")] = state[key].float()
     for layer in layers:
         A, B = (state[f"{layer}.lora_{part}.weight"].float() for part in "AB")
         name = layer.removeprefix("base_model.model.") + ".weight"
@@ -203,6 +209,265 @@ def test_gpt2(tmp_path: Path, target: str) -> None:
         A, B = (state[f"base_model.model.{layer}.lora_{part}.weight"].float() for part in "AB")
         expected = stored[f"{layer}.weight"] + 6.0 / 4 * (B @ A).T
         assert relative_error(merged[f"{layer}.weight"].float(), expected) < BF16_ROUNDING
+
+
+# ---- variants and mixtures --------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rsLoRA": dict(use_rslora=True),
+    "DoRA": dict(use_dora=True, target_modules="all-linear"),
+    "patterns": dict(rank_pattern="q_proj=2", alpha_pattern="v_proj=3"),
+    "layer range": dict(layers="1", target_modules="all-linear"),
+    "PiSSA": dict(init="pissa"),
+    "LoftQ, two rounds": dict(init="loftq", loftq_iterations=2),
+    "AdaLoRA": dict(use_adalora=True, alpha=400.0),
+    "biases": dict(bias="all"),
+    "norms": dict(modules_to_save="norm"),
+    "embeddings": dict(modules_to_save="embed_tokens"),
+    "head": dict(modules_to_save="lm_head"),
+    "new tokens": dict(new_tokens=",".join(f"<token{i}>" for i in range(40))),
+}
+
+
+VOCABULARY = ("embeddings", "head", "new tokens")
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Bases with biases; the head of the second is tied to the embeddings."""
+    sizes = dict(hidden_size=128, intermediate_size=256, attention_bias=True)
+    folder = tmp_path_factory.mktemp("biased")
+    return {
+        tied: save_tiny_llama(
+            folder / f"tied-{tied}", tokenizer=tiny_tokenizer(), **sizes, tie_word_embeddings=tied
+        )
+        for tied in (False, True)
+    }
+
+
+def make_variant(base: Path, directory: Path, size: float = 0.1, **settings: Any) -> Path:
+    """An adapter of any kind, each of its parameters moved a little from where it starts."""
+    from qlora.adapter import save_adapter
+    from qlora.initialize import initialize_adapter
+    from qlora.lora import freeze_base, inject_lora
+    from qlora.trained import add_tokens
+
+    network = load_base_model(str(base), compute_dtype="float32", cache=False)
+    config = LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings})
+    tokenizer = load_tokenizer(str(base))
+    if config.added_tokens:
+        add_tokens(tokenizer, config.added_tokens)
+    inject_lora(network, config, 0, tokenizer)
+    initialize_adapter(network, config)
+    freeze_base(network)
+    generator = torch.Generator().manual_seed(2)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        noise = (
+            size * torch.randn(parameter.shape, generator=generator) * parameter.detach().float().std().clamp(0.3)
+        )
+        parameter.data += noise.to(parameter.dtype)
+    assert trained
+    save_adapter(network, directory, config, str(base))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "variant, tied", [*((name, False) for name in VARIANTS), *((name, True) for name in VOCABULARY)]
+)
+def test_variants(biased: dict[bool, Path], tmp_path: Path, variant: str, tied: bool) -> None:
+    """transformers' own model on the saved weights against base + adapter: bf16 rounding of the weights apart."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qlora.adapter import load_adapter
+
+    base = biased[tied]
+    adapter = make_variant(base, tmp_path / "adapter", **VARIANTS[variant])
+    network = load_base_model(str(base), compute_dtype="float32", cache=False)
+    plain = logits(network)
+    load_adapter(network, adapter)
+    expected = logits(network)
+    merge(base, adapter, tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative_error(logits(model), expected) < 5 * BF16_ROUNDING
+    assert relative_error(plain, expected[..., : plain.shape[-1]]) > 15 * BF16_ROUNDING
+    assert logits(model).shape == expected.shape
+    assert model.config.tie_word_embeddings == (model.lm_head.weight is model.model.embed_tokens.weight)
+    names = AutoTokenizer.from_pretrained(tmp_path / "merged").get_vocab()
+    assert ("<token7>" in names) == (variant == "new tokens")
+
+
+@pytest.mark.parametrize("save_4bit", [False, True])
+def test_a_head_trained_apart(biased: dict[bool, Path], tmp_path: Path, save_4bit: bool) -> None:
+    """PEFT trains the head of a tied model by itself: merged, the two are tied no longer."""
+    from qlora.adapter import load_adapter
+
+    adapter = make_variant(biased[True], tmp_path / "adapter", modules_to_save="lm_head")
+    damage_adapter(adapter, lambda state: state.pop("base_model.model.model.embed_tokens.weight"))
+    described = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**described, "modules_to_save": ["lm_head"]}))
+    network = load_base_model(str(biased[True]), compute_dtype="float32", cache=False)
+    embedding = network.model.embed_tokens.weight.detach().bfloat16()
+    load_adapter(network, adapter)
+    merge(biased[True], adapter, tmp_path / "merged", save_4bit=save_4bit)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    tensors = merged_tensors(tmp_path / "merged")
+    assert torch.equal(tensors["model.embed_tokens.weight"], embedding)
+    head = network.lm_head.weight.detach().bfloat16()
+    assert torch.equal(tensors["lm_head.weight"], head) and not torch.equal(head, embedding)
+    if not save_4bit:
+        assert relative_error(logits(load_merged(tmp_path / "merged")), logits(network)) < 5 * BF16_ROUNDING
+
+
+@pytest.mark.parametrize("variant", ["DoRA", "PiSSA", "biases", "head", "new tokens"])
+def test_variants_in_4bit(biased: dict[bool, Path], tmp_path: Path, variant: str) -> None:
+    """Updates as large as the weights: the merged weights but for 4-bit rounding (0.09 on Gaussian weights, twice
+    that with feedback); what is not in 4 bits is that of the 16-bit merge."""
+    base_path = biased[variant == "head"]
+    adapter = make_variant(base_path, tmp_path / "adapter", 0.8, **VARIANTS[variant])
+    merge(base_path, adapter, tmp_path / "merged")
+    merge(base_path, adapter, tmp_path / "packed", save_4bit=True)
+    expected = merged_tensors(tmp_path / "merged")
+    packed = load_base_model(str(tmp_path / "packed"), compute_dtype="float32", cache=False)
+    base = dict(load_base_model(str(base_path), compute_dtype="float32", cache=False).named_parameters())
+    changed = 0
+    for name, parameter in packed.named_parameters():
+        if not isinstance(parameter, Params4bit):
+            assert torch.equal(parameter.bfloat16(), expected[name]), name
+            continue
+        weight = reference.dequantize(parameter)
+        error = relative_error(weight, expected[name].float())
+        if torch.equal(reference.dequantize(base[name]), weight):
+            assert error < BF16_ROUNDING
+        else:
+            before = relative_error(reference.dequantize(base[name]), expected[name].float())
+            assert error < 0.3 and error < 0.6 * before
+            changed += 1
+    assert changed >= 4
+
+
+def test_several_adapters(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """W + sum w_i s_i B_i A_i, parameters trained in full included; the drift's reference computes the same."""
+    other = make_variant(llama, tmp_path / "other", target_modules="v_proj,down_proj", modules_to_save="norm")
+    weights = [0.5, -2.0]
+    drift = merge(llama, adapter, tmp_path / "merged", check_drift=True, weights=weights, others=[other])
+    base = plain_merge(llama, adapter, QuantConfig())
+    with_first, with_other = base, plain_merge(llama, other, QuantConfig())
+    alone = {**with_first}
+    state = load_file(adapter / WEIGHTS)
+    for key in [key for key in state if key.endswith("lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") + ".weight"
+        alone[name] = base[name] - 1.5 * (state[key.replace("lora_A", "lora_B")].float() @ state[key].float())
+    expected = {name: W + 0.5 * (with_first[name] - W) - 2.0 * (with_other[name] - W) for name, W in alone.items()}
+    assert_rounded(merged_tensors(tmp_path / "merged"), expected)
+    assert drift is not None and drift.mean_kl < 1e-3
+
+
+# ---- back into 4 bits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", [QuantConfig(), QuantConfig("fp4", double_quant=False)], ids=str)
+def test_4bit_checkpoint(llama: Path, tmp_path: Path, quant: QuantConfig) -> None:
+    """transformers loads it as the bitsandbytes checkpoint it is, and so do we: the same weights. Layers without
+    an adapter keep the bits of the base; the others do not fall back to them."""
+    from transformers import AutoModelForCausalLM
+
+    adapter = make_adapter(llama, tmp_path / "adapter", quant, target_modules="q_proj,v_proj")
+    merge(llama, adapter, tmp_path / "merged", save_4bit=True, max_shard_size=60_000)
+    ours = load_base_model(str(tmp_path / "merged"), compute_dtype="float32", cache=False)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    base = load_base_model(str(llama), True, quant, "float32", cache=False)
+    assert ours.quantization == quant
+    assert theirs.config.quantization_config.bnb_4bit_quant_type == quant.quant_type
+    assert theirs.config.quantization_config.llm_int8_skip_modules == ["lm_head"]
+    packed = [name for name, p in ours.named_parameters() if isinstance(p, Params4bit)]
+    assert len(packed) == 14 and len(list((tmp_path / "merged").glob("*.safetensors"))) >= 3
+    merged = plain_merge(llama, adapter, quant)
+    for name in packed:
+        own, other, old = (model.get_parameter(name) for model in (ours, theirs, base))
+        weight = reference.dequantize(own)
+        assert torch.equal(weight, reference.dequantize(other)) and type(other) is Params4bit
+        if "q_proj" in name or "v_proj" in name:
+            assert (
+                relative_error(weight, merged[name])
+                < 0.3
+                < relative_error(reference.dequantize(old), merged[name])
+            )
+        else:
+            assert torch.equal(own.data, old.data) and torch.equal(weight, reference.dequantize(old))
+    for name, parameter in theirs.named_parameters():
+        if name not in packed:
+            assert_rounded({name: parameter.detach().bfloat16()}, {name: merged[name]})
+
+
+def test_odd_sizes_stay_aligned(tmp_path: Path) -> None:
+    """33 scales of one byte each: what comes behind them must still start at a multiple of its item size."""
+    base = save_tiny_llama(tmp_path / "base", tokenizer=tiny_tokenizer(), intermediate_size=33)
+    merge(base, make_adapter(base, tmp_path / "adapter"), tmp_path / "merged", save_4bit=True)
+    content = (tmp_path / "merged" / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    wide = [entry["data_offsets"][0] for entry in header.values() if entry.get("dtype") == "F32"]
+    assert size % 8 == 0 and wide and all(start % 4 == 0 for start in wide)
+    assert len(merged_tensors(tmp_path / "merged")["model.layers.0.mlp.up_proj.weight.absmax"]) == 33
+    load_base_model(str(tmp_path / "merged"), compute_dtype="float32", cache=False)
+
+
+def test_calibration_file(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """The codes are for its texts: .txt or any training data, and another choice than the built-in texts'."""
+    (tmp_path / "a.txt").write_text("Two plus two is four. " * 40)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "2 + 2?", "completion": "It is four."}\n' * 20)
+    found = []
+    for calibration in (None, "a.txt", "b.jsonl"):
+        path = calibration and str(tmp_path / calibration)
+        merge(llama, adapter, tmp_path / f"out-{calibration}", save_4bit=True, calibration=path)
+        found.append(merged_tensors(tmp_path / f"out-{calibration}")["model.layers.1.mlp.up_proj.weight"])
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+    assert "calibrated on `a.txt`" in (tmp_path / "out-a.txt" / "README.md").read_text()
+    (tmp_path / "empty.txt").write_text("")
+    for name, message in (
+        ("empty.txt", "holds no text"),
+        ("none.txt", "cannot be read"),
+        ("x.bin", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=message):
+            merge(llama, adapter, tmp_path / "merged", save_4bit=True, calibration=str(tmp_path / name))
+    assert not (tmp_path / "merged").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_what_cannot_go_into_4bit(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    plain = make_adapter(llama, tmp_path / "plain", None)
+    with pytest.raises(InputError, match="16-bit base, so there is no 4-bit base"):
+        merge(llama, plain, tmp_path / "merged", save_4bit=True)
+    with pytest.raises(InputError, match="leave out --save-4bit"):
+        merge(llama, adapter, tmp_path / "merged", save_4bit=True, base="original")
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(**tiny_llama_config().to_dict() | dict(num_local_experts=2, num_experts_per_tok=1))
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
+    tiny_tokenizer().save_pretrained(tmp_path / "experts")
+    with pytest.raises(InputError, match="no mixture of experts in 4 bits"):
+        merge(tmp_path / "experts", adapter, tmp_path / "merged", save_4bit=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "experts"}
+
+
+def test_adapters_that_do_not_go_together(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """Each refusal names the adapter; nothing is written."""
+    plain = make_adapter(llama, tmp_path / "plain", None)
+    dora = make_variant(llama, tmp_path / "dora", use_dora=True)
+    pissa = make_variant(llama, tmp_path / "pissa", init="pissa")
+    for others, options, message in [
+        ([plain], {}, "plain on one in 16 bits; merge them one at a time"),
+        ([pissa], {}, "pissa holds an adapter for a base that was changed"),
+        ([dora], dict(check_drift=True), "dora holds a DoRA adapter"),
+        ([dora], dict(save_4bit=True), "dora holds a DoRA adapter"),
+        ([dora], dict(weights=[1.0]), "one number for each adapter"),
+        ([dora], dict(weights=[1.0, math.nan]), "one number for each adapter"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            merge(llama, adapter, tmp_path / "merged", others=others, **options)
+    assert {path.name for path in tmp_path.iterdir()} == {"plain", "dora", "pissa"}
+    merge(llama, adapter, tmp_path / "merged", others=[dora])  # without a look at the drift, any sum will do
 
 
 # ---- the directory ----------------------------------------------------------------------------------------
@@ -378,7 +643,8 @@ def test_no_drift_where_bf16_is_exact(tmp_path: Path) -> None:
     adapted.save(tmp_path / "adapter")
     drift = merge(base, tmp_path / "adapter", tmp_path / "merged", check_drift=True)
     assert drift is not None and drift.num_tokens > 100
-    assert drift.mean_kl < 1e-9 and drift.max_logit_difference < 1e-4 and drift.greedy_agreement == 1.0
+    assert drift.mean_kl < 1e-9 and drift.adapter_perplexity == pytest.approx(drift.merged_perplexity, rel=1e-5)
+    assert drift.max_logit_difference < 1e-4 and drift.greedy_agreement == 1.0
 
 
 def test_drift_of_the_two_bases(llama: Path, adapter: Path, tmp_path: Path) -> None:
@@ -389,6 +655,51 @@ def test_drift_of_the_two_bases(llama: Path, adapter: Path, tmp_path: Path) -> N
     assert 0 < dequantized.mean_kl < 1e-3
     assert original.mean_kl > 20 * dequantized.mean_kl
     assert original.max_logit_difference > dequantized.max_logit_difference > 0
+
+
+def test_perplexity_against_the_plain_formula() -> None:
+    """exp of -mean log p(next token), over texts of several lengths."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [3 * torch.randn(n, 11, generator=generator) for n in (5, 3)]
+    texts = [[1, 4, 10, 0, 2], [7, 7, 3]]
+    losses = []
+    for scores, ids in zip(logits, texts, strict=True):
+        for row, token in zip(scores.tolist(), ids[1:], strict=False):
+            losses.append(-math.log(math.exp(row[token]) / sum(map(math.exp, row))))
+    assert len(losses) == 6
+    assert perplexity(logits, texts) == pytest.approx(math.exp(sum(losses) / 6), rel=1e-9)
+
+
+@pytest.mark.parametrize("save_4bit", [False, True])
+def test_drift_is_stored_and_comes_again(llama: Path, adapter: Path, tmp_path: Path, save_4bit: bool) -> None:
+    """drift.json holds what was returned, and loading the directory again gives the same figures."""
+    (tmp_path / "text.txt").write_text("The weather is nice today, and tomorrow it will rain. " * 5)
+    for source in (None, str(tmp_path / "text.txt")):
+        output = tmp_path / f"merged-{source is None}"
+        drift = merge(llama, adapter, output, check_drift=True, drift_text=source, save_4bit=save_4bit)
+        assert drift is not None and drift.adapter_perplexity != drift.merged_perplexity
+        assert json.loads((output / "drift.json").read_text()) == asdict(drift)
+        mixture = qlora.merge.read_mixture([str(adapter)])
+        texts = load_drift_texts(load_tokenizer(str(output)), source, 512)
+        assert qlora.merge.measure_merged(str(llama), mixture, output, save_4bit, texts) == drift
+        assert sum(map(len, texts.prompts + texts.passages)) == drift.num_tokens
+        assert bool(texts.prompts) == (source is None)
+    assert merge(llama, adapter, tmp_path / "unmeasured") is None
+    assert not (tmp_path / "unmeasured" / "drift.json").exists()
+
+
+def test_max_drift(llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A check that fails with exit code 3 and one sentence, and nothing left; one that holds changes nothing."""
+    argv = ["--model", str(llama), "--adapter", str(adapter), "--output-dir", str(tmp_path / "merged")]
+    assert command(*argv, "--base", "original", "--max-drift", "1e-6") == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "more than --max-drift 1e-06 allows" in error and "was not written" in error
+    assert list(tmp_path.iterdir()) == []
+    for wrong in ("nan", "-1", "inf"):
+        assert command(*argv, "--max-drift", wrong) == 2
+    assert command(*argv, "--max-drift", "1", "--no-drift") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert command(*argv, "--max-drift", "0.01") == 0
 
 
 # ---- what is refused --------------------------------------------------------------------------------------
@@ -453,11 +764,9 @@ def test_original_of_a_16bit_base(llama: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_failing_disk_leaves_nothing(
-    llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever part is written when it happens."""
-    for part in ("_write_safetensors", "_write_metadata", "_model_card"):
+def test_failing_disk(llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever part is written when it happens: nothing of that name; whole files wait for the next try."""
+    for part, left in (("_write_safetensors", 0), ("_write_metadata", 1), ("_model_card", 1)):
 
         def fail(*args: Any) -> None:
             raise OSError(28, "No space left on device")
@@ -466,7 +775,133 @@ def test_failing_disk_leaves_nothing(
             patch.setattr(qlora.merge, part, fail)
             with pytest.raises(OSError, match="No space left"):
                 merge(llama, adapter, tmp_path / "merged")
-        assert list(tmp_path.iterdir()) == []
+        assert [path.name.rpartition(".")[2] for path in tmp_path.iterdir()] == ["partial"] * left
+    merge(llama, adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
+
+
+# ---- killed and resumed -----------------------------------------------------------------------------------
+
+KILL = """
+import os, signal, sys
+import qlora.merge
+from qlora.merge import merge_adapter
+model, adapter, output = sys.argv[1:]
+finish = qlora.merge._sha256
+def die(file):
+    if "-00003-" in file.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return finish(file)
+qlora.merge._sha256 = die
+merge_adapter(model, adapter, output, max_shard_size=60_000, check_drift=False)
+"""
+
+
+def file_bytes(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def left_behind(output: Path) -> Path:
+    """The staging directory of a merge that was stopped."""
+    assert not output.exists()
+    (staging,) = output.parent.glob(f".{output.name}.*.partial")
+    return staging
+
+
+def stop_merge(number: int, model: Path, adapter: Path, output: Path, **options: Any) -> Path:
+    """Merge until file `number` is written but not yet noted, then Ctrl-C; returns what it leaves."""
+    finish = qlora.merge._sha256
+
+    def stop(file: Path) -> str:
+        if f"-0000{number}-" in file.name:
+            raise KeyboardInterrupt
+        return finish(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(qlora.merge, "_sha256", stop)
+        with pytest.raises(KeyboardInterrupt):
+            merge(model, adapter, output, max_shard_size=60_000, **options)
+    return left_behind(output)
+
+
+def assert_resumes(llama: Path, adapter: Path, tmp_path: Path, **options: Any) -> None:
+    """The next try keeps the first two files as they are, and ends with the bytes of one that never stopped."""
+    merge(llama, adapter, tmp_path / "whole", max_shard_size=60_000, **options)
+    first = min(left_behind(tmp_path / "merged").glob("model-*.safetensors"))
+    written = first.stat().st_mtime_ns, first.stat().st_ino
+    heard: list[str] = []
+    merge(llama, adapter, tmp_path / "merged", say=heard.append, max_shard_size=60_000, **options)
+    num_files = len(list((tmp_path / "whole").glob("*.safetensors")))
+    assert (
+        heard == [f"going on with a merge that was stopped: 2 of {num_files} files are there"] and num_files >= 3
+    )
+    kept = (tmp_path / "merged" / first.name).stat()
+    assert (kept.st_mtime_ns, kept.st_ino) == written
+    assert file_bytes(tmp_path / "merged") == file_bytes(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "whole"}
+
+
+def test_killed_and_resumed(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """SIGKILL, in another process, while the third file is finished."""
+    argv = [str(llama), str(adapter), str(tmp_path / "merged")]
+    result = subprocess.run([sys.executable, "-c", KILL, *argv], cwd=REPOSITORY, capture_output=True)
+    assert result.returncode == -9, result.stderr.decode()
+    assert_resumes(llama, adapter, tmp_path)
+
+
+def test_4bit_merge_stopped_and_resumed(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """Only the layers that are left are calibrated, and they get the codes they would have got."""
+    stop_merge(3, llama, adapter, tmp_path / "merged", save_4bit=True)
+    assert_resumes(llama, adapter, tmp_path, save_4bit=True)
+
+
+def test_a_damaged_file_is_written_again(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """Every finished file is compared with its checksum before it is kept."""
+    merge(llama, adapter, tmp_path / "whole", max_shard_size=60_000)
+    staging = stop_merge(4, llama, adapter, tmp_path / "merged")
+    with open(sorted(staging.glob("model-*.safetensors"))[1], "r+b") as file:
+        position = file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([last ^ 1]))
+    heard: list[str] = []
+    merge(llama, adapter, tmp_path / "merged", max_shard_size=60_000, say=heard.append)
+    assert "2 of " in heard[0]
+    assert file_bytes(tmp_path / "merged") == file_bytes(tmp_path / "whole")
+
+
+def test_other_inputs_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """What a merge of other weights, settings or adapters has left is neither used nor touched."""
+    staging = stop_merge(2, llama, adapter, tmp_path / "merged")
+    left = file_bytes(staging)
+    other = Path(shutil.copytree(adapter, tmp_path / "other"))
+    damage_adapter(other, lambda state: state[f"{Q0}.lora_B.weight"].mul_(2))
+    heard: list[str] = []
+    for options in (
+        dict(max_shard_size=50_000),
+        dict(max_shard_size=60_000, base="original"),
+        dict(max_shard_size=60_000, weights=[0.5]),
+        dict(max_shard_size=60_000, adapter=other),
+    ):
+        merge(
+            **{"model": llama, "adapter": adapter, "output": tmp_path / "merged", "say": heard.append, **options}
+        )
+        shutil.rmtree(tmp_path / "merged")
+    assert heard == [] and file_bytes(staging) == left
+
+
+def test_two_merges_at_once(llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of the same inputs and output is refused, and the first goes on."""
+    finish = qlora.merge._write_metadata
+
+    def meanwhile(*args: Any) -> None:
+        with pytest.raises(InputError, match="Another merge is writing"):
+            merge(llama, adapter, tmp_path / "merged")
+        finish(*args)
+
+    monkeypatch.setattr(qlora.merge, "_write_metadata", meanwhile)
+    merge(llama, adapter, tmp_path / "merged")
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -487,6 +922,23 @@ def test_command(llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.Capt
     assert "drift" not in capsys.readouterr().out
     assert_rounded(merged_tensors(tmp_path / "a"), plain_merge(llama, adapter, QuantConfig()))
     assert_rounded(merged_tensors(tmp_path / "b"), plain_merge(llama, adapter, None))
+
+
+def test_command_in_4bit(llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several adapters by weight, back into 4 bits."""
+    argv = ["--adapter", str(adapter), str(adapter), "--weights", "0.75", "0.25", "--save-4bit"]
+    assert command(*argv, "--output-dir", str(tmp_path / "a")) == 0
+    printed = capsys.readouterr().out
+    assert "load it in 4 bits" in printed and "perplexity" in printed
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert (
+        "0.75 x a LoRA adapter" in card and "back in 4 bits" in card and "transformers loads it in 4 bits" in card
+    )
+    merged = load_base_model(str(tmp_path / "a"), compute_dtype="float32", cache=False)
+    for name, expected in plain_merge(llama, adapter, QuantConfig()).items():
+        weight = merged.get_parameter(name)
+        dense = reference.dequantize(weight) if isinstance(weight, Params4bit) else weight.float()
+        assert relative_error(dense, expected) < 0.3  # equal adapters, of weights that add up to one
 
 
 def test_command_with_wrong_inputs(

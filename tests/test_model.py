@@ -85,19 +85,35 @@ def plainly_quantized(weight: Tensor, quant: QuantConfig) -> Tensor:
 
 
 def reference_model(directory: Path, quant: QuantConfig | None) -> Any:
-    """transformers' own model: block linears quantized by the plain reference (None: rounded to bf16),
-    embeddings and head rounded to bf16, all computed in fp32."""
+    """transformers' own model: matrices of the blocks quantized by the plain reference (None: rounded to bf16),
+    embeddings and head rounded to bf16, all computed in fp32.
+
+    A Conv1D is quantized as the linear layer it stands for; the experts of a layer are stacked, (E, out, in), gate
+    over up, and each matrix is quantized by itself.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    def stored(weight: Tensor) -> Tensor:
+        return weight.to(torch.bfloat16).float() if quant is None else plainly_quantized(weight, quant)
+
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **eager)
     head, changed = model.get_output_embeddings(), 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module is not head and quant is not None:
-            module.weight.data = plainly_quantized(module.weight.data, quant)
-            changed += 1
-        elif isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
-            module.weight.data = module.weight.data.to(torch.bfloat16).float()
+    with torch.no_grad():
+        for module in model.modules():
+            if module is head or isinstance(module, nn.Embedding):
+                module.weight.data = module.weight.to(torch.bfloat16).float()
+            elif isinstance(module, nn.Linear):
+                module.weight.data = stored(module.weight)
+            elif isinstance(module, Conv1D):
+                module.weight.data = stored(module.weight.T.contiguous()).T.contiguous()
+            elif isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
+                for stacked in (*module.gate_up_proj.chunk(2, dim=1), module.down_proj):
+                    for matrix in stacked:
+                        matrix.copy_(stored(matrix.contiguous()))
+            else:
+                continue
             changed += 1
     assert changed > 2
     return model
@@ -106,14 +122,10 @@ def reference_model(directory: Path, quant: QuantConfig | None) -> Any:
 def packed_bytes(model: Any) -> dict[str, Tensor]:
     """A copy of every byte that the 4-bit layers are made of."""
     tensors: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            state = module.weight.quant_state
-            parts = [
-                module.weight.data,
-                state.absmax,
-                *([state.state2.absmax, state.offset] if state.nested else []),
-            ]
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "quant_state"):
+            state = parameter.quant_state
+            parts = [parameter.data, state.absmax, *([state.state2.absmax, state.offset] if state.nested else [])]
             tensors.update({f"{name}.{i}": part.clone() for i, part in enumerate(parts)})
     assert tensors
     return tensors
@@ -304,15 +316,32 @@ def test_gpt2_without_4bit(tmp_path: Path) -> None:
     assert torch.equal(logits(load(path, use_4bit=False)), original)
 
 
+def test_gpt2_in_4bit(tmp_path: Path, fresh_cache: Path) -> None:
+    """Each Conv1D as the linear layer that it stands for; fresh, from the cache, and the codes that transformers
+    makes of it, here and there."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    path = small_gpt2(tmp_path / "gpt2")
+    expected = logits(reference_model(path, QuantConfig()))
+    first = load(path)
+    (cached,) = fresh_cache.iterdir()
+    for model in (first, load(path)):
+        assert isinstance(model.transformer.h[0].attn.c_proj, Linear4bit)
+        assert relative_error(logits(model), expected) < FP32_TOLERANCE
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = AutoModelForCausalLM.from_pretrained(path, quantization_config=options, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "prequantized")
+    assert_same_tensors(packed_bytes(load(tmp_path / "prequantized")), packed_bytes(first))
+    theirs = AutoModelForCausalLM.from_pretrained(cached, dtype=torch.float32)
+    for name, module in first.named_modules():
+        if isinstance(module, Linear4bit):
+            assert torch.equal(theirs.get_submodule(name).weight.data, module.weight.data)
+
+
 def test_gpt2_stays_in_bf16(tmp_path: Path) -> None:
     """`use_4bit=False` promises two bytes a weight, for Conv1D as for Linear."""
     model = load(small_gpt2(tmp_path / "gpt2"), use_4bit=False)
     assert model.transformer.h[0].attn.c_attn.weight.dtype is torch.bfloat16
-
-
-def test_gpt2_in_4bit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gpt2 model has no plain linear layers to quantize; pass --no-4bit"):
-        load(small_gpt2(tmp_path / "gpt2"))
 
 
 def test_gpt2_with_more_layers_than_its_config(tmp_path: Path) -> None:
@@ -763,7 +792,7 @@ def to_llama_cpp(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, rows // heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def write_gguf(file: Path, directory: Path, architecture: str = "llama") -> Path:
+def write_gguf(file: Path, directory: Path, architecture: str = "llama", scaling: str | None = None) -> Path:
     """A .gguf of a saved tiny LLaMA with the tiny tokenizer, in fp32, written as llama.cpp's converter does."""
     from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 
@@ -780,6 +809,8 @@ def write_gguf(file: Path, directory: Path, architecture: str = "llama") -> Path
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
+    if scaling is not None:
+        writer.add_string(f"{architecture}.rope.scaling.type", scaling)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
@@ -818,6 +849,17 @@ def test_gguf_equals_its_source(tmp_path: Path, tied: bool) -> None:
         assert_same_tensors(packed_bytes(model), packed_bytes(load(source)))
         assert relative_error(logits(model), expected) < FP32_TOLERANCE
     assert load_tokenizer(str(file)).decode(load_tokenizer(str(file)).encode("hello there")) == "hello there"
+
+
+@pytest.mark.parametrize("scaling", ["linear", "yarn", "none"])
+def test_gguf_with_a_scaled_rotary_embedding(tmp_path: Path, scaling: str) -> None:
+    """transformers leaves the scaling out: such a file loaded, and computed other numbers without a word."""
+    file = write_gguf(tmp_path / "model.gguf", save_tiny_llama(tmp_path / "source"), scaling=scaling)
+    if scaling == "none":
+        assert load_base_model(str(file), compute_dtype="float32", cache=False) is not None
+    else:
+        with pytest.raises(InputError, match="scales its rotary embedding"):
+            load_base_model(str(file), compute_dtype="float32", cache=False)
 
 
 def test_gguf_with_extra_and_missing_tensors(tmp_path: Path) -> None:

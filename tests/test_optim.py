@@ -20,6 +20,7 @@ from qlora.optim import (
     build_schedule,
     choose_optimizer,
 )
+from tests.models import save_tiny_llama
 from tests.reference import relative_error
 
 OPTIMIZERS = ("adamw", "paged_adamw_32bit", "paged_adamw_8bit")
@@ -204,6 +205,78 @@ def test_names() -> None:
     assert choose_optimizer("auto", torch.device("cpu")) == "adamw"
     assert choose_optimizer("auto", torch.device("cuda")) == "paged_adamw_32bit"
     assert choose_optimizer("paged_adamw_8bit", torch.device("cpu")) == "paged_adamw_8bit"
+
+
+# ---- LoRA+ ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lora_plus_is_two_adamws(weight_decay: float) -> None:
+    """B at 16 times the rate of the others: two of torch's AdamW, each over its own parameters."""
+    ours, theirs = make_parameters(torch.float32), make_parameters(torch.float32)
+    optimizer = build_optimizer(ours, "adamw", weight_decay, 16.0, [ours[1], ours[2]])
+    options = {"betas": BETAS, "eps": EPS, "weight_decay": weight_decay, "fused": False}
+    slow = torch.optim.AdamW(theirs[:1], lr=1e-3, **options)
+    fast = torch.optim.AdamW(theirs[1:], lr=16e-3, **options)
+    run_steps(optimizer, range(10), 1e-3)
+    for step in range(10):
+        for parameter, gradient in zip(theirs, gradients(step, theirs), strict=True):
+            parameter.grad = gradient
+        slow.step()
+        fast.step()
+    for mine, other, start in zip(ours, theirs, make_parameters(torch.float32), strict=True):
+        assert relative_error(mine.detach() - start, other.detach() - start) < 1e-5
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_lora_plus_with_each_kind(name: str) -> None:
+    """The first step is the rate times the gradient's sign; restored, it goes on bit for bit."""
+    parameters = make_parameters(torch.float32)
+    start = [p.detach().clone() for p in parameters]
+    optimizer = build_optimizer(parameters, name, lora_plus_ratio=4.0, lora_B=parameters[1:2])
+    run_steps(optimizer, range(1), 1e-3)
+    for index, (parameter, before) in enumerate(zip(parameters, start, strict=True)):
+        expected = -(4e-3 if index == 1 else 1e-3) * gradients(0, parameters)[index].sign()
+        assert relative_error(parameter.detach() - before, expected) < 1e-3  # rounded to 2^-23 of the parameter
+    after = make_parameters(torch.float32)
+    resumed = build_optimizer(after, name, lora_plus_ratio=4.0, lora_B=after[1:2])
+    resumed.load_state_tensors({key: tensor.clone() for key, tensor in optimizer.state_tensors().items()})
+    run_steps(optimizer, range(1, 4), 1e-3)
+    run_steps(resumed, range(1, 4), 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(after, parameters, strict=True))
+
+
+def test_lora_plus_groups_are_pefts(tmp_path: Path) -> None:
+    """The parameters at B's rate are those that PEFT puts there; B is told by what it is, not by its name."""
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+    from transformers import AutoModelForCausalLM
+
+    from qlora.adalora import build_adapter_optimizer
+    from qlora.config import LoRAConfig
+    from qlora.lora import freeze_base, inject_lora, lora_layers
+    from qlora.model import load_base_model
+
+    model = str(save_tiny_llama(tmp_path))
+    network = load_base_model(model, use_4bit=False, compute_dtype="float32", cache=False)
+    config = LoRAConfig(lora_plus_ratio=16.0, use_dora=True, modules_to_save="embed_tokens")
+    inject_lora(network, config)
+    freeze_base(network)
+    ours = build_adapter_optimizer(network, config, "adamw", 0.0, 10)
+    masters = {id(master): parameter for parameter, master in zip(ours.parameters, ours.masters, strict=True)}
+    fast = [
+        masters[id(master)]
+        for group in ours.inner.param_groups
+        if group["ratio"] == 16.0
+        for master in group["params"]
+    ]
+    assert {id(p) for p in fast} == {id(layer.lora_B) for layer in lora_layers(network).values()}
+    assert sum(len(group["params"]) for group in ours.inner.param_groups) == len(ours.parameters) == 4 * 3 + 1
+    options = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(model), options)
+    optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
+    shapes = [tuple(p.shape) for group in optimizer.param_groups if group["lr"] == 16e-3 for p in group["params"]]
+    assert sorted(shapes) == sorted(tuple(p.shape) for p in fast)
 
 
 # ---- schedules --------------------------------------------------------------------------------------------

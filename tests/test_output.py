@@ -256,7 +256,7 @@ def test_what_is_written_is_the_state_at_the_time_of_saving(
     output.close()
 
     for directory in (tmp_path, checkpoint_path(tmp_path, 1)):
-        stored = read_adapter(directory)[1]
+        stored = read_adapter(directory).state
         assert all(torch.equal(expected[k], v) for k, v in stored.items()) and stored.keys() == expected.keys()
     other = adapted(tiny, seed=5)
     resumed = begin(tmp_path, other, "auto")

@@ -17,11 +17,13 @@ from torch.nn import functional as F
 from qlora import quantize
 from qlora.errors import InputError
 from qlora.quantize import (
+    FrozenMatrix,
     Linear4bit,
     Linear16bit,
     QuantConfig,
     decode_copy,
     dequantize_weight,
+    frozen_conv1d,
     frozen_linear,
     logical_numel,
     logical_shape,
@@ -161,6 +163,55 @@ def test_frozen_layer_values_and_gradient(columns: int, kind: str, dtype: torch.
         assert relative_error(y, expected) < tolerance
         assert relative_error(x.grad, exact.grad) < tolerance
         assert layer.weight.grad is None and all(not p.requires_grad for p in layer.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["4bit", "16bit"])
+def test_bias_of_a_frozen_layer_may_train(kind: str, dtype: torch.dtype) -> None:
+    """bias="all" trains the biases of layers that no adapter wraps, too; a sum over tokens, in fp32."""
+    layer = make_layer(kind, 33, 64)
+    layer.bias = nn.Parameter(gaussian(33, seed=2))
+    dy = gaussian(3, 50, 33, seed=4, dtype=dtype)
+    layer(gaussian(3, 50, 64, seed=3, dtype=dtype)).backward(dy)
+    assert layer.bias.grad is not None and layer.weight.grad is None
+    assert relative_error(layer.bias.grad, dy.double().sum((0, 1))) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "matrix"])
+def test_unfrozen_weight_gets_its_gradient(kind: str) -> None:
+    """`unfreeze` lets a 16-bit base train in full: no layer may drop the gradient of its weight."""
+    dense = gaussian(33, 80, seed=1)
+    if kind == "linear":
+        layer: nn.Module = Linear16bit(dense.clone(), None)
+    elif kind == "conv1d":
+        layer = frozen_conv1d()(33, 80)
+        layer.weight.data = dense.T.clone()
+    else:
+        layer = FrozenMatrix(33, 80)
+        layer.weight.data = dense.clone()
+    layer.weight.requires_grad_()
+    x, dy = gaussian(5, 80, seed=3), gaussian(5, 33, seed=4)
+    y = layer(x)
+    y.backward(dy)
+    expected = dy.T @ x
+    assert relative_error(y, x @ dense.T) < FP32_TOLERANCE
+    assert layer.weight.grad is not None
+    assert relative_error(layer.weight.grad, expected.T if kind == "conv1d" else expected) < FP32_TOLERANCE
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_frozen_matrix(packed: bool) -> None:
+    """An expert's matrix: (out, in), in 4 or 16 bits, its input's gradient and nothing else."""
+    layer = FrozenMatrix(33, 80)
+    dense = gaussian(33, 80, seed=1)
+    layer.weight = quantize_weight(dense, QuantConfig()) if packed else nn.Parameter(dense, requires_grad=False)
+    x, dy = gaussian(5, 80, seed=3).requires_grad_(), gaussian(5, 33, seed=4)
+    y = layer(x)
+    y.backward(dy)
+    expected = reference.dequantize(layer.weight) if packed else dense
+    assert relative_error(y, x.detach() @ expected.T) < FP32_TOLERANCE
+    assert x.grad is not None and relative_error(x.grad, dy @ expected) < FP32_TOLERANCE
+    assert not isinstance(layer, nn.Linear), "LoRA would target it"
 
 
 @pytest.mark.parametrize("kind", ["4bit", "16bit"])

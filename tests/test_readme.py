@@ -23,7 +23,7 @@ def test_the_table_of_flags_is_complete_and_its_defaults_are_the_code_s() -> Non
         for field in dataclasses.fields(config):
             if field.default is dataclasses.MISSING:
                 continue
-            shown = {None: "—", True: "`on`", False: "`off`"}.get(field.default, f"`{field.default}`")
+            shown = {None: "—", "": "—", True: "`on`", False: "`off`"}.get(field.default, f"`{field.default}`")
             if isinstance(field.default, (int, float)) and not isinstance(field.default, bool):
                 shown = f"`{field.default}`"  # 0 and 1 are no booleans here
             expected[field.name.replace("_", "-")] = shown

@@ -24,10 +24,11 @@ from packaging.utils import canonicalize_name
 from safetensors.torch import load_file
 
 import qlora.model
-from qlora.adapter import CONFIG, WEIGHTS, get_lora_model, load_adapter, read_adapter
+from qlora.adapter import CONFIG, WEIGHTS, load_adapter, read_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.files import is_file_name
+from qlora.lora_model import get_lora_model
 from qlora.merge import base_model_of, merge_adapter
 from qlora.model import empty_model, load_base_model, load_config, load_tokenizer
 from qlora.redact import redact
@@ -673,7 +674,10 @@ def test_no_secret_in_adapter_and_card(llama: Path, tmp_path: Path) -> None:
     base = shutil.copytree(llama, tmp_path / secret)
     model = get_lora_model(load_base_model(str(base), cache=False), base_model=f"https://me:{secret}@host/model")
     model.save(tmp_path / "adapter")
-    assert read_adapter(tmp_path / "adapter")[2]["base_model_name_or_path"] == "https://[redacted]@host/model"
+    assert (
+        read_adapter(tmp_path / "adapter").description["base_model_name_or_path"]
+        == "https://[redacted]@host/model"
+    )
     merge_adapter(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
     assert "`[redacted]`" in (tmp_path / "merged" / "README.md").read_text()
     for file in [*(tmp_path / "adapter").iterdir(), *(tmp_path / "merged").iterdir()]:
