@@ -54,8 +54,8 @@ def train(config: RunConfig, name: str, data: str) -> None:
     from qlora.device import best_device
     from qlora.hub import check_destination, push_to_hub
     from qlora.initialize import initialize_adapter
+    from qlora.injection import freeze_base, inject_lora, parameter_summary
     from qlora.interrupt import StopRequest
-    from qlora.lora import freeze_base, inject_lora, parameter_summary
     from qlora.model import load_base_model, load_tokenizer
     from qlora.optim import build_schedule, choose_optimizer
     from qlora.output import RunOutput, base_fingerprint, data_fingerprint

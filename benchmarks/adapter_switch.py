@@ -24,7 +24,7 @@ import torch
 
 from qlora.adapter import load_adapter
 from qlora.config import LoRAConfig
-from qlora.lora import wrapped_layers
+from qlora.injection import wrapped_layers
 from qlora.lora_model import LoRAModel
 from qlora.model import load_base_model
 

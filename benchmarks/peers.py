@@ -55,7 +55,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from qlora.adapter import save_adapter
     from qlora.config import LoRAConfig
     from qlora.dataset import load_examples
-    from qlora.lora import inject_lora
+    from qlora.injection import inject_lora
     from qlora.model import load_base_model, load_tokenizer
     from qlora.packing import WindowOrder
 
@@ -91,7 +91,7 @@ def train_ours(job: dict[str, Any], dtype: str) -> dict[str, Any]:
 
     from qlora.adapter import load_adapter
     from qlora.device import best_device
-    from qlora.lora import lora_parameters
+    from qlora.injection import lora_parameters
     from qlora.model import load_base_model
     from qlora.optim import build_optimizer, build_schedule, choose_optimizer
     from qlora.packing import make_batches

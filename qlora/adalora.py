@@ -38,7 +38,8 @@ from torch import Tensor, nn
 
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import LoRAWeights, active_adapter, lora_layers, lora_parameters
+from qlora.injection import active_adapter, lora_layers, lora_parameters
+from qlora.lora import LoRAWeights
 from qlora.optim import MakeOptimizer, MasterOptimizer, adamw_kind, build_optimizer
 
 ORTHOGONALITY, SMOOTHING = 0.5, 0.85

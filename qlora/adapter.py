@@ -32,7 +32,7 @@ from qlora.errors import InputError, is_out_of_memory
 from qlora.files import explain, new_file, read_json
 from qlora.foreign import recognise
 from qlora.initialize import BaseShift, base_shift, check_base, pissa_shift, same_shift, shift_base
-from qlora.lora import (
+from qlora.injection import (
     Adapter,
     activate,
     active_adapter,
@@ -44,10 +44,10 @@ from qlora.lora import (
     load_lora_state_dict,
     lora_layers,
     lora_state_dict,
-    with_magnitude,
     wrap_layers,
     wrapped_layers,
 )
+from qlora.lora import with_magnitude
 from qlora.quantize import logical_shape
 from qlora.redact import redact
 from qlora.trained import (

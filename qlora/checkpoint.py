@@ -28,7 +28,7 @@ from qlora.adapter import AdapterSnapshot, read_adapter, write_adapter
 from qlora.errors import InputError
 from qlora.files import is_file_name, new_directory
 from qlora.initialize import shift_base
-from qlora.lora import load_lora_state_dict
+from qlora.injection import load_lora_state_dict
 from qlora.optim import MasterOptimizer
 
 FORMAT = 2

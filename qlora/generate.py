@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qlora.device import GIB
-from qlora.lora import lora_layers
+from qlora.injection import lora_layers
 from qlora.quantize import Linear4bit, Linear16bit, decode_copy, logical_numel
 from qlora.tokenize import encode_prompt, end_of_turn_id
 

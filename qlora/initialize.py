@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import LoRALinear, lora_layers, wrapped_layers
+from qlora.injection import lora_layers, wrapped_layers
+from qlora.lora import LoRALinear
 from qlora.model import is_stored_in_4bit, read_weights, shifted_weight
 from qlora.quantize import (
     Params4bit,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from qlora.adapter import WEIGHTS, SavedAdapter, check_adapter, read_adapter, with_base_shift
 from qlora.errors import InputError
 from qlora.files import new_file
-from qlora.lora import linear_layers
+from qlora.injection import linear_layers
 from qlora.merge import adapter_quantization
 from qlora.model import dequantized_weights, empty_model
 from qlora.quantize import QuantConfig

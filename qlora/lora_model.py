@@ -19,7 +19,7 @@ from qlora.adapter import build_adapter, load_adapter, read_adapter, save_adapte
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.initialize import base_shift, initialize_adapter
-from qlora.lora import (
+from qlora.injection import (
     Adapter,
     ParameterSummary,
     activate,

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from qlora.device import GIB
-from qlora.lora import lora_layers
+from qlora.injection import lora_layers
 from qlora.trained import replaced_parameters
 
 CHECKPOINTING_SHARE = 0.5  # of the free memory that activations may take before layers are recomputed

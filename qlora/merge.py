@@ -45,7 +45,8 @@ from qlora.config import LoRAConfig
 from qlora.drift import Drift, DriftTexts, load_drift_texts, load_texts, measure_drift
 from qlora.errors import CheckFailed, InputError
 from qlora.files import explain, new_directory, new_file, read_json
-from qlora.lora import Adapter, LoRAWeights, activate, linear_layers, wrap_layers
+from qlora.injection import Adapter, activate, linear_layers, wrap_layers
+from qlora.lora import LoRAWeights
 from qlora.mixing import mix
 from qlora.model import (
     dequantized_weights,

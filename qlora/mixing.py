@@ -43,7 +43,7 @@ from qlora.adapter import (
 )
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import Adapter, list_problems
+from qlora.injection import Adapter, list_problems
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R), the update being B A
 Method = Literal["cat", "svd", "linear"]

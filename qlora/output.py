@@ -46,7 +46,7 @@ from qlora.checkpoint import (
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
 from qlora.files import new_file
-from qlora.lora import lora_layers
+from qlora.injection import lora_layers
 from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from qlora.checkpoint import Progress
 from qlora.device import available_memory, peak_memory_gib
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
-from qlora.lora import active_adapter, lora_layers, lora_parameters
+from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import causal_lm_loss
 from qlora.memory import plan_memory, wants_checkpointing
 from qlora.optim import MasterOptimizer

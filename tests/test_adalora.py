@@ -26,7 +26,8 @@ from qlora.adalora import (
 from qlora.adapter import load_adapter, read_adapter, save_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import ScaledRows, freeze_base, inject_lora, lora_layers
+from qlora.injection import freeze_base, inject_lora, lora_layers
+from qlora.lora import ScaledRows
 from qlora.merge import merge_adapter
 from qlora.model import load_base_model
 from qlora.optim import BETAS, EPS

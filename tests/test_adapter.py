@@ -25,7 +25,7 @@ from qlora.adapter import (
 )
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import lora_layers, lora_parameters, lora_state_dict, unfreeze
+from qlora.injection import lora_layers, lora_parameters, lora_state_dict, unfreeze
 from qlora.lora_model import LoRAModel, get_lora_model
 from qlora.model import load_base_model
 from qlora.quantize import QuantConfig

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora.attention import ATTENTION_NAME, packed_arguments, packed_attention, register_attention
 from qlora.config import LoRAConfig
-from qlora.lora import freeze_base, inject_lora, lora_parameters
+from qlora.injection import freeze_base, inject_lora, lora_parameters
 from qlora.loss import causal_lm_loss
 from qlora.model import load_base_model
 from qlora.packing import collate_packed

@@ -23,7 +23,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import freeze_base, inject_lora, lora_parameters, lora_state_dict
+from qlora.injection import freeze_base, inject_lora, lora_parameters, lora_state_dict
 from qlora.model import load_base_model
 from qlora.optim import MasterOptimizer, build_optimizer
 from tests.models import save_tiny_llama

@@ -134,7 +134,9 @@ def test_merge_and_prompt(
 
 
 @pytest.mark.slow
-def test_twenty_steps_equal_peft(smollm2: str, orders: Path, own_cache: Path) -> None:
+def test_twenty_steps_equal_peft(
+    smollm2: str, orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same 4-bit base, initial adapter and batches, fp32: PEFT on bitsandbytes' own layers gives our losses.
 
     Both run AdamW in fp32 over 20 steps; what differs is the order of additions (packed against single rows,
@@ -148,17 +150,19 @@ def test_twenty_steps_equal_peft(smollm2: str, orders: Path, own_cache: Path) ->
     from qlora.adapter import save_adapter
     from qlora.config import LoRAConfig
     from qlora.dataset import load_examples
-    from qlora.lora import freeze_base, inject_lora, lora_parameters
+    from qlora.injection import freeze_base, inject_lora, lora_parameters
     from qlora.model import load_base_model, load_tokenizer
     from qlora.optim import BETAS, EPS, build_optimizer
     from qlora.packing import make_batches
     from qlora.trainer import train_step
 
+    own_cache = tmp_path / "cache"  # that holds this base and no other
+    monkeypatch.setenv("QLORA_CACHE", str(own_cache))
     model = load_base_model(smollm2, compute_dtype="float32")
     config = LoRAConfig(adapter_dtype="float32")
     inject_lora(model, config, seed=3)
     freeze_base(model)
-    start = own_cache / "initial-adapter"
+    start = tmp_path / "initial-adapter"
     save_adapter(model, start, config)
     model.train()
     examples, _ = load_examples(str(orders), load_tokenizer(smollm2), 128, say=lambda line: None)

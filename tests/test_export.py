@@ -39,7 +39,7 @@ from qlora.errors import InputError, run
 from qlora.export import export_adapter, export_model
 from qlora.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name
 from qlora.initialize import initialize_adapter
-from qlora.lora import inject_lora
+from qlora.injection import inject_lora
 from qlora.model import load_base_model
 from qlora.modelfile import FORMATS, go_template, recognise_format, write_modelfile
 from qlora.quantize import QuantConfig

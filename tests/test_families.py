@@ -22,7 +22,7 @@ from qlora.adapter import save_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.generate import generate
-from qlora.lora import active_adapter, freeze_base, inject_lora, lora_parameters, lora_state_dict
+from qlora.injection import active_adapter, freeze_base, inject_lora, lora_parameters, lora_state_dict
 from qlora.loss import causal_lm_loss
 from qlora.memory import activation_bytes, plan_memory
 from qlora.merge import merge_adapter

@@ -37,7 +37,7 @@ from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.errors import run as run_main
 from qlora.files import JSON_LIMIT
-from qlora.lora import activate, active_adapter, lora_layers, lora_parameters
+from qlora.injection import activate, active_adapter, lora_layers, lora_parameters
 from qlora.lora_model import get_lora_model
 from qlora.merge import adapter_quantization
 from qlora.model import empty_model, load_base_model, load_config, load_tokenizer

@@ -9,8 +9,7 @@ import torch
 
 from qlora.config import LoRAConfig
 from qlora.generate import fast_decoding, generate, stream_answer
-from qlora.lora import (
-    LoRALinear,
+from qlora.injection import (
     activate,
     active_adapter,
     create_adapter,
@@ -19,6 +18,7 @@ from qlora.lora import (
     lora_layers,
     lora_parameters,
 )
+from qlora.lora import LoRALinear
 from qlora.model import load_base_model, load_tokenizer
 from qlora.quantize import Linear4bit, QuantConfig, decode_copy, dense_weight, has_avx512bf16, quantize_weight
 from tests.models import save_tiny_llama

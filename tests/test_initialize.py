@@ -19,7 +19,7 @@ from qlora.adapter import load_adapter, read_adapter, save_adapter, with_base_sh
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.initialize import base_shift, initialize_adapter, split_svd, truncated_svd
-from qlora.lora import activate, freeze_base, inject_lora, lora_layers, lora_parameters
+from qlora.injection import activate, freeze_base, inject_lora, lora_layers, lora_parameters
 from qlora.lora_model import LoRAModel
 from qlora.merge import merge_adapter
 from qlora.model import load_base_model, read_weights

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import (
-    LoRALinear,
+from qlora.injection import (
     activate,
     active_adapter,
     base_parameters,
@@ -34,6 +33,7 @@ from qlora.lora import (
     unfreeze,
     unmerge_lora,
 )
+from qlora.lora import LoRALinear
 from qlora.model import load_base_model
 from qlora.quantize import Linear4bit, Linear16bit, QuantConfig, quantize_weight
 from tests import reference

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from qlora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import freeze_base, inject_lora, lora_layers, unfreeze
+from qlora.injection import freeze_base, inject_lora, lora_layers, unfreeze
 from qlora.lora_model import LoRAModel, get_lora_model
 from qlora.mixing import mix_adapters
 from qlora.model import load_base_model

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.lora import freeze_base, inject_lora, lora_parameters
+from qlora.injection import freeze_base, inject_lora, lora_parameters
 from qlora.loss import causal_lm_loss, linear_cross_entropy, load_balancing_loss
 from qlora.model import load_base_model
 from qlora.packing import collate_packed, collate_padded

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qlora import device
 from qlora.config import LoRAConfig
 from qlora.device import GIB, available_memory, best_device, choose_compute_dtype, peak_memory_gib
-from qlora.lora import freeze_base, inject_lora, lora_layers
+from qlora.injection import freeze_base, inject_lora, lora_layers
 from qlora.memory import MemoryPlan, activation_bytes, plan_memory, wants_checkpointing
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer

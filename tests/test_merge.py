@@ -249,7 +249,7 @@ def make_variant(base: Path, directory: Path, size: float = 0.1, **settings: Any
     """An adapter of any kind, each of its parameters moved a little from where it starts."""
     from qlora.adapter import save_adapter
     from qlora.initialize import initialize_adapter
-    from qlora.lora import freeze_base, inject_lora
+    from qlora.injection import freeze_base, inject_lora
     from qlora.trained import add_tokens
 
     network = load_base_model(str(base), compute_dtype="float32", cache=False)

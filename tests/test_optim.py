@@ -254,7 +254,7 @@ def test_lora_plus_groups_are_pefts(tmp_path: Path) -> None:
 
     from qlora.adalora import build_adapter_optimizer
     from qlora.config import LoRAConfig
-    from qlora.lora import freeze_base, inject_lora, lora_layers
+    from qlora.injection import freeze_base, inject_lora, lora_layers
     from qlora.model import load_base_model
 
     model = str(save_tiny_llama(tmp_path))

@@ -18,7 +18,7 @@ from qlora.adapter import read_adapter
 from qlora.checkpoint import Progress, checkpoint_path, list_checkpoints, read_state
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
-from qlora.lora import lora_parameters, lora_state_dict
+from qlora.injection import lora_parameters, lora_state_dict
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer
 from qlora.output import MetricsFile, RunOutput, base_fingerprint, data_fingerprint

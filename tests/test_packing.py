@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora.config import LoRAConfig
-from qlora.lora import freeze_base, inject_lora, lora_parameters
+from qlora.injection import freeze_base, inject_lora, lora_parameters
 from qlora.loss import causal_lm_loss
 from qlora.model import load_base_model
 from qlora.packing import (

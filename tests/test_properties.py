@@ -35,7 +35,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import LoRAConfig
 from qlora.errors import StoppedOnRequest
-from qlora.lora import freeze_base, inject_lora, lora_parameters
+from qlora.injection import freeze_base, inject_lora, lora_parameters
 from qlora.model import load_base_model
 from qlora.optim import MasterOptimizer, build_optimizer, build_schedule
 from qlora.output import MetricsFile

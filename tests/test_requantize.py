@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlora.errors import InputError
-from qlora.lora import linear_layers
+from qlora.injection import linear_layers
 from qlora.model import load_base_model
 from qlora.quantize import QuantConfig, block_scales, dequantize_weight, quantize_weight
 from qlora.requantize import input_moments, requantize, round_with_feedback

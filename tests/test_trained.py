@@ -20,7 +20,7 @@ from qlora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
 from qlora.generate import generate
-from qlora.lora import (
+from qlora.injection import (
     activate,
     active_adapter,
     create_adapter,

@@ -13,7 +13,7 @@ from qlora import trainer
 from qlora.checkpoint import Progress
 from qlora.config import LoRAConfig
 from qlora.errors import StoppedOnRequest, TrainingStopped
-from qlora.lora import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
+from qlora.injection import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer, build_schedule
 from qlora.packing import WindowOrder, make_batches

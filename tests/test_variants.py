@@ -10,7 +10,7 @@ import torch
 
 from qlora.adapter import build_adapter, read_adapter, save_adapter
 from qlora.config import LoRAConfig
-from qlora.lora import activate, create_adapter, wrap_layers
+from qlora.injection import activate, create_adapter, wrap_layers
 from qlora.model import load_base_model
 from tests.reference import relative_error
 from tests.test_adapter import dense_twin

@@ -24,7 +24,7 @@ from qlora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
 from qlora.config import LoRAConfig
 from qlora.generate import generate
 from qlora.initialize import initialize_adapter
-from qlora.lora import (
+from qlora.injection import (
     active_adapter,
     adapter_state,
     base_parameters,
