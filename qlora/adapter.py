@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from qlora.adalora import describe_adalora, pack_triplets, unpack_triplets
 from qlora.config import LoRAConfig
-from qlora.errors import InputError, is_out_of_memory
-from qlora.files import explain, new_file, read_json
+from qlora.errors import InputError
+from qlora.files import explain, new_file, read_json, read_tensors
 from qlora.foreign import recognise
 from qlora.initialize import BaseShift, base_shift, check_base, pissa_shift, same_shift, shift_base
 from qlora.injection import (
@@ -453,18 +453,7 @@ def _is_list_of_names(names: Any) -> bool:
 
 def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
     """The tensors of a file, keyed as `lora_state_dict`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        stored = load_file(file)
-    # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
-    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{file} is not a whole safetensors file ({explain(error)}); save the adapter again."
-        ) from error
+    stored = read_tensors(file, "save the adapter again")
     state = {_own_key(key): tensor for key, tensor in stored.items()}
     if len(state) < len(stored):
         raise InputError(f"{file} holds a parameter under two names; save the adapter again.")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qlora.errors import InputError
+from qlora.errors import InputError, is_out_of_memory
 
 JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than half of that
 
@@ -103,6 +103,20 @@ def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, A
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object; {remedy}.")
     return content
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
+    """The tensors of a safetensors file, all in memory; arguments and errors as `read_json`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
+    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} is not a whole safetensors file ({explain(error)}); {remedy}.") from error
 
 
 def explain(error: BaseException) -> str:

@@ -26,8 +26,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora.errors import InputError, is_out_of_memory
-from qlora.files import explain, read_json
+from qlora.errors import InputError
+from qlora.files import read_json, read_tensors
 from qlora.redact import redact
 
 CONFIG = "adapter_config.json"
@@ -216,18 +216,7 @@ def _unpermute(rows: Tensor, layer: str, config: Any) -> Tensor:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     """Every tensor of a file, named printably."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        state = load_file(file)
-    # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
-    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{file} is not a whole safetensors file ({explain(error)}); save the adapter again."
-        ) from error
+    state = read_tensors(file, "save the adapter again")
     strange = [key for key in state if not key.isprintable()]
     if strange:
         raise InputError(f"{file} holds a tensor named {_show(strange[0])}; the file is not to be trusted.")
