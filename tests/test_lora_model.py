@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from qlora.adapter import CONFIG, WEIGHTS, load_adapter, save_adapter
@@ -25,6 +25,7 @@ from qlora.mixing import mix_adapters
 from qlora.model import load_base_model
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
+from tests.test_adapter import adapted, logits, randomize
 
 IDS = torch.arange(3, 27)[None]
 FP32_TOLERANCE = 1e-5  # two layers of fp32 products of up to 160 terms, summed in another order
@@ -37,26 +38,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def base(directory: Path, use_4bit: bool = True) -> Any:
     return load_base_model(str(directory), use_4bit, compute_dtype="float32", cache=False)
-
-
-def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Adapters as after training: A and B of a size that changes the logits."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)
-
-
-def adapted(directory: Path, use_4bit: bool = True, **settings: Any) -> LoRAModel:
-    config = LoRAConfig(**{"rank": 4, "alpha": 6.0, "adapter_dtype": "float32", **settings})
-    model = get_lora_model(base(directory, use_4bit), config, base_model=str(directory))
-    randomize(model)
-    return model.eval()
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(IDS).logits
 
 
 @pytest.fixture
