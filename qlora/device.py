@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import statistics
 import sys
@@ -13,6 +14,11 @@ import torch
 from qlora.errors import InputError
 
 GIB = 2**30
+
+
+def cache_directory() -> Path:
+    """$QLORA_CACHE, or ~/.cache/qlora."""
+    return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
 
 
 def best_device() -> torch.device:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.errors import InputError
-from qlora.quantize import dense_weight, layer_bias, logical_shape
+from qlora.quantize import borrow_weight, dense_weight, layer_bias, logical_shape
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -78,7 +78,7 @@ class LoRAFunction(torch.autograd.Function):
             dropped, mask = torch.native_dropout(x2, dropout, True)
         h = dropped @ A.T
         offset = None if bias is None else bias.to(x.dtype)
-        y = F.linear(x2, dense_weight(layer, x.dtype), offset if scale is None else None)
+        y = F.linear(x2, borrow_weight(layer, x.dtype), offset if scale is None else None)
         y.addmm_(h, B.T, alpha=scaling)
         z = None
         if scale is not None:
@@ -103,7 +103,7 @@ class LoRAFunction(torch.autograd.Function):
             dropped = x2 if mask is None else x2 * mask / ctx.keep
             dA = (u.T @ dropped).float()
         if wants_dx:
-            dx = g @ dense_weight(ctx.layer, dy.dtype)
+            dx = g @ borrow_weight(ctx.layer, dy.dtype)
             if mask is None:
                 dx.addmm_(u, lora_A.to(dy.dtype))
             else:
@@ -290,7 +290,7 @@ class LoRALinear(nn.Module):
         if self._squared_norms is None or self._squared_norms.device != self.base_layer.weight.device:
             self._squared_norms = squared_norms(self.base_layer)
         A, B, s = self.weights.effective_A.float(), self.lora_B.float(), self.scaling
-        cross = (dense_weight(self.base_layer, dtype) @ A.to(dtype).T).float()
+        cross = (borrow_weight(self.base_layer, dtype) @ A.to(dtype).T).float()
         squares = self._squared_norms + (2 * s * cross + s * s * (B @ (A @ A.T))).mul_(B).sum(1)
         return squares.clamp_(min=SMALLEST).sqrt_()  # a row of zeros has c = 0 rather than 0 / 0
 

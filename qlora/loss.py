@@ -31,10 +31,11 @@ from torch import Tensor
 
 from qlora.attention import packed_arguments
 from qlora.errors import InputError
+from qlora.kernels import cross_entropy
 from qlora.packing import Batch
 from qlora.tokenize import IGNORE_INDEX
 
-CHUNK_SIZE = 1024  # supervised positions whose logits exist at a time
+CHUNK_SIZE = 256  # supervised positions whose logits exist at a time
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -54,9 +55,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         weight = head.to(hidden.dtype)
+        buffer = hidden.new_empty(min(chunk_size, len(targets)), len(weight))  # one for all chunks
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = hidden[rows] @ weight.T
+            logits = torch.mm(hidden[rows], weight.T, out=buffer[: len(targets[rows])])
+            if dhead is None and scale == 1 and softcap is None:
+                losses, g = cross_entropy(logits, targets[rows])
+                loss += losses.sum()
+                if dhidden is not None:
+                    torch.mm(g, weight, out=dhidden[rows])
+                continue
             if scale != 1:
                 logits *= scale
             if softcap is not None:

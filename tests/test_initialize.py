@@ -345,7 +345,7 @@ def test_a_lora_model_starts_and_loads_so_too(llama: str, tmp_path: Path) -> Non
 def test_bases_without_an_original(llama: str, tmp_path: Path) -> None:
     """From 4-bit files PiSSA starts from what the codes stand for; LoftQ has no error to fit."""
     load_base_model(llama, compute_dtype="float32")
-    from qlora.model import cache_directory
+    from qlora.device import cache_directory
 
     stored = str(max(cache_directory().glob("base-*"), key=lambda p: p.stat().st_mtime))
     network, config = started(stored, **STARTS["pissa"])

@@ -160,8 +160,8 @@ def test_dx_is_not_computed_for_an_input_without_gradient(monkeypatch: pytest.Mo
     from qlora import lora
 
     calls: list[Any] = []
-    real = lora.dense_weight
-    monkeypatch.setattr(lora, "dense_weight", lambda *a: calls.append(a) or real(*a))
+    real = lora.borrow_weight
+    monkeypatch.setattr(lora, "borrow_weight", lambda *a: calls.append(a) or real(*a))
     layer = make_lora("4bit")
     for requires_grad, expected in ((False, 1), (True, 2)):
         calls.clear()

@@ -1,0 +1,131 @@
+"""The LLaMA decoder block with its elementwise work fused: same numbers, fewer passes, less kept.
+
+With x the residual stream (N, D), W' = W + s B A an adapted or plain frozen layer (lora.py, quantize.py), n_i
+RMSNorm and @ a product:
+
+    y  = n1(x)                       q, k, v = y @ Wq', y @ Wk', y @ Wv'
+    o  = attention(rotate(q), rotate(k), v) @ Wo'
+    x2 = x + o                       z = n2(x2)
+    gate, up = z @ Wgate', z @ Wup'
+    x3 = x2 + (silu(gate) * up) @ Wdown'
+
+Each step is an autograd function that keeps what it needs and recomputes the rest: the norms keep their input and
+one number a row, attention q, k and v, SwiGLU gate and up. Their formulas, forward and backward, stand in
+kernels.py, those of the products in lora.py. y, z and the activation are kept where an adapted layer reads them.
+
+transformers' own block computes the same for every model; `fuse_blocks` puts this one in its place where it is
+known to be right: while whole sequences are computed. With a key-value cache transformers' own runs.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora import kernels
+from qlora.kernels import PackedAttention
+
+# Blocks whose forward is the one above; Qwen 3 norms q and k of each head as well.
+FUSED_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+class AddNorm(torch.autograd.Function):
+    """(x + delta, RMSNorm(x + delta)); both gradients are taken in one pass."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, y, r = kernels.add_norm(x, delta, weight, eps)
+        ctx.save_for_backward(total, weight, r)
+        ctx.has_delta = delta is not None
+        return total.detach() if delta is None else total, y
+
+    @staticmethod
+    def backward(ctx: Any, dsum: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        total, weight, r = ctx.saved_tensors
+        dx = kernels.norm_backward(dy.contiguous(), dsum.contiguous(), total, weight, r)
+        dweight = None
+        if ctx.needs_input_grad[2]:
+            dweight = (dy.float() * (total.float() * r[:, None])).sum(0)
+        return dx, dx if ctx.has_delta else None, dweight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, of which only gate and up are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return kernels.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+
+
+def fuse_blocks(network: nn.Module) -> None:
+    """Give a transformers model's decoder blocks the forward above, where their own computes the same."""
+    for module in list(network.modules()):
+        if type(module).__name__ in FUSED_BLOCKS and _is_plain(module):
+            kind: Any = type(module)
+            module.__class__ = _fused_class(kind)
+
+
+def _is_plain(block: Any) -> bool:
+    """SiLU for the activation, no dropout in the attention."""
+    attention = block.self_attn
+    return type(block.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and not attention.attention_dropout
+
+
+@cache
+def _fused_class(plain: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs.get("past_key_values") is not None:
+            return plain.forward(self, hidden_states, *args, **kwargs)
+        return block_forward(self, hidden_states, kwargs)
+
+    # transformers wraps the forward of every subclass in its gradient checkpointing
+    return type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
+
+
+def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """(B, T, D) -> (B, T, D); `kwargs` as transformers passes them to its block."""
+    x = hidden.reshape(-1, hidden.shape[-1])
+    first, second, mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
+    x, y = AddNorm.apply(x, None, first.weight, first.variance_epsilon)
+    o = _attend(block.self_attn, y.view(hidden.shape), kwargs).reshape(x.shape)
+    x, z = AddNorm.apply(x, o, second.weight, second.variance_epsilon)
+    x = x + mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
+    return x.view(hidden.shape)
+
+
+def _attend(attention: Any, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Packed sequences on a CPU by the fused kernels, all else by transformers and qlora/attention.py."""
+    bounds = kwargs.get("cu_seq_lens_q")
+    cosine, sine = kwargs["position_embeddings"]
+    fused = bounds is not None and kernels.kernel("attention", y) is not None
+    if not fused or cosine.shape[-1] != attention.head_dim or attention.head_dim % 16:
+        return attention(hidden_states=y, **kwargs)[0]
+    y = y[0]
+    q, k, v = attention.q_proj(y), attention.k_proj(y), attention.v_proj(y)
+    if hasattr(attention, "q_norm"):
+        q = attention.q_norm(q.view(len(y), -1, attention.head_dim)).view(len(y), -1)
+        k = attention.k_norm(k.view(len(y), -1, attention.head_dim)).view(len(y), -1)
+    # Qwen has a window of each layer's own, None where it sees everything; Mistral one in its config.
+    window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or len(y)
+    o = PackedAttention.apply(
+        q,
+        k,
+        v,
+        cosine[0].contiguous(),
+        sine[0].contiguous(),
+        bounds,
+        attention.head_dim,
+        attention.scaling,
+        window,
+    )
+    return attention.o_proj(o)

@@ -1,0 +1,272 @@
+/* What torch needs several passes over memory for, in one: the elementwise work of a LLaMA block on a CPU.
+
+   Compiled twice, for bf16 (-DBF16) and for fp32 tensors; sums and products are in fp32 in both, and each result
+   is rounded once. kernels.py compiles and calls it, and holds the same functions in plain torch, with their
+   formulas, shapes and the test that the two agree. All arrays are contiguous; rows are spread over the threads. */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef BF16
+typedef uint16_t T;
+static inline float get(T x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+static inline T put(float f) { /* round to nearest, ties to even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return f == f ? rounded : 0x7fc0;
+}
+#else
+typedef float T;
+static inline float get(T x) { return x; }
+static inline T put(float f) { return f; }
+#endif
+
+#define ROWS _Pragma("omp parallel for schedule(static)") for (long i = 0; i < n; i++)
+#define SIMD _Pragma("omp simd")
+#define SUM(s) _Pragma(#s)
+
+/* e^x to 2 ulp, without a call, so that it is vectorised: 2^k times the series of e^r, |r| <= ln(2) / 2. */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float k = rintf(x * 1.44269504f), r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float p = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
+    int32_t bits = ((int32_t)k + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x == x ? p * power : x;
+}
+
+/* sum = x + delta (delta may be null: then sum is not written); r = 1 / rms(sum); y = w * sum r */
+void add_norm(const T *x, const T *delta, const T *w, float eps, T *sum, T *y, float *r, long n, long d) {
+    ROWS {
+        const T *xi = x + i * d, *di = delta ? delta + i * d : 0;
+        T *si = delta ? sum + i * d : (T *)xi;
+        if (di) SIMD for (long j = 0; j < d; j++) si[j] = put(get(xi[j]) + get(di[j]));
+        float squares = 0;
+        SUM(omp simd reduction(+ : squares)) for (long j = 0; j < d; j++) squares += get(si[j]) * get(si[j]);
+        float ri = r[i] = 1 / sqrtf(squares / d + eps);
+        SIMD for (long j = 0; j < d; j++) y[i * d + j] = put(get(w[j]) * get(put(get(si[j]) * ri)));
+    }
+}
+
+/* dx = dsum + r (g - h mean(g h)), g = dy w, h = sum r; dsum may be null */
+void norm_backward(const T *dy, const T *dsum, const T *sum, const T *w, const float *r, T *dx, long n, long d) {
+    ROWS {
+        const T *dyi = dy + i * d, *si = sum + i * d, *di = dsum ? dsum + i * d : 0;
+        float dot = 0, ri = r[i];
+        SUM(omp simd reduction(+ : dot)) for (long j = 0; j < d; j++) dot += get(dyi[j]) * get(w[j]) * get(si[j]);
+        float mean = dot * ri * ri / d;
+        if (di) SIMD for (long j = 0; j < d; j++)
+            dx[i * d + j] = put(get(di[j]) + ri * (get(dyi[j]) * get(w[j]) - get(si[j]) * mean));
+        else SIMD for (long j = 0; j < d; j++)
+            dx[i * d + j] = put(ri * (get(dyi[j]) * get(w[j]) - get(si[j]) * mean));
+    }
+}
+
+/* y = gate sigmoid(gate) up */
+void swiglu(const T *gate, const T *up, T *y, long n, long d) {
+    ROWS SIMD for (long j = i * d; j < i * d + d; j++) {
+        float g = get(gate[j]);
+        y[j] = put(g / (1 + exponential(-g)) * get(up[j]));
+    }
+}
+
+/* dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, s = sigmoid(gate) */
+void swiglu_backward(const T *dy, const T *gate, const T *up, T *dgate, T *dup, long n, long d) {
+    ROWS SIMD for (long j = i * d; j < i * d + d; j++) {
+        float g = get(gate[j]), s = 1 / (1 + exponential(-g)), dyj = get(dy[j]);
+        dgate[j] = put(dyj * get(up[j]) * s * (1 + g * (1 - s)));
+        dup[j] = put(dyj * g * s);
+    }
+}
+
+/* ---- attention over packed sequences ---- */
+
+typedef float V __attribute__((vector_size(64), aligned(4), may_alias)); /* 16 floats, in several where need be */
+#define INLINE static inline __attribute__((always_inline))
+#define QUERIES 48 /* whose scores exist at a time, a multiple of 4 */
+static inline long whole(long n) { return (n + 15) / 16 * 16; }
+
+/* `rows` x 16 `vectors` numbers of C = A B, or of C + A B, out of registers */
+INLINE void tile(const int rows, const int vectors, long k, const float *a, long a_row, long a_column, const float *b,
+                 long b_row, float *c, long c_row, int add) {
+    V sum[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vectors; j++) sum[r][j] = add ? *(V *)(c + r * c_row + 16 * j) : (V){0};
+    for (long i = 0; i < k; i++) {
+        V bi[4];
+        for (int j = 0; j < vectors; j++) bi[j] = *(const V *)(b + i * b_row + 16 * j);
+        for (int r = 0; r < rows; r++) {
+            const V air = a[r * a_row + i * a_column] - (V){0};
+            for (int j = 0; j < vectors; j++) sum[r][j] += air * bi[j];
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < vectors; j++) *(V *)(c + r * c_row + 16 * j) = sum[r][j];
+}
+
+/* C (m, n) = A (m, k) B (k, n), or C + A B; n is a multiple of 16, and A may be transposed by its strides */
+static void multiply(long m, long n, long k, const float *a, long a_row, long a_column, const float *b, long b_row,
+                     float *c, long c_row, int add) {
+    for (long j = 0; j < n;) {
+        const int wide = n - j >= 64;
+        for (long i = 0; i < m;) {
+            const int high = m - i >= 4;
+#define TILE(rows, vectors) tile(rows, vectors, k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add)
+            if (high && wide) TILE(4, 4);
+            else if (high) TILE(4, 1);
+            else if (wide) TILE(1, 4);
+            else TILE(1, 1);
+            i += high ? 4 : 1;
+        }
+        j += wide ? 64 : 16;
+    }
+}
+
+/* Rows x + i stride (n, d) as floats, rotated by the angles whose cosines and sines are given (null: as they are) */
+static void load(const T *x, long stride, const T *cosine, const T *sine, float *out, long n, long d) {
+    const long half = d / 2;
+    for (long i = 0; i < n; i++, x += stride, out += d) {
+        if (!cosine) SIMD for (long j = 0; j < d; j++) out[j] = get(x[j]);
+        else SIMD for (long j = 0; j < half; j++) {
+            const float low = get(x[j]), high = get(x[j + half]);
+            out[j] = get(put(low * get(cosine[i * d + j]) - high * get(sine[i * d + j])));
+            out[j + half] = get(put(high * get(cosine[i * d + j + half]) + low * get(sine[i * d + j + half])));
+        }
+    }
+}
+
+/* The way back, of gradients */
+static void store(const float *x, const T *cosine, const T *sine, T *out, long stride, long n, long d) {
+    const long half = d / 2;
+    for (long i = 0; i < n; i++, x += d, out += stride) {
+        if (!cosine) SIMD for (long j = 0; j < d; j++) out[j] = put(x[j]);
+        else SIMD for (long j = 0; j < half; j++) {
+            const float low = x[j], high = x[j + half];
+            out[j] = put(low * get(cosine[i * d + j]) + high * get(sine[i * d + j + half]));
+            out[j + half] = put(high * get(cosine[i * d + j + half]) - low * get(sine[i * d + j]));
+        }
+    }
+}
+
+static void transpose(const float *x, float *out, long n, long d, long row) {
+    for (long i = 0; i < n; i++)
+        for (long j = 0; j < d; j++) out[j * row + i] = x[i * d + j];
+    for (long j = 0; j < d; j++) memset(out + j * row + n, 0, (row - n) * sizeof(float));
+}
+
+/* Scores (n queries from `first` on, columns from `begin` on) -> probabilities; what a query does not see is zero */
+static void softmax(float *p, float scale, long n, long first, long begin, long columns, long window) {
+    for (long i = 0; i < n; i++, p += columns) {
+        const long to = first + i + 1 - begin, from = first + i + 1 > window + begin ? to - window : 0;
+        float top = -INFINITY, sum = 0;
+        SUM(omp simd reduction(max : top)) for (long j = from; j < to; j++) top = p[j] > top ? p[j] : top;
+        SUM(omp simd reduction(+ : sum)) for (long j = from; j < to; j++) sum += p[j] = exponential(scale * (p[j] - top));
+        const float share = 1 / sum;
+        SIMD for (long j = from; j < to; j++) p[j] *= share;
+        memset(p, 0, from * sizeof(float));
+        memset(p + to, 0, (columns - to) * sizeof(float));
+    }
+}
+
+static long longest(const int32_t *bounds, long n) {
+    long length = 0;
+    for (long s = 0; s < n; s++) length = bounds[s + 1] - bounds[s] > length ? bounds[s + 1] - bounds[s] : length;
+    return whole(length);
+}
+
+/* Each (sequence, key-value head) by itself; K^T and V^T are there so that all products read along rows. */
+#define HEADS                                                                                                      \
+    _Pragma("omp for schedule(dynamic)") for (long unit = 0; unit < n * kv_heads; unit++)
+#define UNIT                                                                                                       \
+    const long head = unit % kv_heads, start = bounds[unit / kv_heads], length = bounds[unit / kv_heads + 1] - start; \
+    const long group = heads / kv_heads, row = whole(length), wide = heads * d, narrow = kv_heads * d;             \
+    const T *c = cosine + start * d, *s = sine + start * d;                                                        \
+    load(k + start * narrow + head * d, narrow, c, s, K, length, d);                                               \
+    load(v + start * narrow + head * d, narrow, 0, 0, W, length, d);                                               \
+    transpose(K, KT, length, d, row);
+#define BLOCKS                                                                                                     \
+    for (long h = head * group; h < head * group + group; h++)                                                     \
+        for (long first = 0; first < length; first += QUERIES)
+#define BLOCK                                                                                                      \
+    const long size = length - first < QUERIES ? length - first : QUERIES, at = (start + first) * wide + h * d;    \
+    const long begin = first + 1 > window ? (first + 1 - window) / 16 * 16 : 0, columns = whole(first + size) - begin; \
+    load(q + at, wide, c + first * d, s + first * d, Q, size, d);                                                  \
+    multiply(size, columns, d, Q, d, 1, KT + begin, row, P, columns, 0);                                           \
+    softmax(P, scale, size, first, begin, columns, window);
+
+void attention(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds, T *out,
+               float scale, long n, long heads, long kv_heads, long d, long window) {
+    const long most = longest(bounds, n);
+#pragma omp parallel
+    {
+        float *K = calloc(3 * most * d + QUERIES * (2 * d + most), sizeof(float)), *W = K + most * d, *KT = W + most * d;
+        float *Q = KT + most * d, *O = Q + QUERIES * d, *P = O + QUERIES * d;
+        HEADS {
+            UNIT BLOCKS {
+                BLOCK
+                multiply(size, d, first + size - begin, P, columns, 1, W + begin * d, d, O, d, 0);
+                store(O, 0, 0, out + at, wide, size, d);
+            }
+        }
+        free(K);
+    }
+}
+
+void attention_backward(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds,
+                        const T *dout, T *dq, T *dk, T *dv, float scale, long n, long heads, long kv_heads, long d,
+                        long window) {
+    const long most = longest(bounds, n);
+#pragma omp parallel
+    {
+        float *K = calloc(6 * most * d + QUERIES * (3 * d + 2 * most), sizeof(float)), *W = K + most * d;
+        float *KT = W + most * d, *VT = KT + most * d, *DK = VT + most * d, *DV = DK + most * d, *Q = DV + most * d;
+        float *DO = Q + QUERIES * d, *DQ = DO + QUERIES * d, *P = DQ + QUERIES * d, *DP = P + QUERIES * most;
+        HEADS {
+            UNIT transpose(W, VT, length, d, row);
+            memset(DK, 0, length * d * sizeof(float));
+            memset(DV, 0, length * d * sizeof(float));
+            BLOCKS {
+                BLOCK
+                const long seen = first + size - begin;
+                load(dout + at, wide, 0, 0, DO, size, d);
+                multiply(size, columns, d, DO, d, 1, VT + begin, row, DP, columns, 0);
+                multiply(seen, d, size, P, 1, columns, DO, d, DV + begin * d, d, 1);
+                for (long i = 0; i < size; i++) {
+                    float dot = 0, *dp = DP + i * columns, *p = P + i * columns;
+                    SUM(omp simd reduction(+ : dot)) for (long j = 0; j < columns; j++) dot += p[j] * dp[j];
+                    SIMD for (long j = 0; j < columns; j++) dp[j] = scale * p[j] * (dp[j] - dot);
+                }
+                multiply(size, d, seen, DP, columns, 1, K + begin * d, d, DQ, d, 0);
+                multiply(seen, d, size, DP, 1, columns, Q, d, DK + begin * d, d, 1);
+                store(DQ, c + first * d, s + first * d, dq + at, wide, size, d);
+            }
+            store(DK, c, s, dk + start * narrow + head * d, narrow, length, d);
+            store(DV, 0, 0, dv + start * narrow + head * d, narrow, length, d);
+        }
+        free(K);
+    }
+}
+
+/* loss = log sum e^z - z[target]; the gradient softmax(z) - onehot(target) in place of z */
+void cross_entropy(T *z, const int64_t *target, float *loss, long n, long v) {
+    ROWS {
+        T *zi = z + i * v;
+        float top = -INFINITY, total = 0, wanted = get(zi[target[i]]);
+        SUM(omp simd reduction(max : top)) for (long j = 0; j < v; j++) top = get(zi[j]) > top ? get(zi[j]) : top;
+        SUM(omp simd reduction(+ : total)) for (long j = 0; j < v; j++) total += exponential(get(zi[j]) - top);
+        float share = 1 / total;
+        loss[i] = top + logf(total) - wanted;
+        SIMD for (long j = 0; j < v; j++) zi[j] = put(exponential(get(zi[j]) - top) * share);
+        zi[target[i]] = put(exponential(wanted - top) * share - 1);
+    }
+}
