@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from qlora.config import RunConfig, parse_args
 from qlora.errors import InputError, run
+from qlora.imports import collection_paused
 
 
 def main(argv: Sequence[str]) -> None:
@@ -29,11 +30,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def answer(config: RunConfig, name: str) -> None:
-    from qlora.adapter import load_adapter
-    from qlora.device import best_device
-    from qlora.generate import stream_answer
-    from qlora.model import load_base_model, load_tokenizer
-    from qlora.quantize import QuantConfig
+    with collection_paused():
+        import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
+
+        from qlora.adapter import load_adapter
+        from qlora.device import best_device
+        from qlora.generate import stream_answer
+        from qlora.model import load_base_model, load_tokenizer
+        from qlora.quantize import QuantConfig
 
     m, gen = config.model, config.generate
     quant = QuantConfig(m.quant_type, m.double_quant)
@@ -46,22 +50,25 @@ def answer(config: RunConfig, name: str) -> None:
 
 def train(config: RunConfig, name: str, data: str) -> None:
     started = time.monotonic()
-    from accelerate import Accelerator
+    with collection_paused():
+        import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
+        from accelerate import Accelerator
 
-    from qlora.adalora import build_adapter_optimizer
-    from qlora.adapter import load_adapter
-    from qlora.dataset import load_examples
-    from qlora.device import best_device
-    from qlora.hub import check_destination, push_to_hub
-    from qlora.initialize import initialize_adapter
-    from qlora.injection import freeze_base, inject_lora, parameter_summary
-    from qlora.interrupt import StopRequest
-    from qlora.model import load_base_model, load_tokenizer
-    from qlora.optim import build_schedule, choose_optimizer
-    from qlora.output import RunOutput, base_fingerprint, data_fingerprint
-    from qlora.quantize import QuantConfig
-    from qlora.trained import add_tokens
-    from qlora.trainer import fit, settle_checkpointing
+        from qlora.adalora import build_adapter_optimizer
+        from qlora.adapter import load_adapter
+        from qlora.dataset import load_examples
+        from qlora.device import best_device
+        from qlora.hub import check_destination, push_to_hub
+        from qlora.initialize import initialize_adapter
+        from qlora.injection import freeze_base, inject_lora, parameter_summary
+        from qlora.interrupt import StopRequest
+        from qlora.model import load_base_model, load_tokenizer
+        from qlora.optim import build_schedule, choose_optimizer
+        from qlora.output import RunOutput, base_fingerprint, data_fingerprint
+        from qlora.packing import most_tokens
+        from qlora.quantize import QuantConfig
+        from qlora.trained import add_tokens
+        from qlora.trainer import fit, settle_checkpointing
 
     m, d, t, lora = config.model, config.data, config.train, config.lora
     if t.eval_every and d.eval_data is None and d.eval_split == 0:
@@ -93,7 +100,9 @@ def train(config: RunConfig, name: str, data: str) -> None:
         inject_lora(model, lora, t.seed, tokenizer)
         freeze_base(model)
     say(parameter_summary(model))
-    settle_checkpointing(model, t.gradient_checkpointing, t.batch_size * d.max_length, say)
+    longest = max(len(example) for example in examples)
+    num_tokens = most_tokens(t.batch_size, d.max_length, longest, d.packing, device.type)
+    settle_checkpointing(model, t.gradient_checkpointing, num_tokens, t.memory_budget_bytes, accelerator, say)
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)

@@ -1,9 +1,10 @@
 """Answer prompts with a base model, with or without an adapter.
 
 Prompts are tokenised by the same function as training data. While decoding, one token at a time, a layer
-that dequantizes its whole weight for a single row is hundreds of times slower than it need be: inside
-`fast_decoding` every frozen layer computes from a copy laid out for few rows, and DoRA's scale is computed once,
-both made for the occasion and dropped after it. The weights that train are never touched.
+that dequantizes its whole weight for a single row is tens of times slower than it need be: inside `fast_decoding`
+every frozen layer computes from its stored weight by a kernel for few rows (qlora/few_rows.py), or, where there is
+none, from a copy laid out for them, and DoRA's scale is computed once; both are dropped after it. The weights that
+train are never touched.
 """
 
 from __future__ import annotations
@@ -16,23 +17,26 @@ import torch
 
 from qlora.device import GIB
 from qlora.injection import lora_layers
-from qlora.quantize import Linear4bit, Linear16bit, decode_copy, logical_numel
+from qlora.quantize import Linear4bit, Linear16bit, decode_copy, decode_in_place, logical_numel
 from qlora.tokenize import encode_prompt, end_of_turn_id
 
-DENSE_COPY_LIMIT = 1 * GIB  # a larger base is decoded from repacked 4-bit weights, not from a dense copy
+DENSE_COPY_LIMIT = 1 * GIB  # above it copies are repacked 4-bit weights, not dense ones
 
 
 @contextmanager
 def fast_decoding(model: Any) -> Iterator[None]:
-    """Give the frozen layers decoding copies, and the adapted ones a fixed scale, for the time of the block."""
+    """Give the frozen layers decoding functions, and the adapted ones a fixed scale, for the time of the block."""
     layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit))]
     adapted = list(lora_layers(model).values())
     dtype = model.compute_dtype
-    dense = sum(logical_numel(layer.weight) for layer in layers) * dtype.itemsize <= DENSE_COPY_LIMIT
     was_training = model.training
     model.eval()
     try:
         for layer in layers:
+            layer.decode = decode_in_place(layer, dtype)
+        rest = [layer for layer in layers if layer.decode is None]
+        dense = sum(logical_numel(layer.weight) for layer in rest) * dtype.itemsize <= DENSE_COPY_LIMIT
+        for layer in rest:
             layer.decode = decode_copy(layer, dtype, dense)
         for lora in adapted:
             scale = lora.output_scale(dtype)

@@ -17,9 +17,9 @@ Neither needs its input, so `FrozenLinear` saves no activation: it keeps the lay
 from __future__ import annotations
 
 import copy
-import logging
+import ctypes
 import math
-import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,28 +30,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.errors import InputError
+from qlora.few_rows import product_4bit, product_16bit
+from qlora.imports import importing_bitsandbytes
 
-# Where the optional package `kernels` is installed, importing bitsandbytes fetches native code from the hub and
-# runs it: nobody asked for that, so it is hidden meanwhile. Its absence is logged; no user can act on that.
-_log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-_log.addFilter(lambda record: "kernels" not in record.getMessage())
-_kernels = sys.modules.pop("kernels", None)
-sys.modules["kernels"] = None  # type: ignore[assignment]
-
-import bitsandbytes as bnb  # noqa: E402
-from bitsandbytes.functional import (  # noqa: E402
-    QuantState,
-    dequantize_blockwise,
-    gemv_4bit,
-    get_4bit_type,
-    has_avx512bf16,
-    quantize_blockwise,
-)
-from bitsandbytes.nn import Params4bit  # noqa: E402
-
-del sys.modules["kernels"]
-if _kernels is not None:
-    sys.modules["kernels"] = _kernels
+with importing_bitsandbytes():
+    import bitsandbytes as bnb
+    from bitsandbytes.functional import (
+        QuantState,
+        dequantize_blockwise,
+        gemv_4bit,
+        get_4bit_type,
+        get_ptr,
+        has_avx512bf16,
+        quantize_blockwise,
+    )
+    from bitsandbytes.nn import Params4bit
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
 DECODE_ROWS = 64  # up to so many rows the decoding copy is used; more are a prompt, best on the training path
@@ -150,6 +143,42 @@ def dequantize_weight(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     return dense.view(state.shape)
 
 
+def borrow_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """`dense_weight` for a product that comes at once: the next call in this thread may write over it.
+
+    A fresh tensor of this size is fresh memory, and its page faults take longer than dequantizing into it. On a
+    CPU bitsandbytes' kernel therefore writes into one buffer per thread, as large as the largest weight.
+    """
+    weight: Any = layer.weight
+    run = _cpu_kernel(weight.quant_state.quant_type, dtype) if isinstance(weight, Params4bit) else None
+    if run is None or weight.device.type != "cpu":
+        return dense_weight(layer, dtype)
+    state = weight.quant_state
+    count, block_size = math.prod(state.shape), state.blocksize
+    if count % block_size:
+        return dense_weight(layer, dtype)
+    buffer = getattr(_buffers, "bytes", None)
+    if buffer is None or buffer.numel() < count * dtype.itemsize:
+        with torch.inference_mode(False):  # it outlives a generation
+            buffer = _buffers.bytes = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    scales = block_scales(state).contiguous()
+    numbers = (ctypes.c_longlong(number) for number in (block_size, count // block_size, block_size))
+    run(get_ptr(weight.data), get_ptr(scales), get_ptr(buffer), *numbers)
+    return buffer[: count * dtype.itemsize].view(dtype).view(state.shape)
+
+
+_buffers = threading.local()
+
+
+@cache
+def _cpu_kernel(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    """bitsandbytes' (codes, scales, out, block size, rows, columns), which its torch operator calls too."""
+    from bitsandbytes.cextension import lib
+
+    short = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
+    return getattr(lib, f"cdequantize_blockwise_cpu_{quant_type}_{short}", None)
+
+
 def _dequantize_ragged(weight: Params4bit, dtype: torch.dtype) -> Tensor:
     """`dequantize_weight` in plain torch, for weights whose last block is ragged."""
     state = weight.quant_state
@@ -235,6 +264,16 @@ def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
     return frozen_linear(x, layer)
 
 
+def decode_in_place(layer: Linear4bit | Linear16bit, dtype: torch.dtype) -> Decode | None:
+    """A function for the few rows of a decoding step, from the weight as it is stored, with the training path's
+    numbers; None where there is no kernel for it.
+    """
+    weight, bias = layer.weight, layer_bias(layer, dtype)
+    if isinstance(weight, Params4bit):
+        return product_4bit(weight.data, weight.quant_state, bias, dtype)
+    return product_16bit(weight, bias)
+
+
 def decode_copy(layer: Linear4bit | Linear16bit, dtype: torch.dtype, dense: bool) -> Decode:
     """A function for the few rows of a decoding step, from a *copy* of the weight in a layout made for them.
 
@@ -300,12 +339,12 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
-        return F.linear(x, dense_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, borrow_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         wants_dx, wants_db = ctx.needs_input_grad[:2]
-        dx = dy @ dense_weight(ctx.layer, dy.dtype) if wants_dx else None
+        dx = dy @ borrow_weight(ctx.layer, dy.dtype) if wants_dx else None
         db = dy.flatten(0, -2).sum(dim=0, dtype=torch.float32) if wants_db else None
         return dx, db, None
 

@@ -1,13 +1,18 @@
-"""Generation: the decoding copies change no weight, batches equal single prompts, sampling is seeded."""
+"""Generation: decoding changes no weight and no training, batches equal single prompts, sampling is seeded."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 
+import qlora.few_rows
+import qlora.generate
 from qlora.config import LoRAConfig
+from qlora.few_rows import SOURCE
 from qlora.generate import fast_decoding, generate, stream_answer
 from qlora.injection import (
     activate,
@@ -20,8 +25,19 @@ from qlora.injection import (
 )
 from qlora.lora import LoRALinear
 from qlora.model import load_base_model, load_tokenizer
-from qlora.quantize import Linear4bit, QuantConfig, decode_copy, dense_weight, has_avx512bf16, quantize_weight
+from qlora.native import compile_c
+from qlora.quantize import (
+    Linear4bit,
+    Linear16bit,
+    QuantConfig,
+    decode_copy,
+    decode_in_place,
+    dense_weight,
+    has_avx512bf16,
+    quantize_weight,
+)
 from tests.models import save_tiny_llama
+from tests.reference import dequantize, relative_error
 from tests.tiny import tiny_tokenizer
 
 PROMPTS = ["Hi", "What is the capital of France?", "a b c d e f g", "Tell me more about it"]
@@ -105,11 +121,133 @@ def test_generating_between_steps_leaves_training_untouched(model: Any, tiny: st
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) and before[0].abs().max() > 0
 
 
+def train(model: Any, tokenizer: Any, generates: bool) -> tuple[list[float], list[torch.Tensor]]:
+    """Losses and adapters of four steps with dropout, its random numbers drawn from one run of the generator."""
+    torch.manual_seed(0)
+    model.train()
+    optimizer = torch.optim.AdamW(lora_parameters(model), lr=1e-2)
+    losses = []
+    for step in range(4):
+        loss = model(torch.arange(5, 45)[None]).logits.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if generates and step % 2 == 0:
+            generate(model, tokenizer, chats(PROMPTS), max_new_tokens=3, temperature=float(step))
+    return losses, [parameter.detach().clone() for parameter in lora_parameters(model)]
+
+
+@pytest.mark.parametrize("compiler", [True, False])
+def test_a_run_that_generates_is_the_run_that_does_not(
+    tiny: str, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, greedy and sampled, by the kernel and by copies; and no copy outlives its generation."""
+    if not compiler:
+        monkeypatch.setattr(qlora.few_rows, "compile_c", lambda source: None)
+    copies: list[weakref.ref[Any]] = []
+
+    def recorded(*arguments: Any) -> Any:
+        copies.append(weakref.ref(function := decode_copy(*arguments)))
+        return function
+
+    monkeypatch.setattr(qlora.generate, "decode_copy", recorded)
+    runs = []
+    for generates in (False, True):
+        model = load_base_model(tiny, compute_dtype="float32", cache=False)
+        inject_lora(model, LoRAConfig(rank=4, dropout=0.5, adapter_dtype="float32"), seed=1)
+        freeze_base(model)
+        runs.append(train(model, load_tokenizer(tiny), generates))
+    assert runs[0][0] == runs[1][0] and len(set(runs[0][0])) == 4
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+    gc.collect()
+    assert copies and all(copy() is None for copy in copies)
+    assert all(m.decode is None for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit)))
+
+
+def test_without_a_compiler_the_answers_are_the_same(
+    model: Any, tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(tiny)
+    expected = generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12)
+    monkeypatch.setattr(qlora.few_rows, "compile_c", lambda source: None)
+    assert generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12) == expected
+
+
 def test_the_copies_are_dropped_when_decoding_fails(model: Any) -> None:
     with pytest.raises(KeyError), fast_decoding(model):
         assert any(m.decode is not None for m in model.modules() if isinstance(m, Linear4bit))
         raise KeyError
     assert all(m.decode is None for m in model.modules() if isinstance(m, Linear4bit))
+
+
+# ---- decoding from the stored weight ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiler() -> None:
+    if compile_c(SOURCE) is None:
+        pytest.skip("no C compiler")
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 9])  # of x: tiles of 4, 2 and 1
+@pytest.mark.parametrize(
+    ("rows", "columns", "quant"),
+    [
+        (6, 128, QuantConfig()),  # a tile of 4 rows of W, and two by themselves
+        (520, 128, QuantConfig("fp4")),  # 1040 blocks: five 8-bit groups of scales
+        (8, 256, QuantConfig("nf4", double_quant=False, block_size=128)),
+    ],
+)
+def test_a_4bit_weight_decodes_where_it_lies(
+    rows: int, columns: int, quant: QuantConfig, num_rows: int, dtype: torch.dtype
+) -> None:
+    """The training path's weights to the last bit, so only the order of fp32 sums differs, by a few of their ulps.
+
+    In bf16 such a sum may round the other way: an ulp of bf16, 2^-8, in a few of the outputs.
+    """
+    torch.manual_seed(0)
+    layer = Linear4bit(quantize_weight(torch.randn(rows, columns), quant), torch.randn(rows))
+    stored = layer.weight.data.clone()
+    x = torch.randn(num_rows, 1, columns, dtype=dtype)
+    decode = decode_in_place(layer, dtype)
+    assert decode is not None
+    actual = decode(x)
+    assert actual.dtype == dtype and actual.shape == (num_rows, 1, rows)
+    weight = dequantize(layer.weight).to(dtype).double()  # an ulp of fp32 from bitsandbytes' at most
+    expected = x.double() @ weight.T + layer.bias.double()
+    assert relative_error(actual, expected) < (1e-6 if dtype == torch.float32 else 2**-8)
+    with torch.no_grad():
+        assert relative_error(actual, layer(x)) < (1e-6 if dtype == torch.float32 else 1e-3)
+    assert torch.equal(layer.weight.data, stored)
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_16bit_weight_decodes_where_it_lies(dtype: torch.dtype) -> None:
+    """As above, and by the values that the weight has when it is called."""
+    torch.manual_seed(0)
+    layer = Linear16bit(torch.randn(33, 80, dtype=torch.bfloat16), None)
+    x = torch.randn(7, 80, dtype=dtype)
+    decode = decode_in_place(layer, dtype)
+    assert decode is not None
+    for _ in range(2):
+        expected = x.double() @ layer.weight.double().T
+        assert relative_error(decode(x), expected) < (1e-6 if dtype == torch.float32 else 2**-8)
+        layer.weight.data = layer.weight.data.flip(0)
+
+
+def test_what_no_kernel_fits_is_left_to_copies() -> None:
+    """Rows that are no whole number of blocks or vectors, and weights in fp32."""
+    ragged = Linear4bit(quantize_weight(torch.randn(32, 96), QuantConfig()), None)
+    assert decode_in_place(ragged, torch.float32) is None
+    for weight in (torch.randn(8, 24, dtype=torch.bfloat16), torch.randn(8, 32)):
+        assert decode_in_place(Linear16bit(weight, None), torch.float32) is None
+
+
+# ---- copies -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

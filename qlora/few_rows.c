@@ -1,0 +1,117 @@
+/* y = x W^T for a few rows x (n, columns) fp32, from W (rows, columns) as the model stores it: 4-bit codes or bf16.
+
+   Each weight is the one that training multiplies by, to the last bit, and sums are in fp32. A vector of 16 floats
+   is the compiler's: on a CPU with narrower ones it takes several. */
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t U __attribute__((vector_size(64)));
+#define TILE 4 /* rows of W and rows of x that are multiplied with each other out of registers */
+#define INLINE static inline __attribute__((always_inline))
+
+/* 16 bytes of codes -> the values of their high halves and of their low halves */
+static inline void look_up(const uint8_t *codes, V table, V *high, V *low) {
+#ifdef __AVX512F__
+    const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
+    *high = (V)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)table);
+    *low = (V)_mm512_permutexvar_ps(both, (__m512)table); /* it looks at the low 4 bits of an index alone */
+#else
+    for (int j = 0; j < 16; j++) (*high)[j] = table[codes[j] >> 4], (*low)[j] = table[codes[j] & 15];
+#endif
+}
+
+/* 16 bf16 numbers as floats: their high halves */
+static inline V widen(const uint16_t *x) {
+#ifdef __AVX512F__
+    return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#else
+    uint32_t bits[16];
+    V v;
+    for (int j = 0; j < 16; j++) bits[j] = (uint32_t)x[j] << 16;
+    memcpy(&v, bits, sizeof v);
+    return v;
+#endif
+}
+
+static inline float total(V v) {
+    float sum = 0;
+    for (int j = 0; j < 16; j++) sum += v[j];
+    return sum;
+}
+
+struct weight {
+    const uint8_t *codes;   /* two a byte, the first in its high half */
+    const float *table;     /* 16 */
+    const uint8_t *scales8; /* double quantization: a scale is table8[scales8] absmax + offset; null: absmax */
+    const float *table8, *absmax;
+    float offset;
+    int block, outer; /* log2 of the weights of a block, and of the blocks that share an absmax */
+    int bf16;         /* whether training rounds the weights to bf16 */
+};
+
+INLINE float scale(const struct weight *w, long block) {
+    return w->scales8 ? w->table8[w->scales8[block]] * w->absmax[block >> w->outer] + w->offset : w->absmax[block];
+}
+
+/* What the 16 codes stand for in a block */
+INLINE V block_values(const struct weight *w, long block) {
+    const V values = *(const V *)w->table * scale(w, block);
+    const U bits = (U)values;
+    return w->bf16 ? (V)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000) : values; /* to nearest, ties to even */
+}
+
+/* `height` rows of W, 4 bits, from `row` on, times `n` rows of x */
+INLINE void tile4(const int height, const int n, const struct weight *w, const float *x, float *y, long row, long rows,
+                  long columns) {
+    V sum[TILE][TILE], even, odd;
+    memset(sum, 0, sizeof sum);
+    for (long k = 0; k < columns; k += 64) /* the smallest block */
+        for (int r = 0; r < height; r++) {
+            const long first = (row + r) * columns + k;
+            const V values = block_values(w, first >> w->block);
+            for (int half = 0; half < 64; half += 32) {
+                look_up(w->codes + (first + half) / 2, values, &even, &odd);
+                for (int m = 0; m < n; m++) {
+                    const V *xm = (const V *)(x + m * columns + k + half);
+                    sum[r][m] += even * xm[0];
+                    sum[r][m] += odd * xm[1];
+                }
+            }
+        }
+    for (int r = 0; r < height; r++)
+        for (int m = 0; m < n; m++) y[m * rows + row + r] = total(sum[r][m]);
+}
+
+/* The same for a W in bf16 */
+INLINE void tile16(const int height, const int n, const uint16_t *w, const float *x, float *y, long row, long rows,
+                   long columns) {
+    V sum[TILE][TILE];
+    memset(sum, 0, sizeof sum);
+    for (long k = 0; k < columns; k += 16)
+        for (int r = 0; r < height; r++) {
+            const V values = widen(w + (row + r) * columns + k);
+            for (int m = 0; m < n; m++) sum[r][m] += values * *(const V *)(x + m * columns + k);
+        }
+    for (int r = 0; r < height; r++)
+        for (int m = 0; m < n; m++) y[m * rows + row + r] = total(sum[r][m]);
+}
+
+#define LINEAR(tile)                                                                                               \
+    _Pragma("omp parallel for schedule(static)") for (long row = 0; row < rows; row += TILE) {                     \
+        long m = 0;                                                                                                \
+        if (row + TILE > rows)                                                                                     \
+            for (long r = row; r < rows; r++)                                                                      \
+                for (m = 0; m < n; m++) tile(1, 1, w, x + m * columns, y + m * rows, r, rows, columns);            \
+        for (; m + TILE <= n; m += TILE) tile(TILE, TILE, w, x + m * columns, y + m * rows, row, rows, columns);   \
+        for (; m + 2 <= n; m += 2) tile(TILE, 2, w, x + m * columns, y + m * rows, row, rows, columns);            \
+        for (; m < n; m++) tile(TILE, 1, w, x + m * columns, y + m * rows, row, rows, columns);                    \
+    }
+
+/* x comes with the even columns of every 32 before the odd ones, as the halves of the codes are read. */
+void linear_4bit(const struct weight *w, const float *x, float *y, long n, long rows, long columns) { LINEAR(tile4) }
+void linear_16bit(const uint16_t *w, const float *x, float *y, long n, long rows, long columns) { LINEAR(tile16) }

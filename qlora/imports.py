@@ -1,0 +1,71 @@
+"""Heavy imports, made lighter: a run spends its first seconds on nothing else."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial, wraps
+from typing import Any
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """No garbage collection while a run imports its modules: the million objects they make all stay.
+
+    Nor are they looked at in later collections (gc.freeze). Where torch is imported already nothing is paused: the
+    process is not at its start, and freezing would keep its garbage, too.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@contextmanager
+def importing_bitsandbytes() -> Iterator[None]:
+    """Hold back two things that importing bitsandbytes sets off.
+
+    The compiler: it decorates fallbacks that are rarely called with torch.compile (backends/default/ops.py,
+    0.50.2), which loads inductor, a third of all that a run imports. They are compiled when they are called.
+
+    Code from the hub: where the optional package `kernels` is installed, it fetches native code and runs it.
+    Nobody asked for that, so the package is hidden. Its absence is logged; no user can act on that.
+    """
+    import torch
+
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.addFilter(lambda record: "kernels" not in record.getMessage())
+    kernels, compile_now = sys.modules.get("kernels"), torch.compile
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    torch.compile = partial(compile_later, compile_now)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+
+
+def compile_later(compile_now: Callable[..., Any], function: Any = None, **options: Any) -> Any:
+    """torch.compile as a decorator, with or without options, put off to the first call of the function."""
+    if function is None:
+        return partial(compile_later, compile_now, **options)
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        return compile_now(function, **options)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
