@@ -1,17 +1,22 @@
 """Load a frozen base model: empty modules first, then one tensor at a time into its final form.
 
-    source (directory, hub id or .gguf)  ->  read one tensor  ->  quantize it  ->  drop it  ->  next
+    source (directory, hub id or .gguf)  ->  read one tensor  ->  quantize it  ->  into the cache  ->  next
+    cache  ->  memory-mapped, every start, the first one too
 
-Nothing is ever resident in full precision but the tensor in hand. Linear layers inside the blocks (Conv1D and
-the matrices of experts too) become 4-bit (`use_4bit`) or bf16; embeddings and the output head stay in bf16;
-norms, biases and routers take the compute dtype. Embeddings cast their output, and our linear layers compute in
-their input's dtype, so the stored dtype never shows in the activations.
+Nothing is ever resident in full precision but the tensor in hand, and of the quantized model one shard while the
+cache is written. A mapped weight is read from the disk when it is first used and, as it is never written to, may
+be dropped again: a base larger than the free memory still trains.
+
+Linear layers inside the blocks (Conv1D and the matrices of experts too) become 4-bit (`use_4bit`) or bf16;
+embeddings and the output head stay in bf16; norms, biases and routers take the compute dtype. Embeddings cast
+their output, and our linear layers compute in their input's dtype, so the stored dtype never shows in the
+activations.
 
 GPT-2's Conv1D holds W^T, (in, out). In 4 bits it is the Linear4bit it stands for, (out, in), as bitsandbytes has
 it; in 16 bits and in every file it keeps its own layout.
 
 The quantized model is kept on disk in the layout transformers uses for bitsandbytes checkpoints, so the
-cache and an already quantized checkpoint load by the same path, memory-mapped.
+cache and an already quantized checkpoint load by the same path.
 """
 
 from __future__ import annotations
@@ -30,7 +35,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.device import choose_compute_dtype
+from qlora.block import fuse_blocks
+from qlora.device import cache_directory, choose_compute_dtype
 from qlora.errors import InputError
 from qlora.experts import separate_experts
 from qlora.files import explain, new_directory, new_file, read_json
@@ -59,6 +65,7 @@ from qlora.sources import (
 
 MEASURED_WIDTH = 1024  # of the matrix product that decides between fp32 and bf16
 NUM_LISTED = 50  # mismatches that one error names
+SHARD_BYTES = 128 * 2**20  # of the cache; what waits in memory to be written
 CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout changes
 SIZE_LIMITS = {  # of a model's config: many times today's largest
     "num_hidden_layers": 2**12,
@@ -214,11 +221,6 @@ def metadata_directory(model: str) -> Path:
 # ---- the cache --------------------------------------------------------------------------------------------
 
 
-def cache_directory() -> Path:
-    """$QLORA_CACHE, or ~/.cache/qlora."""
-    return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
-
-
 def _fingerprint(files: Iterable[Path], *parts: object) -> str:
     """Identity of source files (path, size, time of change) and of what is done with them."""
     digest = hashlib.sha256(repr((CACHE_FORMAT, *parts)).encode())
@@ -228,24 +230,15 @@ def _fingerprint(files: Iterable[Path], *parts: object) -> str:
     return digest.hexdigest()[:24]
 
 
-def _save_quantized(model: Any, quant: QuantConfig, target: Path) -> None:
-    """Write a quantized model as a bitsandbytes checkpoint that transformers could load too."""
-    from safetensors.torch import save_file
+def _write_cache(network: Any, weights: Iterable[tuple[str, Tensor]], quant: QuantConfig, target: Path) -> None:
+    """Write a quantized model as a bitsandbytes checkpoint that transformers could load too.
 
-    tensors: dict[str, Tensor] = {}
-    tied = set(_tied_names(model))
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, Params4bit):
-            tensors.update({f"{name}{part}": tensor for part, tensor in packed_tensors(parameter).items()})
-        elif name not in tied:
-            tensors[name] = parameter.detach()
+    Args:
+        weights: what `_stored_weights` yields; a shard of it is in memory at a time.
+    """
     with new_directory(target) as staging:
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-            staging / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        description = model.config.to_dict()
+        _write_shards(staging, weights)
+        description = network.config.to_dict()
         description["quantization_config"] = {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -254,6 +247,38 @@ def _save_quantized(model: Any, quant: QuantConfig, target: Path) -> None:
             "bnb_4bit_compute_dtype": "bfloat16",
         }
         (staging / "config.json").write_text(json.dumps(description, indent=2, default=str))
+
+
+def _write_shards(directory: Path, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """model.safetensors, or shards and their index; the tensor that brings a shard to SHARD_BYTES is its last."""
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []  # names of the tensors in each
+    waiting: dict[str, Tensor] = {}
+
+    def write() -> None:
+        save_file(waiting, directory / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, weight in weights:
+        parts = packed_tensors(weight) if isinstance(weight, Params4bit) else {"": weight}
+        waiting.update({f"{name}{part}": tensor.contiguous().cpu() for part, tensor in parts.items()})
+        del weight, parts  # else they are held while the next one is read
+        if sum(tensor.nbytes for tensor in waiting.values()) >= SHARD_BYTES:
+            write()
+    if waiting:
+        write()
+    if len(shards) == 1:
+        os.rename(directory / "0.safetensors", directory / "model.safetensors")
+        return
+    places = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.rename(directory / f"{number}.safetensors", directory / file)
+        places.update(dict.fromkeys(names, file))
+    index = {"metadata": {}, "weight_map": places}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 # ---- loading ----------------------------------------------------------------------------------------------
@@ -285,24 +310,26 @@ def load_base_model(
     path = resolve_model(model)
     files = weight_files(path)
     cached = cache_directory() / f"base-{_fingerprint(files, quant)}" if use_4bit and cache else None
-    if cached is not None and cached.is_dir():
-        remedy = "delete this cache and it is made again"
-        try:
-            source: SafetensorsSource | GGUFSource = SafetensorsSource(cached, map_files=True, remedy=remedy)
-        except InputError as error:
-            raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
-    else:
+    source: SafetensorsSource | GGUFSource
+    if cached is None or not cached.is_dir():
         source = open_source(path)
         if source.packed:  # it is what a cache would hold
             cached = None
             if not use_4bit:
                 raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
+        elif cached is not None:
+            network = empty_model(model)
+            _write_cache(network, _stored_weights(network, source, quant, device), quant, cached)
+    if cached is not None:
+        try:
+            source = SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
+        except InputError as error:
+            raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
     network = empty_model(model)
     dtype = _settle_compute_dtype(compute_dtype, device, cache)
-    _fill(network, source, use_4bit, quant, device)
-    if cached is not None and not cached.is_dir():
-        _save_quantized(network, quant, cached)
+    _fill(network, _stored_weights(network, source, quant if use_4bit else None, device), device)
     _compute_in(network, dtype)
+    fuse_blocks(network)
     network.compute_dtype = dtype
     network.source = model
     network.quantization = _quantization_of(network)
@@ -490,57 +517,64 @@ def _tied_names(network: Any) -> list[str]:
     return list(getattr(network, "_tied_weights_keys", None) or ())
 
 
-def _fill(
-    network: Any,
-    source: SafetensorsSource | GGUFSource,
-    use_4bit: bool,
-    quant: QuantConfig,
-    device: torch.device,
-) -> None:
-    """Read every parameter into its stored form; norms, biases and routers in fp32."""
-    from transformers.pytorch_utils import Conv1D
+def _stored_weights(
+    network: Any, source: SafetensorsSource | GGUFSource, quant: QuantConfig | None, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter by name, tied ones once, in the form that it is kept in; each is read when it is asked for.
 
-    tied = _tied_names(network)
+    Args:
+        quant: how to quantize the blocks' matrices; None leaves them in bf16.
+    Returns:
+        Params4bit for them; bf16 for embeddings, the head and other matrices; fp32 for norms, biases and routers.
+    Raises:
+        InputError: weights that do not fit the model, before any is read.
+    """
     stored = _match_names(network, source)
-    blocks = _names_to_quantize(network, source) if use_4bit else set()
-    layers = _matrix_layers(network)
+    to_quantize = _names_to_quantize(network, source) if quant is not None else set()
+    transposed = _transposed_names(network)
+    matrices = _matrix_layers(network)
+    embeddings = {name for name, module in network.named_modules() if isinstance(module, nn.Embedding)}
+    in_bf16 = {f"{name}.weight" for name in embeddings.union(matrices)}
     head = network.get_output_embeddings()
 
     def read(name: str) -> Tensor:
-        return source.read(stored[name]).to(device)
+        packed = _read_packed(source, stored[name], device)
+        if packed is not None:  # of a head the loss needs the matrix, of an embedding the look-up its rows
+            stays_packed = matrices.get(name.removesuffix(".weight"), head) is not head
+            return packed if stays_packed else dequantize_weight(packed, torch.float32)
+        dense = source.read(stored[name]).to(device)
+        if quant is not None and name in to_quantize:
+            return quantize_weight(dense.T if name in transposed else dense, quant)
+        return dense.to(torch.bfloat16 if name in in_bf16 else torch.float32)
 
-    for name in stored:
-        module_name = name.rpartition(".")[0]
-        if module_name in layers:
-            continue
-        tensor = read(name)
-        stays_16bit = isinstance(network.get_submodule(module_name), nn.Embedding)
-        tensor = tensor.to(torch.bfloat16 if stays_16bit else torch.float32)
-        _set(network, name, nn.Parameter(tensor, requires_grad=False))
-    for name, module in layers.items():
-        bias = read(f"{name}.bias").float() if module.bias is not None else None
-        if f"{name}.weight" in tied:
-            weight = network.get_input_embeddings().weight.data
-            _set(network, name, Linear16bit(weight, bias))
-            network.get_submodule(name).weight = network.get_input_embeddings().weight
-            continue
-        packed = _read_packed(source, stored[f"{name}.weight"], device)
-        if packed is None and f"{name}.weight" in blocks:
-            dense = read(f"{name}.weight")
-            packed = quantize_weight(dense.T if isinstance(module, Conv1D) else dense, quant)
-        if packed is not None and module is head:  # the loss needs the head as a matrix
-            weight = dequantize_weight(packed, torch.float32)
+    return ((name, read(name)) for name in stored)
+
+
+def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
+    """Put every parameter into its place, and our own linear layers into that of torch's."""
+    matrices = _matrix_layers(network)
+    for name, weight in weights:
+        owner, _, kind = name.rpartition(".")
+        layer = matrices.get(owner)
+        if kind != "weight" or layer is None:
+            parameter = nn.Parameter(weight, requires_grad=False)
+            setattr(network.get_submodule(owner), kind, parameter)
+        elif isinstance(weight, Params4bit):
+            if isinstance(layer, FrozenMatrix):
+                layer.weight = weight
+            else:
+                _set(network, owner, Linear4bit(weight, None))  # its bias comes next
+        elif isinstance(layer, nn.Linear):
+            _set(network, owner, Linear16bit(weight, None))
         else:
-            weight = read(f"{name}.weight").to(torch.bfloat16) if packed is None else packed
-        if isinstance(module, FrozenMatrix):
-            module.weight = packed if packed is not None else nn.Parameter(weight, requires_grad=False)
-        elif packed is not None and module is not head:
-            _set(network, name, Linear4bit(packed, bias))
-        elif isinstance(module, Conv1D):
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            module.bias = nn.Parameter(cast(Tensor, bias), requires_grad=False)
-        else:
-            _set(network, name, Linear16bit(weight, bias))
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+    embedding = network.get_input_embeddings()
+    for name in _tied_names(network):
+        owner = name.removesuffix(".weight")
+        if owner in matrices:
+            tied = Linear16bit(embedding.weight.data, network.get_submodule(owner).bias)
+            tied.weight = embedding.weight
+            _set(network, owner, tied)
     network.to(device)  # buffers: everything else lies there already
 
 
