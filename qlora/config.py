@@ -309,7 +309,9 @@ class TrainConfig:
     optim: Literal["auto", "adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = "auto"
     """auto: paged_adamw_32bit where the device can page, else fused adamw."""
     gradient_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """Recompute activations in the backward pass; auto: only where they would not fit."""
+    """Recompute activations in the backward pass; auto: in as few layers as make the rest fit."""
+    memory_budget: str | None = None
+    """What auto makes the run fit: 4GiB, 3.5GB, 800MiB; by default its base and half of the free memory."""
     eval_every: int = 0
     """Evaluate every N steps and at the end; 0 = never."""
     save_every: int = 0
@@ -343,6 +345,10 @@ class TrainConfig:
             raise InputError(
                 f"stop_after is {self.stop_after!r}; give --stop-after a time such as 45s, 90m or 1h30m."
             )
+        if self.memory_budget is not None and self.memory_budget_bytes is None:
+            raise InputError(
+                f"memory_budget is {self.memory_budget!r}; give --memory-budget a size such as 4GiB or 800MB."
+            )
         if self.force_resume and self.resume is None:
             raise InputError("force_resume is given without resume; pass --resume auto or a checkpoint with it.")
         if not 0 < self.learning_rate < math.inf:
@@ -356,6 +362,14 @@ class TrainConfig:
             return None
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """--memory-budget in bytes; None where it is not given or says no size."""
+        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])(i?)B", self.memory_budget or "")
+        if match is None or not float(match[1]):
+            return None
+        return int(float(match[1]) * (1024 if match[3] else 1000) ** (2 + "MGT".index(match[2])))
 
 
 @dataclass

@@ -1,37 +1,54 @@
-"""How much memory a run needs, by arithmetic alone.
+"""How much memory a run needs, by arithmetic alone, and how many layers' activations it can therefore keep.
 
-Per token and layer of a LLaMA block, with D hidden, Q = heads x head_dim, K = kv_heads x head_dim, F the MLP
-width and c the bytes of the compute dtype, the backward pass keeps:
+Per token and layer the backward pass keeps, with D hidden, Q = heads x head_dim, K = kv_heads x head_dim, F the
+MLP's width and c the bytes of the compute dtype,
 
-    8 D                            the two norms' inputs, in fp32
-    c (2 Q + 2 K + 3 F)            q, k, v and the attention's output; gate, its activation and up
-    c D                            input of adapted q, k, v; the same again for adapted gate, up
-    c F                            input of an adapted down
+    in the fused block (block.py)             in transformers' own
+    c 2 D           the two norms' inputs     8 D               the same, in fp32
+    c (Q + 2 K)     q, k, v                   c (2 Q + 2 K)     and the attention's output
+    c 2 F           gate and up               c 3 F             and the activation
 
-A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and K
-outputs, c K D, wait for the router's weights. Under checkpointing a layer keeps only its input, c D, and one layer
-at a time is held in full. Scores that are written out (Gemma 2's soft-capped attention) are not counted: a few
-times c x heads x the length of the token's sequence.
+and in both, for layers with an adapter: c D, the input of q, k, v; the same for gate and up; c Q, of o; c F, of
+down. A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and
+K outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
+attention and MLP (Gemma 2 and 3) 8 D. Scores that are written out (Gemma 2's soft-capped attention) are not
+counted: a few times c x heads x the length of the token's sequence.
+
+Layers below the first one that trains anything keep nothing. A recomputed layer keeps only its input, c D. The
+lowest are recomputed: the backward pass comes to them when the others' activations are gone, so that the one layer
+it then holds in full takes no memory of its own. Beside all this, one layer at a time is differentiated: the
+gradients of what it keeps take as much again at most, and one of its weights is there in the compute dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora.device import GIB
 from qlora.injection import lora_layers
+from qlora.quantize import logical_numel
 from qlora.trained import replaced_parameters
 
-CHECKPOINTING_SHARE = 0.5  # of the free memory that activations may take before layers are recomputed
+FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
+HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
+POST_NORMS = ("gemma2", "gemma3_text")
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes of one device by component."""
+    """Bytes of one device by component.
+
+    Attributes:
+        gradients: of what trains.
+        activations: what the backward pass keeps.
+        logits: a chunk's, with their gradient, and the output head in the compute dtype.
+        workspace: of the layer that is being differentiated.
+    """
 
     base: int
     adapters: int
@@ -39,6 +56,7 @@ class MemoryPlan:
     optimizer: int
     activations: int
     logits: int
+    workspace: int
 
     @property
     def total(self) -> int:
@@ -49,20 +67,16 @@ class MemoryPlan:
         return f"{self.total / GIB:.2f} GiB planned ({parts})"
 
 
-def activation_bytes(
-    config: Any,
-    num_tokens: int,
-    dtype: torch.dtype,
-    checkpointing: bool,
-    adapted: Collection[str] = ("q_proj", "v_proj"),
+def layer_bytes(
+    config: Any, dtype: torch.dtype, adapted: Collection[str] = ("q_proj", "v_proj"), fused: bool = False
 ) -> int:
-    """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass.
+    """Bytes that one decoder layer keeps of one token, by the module's formula.
 
     Args:
         adapted: last names of the layers with an adapter.
+        fused: whether the layer computes as block.py.
     """
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    heads = config.num_attention_heads
+    hidden, heads, c = config.hidden_size, config.num_attention_heads, dtype.itemsize
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
@@ -73,26 +87,66 @@ def activation_bytes(
     if experts:
         shared = getattr(config, "shared_expert_intermediate_size", None) or 0
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp) + shared
-    layer = 8 * hidden + dtype.itemsize * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
-    if checkpointing:
-        return num_tokens * (layers * dtype.itemsize * hidden + layer)
-    return num_tokens * layers * layer
+    norms = 4 * (queries + keys) * (config.model_type in HEAD_NORMS)
+    inputs += queries * ("o_proj" in adapted)
+    if fused:
+        return norms + c * (inputs + 2 * hidden + queries + 2 * keys + 2 * mlp)
+    norms += 8 * hidden * (2 if config.model_type in POST_NORMS else 1)
+    if config.model_type == "gpt2":  # its GELU is written out in torch, and keeps one step more
+        mlp = mlp * 4 // 3
+    return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 
 
-def wants_checkpointing(mode: str, needed: int, available: int) -> bool:
-    """Resolve "auto": recompute only if `needed` bytes of activations are over half of the `available` ones."""
+def activation_bytes(layer: int, layer_input: int, num_tokens: int, num_layers: int, recomputed: int = 0) -> int:
+    """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass.
+
+    Args:
+        layer, layer_input: bytes of a token in a kept layer (`layer_bytes`), and of what a recomputed one keeps.
+        num_layers: layers that keep anything, of which the lowest `recomputed` keep their input alone.
+    """
+    return num_tokens * (recomputed * layer_input + max(num_layers - recomputed, 1) * layer)
+
+
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The layers that transformers can recompute, from the lowest up."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def differentiated_layers(model: nn.Module) -> list[Any]:
+    """The decoder layers from the first with anything that trains: those below keep no activations."""
+    layers = decoder_layers(model)
+    number_of = {id(p): number for number, layer in enumerate(layers) for p in layer.parameters()}
+    first = next((p for p in model.parameters() if p.requires_grad), None)  # in the order of computation
+    return layers[number_of.get(id(first), 0) :]
+
+
+def choose_recomputed(mode: str, totals: Sequence[int], limit: int) -> int:
+    """How many of the lowest layers to recompute.
+
+    Args:
+        mode: "on" all, "off" none, "auto" as few as make the plan fit, all where none does.
+        totals: planned bytes with 0, 1, ... all layers recomputed.
+        limit: bytes that the run may take.
+    """
+    every = len(totals) - 1
     if mode != "auto":
-        return mode == "on"
-    return needed > CHECKPOINTING_SHARE * available
+        return every if mode == "on" else 0
+    return next((number for number, total in enumerate(totals) if total <= limit), every)
 
 
 def plan_memory(
-    model: torch.nn.Module, num_tokens: int, dtype: torch.dtype, checkpointing: bool, chunk_size: int = 1024
+    model: nn.Module, num_tokens: int, dtype: torch.dtype, recomputed: int = 0, chunk_size: int = 256
 ) -> MemoryPlan:
     """The plan of a run with this model (loaded, adapters in place) and micro-batches of `num_tokens`.
 
     The optimizer counts fp32 masters of bf16 adapters and two fp32 moments; gradients, the head's of one
     micro-batch beside the sum, where the head trains. The base keeps what an adapter's copies stand for.
+
+    Args:
+        recomputed: number of layers whose activations are not kept.
+        chunk_size: positions whose logits exist at a time.
     """
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -106,11 +160,23 @@ def plan_memory(
     count = sum(p.numel() for p in trainable)
     masters = sum(4 * p.numel() for p in trainable if p.dtype != torch.float32)
     config: Any = model.config
+    layers = differentiated_layers(model)
+    layer = layer_bytes(config, dtype, adapted, fused=bool(layers) and is_fused(layers[0]))
+    layer_input = dtype.itemsize * config.hidden_size
+    head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
+    largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
     return MemoryPlan(
         base=sum(p.numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),
         gradients=4 * (count + head_size),
         optimizer=masters + 8 * count,
-        activations=activation_bytes(config, num_tokens, dtype, checkpointing, adapted),
-        logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize),
+        activations=activation_bytes(layer, layer_input, num_tokens, len(layers), recomputed),
+        logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize) + head_copy,
+        workspace=num_tokens * layer + largest * dtype.itemsize,
     )
+
+
+def is_fused(layer: nn.Module) -> bool:
+    """Whether block.py's forward stands in the place of a decoder layer's own: in a class of the same name."""
+    kind = type(layer)
+    return kind.__mro__[1].__name__ == kind.__name__

@@ -3,13 +3,15 @@
 One optimizer step consumes a *window* of examples (batch size x gradient accumulation x devices of them).
 Windows are cut from a seeded shuffle of each epoch, so the step number alone says which examples come next:
 resuming needs no other state, and the number of devices does not change the order. A window is dealt out to
-the devices by length, and what a device gets is packed into rows of at most `budget` tokens.
+the devices by length, and what a device gets is packed into rows of at most `budget` tokens. On a CPU, where
+longer rows are no faster, it is dealt a second time, into rows of about `CPU_TOKENS`.
 
 Letters: N packed tokens of a row, S sequences in it, B rows, T tokens of a padded row.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,10 @@ import torch
 from torch import Tensor
 
 from qlora.tokenize import IGNORE_INDEX, Example
+
+# Tokens that a CPU's micro-batches aim at: with more, a token takes as long, and memory grows in proportion
+# (`python -m benchmarks.growth`); with far fewer, reading the 4-bit weights begins to show.
+CPU_TOKENS = 1536
 
 
 @dataclass
@@ -68,12 +74,24 @@ def pack_examples(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def deal_examples(lengths: Sequence[int], num_devices: int) -> list[list[int]]:
     """Split indices over devices so that their token counts are near equal: longest first, to the emptiest."""
     hands: list[list[int]] = [[] for _ in range(num_devices)]
-    load = [0] * num_devices
+    emptiest = [(0, device) for device in range(num_devices)]  # a heap of (load, device)
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        device = load.index(min(load))
+        load, device = emptiest[0]
         hands[device].append(index)
-        load[device] += lengths[index]
+        heapq.heapreplace(emptiest, (load + lengths[index], device))
     return hands
+
+
+def cut_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Split indices into parts of near equal token counts, about `CPU_TOKENS` each and at most `budget`.
+
+    An example longer than the budget gets a part of its own. Deterministic; every index appears once.
+    """
+    bins = pack_examples(lengths, budget)
+    num_parts = max(len(bins), -(-sum(lengths) // CPU_TOKENS))
+    parts = deal_examples(lengths, min(num_parts, len(lengths)))
+    fits = all(len(part) == 1 or sum(lengths[i] for i in part) <= budget for part in parts)
+    return parts if fits else bins
 
 
 def collate_packed(examples: Sequence[Example]) -> Batch:
@@ -122,18 +140,36 @@ def split_batch(batch: Batch, limit: int) -> list[Batch]:
     return [small for part in parts for small in split_batch(collate(part), limit)]
 
 
-def make_batches(examples: Sequence[Example], batch_size: int, max_length: int, packing: bool) -> list[Batch]:
+def make_batches(
+    examples: Sequence[Example], batch_size: int, max_length: int, packing: bool, device_type: str = "cpu"
+) -> list[Batch]:
     """One device's share of a window as micro-batches of at most batch_size x max_length tokens.
 
-    Without packing a micro-batch is `batch_size` padded rows, of similar length to waste little.
+    Packed rows are as full as they get; on a CPU (`device_type`), near equal and of about `CPU_TOKENS`. Without
+    packing a micro-batch is `batch_size` padded rows, of similar length to waste little.
     """
     lengths = [len(example) for example in examples]
     if packing:
-        bins = pack_examples(lengths, batch_size * max_length)
-        return [collate_packed([examples[i] for i in bin_]) for bin_ in bins]
+        cut = cut_evenly if device_type == "cpu" else pack_examples
+        return [collate_packed([examples[i] for i in part]) for part in cut(lengths, batch_size * max_length)]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [collate_padded([examples[i] for i in row]) for row in rows]
+
+
+def most_tokens(batch_size: int, max_length: int, longest: int, packing: bool, device_type: str = "cpu") -> int:
+    """The most tokens, padding included, that a micro-batch of `make_batches` may hold.
+
+    Args:
+        longest: tokens of the longest example, at most `max_length`.
+    """
+    if not packing:
+        return batch_size * longest
+    budget = batch_size * max_length
+    if device_type != "cpu":
+        return budget
+    # The last of several examples in a part is its shortest, and found the part no fuller than the average.
+    return min(budget, max(longest, CPU_TOKENS + min(longest, CPU_TOKENS)))
 
 
 class WindowOrder:

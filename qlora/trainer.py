@@ -20,22 +20,25 @@ these before they act, or one would wait for ever in a collective that another n
 from __future__ import annotations
 
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from qlora.checkpoint import Progress
-from qlora.device import available_memory, peak_memory_gib
+from qlora.device import GIB, available_memory, peak_memory_gib
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.injection import active_adapter, lora_layers, lora_parameters
-from qlora.loss import causal_lm_loss
-from qlora.memory import plan_memory, wants_checkpointing
+from qlora.loss import CHUNK_SIZE, causal_lm_loss
+from qlora.memory import FREE_SHARE, choose_recomputed, decoder_layers, differentiated_layers, plan_memory
 from qlora.optim import MasterOptimizer
 from qlora.packing import Batch, WindowOrder, deal_examples, make_batches, split_batch
 from qlora.tokenize import Example
@@ -167,7 +170,8 @@ def evaluate(
     mine = deal_examples([len(e) for e in examples], accelerator.num_processes)[accelerator.process_index]
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     longest = max(len(e) for e in examples)
-    waiting = make_batches([examples[i] for i in mine], max(1, budget // longest), longest, packing)
+    rows, kind = max(1, budget // longest), accelerator.device.type
+    waiting = make_batches([examples[i] for i in mine], rows, longest, packing, kind)
     while waiting and not sums[2]:
         batch = waiting.pop()
         try:
@@ -185,25 +189,57 @@ def evaluate(
     return None if stopped else loss_sum / count
 
 
-def settle_checkpointing(model: Any, mode: str, budget: int, say: Callable[[str], Any] = print) -> bool:
-    """Switch gradient checkpointing on or off, and say which and what memory the run is planned to take.
+def settle_checkpointing(
+    model: Any,
+    mode: str,
+    num_tokens: int,
+    memory_budget: int | None = None,
+    accelerator: Accelerator | None = None,
+    say: Callable[[str], Any] = print,
+) -> float:
+    """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
 
     Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings.
 
     Args:
-        mode: "on", "off", or "auto": on only where `budget` tokens' activations would not fit.
+        mode: "on" all layers, "off" none, "auto" as few as make the plan fit the budget.
+        num_tokens: the most that a micro-batch holds.
+        memory_budget: bytes for all that is planned; None = the base and half of the free memory.
+        accelerator: of a run in several processes: they share the device's memory, and decide alike.
+    Returns:
+        the share of the model's decoder layers that are recomputed, from 0 to 1.
     """
     dtype, device = model.compute_dtype, next(model.parameters()).device
-    plan = plan_memory(model, budget, dtype, checkpointing=False)
-    on = wants_checkpointing(mode, plan.activations, available_memory(device))
-    if on:
-        # transformers 5.21 renamed it and warns of the old name; Python 3.10 has nothing newer than 5.20.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    name = str(dtype).removeprefix("torch.")
-    say(f"computing in {name}, gradient checkpointing {'on' if on else 'off'}")
-    say(f"{plan_memory(model, budget, dtype, on)} at {budget} tokens a micro-batch")
-    return on
+    layers = differentiated_layers(model)
+    plans = [plan_memory(model, num_tokens, dtype, n, CHUNK_SIZE) for n in range(len(layers) + 1)]
+    limit, source = memory_budget, "--memory-budget"
+    if limit is None:
+        free = int(FREE_SHARE * _free_memory(device, accelerator))
+        limit, source = plans[0].base + plans[0].adapters + free, "what is loaded and half of what is free"
+    number = choose_recomputed(mode, [plan.total for plan in plans], limit)
+    for index, layer in enumerate(layers):
+        # What transformers' own switch does, but for making the embeddings' output want a gradient: layers below
+        # the first adapted one would then be differentiated for nothing.
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = index < number
+    reason = f"--gradient-checkpointing {mode}"
+    if mode == "auto":
+        reason = f"keeping all would take {plans[0].total / GIB:.2f} of at most {limit / GIB:.2f} GiB, {source}"
+    name, planned = str(dtype).removeprefix("torch."), plans[number]
+    say(f"computing in {name}; {number} of {len(layers)} layers are recomputed in the backward pass ({reason})")
+    excess = "; more than that, so it may not fit" if mode == "auto" and planned.total > limit else ""
+    say(f"{planned} at {num_tokens} tokens a micro-batch{excess}")
+    return number / max(1, len(decoder_layers(model)))
+
+
+def _free_memory(device: torch.device, accelerator: Accelerator | None) -> int:
+    """Bytes free for this process: of a CPU's, a share; the least of all processes, so that they decide alike."""
+    free = available_memory(device)
+    if accelerator is None or accelerator.num_processes == 1:
+        return free
+    if device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return int(accelerator.gather(torch.tensor([free], device=device)).min())
 
 
 def check_adapters_learn(model: nn.Module) -> None:
@@ -320,7 +356,7 @@ def fit(
         started = time.perf_counter()
         window = [examples[i] for i in order.window(step)]
         mine = [window[i] for i in deal_examples([len(e) for e in window], devices)[rank]]
-        whole = make_batches(mine, batch_size, max_length, packing)
+        whole = make_batches(mine, batch_size, max_length, packing, accelerator.device.type)
         batches = [part for batch in whole for part in split_batch(batch, budget)]
         rate, step_seed = learning_rate(step), (seed * 1_000_003 + step) * 4096 + rank
         try:

@@ -24,16 +24,18 @@ from qlora.errors import InputError
 from qlora.generate import generate
 from qlora.injection import active_adapter, freeze_base, inject_lora, lora_parameters, lora_state_dict
 from qlora.loss import causal_lm_loss
-from qlora.memory import activation_bytes, plan_memory
+from qlora.memory import plan_memory
 from qlora.merge import merge_adapter
 from qlora.model import dequantized_weights, load_base_model
 from qlora.packing import Batch, collate_packed, collate_padded
 from qlora.quantize import FrozenMatrix, Linear4bit, QuantConfig
 from qlora.sources import module_name, saved_name
 from qlora.tokenize import IGNORE_INDEX, Example, encode_prompt
+from qlora.trainer import settle_checkpointing
 from tests import reference
 from tests.models import TINY
 from tests.reference import relative_error
+from tests.test_memory import kept_by_layer
 from tests.test_model import assert_same_tensors, packed_bytes, reference_model
 from tests.tiny import tiny_tokenizer
 
@@ -428,8 +430,29 @@ def test_checkpointing_changes_nothing(family: str, make: Maker) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_is_planned(family: str, make: Maker) -> None:
-    """At least what one tensor of hidden states per layer takes, and less under checkpointing."""
-    model = adapt(load(make(family)))
-    plan = plan_memory(model, num_tokens=100, dtype=torch.float32, checkpointing=False)
-    assert plan.activations > 100 * 2 * 64 * 4 and plan.base > 0 and plan.adapters > 0
-    assert activation_bytes(model.config, 100, torch.float32, checkpointing=True) < plan.activations
+    """A layer's plan against what autograd keeps of it; the scores that Gemma 2 writes out are in no plan.
+
+    Within 15 %: the h of 7 adapted layers is 3 % here, Phi 3 keeps all of q, k and v where their split is a view.
+    """
+    model = adapt(load(make(family))).train()
+    plan = plan_memory(model, 96, torch.float32)
+    kept = kept_by_layer(model, 96)[1]
+    assert (0.4 if family == "gemma2" else 0.85) < plan.activations / 2 / kept < 1.1
+    assert plan.base > 0 and plan.adapters > 0
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2", "qwen3_moe"])
+def test_half_of_the_layers_recomputed(family: str, make: Maker) -> None:
+    """The lower of two layers keeps its input alone, the gradients stay."""
+    model = adapt(load(make(family))).train()
+    batch = collate_packed(random_examples())
+    loss, _ = causal_lm_loss(model, batch)
+    expected = torch.autograd.grad(loss, lora_parameters(model))
+    budget = plan_memory(model, 96, torch.float32, recomputed=1).total
+    assert settle_checkpointing(model, "auto", 96, budget, say=lambda line: None) == 0.5
+    recomputed, _ = causal_lm_loss(model, batch)
+    assert torch.equal(recomputed, loss)
+    for mine, other in zip(torch.autograd.grad(recomputed, lora_parameters(model)), expected, strict=True):
+        assert relative_error(mine, other) < FP32_TOLERANCE
+    kept = kept_by_layer(model, 96)
+    assert kept[0] == 96 * 4 * model.config.hidden_size < kept[1] / 4

@@ -13,12 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from qlora import device
-from qlora.config import LoRAConfig
+from qlora.attention import packed_arguments
+from qlora.config import LoRAConfig, TrainConfig
 from qlora.device import GIB, available_memory, best_device, choose_compute_dtype, peak_memory_gib
+from qlora.errors import InputError
 from qlora.injection import freeze_base, inject_lora, lora_layers
-from qlora.memory import MemoryPlan, activation_bytes, plan_memory, wants_checkpointing
+from qlora.memory import (
+    MemoryPlan,
+    activation_bytes,
+    choose_recomputed,
+    decoder_layers,
+    differentiated_layers,
+    is_fused,
+    layer_bytes,
+    plan_memory,
+)
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer
+from qlora.trainer import settle_checkpointing
 from tests.models import save_tiny_llama, tiny_llama_config
 
 CPU = torch.device("cpu")
@@ -26,35 +38,52 @@ REPOSITORY = Path(device.__file__).parents[1]
 NUM_TOKENS = 96
 
 
-def saved_bytes(network: Any, num_tokens: int) -> int:
-    """Bytes of the storages that autograd keeps for the backward pass of the blocks, each counted once.
+def kept_by_layer(model: Any, num_tokens: int) -> list[int]:
+    """Bytes of the storages that autograd keeps for each decoder layer's backward pass, each counted once.
 
-    Parameters and buffers are not activations; neither is what the graph of a no-grad part would hold.
+    Parameters and buffers are not activations; one packed sequence of `num_tokens`, as training computes it.
     """
-    own = {p.data_ptr() for p in network.parameters()} | {b.data_ptr() for b in network.buffers()}
-    kept: dict[int, Tensor] = {}
+    counted = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    counted |= {p.quant_state.code.data_ptr() for p in model.parameters() if hasattr(p, "quant_state")}
+    layers = decoder_layers(model)
+    kept, alive = [0] * len(layers), []
+    current: int | None = None
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        storage = tensor.untyped_storage()
+        if current is not None and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            alive.append(tensor)  # or its address might be given to another
+            kept[current] += storage.nbytes()
         return tensor
 
-    ids = torch.arange(num_tokens)[None] % network.config.vocab_size
+    def enter(number: int | None) -> Any:
+        def hook(*_: Any) -> None:
+            nonlocal current
+            current = number
+
+        return hook
+
+    for number, layer in enumerate(layers):
+        layer.register_forward_pre_hook(enter(number))
+        layer.register_forward_hook(enter(None))
+    ids = torch.arange(num_tokens)[None] % model.config.vocab_size
+    bounds = torch.tensor([0, num_tokens], dtype=torch.int32)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = network.model(ids).last_hidden_state
-    assert output.requires_grad and kept
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        output = model.base_model(ids, use_cache=False, **packed_arguments(bounds, num_tokens))
+    assert output.last_hidden_state.requires_grad
+    return kept
 
 
 def adapted_model(
-    directory: Path, layers: int, dtype: str, targets: str = "q_proj,v_proj", **settings: Any
+    directory: Path, layers: int, dtype: str, targets: str = "q_proj,v_proj", numbers: str = "", **settings: Any
 ) -> Any:
     model = load_base_model(
         str(save_tiny_llama(directory / f"llama-{layers}-{dtype}", num_hidden_layers=layers, **settings)),
         compute_dtype=dtype,
         cache=False,
     )
-    inject_lora(model, LoRAConfig(target_modules=targets))
+    inject_lora(model, LoRAConfig(rank=1, target_modules=targets, layers=numbers))
     freeze_base(model)
     return model.train()
 
@@ -62,57 +91,110 @@ def adapted_model(
 # ---- activations ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [(4, 2), (4, 4)])
 @pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear", "up_proj"])
-def test_activations_against_autograd(tmp_path: Path, dtype: str, heads: tuple[int, int], targets: str) -> None:
-    """A layer's plan is what autograd keeps, within a twelfth (the h of adapted layers, norms' scales).
-
-    One layer is a model of 5 less a model of 2, by 3: what is kept once (rotary tables, last norm) drops out.
-    """
+def test_a_layer_against_autograd(
+    tmp_path: Path, dtype: str, heads: tuple[int, int], targets: str, fused: bool
+) -> None:
+    """A layer's plan is what autograd keeps, within 3 % (the h of adapted layers, a number a row of the norms)."""
     settings = dict(num_attention_heads=heads[0], num_key_value_heads=heads[1])
-    models = {layers: adapted_model(tmp_path, layers, dtype, targets, **settings) for layers in (2, 5)}
-    measured = (saved_bytes(models[5], NUM_TOKENS) - saved_bytes(models[2], NUM_TOKENS)) / 3
-    config = models[2].config
-    adapted = {name.rpartition(".")[2] for name in lora_layers(models[2])}
-    planned = activation_bytes(config, NUM_TOKENS, getattr(torch, dtype), False, adapted) / 2
-    assert measured > 0
-    assert 0.92 < planned / measured < 1.05
+    model, num_tokens = adapted_model(tmp_path, 3, dtype, targets, **settings), 256  # fewer: attention in fp32
+    for layer in decoder_layers(model):
+        if not fused:
+            layer.__class__ = type(layer).__mro__[1]  # transformers' own
+    assert is_fused(decoder_layers(model)[1]) == fused
+    adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
+    planned = num_tokens * layer_bytes(model.config, getattr(torch, dtype), adapted, fused)
+    measured = kept_by_layer(model, num_tokens)
+    assert measured[2] > measured[0] > 0  # below the first adapter the input needs no gradient
+    assert 0.97 < planned / measured[2] < 1.01
 
 
-def test_checkpointing_keeps_one_layer(tmp_path: Path) -> None:
-    """Every layer keeps its input, and one layer at a time is held in full."""
-    config = tiny_llama_config(num_hidden_layers=10)
-    one_layer = activation_bytes(config, 1, torch.bfloat16, checkpointing=False) / 10
-    with_it = activation_bytes(config, 1, torch.bfloat16, checkpointing=True)
-    assert with_it == one_layer + 10 * 2 * config.hidden_size
-    assert with_it < 10 * one_layer
+def test_layers_below_the_first_adapted_one_keep_nothing(tmp_path: Path) -> None:
+    """Neither a tensor nor a gradient: not in memory, not in time, not in the plan."""
+    model = adapted_model(tmp_path, 5, "float32", numbers="2-3")
+    layers = decoder_layers(model)
+    reached: list[int] = []
+    for number, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _m, _a, y, n=number: reached.append(n) if y.requires_grad else None)
+    kept = kept_by_layer(model, NUM_TOKENS)
+    assert kept[:2] == [0, 0] and min(kept[2:]) > 0
+    assert reached == [2, 3, 4]
+    assert differentiated_layers(model) == layers[2:]
+    plan = plan_memory(model, NUM_TOKENS, torch.float32).activations
+    assert plan == 3 * NUM_TOKENS * layer_bytes(model.config, torch.float32, fused=is_fused(layers[0]))
 
 
-def test_activations_grow_with_tokens_and_dtype() -> None:
-    config = tiny_llama_config()
-    for checkpointing in (True, False):
-        one = activation_bytes(config, 1, torch.float32, checkpointing)
-        assert activation_bytes(config, 1000, torch.float32, checkpointing) == 1000 * one
-        assert one / 2 < activation_bytes(config, 1, torch.bfloat16, checkpointing) < one
+def test_trained_embeddings_differentiate_every_layer(tmp_path: Path) -> None:
+    model = adapted_model(tmp_path, 3, "float32", numbers="2")
+    assert len(differentiated_layers(model)) == 1
+    model.get_input_embeddings().weight.requires_grad_(True)
+    assert len(differentiated_layers(model)) == 3
 
 
-def test_activations_of_llama_7b() -> None:
-    """D 4096, 32 layers, F 11008, bf16: 8 D + 2 (D + 4 D + 3 F) bytes a token and layer, by hand."""
-    config = SimpleNamespace(
-        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, intermediate_size=11008
-    )
-    assert activation_bytes(config, 1, torch.bfloat16, False) == 32 * (8 * 4096 + 2 * (5 * 4096 + 3 * 11008))
+@pytest.mark.parametrize("recomputed", range(5))
+def test_recomputed_layers_keep_their_input(tmp_path: Path, recomputed: int) -> None:
+    """What autograd keeps with the lowest layers recomputed is the plan, less the layer held in full at a time."""
+    model = adapted_model(tmp_path, 5, "float32", numbers="1-4")
+    totals = [plan_memory(model, NUM_TOKENS, torch.float32, number).total for number in range(5)]
+    share = settle_checkpointing(model, "auto", NUM_TOKENS, totals[recomputed], say=lambda line: None)
+    number = round(5 * share)
+    kept = kept_by_layer(model, NUM_TOKENS)
+    layer_input = NUM_TOKENS * 4 * model.config.hidden_size
+    if recomputed == 4:  # all: the layer held while it is recomputed takes more than the one that could be kept
+        assert number == 3
+    else:
+        assert number == recomputed
+    assert kept[0] == 0 and kept[1 : 1 + number] == [layer_input] * number
+    planned = plan_memory(model, NUM_TOKENS, torch.float32, number).activations
+    assert 0.9 < planned / sum(kept) < 1.05  # the lowest adapted layer keeps less than the others
 
 
-@pytest.mark.parametrize("mode", ["auto", "on", "off"])
-def test_wants_checkpointing(mode: str) -> None:
-    """auto asks the arithmetic: over half of what is free, recompute; on and off are orders."""
-    config = tiny_llama_config()
-    needed = activation_bytes(config, 1000, torch.float32, checkpointing=False)
-    for available, auto in ((2 * needed, False), (2 * needed - 2, True), (0, True)):
-        expected = {"on": True, "off": False, "auto": auto}[mode]
-        assert wants_checkpointing(mode, needed, available) is expected
+def test_activations_are_proportional_to_tokens() -> None:
+    for recomputed in range(4):
+        one = activation_bytes(100, 7, 1, num_layers=3, recomputed=recomputed)
+        assert one == {0: 300, 1: 207, 2: 114, 3: 121}[recomputed]  # the last: 3 inputs, and one layer at a time
+        assert activation_bytes(100, 7, 1000, 3, recomputed) == 1000 * one
+
+
+def test_layers_of_llama_7b() -> None:
+    """D 4096, F 11008, bf16, by hand: 8 D + 2 (D + 4 D + 3 F), and fused 2 (2 D + D + 3 D + 2 F)."""
+    config = SimpleNamespace(model_type="llama", hidden_size=4096, num_attention_heads=32, intermediate_size=11008)
+    assert layer_bytes(config, torch.bfloat16) == 8 * 4096 + 2 * (5 * 4096 + 3 * 11008)
+    assert layer_bytes(config, torch.bfloat16, fused=True) == 2 * (6 * 4096 + 2 * 11008)
+
+
+@pytest.mark.parametrize(
+    ("mode", "limit", "expected"),
+    [
+        ("on", 99, 3),
+        ("off", 0, 0),
+        ("auto", 30, 0),
+        ("auto", 29, 1),
+        ("auto", 20, 1),
+        ("auto", 10, 2),
+        ("auto", 9, 3),
+    ],
+)
+def test_as_few_layers_as_needed(mode: str, limit: int, expected: int) -> None:
+    """Three layers; with all of them recomputed the plan is a little above that with two."""
+    assert choose_recomputed(mode, [30, 20, 10, 11], limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 * 2**30), ("3.5GB", 3_500_000_000), ("800 MiB", 800 * 2**20), ("0.5TB", 5 * 10**11)],
+)
+def test_a_budget_is_read_in_bytes(text: str, size: int) -> None:
+    assert TrainConfig(memory_budget=text).memory_budget_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "4", "4G", "0GiB", "-1GiB", "1e3GB", "GiB", "lots", "4GiB or so"])
+def test_a_budget_that_is_no_size_is_named(text: str) -> None:
+    with pytest.raises(InputError, match=f"memory_budget is '{text}'; give --memory-budget a size such as 4GiB"):
+        TrainConfig(memory_budget=text)
 
 
 # ---- the whole plan ---------------------------------------------------------------------------------------
@@ -126,7 +208,7 @@ def test_plan_against_the_tensors(tmp_path: Path, use_4bit: bool, adapter_dtype:
     model = load_base_model(str(path), use_4bit, compute_dtype="float32", cache=False)
     inject_lora(model, LoRAConfig(adapter_dtype=adapter_dtype))  # type: ignore[arg-type]
     freeze_base(model)
-    plan = plan_memory(model, NUM_TOKENS, torch.float32, checkpointing=False)
+    plan = plan_memory(model, NUM_TOKENS, torch.float32)
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [p for p in model.parameters() if not p.requires_grad]
     assert trainable and frozen
@@ -149,16 +231,28 @@ def test_plan_against_the_tensors(tmp_path: Path, use_4bit: bool, adapter_dtype:
 
 
 def test_plan_is_the_sum_of_its_parts() -> None:
-    plan = MemoryPlan(base=GIB, adapters=2 * GIB, gradients=3, optimizer=4, activations=5, logits=6)
-    assert plan.total == 3 * GIB + 18
+    plan = MemoryPlan(base=GIB, adapters=2 * GIB, gradients=3, optimizer=4, activations=5, logits=6, workspace=7)
+    assert plan.total == 3 * GIB + 25
     assert str(plan).startswith("3.00 GiB planned (base 1.00, adapters 2.00, gradients 0.00")
 
 
 def test_logits_are_one_chunk(tmp_path: Path) -> None:
-    """Never (N, V): the chunk bounds them however long the batch is."""
+    """Never (N, V): the chunk bounds them however long the batch is. The head is bf16, and copied for fp32."""
     model = adapted_model(tmp_path, 2, "float32")
-    plans = [plan_memory(model, n, torch.float32, False, chunk_size=64).logits for n in (32, 64, 6400)]
-    assert plans[0] == plans[1] / 2 and plans[1] == plans[2] == 64 * model.config.vocab_size * (4 + 4)
+    size = model.config.vocab_size
+    for dtype, copied in ((torch.float32, 4 * size * model.config.hidden_size), (torch.bfloat16, 0)):
+        plans = [plan_memory(model, n, dtype, chunk_size=64).logits - copied for n in (32, 64, 6400)]
+        assert plans[0] == plans[1] / 2 and plans[1] == plans[2] == 64 * size * (4 + dtype.itemsize)
+
+
+def test_workspace_is_one_layer_and_one_weight(tmp_path: Path) -> None:
+    """However many layers there are; the largest weight is an MLP's, 64 x 160."""
+    for layers in (2, 5):
+        model = adapted_model(tmp_path, layers, "float32")
+        for recomputed in (0, 1):
+            plan = plan_memory(model, NUM_TOKENS, torch.float32, recomputed)
+            one = plan_memory(model, NUM_TOKENS, torch.float32).activations / layers
+            assert plan.workspace == one + 64 * 160 * 4
 
 
 # ---- the device -------------------------------------------------------------------------------------------
@@ -231,5 +325,5 @@ def test_dense_model_needs_no_quant_state() -> None:
     """A plain module with a config plans too: nothing is assumed about 4 bits."""
     model = nn.Linear(8, 8)
     model.config = tiny_llama_config()  # type: ignore[assignment]
-    plan = plan_memory(model, 10, torch.float32, checkpointing=True)
+    plan = plan_memory(model, 10, torch.float32, recomputed=0)
     assert plan.base == 0 and plan.adapters == model.weight.nbytes + model.bias.nbytes

@@ -10,17 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora import packing
 from qlora.config import LoRAConfig
 from qlora.injection import freeze_base, inject_lora, lora_parameters
 from qlora.loss import causal_lm_loss
 from qlora.model import load_base_model
 from qlora.packing import (
+    CPU_TOKENS,
     Batch,
     WindowOrder,
     collate_packed,
     collate_padded,
+    cut_evenly,
     deal_examples,
     make_batches,
+    most_tokens,
     pack_examples,
 )
 from qlora.tokenize import IGNORE_INDEX, Example
@@ -87,6 +91,45 @@ def test_dealing_is_balanced() -> None:
         assert hands == deal_examples(list(lengths), devices)
     assert deal_examples([5, 4, 3, 3, 3], 2) == [[0, 3], [1, 2, 4]]
     assert deal_examples([5], 3) == [[0], [], []]
+
+
+def test_parts_of_a_cpu_are_near_equal_and_as_many_as_the_tokens_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every index once, no part over the budget or over what `most_tokens` says, none larger than it need be."""
+    rng = random.Random(5)
+    num_dealt = num_bound = 0
+    monkeypatch.setattr(packing, "CPU_TOKENS", 64)
+    for _ in range(500):
+        lengths = random_lengths(rng, longest=rng.choice([20, 150]))
+        batch_size, max_length = rng.randint(1, 9), max(lengths) + rng.randint(0, 20)
+        budget = batch_size * max_length
+        parts = cut_evenly(lengths, budget)
+        assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
+        loads = [sum(lengths[index] for index in part) for part in parts]
+        assert max(loads) <= most_tokens(batch_size, max_length, max(lengths), packing=True) <= budget
+        assert parts == cut_evenly(list(lengths), budget)
+        wanted = min(len(lengths), -(-sum(lengths) // 64))
+        assert len(parts) >= wanted
+        if max(loads) - min(loads) <= max(lengths):  # dealt, rather than filled up to a narrow budget
+            num_dealt += len(parts) > 1
+        num_bound += len(parts) > wanted
+    assert num_dealt > 300 and num_bound > 30
+
+
+def test_parts_of_a_known_case() -> None:
+    assert cut_evenly([900, 800, 700, 500, 500], budget=8192) == [[0], [1, 4], [2, 3]]
+    assert cut_evenly([600, 500, 400, 300, 200], budget=8192) == [[0, 3, 4], [1, 2]]
+    assert cut_evenly([6, 4, 4, 3, 3], budget=10) == [[0, 1], [2, 3, 4]]  # dealt evenly, one would hold 11
+    assert cut_evenly([3000, 200], budget=8192) == [[0], [1]]
+    assert cut_evenly([500, 500], budget=8192) == [[0, 1]]
+    assert cut_evenly([], budget=10) == []
+
+
+def test_a_gpu_s_rows_are_as_full_as_they_get() -> None:
+    examples = random_examples([600, 500, 400, 300, 200])
+    sizes = {kind: [b.num_tokens for b in make_batches(examples, 2, 1024, True, kind)] for kind in ("cpu", "cuda")}
+    assert sizes == {"cpu": [1100, 900], "cuda": [2000]}
+    assert most_tokens(2, 1024, 600, True, "cuda") == 2048 and most_tokens(2, 1024, 600, False, "cuda") == 1200
+    assert most_tokens(8, 1024, 600, True) == CPU_TOKENS + 600 and most_tokens(8, 4096, 4000, True) == 4000
 
 
 # ---- tensors ----------------------------------------------------------------------------------------------

@@ -311,7 +311,7 @@ def test_decoding_uses_the_trained_head(bases: dict[str, Path]) -> None:
 def test_counts_and_memory(bases: dict[str, Path]) -> None:
     model, tokenizer = base(bases["tied"]), extended()
     plain = parameter_summary(model)
-    frozen = plan_memory(model, 256, torch.float32, checkpointing=False)
+    frozen = plan_memory(model, 256, torch.float32)
     config = LoRAConfig(rank=2, adapter_dtype="float32", new_tokens=TOKENS)
     names = inject_lora(model, config, tokenizer=tokenizer)
     freeze_base(model)
@@ -320,7 +320,7 @@ def test_counts_and_memory(bases: dict[str, Path]) -> None:
     assert len(names) == 4 and lora == 2 * 2 * (64 + 64) + 2 * 2 * (64 + 32)
     summary = parameter_summary(model)
     assert (summary.trainable, summary.total) == (lora + size, plain.total + lora + new)
-    plan = plan_memory(model, 256, torch.float32, checkpointing=False)
+    plan = plan_memory(model, 256, torch.float32)
     assert plan.base == frozen.base  # the base's own embedding stays in memory
     assert plan.adapters == 4 * (lora + size) and plan.optimizer == 8 * (lora + size)
     assert plan.gradients == 4 * (lora + 2 * size)  # the head's of a micro-batch, beside the sum

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 
-from qlora import trainer
+from qlora import packing, trainer
 from qlora.checkpoint import Progress
 from qlora.config import LoRAConfig
 from qlora.errors import StoppedOnRequest, TrainingStopped
 from qlora.injection import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
+from qlora.loss import CHUNK_SIZE
+from qlora.memory import decoder_layers, plan_memory
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer, build_schedule
 from qlora.packing import WindowOrder, make_batches
@@ -149,12 +152,74 @@ def test_a_resumed_run_equals_one_never_stopped(tiny: str, dtype: str) -> None:
         assert torch.equal(tensor, lora_state_dict(second)[key])
 
 
-def test_checkpointing_changes_no_number(tiny: str) -> None:
+@pytest.mark.parametrize("recomputed", [1, 2])
+def test_checkpointing_changes_no_number(tiny: str, recomputed: int) -> None:
+    """All layers or the lowest alone; those that are recomputed are counted by the calls of their gate_proj."""
     plain = losses(run(adapted(tiny, dropout=0.1), make_examples(), 4))
-    model = adapted(tiny, dropout=0.1)
-    assert settle_checkpointing(model, "on", 256, say=lambda line: None)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    model, calls = adapted(tiny, dropout=0.1), [0, 0]
+    budget = plan_memory(model, 256, torch.float32, recomputed, CHUNK_SIZE).total
+    mode = "on" if recomputed == 2 else "auto"
+    assert settle_checkpointing(model, mode, 256, budget, say=lambda line: None) == recomputed / 2
+    for number, layer in enumerate(decoder_layers(model)):
+        assert layer.gradient_checkpointing == (number < recomputed)
+        layer.mlp.gate_proj.register_forward_pre_hook(lambda _m, _a, n=number: calls.__setitem__(n, calls[n] + 1))
     assert losses(run(model, make_examples(), 4)) == pytest.approx(plain, rel=1e-5)
+    assert calls == [8 if number < recomputed else 4 for number in range(2)]
+
+
+@pytest.mark.parametrize("others_free", [2**40, 0])
+def test_processes_agree_on_what_to_recompute(
+    tiny: str, others_free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plenty of memory here, shared by two on a CPU; the process that has least decides for all."""
+    asked: list[int] = []
+
+    def gather(mine: torch.Tensor) -> torch.Tensor:
+        asked.append(int(mine))
+        return torch.cat([mine, torch.tensor([others_free])])
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(trainer, "available_memory", lambda device: 2**40)
+    two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
+    share = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
+    assert share == (0 if others_free else 1) and asked == [2**39]
+
+
+def test_what_is_said_of_the_memory(tiny: str) -> None:
+    model, said = adapted(tiny), []
+    plans = [plan_memory(model, 256, torch.float32, number, CHUNK_SIZE) for number in range(3)]
+    settle_checkpointing(model, "auto", 256, plans[1].total, say=said.append)
+    assert "1 of 2 layers are recomputed in the backward pass (keeping all would take" in said[0]
+    assert said[0].endswith("--memory-budget)") and said[1] == f"{plans[1]} at 256 tokens a micro-batch"
+    settle_checkpointing(adapted(tiny), "auto", 256, 1, say=said.append)
+    assert "2 of 2 layers" in said[2] and said[3].endswith("; more than that, so it may not fit")
+    settle_checkpointing(adapted(tiny), "off", 256, 1, say=said.append)
+    assert said[4] == (
+        "computing in float32; 0 of 2 layers are recomputed in the backward pass (--gradient-checkpointing off)"
+    )
+    assert said[5] == f"{plans[0]} at 256 tokens a micro-batch"
+
+
+def test_a_cpu_cuts_a_window_into_short_micro_batches(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the tokens ask for, in training and evaluation alike; no loss changes but by rounding."""
+    sizes: list[int] = []
+    whole_loss = trainer.causal_lm_loss
+
+    def causal_lm_loss(model: Any, batch: Any) -> Any:
+        sizes.append(batch.num_tokens)
+        return whole_loss(model, batch)
+
+    options: dict[str, Any] = dict(eval_examples=make_examples(5, seed=9), eval_every=4)
+    expected = run(adapted(tiny), make_examples(), 4, **options)
+    monkeypatch.setattr(trainer, "causal_lm_loss", causal_lm_loss)
+    monkeypatch.setattr(packing, "CPU_TOKENS", 32)
+    lines = run(adapted(tiny), make_examples(), 4, **options)
+    assert losses(lines) == pytest.approx(losses(expected), rel=1e-5)
+    held_out = [[line["eval_loss"] for line in side if "eval_loss" in line] for side in (lines, expected)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-5) and len(held_out[0]) == 2
+    tokens = [line["num_tokens"] for line in lines if "loss" in line]
+    held = sum(len(e) for e in make_examples(5, seed=9))
+    assert len(sizes) == sum(-(-count // 32) for count in (*tokens, held, held)) > 6
 
 
 def test_the_last_partial_window_counts(tiny: str) -> None:

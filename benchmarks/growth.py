@@ -1,0 +1,223 @@
+"""How time and memory grow with the tokens of a micro-batch and with the length of its sequences.
+
+    python -m benchmarks.growth [--model M] [--rounds 3] [--plot growth.png]
+
+Trains rank-8 adapters on q_proj and v_proj of SmolLM2-135M (or --model) in 4 bits on random tokens, every one of
+them supervised, and keeps all activations. Two series:
+
+    tokens     1,024 to 8,192 tokens a micro-batch, in sequences of 256: a token should take as long in each, which
+               is why a CPU's micro-batches stop at `CPU_TOKENS` (qlora/packing.py), and memory should be linear
+    length     sequences of 256 to 8,192 tokens, a micro-batch of one sequence or of 1,024 tokens
+
+Each point is a process of its own, for its peak of memory; the points take turns, `--rounds` times, in both
+directions, and every step is made twice, the first as a warm-up. Figures are medians over the rounds. Memory is
+the peak of the steps (the kernel's VmHWM, or the CUDA allocator's) above what was resident before; beside it
+stands what qlora/memory.py plans. The limit is that of benchmarks/roofline.py: it counts attention's products,
+whose share grows with the length; its softmax, which grows alike, is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.roofline import describe_machine, product_rate, useful_flops
+from examples.demo import packaged_model
+
+ROOT = Path(__file__).resolve().parent.parent
+Point = tuple[int, int]  # tokens of the micro-batch, tokens of each of its sequences
+BY_TOKENS: list[Point] = [(tokens, 256) for tokens in (1024, 2048, 4096, 8192)]
+BY_LENGTH: list[Point] = [(max(1024, length), length) for length in (256, 512, 1024, 2048, 4096, 8192)]
+FLAT = 0.15  # the goal: how far a token's time may move between 1,024 and 8,192 tokens
+HEADINGS = (
+    "tokens", "length", "tokens/s", "ms per token", "of the limit", "attention's FLOPs", "peak GiB", "KiB a token",
+    "planned GiB",
+)  # fmt: skip
+
+
+def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
+    """One micro-batch, forward, backward and update, twice; figures of the second, memory of both."""
+    from accelerate import Accelerator
+
+    from qlora.config import LoRAConfig
+    from qlora.device import GIB, best_device, peak_memory_gib
+    from qlora.injection import freeze_base, inject_lora, lora_parameters
+    from qlora.memory import plan_memory
+    from qlora.model import load_base_model
+    from qlora.optim import build_optimizer
+    from qlora.packing import collate_packed
+    from qlora.tokenize import Example
+    from qlora.trainer import train_step
+
+    device = best_device()
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    model = load_base_model(name, compute_dtype=dtype, device=device)
+    inject_lora(model, LoRAConfig(rank=8))
+    freeze_base(model)
+    model.train()
+    optimizer = build_optimizer(lora_parameters(model), "adamw")
+    tokens, length = point
+    ids = torch.randint(model.config.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(0))
+    window = [Example(ids[i : i + length], ids[i + 1 : i + length + 1]) for i in range(0, tokens, length)]
+    batch = collate_packed(window)
+    resident = reset_peak(device)
+    seconds = limit = 0.0
+    for _ in range(2):
+        before = product_rate(model.compute_dtype, device)
+        started = time.perf_counter()
+        train_step(model, optimizer, [batch], accelerator, learning_rate=0.0)
+        seconds = time.perf_counter() - started
+        rate = (before + product_rate(model.compute_dtype, device)) / 2
+        limit = useful_flops(model, window) / rate
+    products = useful_flops(model, [Example(ids[:1], ids[:1])]) * tokens  # with next to no attention
+    plan = plan_memory(model, tokens, model.compute_dtype)
+    return {
+        "seconds": seconds,
+        "limit": limit,
+        "attention": 1 - products / useful_flops(model, window),
+        "peak": peak_memory_gib(device) * GIB - resident,
+        "plan": plan.total - plan.base - plan.adapters,
+    }
+
+
+def reset_peak(device: torch.device) -> int:
+    """Bytes in use now; the peak is counted from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    import psutil
+
+    clear = Path("/proc/self/clear_refs")
+    if clear.exists():
+        clear.write_text("5")  # proc(5): resets VmHWM to what is resident
+    return psutil.Process().memory_info().rss
+
+
+def run_point(options: argparse.Namespace, point: Point) -> dict[str, float]:
+    """Measure in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.growth", "--model", options.model, "--dtype", options.dtype]
+    done = subprocess.run(
+        [*command, "--point", *map(str, point)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        sys.exit(
+            f"error: the process for {point[0]} tokens in sequences of {point[1]} ended with {done.returncode}."
+        )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def median(runs: list[dict[str, float]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def per_token(runs: list[dict[str, float]], point: Point) -> float:
+    """Milliseconds."""
+    return 1e3 * median(runs, "seconds") / point[0]
+
+
+def report(results: dict[Point, list[dict[str, float]]], console: Console) -> None:
+    """One table, and what the two goals come to."""
+    table = Table(title=f"medians of {len(next(iter(results.values())))} rounds")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right")
+    first = results[BY_TOKENS[0]]
+    for point, runs in results.items():
+        if point == BY_LENGTH[1]:
+            table.add_section()
+        peak, share = median(runs, "peak"), statistics.median(run["limit"] / run["seconds"] for run in runs)
+        table.add_row(
+            f"{point[0]:,}", f"{point[1]:,}", f"{point[0] / median(runs, 'seconds'):.0f}",
+            f"{per_token(runs, point):.3f}", f"{share:.2f}", f"{median(runs, 'attention'):.0%}",
+            f"{peak / 2**30:.2f}", f"{peak / point[0] / 1024:.0f}", f"{median(runs, 'plan') / 2**30:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    # Within a round, so that a busy machine slows both sides.
+    change = {
+        point: statistics.median(
+            run["seconds"] / point[0] / (other["seconds"] / BY_TOKENS[0][0])
+            for run, other in zip(results[point], first, strict=True)
+        )
+        for point in BY_TOKENS
+    }
+    worst = max(change.values(), key=lambda ratio: abs(ratio - 1))
+    met = "met" if abs(worst - 1) <= FLAT else "missed"
+    console.print(f"time per token from 1,024 to 8,192 tokens: at most x {worst:.2f} (goal: within 15 %, {met})")
+    (small, _), (large, _) = BY_TOKENS[0], BY_TOKENS[-1]
+    low, high = median(first, "peak"), median(results[BY_TOKENS[-1]], "peak")
+    slope = (high - low) / (large - small)
+    straight = [median(results[p], "peak") / (low + slope * (p[0] - small)) - 1 for p in BY_TOKENS[1:-1]]
+    bend = max(straight, key=abs)
+    console.print(f"memory: {slope / 1024:.0f} KiB a token; between the ends {bend:+.1%} at most from that line")
+
+
+def plot(results: dict[Point, list[dict[str, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (time_axis, memory_axis) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for points, index, label in (
+        (BY_LENGTH, 1, "by length of the sequences"),
+        (BY_TOKENS, 0, "by tokens, length 256"),
+    ):
+        x = [point[index] for point in points]
+        time_axis.plot(x, [per_token(results[p], p) for p in points], "o-", label=label)
+    limits = [1e3 * median(results[p], "limit") / p[0] for p in BY_LENGTH]
+    time_axis.plot([p[1] for p in BY_LENGTH], limits, "k:", label="the limit, by length")
+    time_axis.set(xscale="log", xlabel="tokens", ylabel="ms per token", ylim=(0, None))
+    for points, label in ((BY_TOKENS, "sequences of 256"), (BY_LENGTH[2:], "one sequence")):
+        memory_axis.plot(
+            [p[0] for p in points], [median(results[p], "peak") / 2**30 for p in points], "o-", label=label
+        )
+    planned = [median(results[p], "plan") / 2**30 for p in BY_TOKENS]
+    memory_axis.plot([p[0] for p in BY_TOKENS], planned, "k:", label="planned")
+    memory_axis.set(
+        xlabel="tokens of the micro-batch", ylabel="GiB above the loaded model", xlim=(0, None), ylim=(0, None)
+    )
+    for axis in (time_axis, memory_axis):
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="a Hugging Face directory or .gguf file; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--dtype", default="auto", help="compute dtype")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plot", type=Path, help="write the figure to this .png")
+    parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.model = options.model or str(packaged_model())
+    if options.point:
+        print(json.dumps(measure_point(options.model, options.dtype, tuple(options.point))))
+        return
+    results: dict[Point, list[dict[str, float]]] = {point: [] for point in [*BY_TOKENS, *BY_LENGTH]}
+    for number in range(options.rounds):
+        for point in list(results)[:: 1 if number % 2 == 0 else -1]:
+            results[point].append(run_point(options, point))
+            seconds = results[point][-1]["seconds"]
+            print(f"round {number + 1}, {point[0]} tokens in sequences of {point[1]}: {seconds:.2f} s", flush=True)
+    console = Console(width=115)
+    report(results, console)
+    names = ("torch", "transformers", "bitsandbytes", "accelerate")
+    console.print(", ".join(f"{name} {version(name)}" for name in names))
+    console.print(describe_machine())
+    if options.plot:
+        plot(results, options.plot)
+        print(f"figure in {options.plot}")
+
+
+if __name__ == "__main__":
+    main()
