@@ -1,11 +1,12 @@
 # make demo   set up, then run the main job on a real model          (configs/demo.yaml, about 10 minutes)
 # make test   set up, then check style, types and imports, and run all tests
+# make bench  set up PEFT + TRL beside it and compare speed, memory and losses (DATA=train.jsonl for your own rows)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test lint clean-demo clean
+.PHONY: setup demo test bench lint clean-demo clean
 
 $(VENV)/.runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +16,12 @@ $(VENV)/.runtime: requirements.txt
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+# The peers live in an environment of their own; what both sides have, both have in the same version.
+benchmarks/.venv/.peers: requirements.txt benchmarks/requirements.txt
+	test -x benchmarks/.venv/bin/python || $(PYTHON) -m venv benchmarks/.venv
+	benchmarks/.venv/bin/python -m pip install -q -r benchmarks/requirements.txt
 	touch $@
 
 setup: $(VENV)/.runtime
@@ -31,8 +38,11 @@ lint: $(VENV)/.dev
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
+bench: $(VENV)/.runtime benchmarks/.venv/.peers
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.peers $(if $(DATA),--data $(DATA))
+
 clean-demo:
 	rm -rf demo
 
 clean: clean-demo
-	rm -rf $(VENV)
+	rm -rf $(VENV) benchmarks/.venv

@@ -9,6 +9,8 @@ import json
 import resource
 import sys
 import time
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -42,6 +44,16 @@ class InOrder(SFTTrainer):
         return SequentialSampler(self.train_dataset)
 
 
+def peak_bytes():
+    """Highest memory use of this process, as qlora/device.py reads it: CUDA allocator or resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main():
     with open(sys.argv[1]) as file:
         job = json.load(file)
@@ -61,12 +73,14 @@ def main():
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataset_num_proc=None,
     )  # fmt: skip
     trainer = InOrder(
-        model=model, args=config, train_dataset=Dataset.from_list(job["rows"]),
+        model=model, args=config, train_dataset=Dataset.from_list([job["rows"][i] for i in job["order"]]),
         processing_class=AutoTokenizer.from_pretrained(job["model"]), callbacks=[clock],
     )  # fmt: skip
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": clock.seconds, "losses": clock.losses, "peak_bytes": peak}))
+    packages = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "trl")
+    result = {"seconds": clock.seconds, "losses": clock.losses, "peak_bytes": peak_bytes()}
+    result |= {"versions": {name: version(name) for name in packages}, "threads": torch.get_num_threads()}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,36 +1,36 @@
 """Side by side with PEFT + TRL's SFTTrainer: real tokens per second, peak memory and losses, in one run.
 
-    python -m venv benchmarks/.venv && benchmarks/.venv/bin/pip install -r benchmarks/requirements.txt
-    python -m benchmarks.peers --model M --data train.jsonl
+    make bench [DATA=train.jsonl]        both environments, then the whole comparison (about 40 minutes on 2 cores)
+    python -m benchmarks.peers [--model M] [--data train.jsonl] [--rounds 3] [--steps 4]
 
 Each side is a process of its own that loads the same dense checkpoint, quantizes it to NF4 with double
 quantization, starts from the same rank-8 adapter on q_proj and v_proj, and trains on the same tokenised rows in
-the same windows with AdamW at a constant rate. The sides take turns, `--rounds` times; a step's rate counts
-real tokens, padding left out, and each process's first step is left out as its warm-up. Ratios are medians over
-the rounds of (ours / theirs in the same round), for these machines are shared and drift.
+the same windows with AdamW at a constant rate. Without --data the rows are those of benchmarks/word_problems.py.
 
-    ours        as it comes: compute dtype by measurement, packing, checkpointing only where needed
+    ours        as it comes, through `fit`: compute dtype by measurement, packing, checkpointing where needed
     TRL bf16    SFTTrainer's defaults: bf16, gradient checkpointing, batch 8, padded rows
     TRL fp32    the same in fp32
     TRL fp32-   the same in fp32 without gradient checkpointing
 
-The limit: FLOPs that any implementation must do, over the rate of a square matrix product timed before and
-after each step in the same process. Per token 2 x body parameters (without embeddings) for the forward pass and
-as much for the gradient of the activations; 4 x head parameters per supervised token; attention's
-12 x layers x heads x head_dim x length / 2 per token.
+The sides take turns, `--rounds` times; a step's rate counts real tokens, padding left out, and each process's
+first step is left out as its warm-up. Ratios are medians over the rounds of (ours / theirs in the same round), for
+machines are shared and drift. Memory is the peak resident set of the process (of the CUDA allocator on a GPU).
+Losses are compared at every step with a run of ours in the same dtype; where that is not the one that `ours`
+computes in, it is run once more, for its losses alone. The limit is that of benchmarks/roofline.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
+import operator
+import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,26 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.roofline import describe_machine, product_rate, useful_flops
+from benchmarks.word_problems import write_problems
+from examples.demo import packaged_model
+from qlora.tokenize import IGNORE_INDEX, Example
+
 ROOT = Path(__file__).resolve().parent.parent
 PEERS: dict[str, dict[str, Any]] = {
     "TRL bf16": {"dtype": "bfloat16", "checkpointing": True},
     "TRL fp32": {"dtype": "float32", "checkpointing": True},
     "TRL fp32-": {"dtype": "float32", "checkpointing": False},
 }
-SQUARE = 1536  # width of the product that tells the machine's rate
+DEFAULT = "TRL bf16"  # what a user gets who sets nothing
+FASTER_THAN_DEFAULT, FASTER_THAN_BEST, MEMORY_SHARE, LIMIT_SHARE, LOSS_GAP = 5.0, 3.5, 0.3, 0.80, 1e-3  # the goals
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate")
+
+Run = dict[str, Any]  # seconds, losses, peak_bytes; ours also limit and dtype
 
 
 def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A dense checkpoint, the initial adapter, and the rows in the order that both sides train on."""
+    """A dense checkpoint, the initial adapter, the rows, and the order in which both sides train on them."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from qlora.adapter import save_adapter
@@ -59,106 +68,91 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from qlora.model import load_base_model, load_tokenizer
     from qlora.packing import WindowOrder
 
+    count = options.steps * options.batch_size
     source, dense = Path(options.model), folder / "model"
+    data = options.data or str(write_problems(folder / "rows.jsonl", 2 * count))
     tokenizer = load_tokenizer(options.model)
+    examples, _ = load_examples(data, tokenizer, options.max_length, on_long="drop")
+    if len(examples) < count:
+        sys.exit(f"error: {data} has {len(examples)} rows, too few for {options.steps} steps.")
+    rows = []
+    for example in random.Random(0).sample(examples, count):
+        ids = [*example.input_ids.tolist(), max(0, int(example.targets[-1]))]
+        rows.append({"input_ids": ids, "completion_mask": [0, *(example.targets != IGNORE_INDEX).int().tolist()]})
+    windows = WindowOrder(count, options.batch_size, seed=0)
+
     where: tuple[Any, dict[str, Any]] = (options.model, {})
     if source.suffix == ".gguf":
         where = source.parent, {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
     AutoModelForCausalLM.from_pretrained(where[0], dtype=torch.bfloat16, **where[1]).save_pretrained(dense)
     tokenizer.save_pretrained(dense)
-
-    examples, _ = load_examples(options.data, tokenizer, options.max_length, on_long="drop")
-    order = WindowOrder(len(examples), options.batch_size, seed=0)
-    rows = []
-    for step in range(options.steps):
-        for example in (examples[i] for i in order.window(step)):
-            ids = [*example.input_ids.tolist(), max(0, int(example.targets[-1]))]
-            rows.append({"input_ids": ids, "completion_mask": [0, *(example.targets != -100).int().tolist()]})
-    if len(rows) < options.steps * options.batch_size:
-        sys.exit(f"error: {options.data} has too few rows for {options.steps} whole windows")
     lora = LoRAConfig(rank=8)
     model = load_base_model(str(dense), compute_dtype="float32", cache=False)
     inject_lora(model, lora, seed=0)
     save_adapter(model, folder / "adapter", lora, str(dense))
-    keep = ("batch_size", "steps", "learning_rate", "max_length")
-    job = {name: getattr(options, name) for name in keep} | {"rows": rows, "model": str(dense)}
-    return job | {"adapter": str(folder / "adapter"), "output_dir": str(folder / "trl")}
+    job = {name: getattr(options, name) for name in ("batch_size", "steps", "learning_rate", "max_length")}
+    job |= {"rows": rows, "order": [i for step in range(options.steps) for i in windows.window(step)]}
+    return job | {"model": str(dense), "adapter": str(folder / "adapter"), "output_dir": str(folder / "trl")}
 
 
-def train_ours(job: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """One run of this project, through `fit`."""
+def train_ours(job: dict[str, Any]) -> Run:
+    """One run of this project, by the calls that train.py makes."""
     from accelerate import Accelerator
 
+    from qlora.adalora import build_adapter_optimizer
     from qlora.adapter import load_adapter
-    from qlora.device import best_device
-    from qlora.injection import lora_parameters
+    from qlora.device import GIB, best_device, peak_memory_gib
     from qlora.model import load_base_model
-    from qlora.optim import build_optimizer, build_schedule, choose_optimizer
-    from qlora.packing import make_batches
-    from qlora.tokenize import IGNORE_INDEX, Example
-    from qlora.trainer import settle_checkpointing, train_step
+    from qlora.optim import build_schedule, choose_optimizer
+    from qlora.packing import most_tokens
+    from qlora.trainer import fit, settle_checkpointing
 
-    device, size = best_device(), job["batch_size"]
+    device, size, steps = best_device(), job["batch_size"], job["steps"]
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    model = load_base_model(job["model"], compute_dtype=dtype, device=device)
-    load_adapter(model, job["adapter"])
-    checkpointing = settle_checkpointing(model, "auto", size * job["max_length"], say=lambda line: None)
-    parameters = lora_parameters(model)
-    for parameter in parameters:
-        parameter.grad_dtype = torch.float32
-    optimizer = build_optimizer(parameters, choose_optimizer("auto", device))
-    rate = build_schedule("constant", job["learning_rate"], 0, job["steps"])
+    model = load_base_model(job["model"], compute_dtype=job["dtype"], device=device)
+    lora = load_adapter(model, job["adapter"])
+    optimizer = build_adapter_optimizer(model, lora, choose_optimizer("auto", device), 0.0, steps)
     examples = []
     for row in job["rows"]:
         ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"], dtype=torch.bool)
         examples.append(Example(ids[:-1], ids.masked_fill(~mask, IGNORE_INDEX)[1:]))
-    model.train()
-    result: dict[str, Any] = {"seconds": [], "losses": [], "limit": [], "checkpointing": checkpointing}
-    for step in range(job["steps"]):
-        window = examples[step * size : (step + 1) * size]
-        before = product_rate(model.compute_dtype, device)
-        started = time.perf_counter()
-        batches = make_batches(window, size, job["max_length"], packing=True)
-        loss, _, _, _ = train_step(model, optimizer, batches, accelerator, rate(step), max_grad_norm=1.0)
-        result["seconds"].append(time.perf_counter() - started)
-        result["losses"].append(loss)
-        machine = (before + product_rate(model.compute_dtype, device)) / 2
-        result["limit"].append(useful_flops(model, window) / machine)
-    result["dtype"] = str(model.compute_dtype).removeprefix("torch.")
-    result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result
+    longest = max(len(example) for example in examples)
+    num_tokens = most_tokens(size, job["max_length"], longest, packing=True, device_type=device.type)
+    recomputed = settle_checkpointing(model, "auto", num_tokens)
+    rates: list[float] = []  # before each step and after the last
+    lines: list[dict[str, Any]] = []
+
+    def measure() -> None:
+        """In the place of "should the run stop?", which `fit` asks between steps, on no step's time."""
+        rates.append(product_rate(model.compute_dtype, device))
+
+    fit(
+        model, optimizer, build_schedule("constant", job["learning_rate"], 0, steps), examples, accelerator,
+        total_steps=steps, batch_size=size, grad_accum=1, max_length=job["max_length"], max_grad_norm=1.0,
+        log=lines.append, stop=measure,
+    )  # fmt: skip
+    windows = [[examples[i] for i in job["order"][step * size : (step + 1) * size]] for step in range(steps)]
+    work = [useful_flops(model, window, recomputed) for window in windows]
+    return {
+        "seconds": [line["num_tokens"] / line["tokens_per_second"] for line in lines],
+        "losses": [line["loss"] for line in lines],
+        "limit": [w / ((a + b) / 2) for w, a, b in zip(work, rates[:-1], rates[1:], strict=True)],
+        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "recomputed": recomputed,
+        "peak_bytes": peak_memory_gib(device) * GIB,
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
 
 
-def product_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a square product: the median of five."""
-    x = torch.ones(SQUARE, SQUARE, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        (x @ x)[0, 0].item()
-        seconds.append(time.perf_counter() - started)
-    return 2 * SQUARE**3 / statistics.median(seconds)
-
-
-def useful_flops(model: Any, window: list[Any]) -> float:
-    """What a step must compute, by the module's formula."""
-    from qlora.quantize import Linear4bit, logical_numel
-
-    config = model.config
-    body = sum(logical_numel(m.weight) for m in model.modules() if isinstance(m, Linear4bit))
-    head = config.vocab_size * config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    pairs = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim / 2
-    return sum(4 * body * len(e) + 4 * head * e.num_targets + pairs * len(e) ** 2 for e in window)
-
-
-def run_side(name: str, job_file: Path, peer_python: str, dtype: str) -> dict[str, Any]:
+def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> Run:
     """Start one side and read the JSON object that it prints last."""
-    if name == "ours":
-        command = [sys.executable, "-m", "benchmarks.peers", "--job", str(job_file), "--dtype", dtype]
-    else:
-        command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(job_file)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    file = folder / "job.json"
+    file.write_text(json.dumps(job))
+    ours = [sys.executable, "-m", "benchmarks.peers", "--job", str(file)]
+    command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS else ours
+    environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # the user's own keeps no throw-away model
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         sys.exit(f"error: {name} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
@@ -166,8 +160,8 @@ def run_side(name: str, job_file: Path, peer_python: str, dtype: str) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare training with PEFT + TRL's.")
-    parser.add_argument("--model", help="a Hugging Face directory or .gguf file")
-    parser.add_argument("--data", help="rows as train.py takes them")
+    parser.add_argument("--model", help="a Hugging Face directory or .gguf file (SmolLM2-135M-Instruct)")
+    parser.add_argument("--data", help="rows as train.py takes them (generated word problems)")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a process, the first unmeasured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -179,60 +173,112 @@ def main() -> None:
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(train_ours(json.loads(Path(options.job).read_text()), options.dtype)))
+        print(json.dumps(train_ours(json.loads(Path(options.job).read_text()))))
         return
-    if not options.model or not options.data:
-        parser.error("give --model and --data")
-    names = ["ours", *options.peers.split(",")]
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        job = write_job(options, Path(folder))
-        files = {}
-        for name in names:
-            files[name] = Path(folder) / f"{name}.json"
-            files[name].write_text(json.dumps(job | PEERS.get(name, {})))
+    peers = [name.strip() for name in options.peers.split(",")]
+    if unknown := [name for name in peers if name not in PEERS]:
+        parser.error(f"--peers has {unknown}; choose from {', '.join(PEERS)}")
+    if options.steps < 2:
+        parser.error(f"--steps is {options.steps}; give at least 2, for the first is not measured")
+    if options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}; give at least 1")
+    if not Path(options.peer_python).is_file():
+        parser.error(f"{options.peer_python} is missing; run `make bench`, or name one with --peer-python")
+    options.model = options.model or str(packaged_model())
+    runs: dict[str, list[Run]] = {name: [] for name in ("ours", *peers)}
+    with tempfile.TemporaryDirectory() as name_of_folder:
+        folder = Path(name_of_folder)
+        job = write_job(options, folder)
+
+        def run(name: str, **settings: Any) -> Run:
+            result = run_side(name, job | settings, folder, options.peer_python)
+            print(f"{name}: {', '.join(f'{seconds:.2f}' for seconds in result['seconds'])} s", flush=True)
+            return result
+
         for number in range(options.rounds):
-            for name in names if number % 2 == 0 else names[::-1]:
-                runs[name].append(run_side(name, files[name], options.peer_python, options.dtype))
-                print(f"round {number + 1}, {name}: {runs[name][-1]['seconds']}", flush=True)
-    report(job, runs)
+            for name in runs if number % 2 == 0 else reversed(runs):
+                runs[name].append(run(name, **PEERS.get(name, {"dtype": options.dtype})))
+        same = {runs["ours"][0]["dtype"]: runs["ours"]}  # our runs by compute dtype
+        for dtype in {PEERS[name]["dtype"] for name in peers} - set(same):
+            same[dtype] = [run(f"ours in {dtype}", dtype=dtype)]
+    Console(width=115).print(report(job, runs, same), *describe_runs(runs), sep="\n")
 
 
-def report(job: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Print the table: medians over rounds, ratios within rounds, and the largest difference of a loss."""
-    size = job["batch_size"]
-    tokens = [
-        sum(len(row["input_ids"]) - 1 for row in job["rows"][start : start + size])
-        for start in range(0, len(job["rows"]), size)
-    ]
+def report(job: dict[str, Any], runs: dict[str, list[Run]], same: dict[str, list[Run]]) -> Table:
+    """The table: medians over rounds, ratios within rounds, the largest difference of a loss, and the goals.
 
-    def rates(run: dict[str, Any], key: str = "seconds") -> float:
-        return sum(tokens[1:]) / sum(run[key][1:])
+    Args:
+        runs: each side's rounds.
+        same: our runs by compute dtype, to compare losses with.
+    """
+    ours, size = runs["ours"], job["batch_size"]
+    lengths = [len(job["rows"][i]["input_ids"]) - 1 for i in job["order"]]
+    tokens = sum(lengths[size:])  # of the measured steps
 
-    ours = runs["ours"]
-    table = Table(title=f"{len(ours)} rounds of {len(tokens) - 1} measured steps, {sum(tokens[1:])} real tokens")
-    for heading in ("side", "tokens/s", "ours is", "peak GiB", "ours takes", "losses differ by"):
+    def speed(run: Run) -> float:
+        return tokens / sum(run["seconds"][1:])
+
+    def limit(run: Run) -> float:
+        return tokens / sum(run["limit"][1:])
+
+    def peak(run: Run) -> float:
+        return run["peak_bytes"] / 2**30
+
+    def median(results: list[Run], value: Callable[[Run], float]) -> float:
+        return statistics.median(map(value, results))
+
+    def ratio(results: list[Run], value: Callable[[Run], float]) -> float:
+        return statistics.median(value(a) / value(b) for a, b in zip(ours, results, strict=True))
+
+    others = [name for name in runs if name not in ("ours", DEFAULT)]
+    best = max(others, key=lambda name: median(runs[name], speed), default=None)
+    table = Table(title=f"{len(ours)} rounds of {job['steps'] - 1} measured steps, {tokens:,} real tokens in each")
+    for heading in ("side", "tokens/s", "ours is faster", "peak GiB", "ours takes", "losses differ by"):
         table.add_column(heading)
     for name, results in runs.items():
-        faster = statistics.median(rates(a) / rates(b) for a, b in zip(ours, results, strict=True))
-        memory = statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in zip(ours, results, strict=True))
-        apart = max(
+        rate, memory = f"{median(results, speed):.0f}", f"{median(results, peak):.2f}"
+        if name == "ours":
+            table.add_row(f"ours, {ours[0]['dtype']}", rate, "", memory, "", "")
+            continue
+        kind = {DEFAULT: ", its default", best: ", its best here"}.get(name, "")
+        goal = {DEFAULT: FASTER_THAN_DEFAULT, best: FASTER_THAN_BEST}.get(name)
+        gap = max(
             abs(x - y)
-            for a, b in zip(ours, results, strict=True)
+            for a in same[PEERS[name]["dtype"]]
+            for b in results
             for x, y in zip(a["losses"], b["losses"], strict=True)
         )
-        rate = statistics.median(rates(run) for run in results)
-        peak = statistics.median(run["peak_bytes"] for run in results) / 2**30
-        label = name if name != "ours" else f"ours ({ours[0]['dtype']})"
-        table.add_row(label, f"{rate:.0f}", f"{faster:.2f} x", f"{peak:.2f}", f"{memory:.2f} x", f"{apart:.1e}")
-    limit = statistics.median(rates(run, "limit") for run in ours)
-    share = statistics.median(rates(run) / rates(run, "limit") for run in ours)
-    table.add_row("the limit", f"{limit:.0f}", f"{share:.2f} x", "", "", "")
-    console = Console(width=100)
-    console.print(table)
-    names = ("torch", "transformers", "bitsandbytes", "accelerate")
-    console.print(", ".join(f"{name} {version(name)}" for name in names), "peers: benchmarks/requirements.txt")
-    console.print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+        faster, smaller = ratio(results, speed), ratio(results, peak)
+        table.add_row(
+            f"PEFT + {name}{kind}",
+            rate,
+            judge(f"{faster:.2f} x", faster, ">=", goal),
+            memory,
+            judge(f"{smaller:.2f} x", smaller, "<=", goal and MEMORY_SHARE),
+            judge(f"{gap:.1e}", gap, "<=", LOSS_GAP),
+        )
+    share = median(ours, lambda run: speed(run) / limit(run))
+    table.add_row("the limit", f"{median(ours, limit):.0f}", judge(f"{share:.2f} x", share, ">=", LIMIT_SHARE))
+    return table
+
+
+def judge(text: str, value: float, sign: str, goal: float | None) -> str:
+    """`text`, followed by the goal, if there is one, and whether `value` reaches it."""
+    if goal is None:
+        return text
+    holds = {">=": operator.ge, "<=": operator.le}[sign](value, goal)
+    return f"{text} ({sign} {goal:g}: {'yes' if holds else 'NO'})"
+
+
+def describe_runs(runs: dict[str, list[Run]]) -> list[str]:
+    """Lines for below the table: what `ours` settled on, each side's versions and threads, machine and date."""
+    chosen = runs["ours"][0]
+    lines = [f"ours: {chosen['dtype']}, {chosen['recomputed']:.0%} of the layers recomputed"]
+    for name, side in [("ours", "ours"), ("peers", next(name for name in runs if name != "ours"))]:
+        first = runs[side][0]
+        versions = ", ".join(f"{package} {number}" for package, number in first["versions"].items())
+        lines.append(f"{name}: {versions}; {first['threads']} threads")
+    return [*lines, describe_machine()]
 
 
 if __name__ == "__main__":
