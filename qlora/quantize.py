@@ -176,7 +176,8 @@ def _cpu_kernel(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | No
     from bitsandbytes.cextension import lib
 
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
-    return getattr(lib, f"cdequantize_blockwise_cpu_{quant_type}_{short}", None)
+    functions = getattr(lib, "_lib", None)  # bitsandbytes' wrapper of it has a function that raises for any name
+    return getattr(functions, f"cdequantize_blockwise_cpu_{quant_type}_{short}", None)
 
 
 def _dequantize_ragged(weight: Params4bit, dtype: torch.dtype) -> Tensor:

@@ -21,6 +21,7 @@ from qlora.quantize import (
     Linear4bit,
     Linear16bit,
     QuantConfig,
+    borrow_weight,
     decode_copy,
     dequantize_weight,
     frozen_conv1d,
@@ -133,6 +134,19 @@ def test_dequantize_ragged_and_odd(shape: tuple[int, int]) -> None:
 
 
 # ---- layers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("kind", "double"), FORMATS)
+def test_borrowed_weight_has_the_same_bits(kind: str, double: bool, dtype: torch.dtype) -> None:
+    """Small after large and large after small, in one buffer; 3 x 25 has a ragged block, and fp16 no kernel."""
+    buffers = set()
+    for rows, columns in [(32, 128), (3, 25), (7, 80), (300, 576), (4, 48), (64, 64)]:
+        layer = Linear4bit(quantize_weight(gaussian(rows, columns, seed=rows), QuantConfig(kind, double)), None)
+        borrowed = borrow_weight(layer, dtype)
+        assert torch.equal(borrowed, dequantize_weight(layer.weight, dtype))
+        buffers.add(borrowed.data_ptr() if rows in (4, 64) else None)
+    assert len(buffers - {None}) == (1 if dtype != torch.float16 else 2)
 
 
 def make_layer(kind: str, rows: int, columns: int, bias: bool = True) -> nn.Module:
