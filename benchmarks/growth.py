@@ -196,6 +196,7 @@ def main() -> None:
     parser.add_argument("--model", help="a Hugging Face directory or .gguf file; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dtype", default="auto", help="compute dtype")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--longest", type=int, default=8192, help="leave out longer sequences (minutes each)")
     parser.add_argument("--plot", type=Path, help="write the figure to this .png")
     parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -203,6 +204,7 @@ def main() -> None:
     if options.point:
         print(json.dumps(measure_point(options.model, options.dtype, tuple(options.point))))
         return
+    BY_LENGTH[:] = [point for point in BY_LENGTH if point[1] <= options.longest]
     results: dict[Point, list[dict[str, float]]] = {point: [] for point in [*BY_TOKENS, *BY_LENGTH]}
     for number in range(options.rounds):
         for point in list(results)[:: 1 if number % 2 == 0 else -1]:
