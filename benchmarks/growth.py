@@ -175,7 +175,9 @@ def plot(results: dict[Point, list[dict[str, float]]], path: Path) -> None:
         time_axis.plot(x, [per_token(results[p], p) for p in points], "o-", label=label)
     limits = [1e3 * median(results[p], "limit") / p[0] for p in BY_LENGTH]
     time_axis.plot([p[1] for p in BY_LENGTH], limits, "k:", label="the limit, by length")
-    time_axis.set(xscale="log", xlabel="tokens", ylabel="ms per token", ylim=(0, None))
+    time_axis.set_xscale("log", base=2)
+    time_axis.xaxis.set_major_formatter("{x:g}")
+    time_axis.set(xlabel="tokens", ylabel="ms per token", ylim=(0, None))
     for points, label in ((BY_TOKENS, "sequences of 256"), (BY_LENGTH[2:], "one sequence")):
         memory_axis.plot(
             [p[0] for p in points], [median(results[p], "peak") / 2**30 for p in points], "o-", label=label
