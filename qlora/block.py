@@ -70,9 +70,14 @@ class SwiGLU(torch.autograd.Function):
 def fuse_blocks(network: nn.Module) -> None:
     """Give a transformers model's decoder blocks the forward above, where their own computes the same."""
     for module in list(network.modules()):
-        if type(module).__name__ in FUSED_BLOCKS and _is_plain(module):
+        if type(module).__name__ in FUSED_BLOCKS and not is_fused(module) and _is_plain(module):
             kind: Any = type(module)
             module.__class__ = _fused_class(kind)
+
+
+def is_fused(block: nn.Module) -> bool:
+    """Whether a decoder block computes by `block_forward`."""
+    return getattr(block, "is_fused", False) is True
 
 
 def _is_plain(block: Any) -> bool:
@@ -89,7 +94,7 @@ def _fused_class(plain: Any) -> Any:
         return block_forward(self, hidden_states, kwargs)
 
     # transformers wraps the forward of every subclass in its gradient checkpointing
-    return type(plain.__name__, (plain,), {"forward": forward, "__module__": plain.__module__})
+    return type(plain.__name__, (plain,), {"forward": forward, "is_fused": True, "__module__": plain.__module__})
 
 
 def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -70,9 +70,11 @@ def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _for_device(plain: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    if not x.is_cuda:
+        return plain
     from torch.utils._triton import has_triton
 
-    return _compiled(plain) if x.is_cuda and has_triton() else plain
+    return _compiled(plain) if has_triton() else plain
 
 
 # ---- RMSNorm ----------------------------------------------------------------------------------------------

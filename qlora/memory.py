@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora.block import is_fused
 from qlora.device import GIB
 from qlora.injection import lora_layers
 from qlora.quantize import logical_numel
@@ -174,9 +175,3 @@ def plan_memory(
         logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize) + head_copy,
         workspace=num_tokens * layer + largest * dtype.itemsize,
     )
-
-
-def is_fused(layer: nn.Module) -> bool:
-    """Whether block.py's forward stands in the place of a decoder layer's own: in a class of the same name."""
-    kind = type(layer)
-    return kind.__mro__[1].__name__ == kind.__name__

@@ -5,7 +5,7 @@
 
 Nothing is ever resident in full precision but the tensor in hand, and of the quantized model one shard while the
 cache is written. A mapped weight is read from the disk when it is first used and, as it is never written to, may
-be dropped again: a base larger than the free memory still trains.
+be dropped again by the system.
 
 Linear layers inside the blocks (Conv1D and the matrices of experts too) become 4-bit (`use_4bit`) or bf16;
 embeddings and the output head stay in bf16; norms, biases and routers take the compute dtype. Embeddings cast
@@ -310,6 +310,7 @@ def load_base_model(
     path = resolve_model(model)
     files = weight_files(path)
     cached = cache_directory() / f"base-{_fingerprint(files, quant)}" if use_4bit and cache else None
+    network = empty_model(model)
     source: SafetensorsSource | GGUFSource
     if cached is None or not cached.is_dir():
         source = open_source(path)
@@ -318,14 +319,12 @@ def load_base_model(
             if not use_4bit:
                 raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
         elif cached is not None:
-            network = empty_model(model)
             _write_cache(network, _stored_weights(network, source, quant, device), quant, cached)
     if cached is not None:
         try:
             source = SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
         except InputError as error:
             raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
-    network = empty_model(model)
     dtype = _settle_compute_dtype(compute_dtype, device, cache)
     _fill(network, _stored_weights(network, source, quant if use_4bit else None, device), device)
     _compute_in(network, dtype)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qlora.attention import ATTENTION_NAME, packed_arguments, register_attention
-from qlora.block import fuse_blocks
+from qlora.block import fuse_blocks, is_fused
 from tests.models import tiny_llama_config
 from tests.reference import relative_error
 
@@ -45,7 +45,10 @@ def test_same_as_transformers_block(kind: str, packed: bool) -> None:
     settings = {"Mistral": {"sliding_window": 30}, "Qwen3": {"head_dim": 32}}.get(kind, {})
     plain, fused = make_model(kind, **settings), make_model(kind, **settings)
     fuse_blocks(fused)
-    assert type(fused.model.layers[0]) is not type(plain.model.layers[0])
+    kinds = [type(layer) for layer in fused.model.layers]
+    fuse_blocks(fused)  # once more: nothing is left to do
+    assert [type(layer) for layer in fused.model.layers] == kinds and all(map(is_fused, fused.model.layers))
+    assert not any(map(is_fused, plain.model.layers))
     (hidden, gradients), (expected, others) = outputs(fused, packed), outputs(plain, packed)
     assert relative_error(hidden, expected) < 1e-5
     assert gradients.keys() == others.keys() and any("layernorm" in name for name in gradients)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora import device
 from qlora.attention import packed_arguments
+from qlora.block import is_fused
 from qlora.config import LoRAConfig, TrainConfig
 from qlora.device import GIB, available_memory, best_device, choose_compute_dtype, peak_memory_gib
 from qlora.errors import InputError
@@ -24,7 +25,6 @@ from qlora.memory import (
     choose_recomputed,
     decoder_layers,
     differentiated_layers,
-    is_fused,
     layer_bytes,
     plan_memory,
 )
