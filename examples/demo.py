@@ -50,10 +50,17 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("demo"), help="everything is written here")
     parser.add_argument("--config", default="configs/demo.yaml", help="training settings")
     parser.add_argument("--num-test", type=int, default=100, help="held-out orders to measure on")
+    parser.add_argument("--link-model", type=Path, help="only put a link to the packaged model here")
     options = parser.parse_args()
     start = time.perf_counter()
 
     model, directory = packaged_model(), options.directory
+    if options.link_model is not None:
+        if options.link_model.exists():
+            sys.exit(f"error: {options.link_model} exists; remove it or choose another name")
+        options.link_model.symlink_to(model.resolve())
+        print(f"{options.link_model} -> {model.name}")
+        return
     if directory.exists():
         sys.exit(f"error: {directory} exists; remove it (make clean-demo) to run the demo again")
     train, test = write_task(directory, num_test=options.num_test)
