@@ -50,7 +50,6 @@ def fast_decoding(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -74,6 +73,22 @@ def generate(
         Texts in the order of `conversations`, without special tokens.
     """
     prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
+    return complete(model, tokenizer, prompts, max_new_tokens, temperature, top_p, seed, batch_size, streamer)
+
+
+@torch.inference_mode()
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    streamer: Any = None,
+) -> list[str]:
+    """What follows each prompt, given as token ids; all else as `generate`."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
     settings = _generation_settings(model, tokenizer, max_new_tokens, temperature, top_p)

@@ -159,7 +159,7 @@ def test_checkpointing_changes_no_number(tiny: str, recomputed: int) -> None:
     model, calls = adapted(tiny, dropout=0.1), [0, 0]
     budget = plan_memory(model, 256, torch.float32, recomputed, CHUNK_SIZE).total
     mode = "on" if recomputed == 2 else "auto"
-    assert settle_checkpointing(model, mode, 256, budget, say=lambda line: None) == recomputed / 2
+    assert settle_checkpointing(model, mode, 256, budget, say=lambda line: None)[0] == recomputed / 2
     for number, layer in enumerate(decoder_layers(model)):
         assert layer.gradient_checkpointing == (number < recomputed)
         layer.mlp.gate_proj.register_forward_pre_hook(lambda _m, _a, n=number: calls.__setitem__(n, calls[n] + 1))
@@ -181,7 +181,7 @@ def test_processes_agree_on_what_to_recompute(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(trainer, "available_memory", lambda device: 2**40)
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
-    share = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
+    share, _ = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
     assert share == (0 if others_free else 1) and asked == [2**39]
 
 
