@@ -53,7 +53,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     with collection_paused(), packages_hidden("scipy"):
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
-        from eval.exact_match import MATCHES
+        from eval.answers import make_matcher
         from qlora.adalora import build_adapter_optimizer
         from qlora.adapter import load_adapter
         from qlora.dataset import load_examples
@@ -73,7 +73,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         from qlora.trainer import fit, settle_checkpointing
 
     m, d, t, lora = config.model, config.data, config.train, config.lora
-    config.check_training(MATCHES)
+    config.check_training()
     if t.push_to_hub is not None:
         check_destination(t.push_to_hub)
     accelerator = start_accelerator(t.trackers, t.output_dir)
@@ -116,7 +116,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     )  # fmt: skip
     sample = Sampler(model, tokenizer, prompts, t.sample_tokens, accelerator, output.write_samples, output.say)
     num_scored = (t.score_examples or len(held_out)) if t.best_metric == "exact_match" else 0
-    asked, is_match = choose_prompts(held_out, tokenizer, num_scored), MATCHES[t.score_match]
+    asked, is_match = choose_prompts(held_out, tokenizer, num_scored), make_matcher(t.score_match).same
     score = AnswerScore(model, tokenizer, asked, is_match, config.generate.max_new_tokens, accelerator)
     limit = t.stop_after_seconds
     with StopRequest(None if limit is None else started + limit) as stop, output:

@@ -34,7 +34,11 @@ def gather_facts(
         arguments: of train.py.
         plan: what memory should be taken, in bytes.
     """
-    lengths = list(getattr(examples, "lengths", None) or map(len, examples))
+    known = {name: getattr(examples, name, None) for name in ("lengths", "num_targets")}
+    lengths = [int(n) for n in (map(len, examples) if known["lengths"] is None else known["lengths"])]
+    num_targets = known["num_targets"]
+    if num_targets is None:
+        num_targets = sum(example.num_targets for example in examples)
     return {
         "command": describe_command(arguments, accelerator.num_processes),
         "versions": versions(),
@@ -46,8 +50,8 @@ def gather_facts(
         "examples": {
             "num_train": len(lengths),
             "num_held_out": num_held_out,
-            "num_tokens": int(sum(lengths)),
-            "num_targets": sum(example.num_targets for example in examples),
+            "num_tokens": sum(lengths),
+            "num_targets": int(num_targets),
             "lengths": count_lengths(lengths),
         },
     }

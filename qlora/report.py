@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from qlora.files import new_file
+
+
+class _TwoLines(Progress):
+    """A bar with its task's `status` below it: both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
 class RunDisplay:
@@ -42,9 +52,11 @@ class RunDisplay:
         self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
-            status = TextColumn("{task.fields[status]}", markup=False)
-            self._bar = Progress(BarColumn(None), MofNCompleteColumn(), status, console=self.console, expand=True)
-            self._task = self._bar.add_task("", total=total_steps, completed=start_step, status="")
+            self._bar = _TwoLines(
+                BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), console=self.console,
+                expand=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="", status="")
             self._bar.start()
 
     def show(self, line: dict[str, Any]) -> None:
@@ -55,6 +67,7 @@ class RunDisplay:
         if "eval_loss" in line:
             score = f"  exact match {line['exact_match']:.1%}" if "exact_match" in line else ""
             self.say(f"step {step:>5}/{self.total_steps}  held-out loss {line['eval_loss']:.4f}{score}")
+            self._begin_again()
             return
         self._marks.append((step, self.clock()))
         if line["loss"] is None:
@@ -64,11 +77,11 @@ class RunDisplay:
         if self._losses.maxlen != 1:
             status += f" (smoothed {sum(self._losses) / len(self._losses):.4f})"
         status += f"  {line['tokens_per_second']:,.0f} tokens/s  peak {line['peak_memory_gib']:.2f} GiB{self.plan}"
-        left = f"  {format_seconds(self.seconds_left(step))} left" if step < self.total_steps else ""
+        left = f"{format_seconds(self.seconds_left(step))} left" if step < self.total_steps else ""
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status + left)
+            self._bar.update(self._task, completed=step, left=left, status=status)
         elif step % self._every == 0 or step == self.total_steps:
-            self.console.print(f"step {step:>5}/{self.total_steps}  {status}{left}")
+            self.console.print(f"step {step:>5}/{self.total_steps}  {status}  {left}".rstrip())
 
     def seconds_left(self, step: int) -> float:
         """Time to the last step, by what the latest steps of this start took."""
@@ -76,12 +89,19 @@ class RunDisplay:
         return (now - started) / max(1, last - first) * (self.total_steps - step)
 
     def show_samples(self, samples: Sequence[dict[str, Any]]) -> None:
-        """Print the samples of one step, a few lines each."""
+        """Print the samples of one step, three lines each."""
         for number, sample in enumerate(samples, start=1):
-            self.say(f"step {sample['step']:>5}/{self.total_steps}  sample {number} of {len(samples)}")
+            start = f"step {sample['step']:>5}/{self.total_steps}  sample {number}"
             for name in ("prompt", "completion", "expected"):
                 if sample[name] is not None:
-                    self.say(f"    {name:10}  {shorten(sample[name], keep_end=name == 'prompt')}")
+                    self.say(f"{start}  {name:10}  {shorten(sample[name], keep_end=name == 'prompt')}")
+                    start = " " * len(start)
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Leave what came before the first step of this start out of the time that a step takes."""
+        if len(self._marks) == 1:
+            self._marks[0] = (self._marks[0][0], self.clock())
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""

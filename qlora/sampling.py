@@ -15,7 +15,6 @@ import torch
 from accelerate import Accelerator
 
 from qlora.errors import TrainingStopped, is_out_of_memory
-from qlora.generate import complete
 from qlora.records import BadRow, Record, read_records, to_messages
 from qlora.redact import redact
 from qlora.tokenize import IGNORE_INDEX, Example, RowEncoder
@@ -110,13 +109,10 @@ class Sampler:
     def __call__(self, step: int) -> None:
         if self.accelerator.is_main_process:
             try:
-                ids = [prompt.ids for prompt in self.prompts]
-                found = complete(self.model, self.tokenizer, ids, self.max_new_tokens, batch_size=DECODED_TOGETHER)
+                found = answer(self.model, self.tokenizer, self.prompts, self.max_new_tokens)
+                pairs = zip(self.prompts, found, strict=True)
                 self.write(
-                    [
-                        {"step": step, "prompt": p.text, "completion": text, "expected": p.expected}
-                        for p, text in zip(self.prompts, found, strict=True)
-                    ]
+                    [{"step": step, "prompt": p.text, "completion": c, "expected": p.expected} for p, c in pairs]
                 )
             except Exception as error:
                 problem = redact(f"{type(error).__name__}: {error}")
@@ -172,6 +168,12 @@ class AnswerScore:
         return None if stops else correct / self.total
 
     def _count_correct(self, rows: Sequence[Prompt]) -> int:
-        ids = [row.ids for row in rows]
-        answers = complete(self.model, self.tokenizer, ids, self.max_new_tokens, batch_size=len(rows))
+        answers = answer(self.model, self.tokenizer, rows, self.max_new_tokens)
         return sum(self.is_match(row.expected or "", given) for row, given in zip(rows, answers, strict=True))
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+    """What the model says after each prompt, greedily."""
+    from qlora.generate import generate  # a run without samples or scores does without it
+
+    return generate(model, tokenizer, [p.ids for p in prompts], max_new_tokens, batch_size=DECODED_TOGETHER)
