@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 
 from qlora.errors import TrainingStopped, is_out_of_memory
-from qlora.records import BadRow, Record, read_records, to_messages
+from qlora.records import Record, read_records, to_messages
 from qlora.redact import redact
 from qlora.tokenize import IGNORE_INDEX, Example, RowEncoder
 
@@ -64,19 +64,23 @@ def choose_prompts(
 
 
 def _read_prompt(record: Record, encoder: RowEncoder) -> Prompt:
-    expected = None
-    try:
-        messages = to_messages(record)
-    except BadRow:
-        asked = record.fields.get("prompt", record.fields.get("messages"))
-        if asked is None:
-            raise
-        messages = to_messages(Record({"prompt": asked, "completion": "-"}, record.origin))[:-1]
+    question, expected = _question(record.fields), None
+    if question is not None:  # with an answer in its place it is read as any record
+        messages = to_messages(Record({"prompt": question, "completion": "-"}, record.origin))[:-1]
     else:
+        messages = to_messages(record)
         if messages[-1]["role"] == "assistant":
             expected = messages.pop()["content"].strip()
     ids = encoder.encode_prompt(messages)
     return Prompt(ids, _text_of(ids, encoder.tokenizer), expected)
+
+
+def _question(fields: dict[str, Any]) -> Any:
+    """A prompt, or messages up to a user's turn, that have no answer; None in a record as training takes it."""
+    turns = fields.get("messages")
+    if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
+        return turns
+    return fields.get("prompt") if "completion" not in fields else None
 
 
 def _text_of(ids: list[int], tokenizer: Any) -> str:
