@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,8 @@ def test_sizes_and_data_are_those_of_the_run(tiny: str) -> None:
     model, examples = adapted(tiny), make_examples(12)
     plan = plan_memory(model, 256, torch.float32, 0, CHUNK_SIZE)
     facts = gather_facts(["--rank", "4"], Accelerator(cpu=True), model, plan, examples, 3)
-    summary = parameter_summary(model)
-    assert str(summary).startswith(
-        f"{facts['parameters']['trainable']:,} trainable of {facts['parameters']['total']:,}"
-    )
+    counts = facts["parameters"]
+    assert str(parameter_summary(model)).startswith(f"{counts['trainable']:,} trainable of {counts['total']:,}")
     assert sum(facts["memory_plan"].values()) == plan.total and facts["memory_plan"]["base"] == plan.base
     found = facts["examples"]
     assert (found["num_train"], found["num_held_out"]) == (12, 3)
@@ -72,10 +71,8 @@ def test_examples_that_are_read_when_asked_for_tell_their_sizes(tiny: str) -> No
 def test_the_histogram_counts_every_length_once(lengths: list[int]) -> None:
     found = count_lengths(lengths)
     edges, counts = found["edges"], found["counts"]
-    assert (
-        len(edges) == len(counts) + 1 <= 21 and len({b - a for a, b in zip(edges, edges[1:], strict=False)}) == 1
-    )
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
+    assert len(edges) == len(counts) + 1 <= 21 and len({b - a for a, b in pairwise(edges)}) == 1
+    for (low, high), count in zip(pairwise(edges), counts, strict=True):
         assert count == sum(low <= length < high for length in lengths)
     assert sum(counts) == len(lengths) and edges[0] == 0 and edges[-1] > max(lengths)
 

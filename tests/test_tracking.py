@@ -87,7 +87,7 @@ def test_what_is_missing_is_said_before_any_work() -> None:
         check_trackers(["tensorboard", "wandb"])
     with pytest.raises(InputError, match=r"pip install comet-ml\."):
         check_trackers(["comet_ml"])
-    with pytest.raises(InputError, match="report_to names 'tensorbored'; give --report-to names of .*trackio"):
+    with pytest.raises(InputError, match=r"report_to names 'tensorbored'; give --report-to names of .*trackio"):
         check_trackers(["tensorbored"])
 
 
