@@ -90,6 +90,7 @@ class RunOutput:
     ) -> None:
         self.directory, self.base_model, self.accelerator = Path(output_dir), base_model, accelerator
         self.load_best, self.trackers = load_best, Trackers([])
+        self.say: Callable[[str], object] = accelerator.print  # from `begin` on above the progress bar
         self.run, self.keep_last = json.loads(redact(json.dumps(run))), keep_last
         self.progress = Progress()
         if accelerator.is_main_process:
@@ -190,6 +191,7 @@ class RunOutput:
             self.optimizer = make_optimizer()
         planned = sum((facts or {}).get("memory_plan", {}).values()) / GIB
         self.display = RunDisplay(total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
+        self.say = self.display.say
         if is_main:
             self._set_aside_later_checkpoints()
             prune_checkpoints(self.directory, self.keep_last)  # a kill may have come before
@@ -209,13 +211,6 @@ class RunOutput:
 
     def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         self.close(is_done=kind is None)
-
-    def say(self, text: str) -> None:
-        """Print one line, above the progress bar where there is one."""
-        if hasattr(self, "display"):
-            self.display.say(text)
-        else:
-            self.accelerator.print(text)
 
     def _set_aside_later_checkpoints(self) -> None:
         """Hide checkpoints later than the one resumed from: --resume auto must not go back to their past."""

@@ -105,8 +105,7 @@ class RunDisplay:
 
     def say(self, text: str) -> None:
         """Print one line above the bar."""
-        if not self.quiet:
-            self.console.print(text)
+        self.console.print(text)
 
     def close(self) -> None:
         if self._bar is not None:
