@@ -434,8 +434,8 @@ class _Watcher:
         """Say, on the main process, that the run ends before its last step."""
         if self.is_enough and self.accelerator.is_main_process:
             say(
-                f"stopped early after step {self.progress.step} of {self.total_steps}: {self.progress.stale} "
-                "evaluations in a row were no better (--early-stopping-patience)"
+                f"stopped early after step {self.progress.step} of {self.total_steps}; evaluations in a row that "
+                f"were no better: {self.progress.stale} (--early-stopping-patience {self.patience})"
             )
 
 

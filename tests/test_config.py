@@ -82,25 +82,20 @@ OUT_OF_RANGE = [
     ("sample_tokens", "0"), ("score_examples", "-1"), ("early_stopping_patience", "-1"),
     ("early_stopping_min_delta", "-0.1"),
 ]  # fmt: skip
+FRACTIONS = (
+    "alpha dropout eval_split learning_rate weight_decay max_grad_norm temperature early_stopping_min_delta"
+)
 NOT_A_NUMBER = [
     (name, value)
-    for name in (
-        "alpha",
-        "dropout",
-        "eval_split",
-        "learning_rate",
-        "weight_decay",
-        "max_grad_norm",
-        "temperature",
-        "early_stopping_min_delta",
-    )  # fmt: skip
+    for name in FRACTIONS.split()
     for value in ("nan", "inf")
     if (name, value) != ("max_grad_norm", "inf")  # a way to say: never clip
 ]
 WRONG_CHOICE = [
     ("quant_type", "nf5"), ("compute_dtype", "float16"), ("adapter_dtype", "float16"), ("init", "zeros"),
     ("on_long", "keep"), ("train_on", "prompt"), ("schedule", "step"), ("optim", "sgd"),
-    ("best_metric", "bleu"), ("score_match", "fuzzy"), ("gradient_checkpointing", "maybe"), ("rank", "8.5"), ("rank", "eight"), ("learning_rate", "fast"),
+    ("gradient_checkpointing", "maybe"), ("rank", "8.5"), ("rank", "eight"), ("learning_rate", "fast"),
+    ("best_metric", "bleu"), ("score_match", "fuzzy"),
 ]  # fmt: skip
 
 

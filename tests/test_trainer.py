@@ -576,7 +576,7 @@ def test_early_stopping_ends_the_run_as_if_it_were_done(
     assert [line["step"] for line in evaluations] == list(range(last + 1))
     is_early = last < 8
     assert [line.get("stopped_early", False) for line in evaluations] == [False] * last + [is_early]
-    expected = f"stopped early after step {last} of 8: {patience} evaluations in a row were no better"
+    expected = f"stopped early after step {last} of 8; evaluations in a row that were no better: {patience}"
     assert [text.partition(" (--")[0] for text in said] == [expected] * is_early
 
 
