@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     if config.generate.prompt is not None:
         answer(config, config.model.model)
     elif config.data.data is not None:
-        train(config, config.model.model, config.data.data)
+        train(config, config.model.model, config.data.data, argv)
     else:
         raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
 
@@ -48,41 +48,38 @@ def answer(config: RunConfig, name: str) -> None:
     stream_answer(model, load_tokenizer(name, gen.adapter), gen.prompt or "", *options)
 
 
-def train(config: RunConfig, name: str, data: str) -> None:
+def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
     with collection_paused(), packages_hidden("scipy"):
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
-        from accelerate import Accelerator
 
+        from eval.answers import make_matcher
         from qlora.adalora import build_adapter_optimizer
         from qlora.adapter import load_adapter
         from qlora.dataset import load_examples
-        from qlora.device import best_device
+        from qlora.facts import gather_facts
         from qlora.hub import check_destination, push_to_hub
         from qlora.initialize import initialize_adapter
         from qlora.injection import freeze_base, inject_lora, parameter_summary
         from qlora.interrupt import StopRequest
         from qlora.model import load_base_model, load_tokenizer
         from qlora.optim import build_schedule, choose_optimizer
-        from qlora.output import RunOutput, base_fingerprint, data_fingerprint
+        from qlora.output import RunOutput, run_settings
         from qlora.packing import most_tokens
         from qlora.quantize import QuantConfig
+        from qlora.sampling import AnswerScore, Sampler, choose_prompts
+        from qlora.tracking import start_accelerator
         from qlora.trained import add_tokens
         from qlora.trainer import fit, settle_checkpointing
 
     m, d, t, lora = config.model, config.data, config.train, config.lora
-    if t.eval_every and d.eval_data is None and d.eval_split == 0:
-        raise InputError(
-            "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
-        )
-    if config.generate.adapter is not None and lora.added_tokens:
-        raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
+    config.check_training()
     if t.push_to_hub is not None:
         check_destination(t.push_to_hub)
-    # Without cpu=True, several processes on a machine without a GPU would each train alone.
-    accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
+    accelerator = start_accelerator(t.trackers, t.output_dir)
     say, device = accelerator.print, accelerator.device
-    output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last)
+    output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last, t.load_best)
+    output.start_trackers(t.project_name, t.run_name)
 
     tokenizer = load_tokenizer(name, config.generate.adapter)
     add_tokens(tokenizer, lora.added_tokens)
@@ -91,6 +88,7 @@ def train(config: RunConfig, name: str, data: str) -> None:
         seed=t.seed, say=say, show_sample=d.show_sample, on_bad_row=d.on_bad_row, bad_rows_file=output.bad_rows,
         parse_special=d.parse_special, num_workers=d.num_workers,
     )  # fmt: skip
+    prompts = choose_prompts(held_out or examples, tokenizer, t.num_samples, t.sample_prompts, d.parse_special)
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
     with accelerator.main_process_first():  # the others find the quantized base in the cache
         model = load_base_model(name, m.use_4bit, quant, dtype, device, m.cache)
@@ -102,35 +100,36 @@ def train(config: RunConfig, name: str, data: str) -> None:
     say(parameter_summary(model))
     longest = max(len(example) for example in examples)
     num_tokens = most_tokens(t.batch_size, d.max_length, longest, d.packing, device.type)
-    settle_checkpointing(model, t.gradient_checkpointing, num_tokens, t.memory_budget_bytes, accelerator, say)
+    _, plan = settle_checkpointing(
+        model, t.gradient_checkpointing, num_tokens, t.memory_budget_bytes, accelerator, say
+    )
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
     optim = choose_optimizer(t.optim, device, say)
-    fixed = {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
-    fixed |= lora.variant() | {"max_grad_norm": t.max_grad_norm}
-    fixed |= {"base": base_fingerprint(model), "data": data_fingerprint(examples), "optim": optim}
-    fixed |= {"compute_dtype": str(model.compute_dtype).removeprefix("torch.")}
-    fixed |= {"examples_per_step": window, "total_steps": total_steps}
+    settings = run_settings(model, lora, t, examples, window, total_steps, optim)
     if config.generate.adapter is None and output.checkpoint is None:
-        initialize_adapter(model, lora)  # may change the base, of which `fixed` holds the original's fingerprint
+        initialize_adapter(model, lora)  # may change the base, of which settings hold the original's fingerprint
     optimizer = output.begin(
-        model, lora, lambda: build_adapter_optimizer(model, lora, optim, t.weight_decay, total_steps), fixed,
-        total_steps, force=t.force_resume,
+        model, lora, lambda: build_adapter_optimizer(model, lora, optim, t.weight_decay, total_steps), settings,
+        total_steps, t.force_resume, gather_facts(argv, accelerator, model, plan, examples, len(held_out)),
     )  # fmt: skip
+    sample = Sampler(model, tokenizer, prompts, t.sample_tokens, accelerator, output.write_samples, output.say)
+    num_scored = (t.score_examples or len(held_out)) if t.best_metric == "exact_match" else 0
+    asked, is_match = choose_prompts(held_out, tokenizer, num_scored), make_matcher(t.score_match).same
+    score = AnswerScore(model, tokenizer, asked, is_match, config.generate.max_new_tokens, accelerator)
     limit = t.stop_after_seconds
-    with StopRequest(None if limit is None else started + limit) as stop:
-        try:
-            fit(
-                model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
-                examples, accelerator, progress=output.progress, total_steps=total_steps,
-                batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing,
-                max_grad_norm=t.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=t.eval_every,
-                save_every=t.save_every, max_skipped=t.max_skipped, save=output.save, log=output.log,
-                keep_batch=output.keep_batch, stop=stop,
-            )  # fmt: skip
-        finally:
-            output.close()
+    with StopRequest(None if limit is None else started + limit) as stop, output:
+        fit(
+            model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
+            examples, accelerator, progress=output.progress, total_steps=total_steps,
+            batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing,
+            max_grad_norm=t.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=t.eval_every,
+            patience=t.early_stopping_patience, min_delta=t.early_stopping_min_delta,
+            score=score if asked else None, sample=sample if prompts else None, sample_every=t.sample_every,
+            save_every=t.save_every, keep_best=t.keeps_best, max_skipped=t.max_skipped, save=output.save,
+            log=output.log, keep_batch=output.keep_batch, stop=stop, say=output.say,
+        )  # fmt: skip
     say(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
     if t.push_to_hub is not None and accelerator.is_main_process:
         say(f"uploaded to {push_to_hub(output.directory, t.push_to_hub)}")

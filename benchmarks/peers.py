@@ -118,7 +118,7 @@ def train_ours(job: dict[str, Any]) -> Run:
         examples.append(Example(ids[:-1], ids.masked_fill(~mask, IGNORE_INDEX)[1:]))
     longest = max(len(example) for example in examples)
     num_tokens = most_tokens(size, job["max_length"], longest, packing=True, device_type=device.type)
-    recomputed = settle_checkpointing(model, "auto", num_tokens)
+    recomputed, _ = settle_checkpointing(model, "auto", num_tokens)
     rates: list[float] = []  # before each step and after the last
     lines: list[dict[str, Any]] = []
 

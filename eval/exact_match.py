@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
+from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
+from eval.results import check_output, print_scores, write_result
+from eval.scores import proportion
+from qlora.config import parse_args
 from qlora.errors import InputError
-from qlora.generate import generate
-from qlora.records import Record, to_messages
+from qlora.records import Record, read_records, to_messages
+
+
+@dataclass
+class ExactMatchConfig(EvalConfig):
+    """Greedy answers to held-out prompts, compared with the expected ones."""
+
+    match: Literal["text", "json"] = "text"
+    """Compare as text or as JSON values."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, "max_new_tokens", 1)
 
 
 @dataclass
@@ -62,8 +79,36 @@ def exact_match(
             raise InputError(f"{record.origin} does not end with an assistant turn; exact match needs an answer.")
         conversations.append(messages[:-1])
         expected.append(messages[-1]["content"])
+    from qlora.generate import generate
+
     answers = generate(model, tokenizer, conversations, max_new_tokens, batch_size=batch_size)
     return [
         Prediction(asked[-1]["content"], wanted, given, MATCHES[match](wanted, given))
         for asked, wanted, given in zip(conversations, expected, answers, strict=True)
     ]
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_args(ExactMatchConfig, "python -m eval exact_match", argv)
+    require(config, "model", "data")
+    check_output(config.output)
+    records = read_records(config.data or "")[: config.max_examples or None]
+    model, tokenizer, accelerator = load_evaluated(config)
+
+    def compute(mine: list[Record]) -> list[Prediction]:
+        options = (config.match, config.max_new_tokens, config.batch_size)
+        return exact_match(model, tokenizer, mine, *options) if mine else []
+
+    found = share_out(accelerator, records, compute)
+    if not accelerator.is_main_process:
+        return
+    score = proportion("exact match", [p.correct for p in found], config.confidence)
+    rows = [{"id": record.origin, **asdict(p)} for record, p in zip(records, found, strict=True)]
+    correct = sum(p.correct for p in found)
+    counts = {"exact_match": score.value, "correct": correct, "examples": len(found)}
+    write_result(
+        config.output, "exact_match", [score], asdict(config), rows, {score.name: ("correct",)},
+        **counts, predictions=[asdict(p) for p in found],
+    )  # fmt: skip
+    print_scores(f"Exact match on {config.data}", [score])
+    print(f"exact match {correct}/{len(found)} = {score.value:.1%}")

@@ -6,6 +6,7 @@ Names are imported when first used, so that `import qlora` and `--help` stay ins
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.1.0"
 _HOME = {
     "LoRAConfig": "config",
     "LoRAModel": "lora_model",

@@ -44,21 +44,57 @@ class Progress:
         step: optimizer steps done, skipped ones included.
         skipped: of these, steps left out because their loss was not finite.
         eval_loss: of exactly this state, if it was evaluated.
-        best_loss: the lowest of all evaluations so far.
+        score: share of held-out answers that came out as expected, at that evaluation, if they were asked for.
+        best_loss, best_score: of the best evaluation so far: the highest score, and at equal scores, or without
+            them, the lowest loss.
+        reference: the score, or without one the loss below zero, from which patience counts (`judge`).
+        stale: evaluations since it was.
+        sampled: the last step whose samples are written; -1 = none.
     """
 
     step: int = 0
     skipped: int = 0
     eval_loss: float | None = None
     best_loss: float | None = None
+    score: float | None = None
+    best_score: float | None = None
+    reference: float | None = None
+    stale: int = 0
+    sampled: int = -1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name in ("step", "skipped"):
-                if type(value) is not int or value < 0:
+            if name in ("step", "skipped", "stale", "sampled"):
+                if type(value) is not int or value < (-1 if name == "sampled" else 0):
                     raise ValueError(f"{name} is {value!r}")
             elif value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}")
+
+    def judge(self, eval_loss: float, score: float | None = None, min_delta: float = 0.0) -> bool:
+        """Take an evaluation of this state.
+
+        Args:
+            min_delta: patience begins anew where the score, or without one the loss, is better by more than this.
+        Returns:
+            whether it is the best so far.
+        """
+        self.eval_loss, self.score = eval_loss, score
+        if (self.best_score is None) != (score is None):  # the run was resumed with another metric
+            self.best_loss = self.reference = None
+        is_best = self.best_loss is None or _badness(eval_loss, score) < _badness(self.best_loss, self.best_score)
+        if is_best:
+            self.best_loss, self.best_score = eval_loss, score
+        quality = -eval_loss if score is None else score
+        if self.reference is None or quality > self.reference + min_delta:
+            self.reference, self.stale = quality, 0
+        else:
+            self.stale += 1
+        return is_best
+
+
+def _badness(eval_loss: float | None, score: float | None) -> tuple[float, float]:
+    """Orders evaluations, the best first: by score where there are scores, then by loss."""
+    return (0.0 if score is None else -score), (math.inf if eval_loss is None else eval_loss)
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -125,7 +161,7 @@ def discard(path: Path) -> None:
 
 
 def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
-    """Keep the `keep_last` newest checkpoints and the one with the lowest eval loss; 0 keeps all."""
+    """Keep the `keep_last` newest checkpoints and the best by its evaluation; 0 keeps all."""
     paths = list_checkpoints(output_dir)
     if keep_last == 0 or len(paths) <= keep_last:
         return
@@ -136,16 +172,18 @@ def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
 
 
 def best_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint whose own state was evaluated with the lowest loss; None if none was."""
-    losses = []
+    """The checkpoint whose own state was evaluated best (`Progress`), the earliest of equals; None if none was."""
+    evaluated: list[tuple[Progress, Path]] = []
     for path in list_checkpoints(output_dir):
         try:
-            loss = json.loads((path / STATE).read_text())["eval_loss"]
+            progress = _read_progress(json.loads((path / STATE).read_text()))
         except (OSError, ValueError, KeyError, TypeError):
             continue  # damaged, or of another version: resuming will tell
-        if isinstance(loss, float):
-            losses.append((loss, path))
-    return min(losses)[1] if losses else None
+        if progress.eval_loss is not None:
+            evaluated.append((progress, path))
+    # Where the metric changed on the way, by the newest's.
+    alike = [(p, path) for p, path in evaluated if (p.score is None) == (evaluated[-1][0].score is None)]
+    return min(alike, key=lambda pair: _badness(pair[0].eval_loss, pair[0].score))[1] if alike else None
 
 
 def find_checkpoint(resume: str, output_dir: Path, say: Callable[[str], object] = print) -> Path | None:
@@ -197,7 +235,7 @@ def read_state(path: Path) -> dict[str, Any]:
             raise InputError(
                 f"The checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}; {remedy}."
             )
-        progress = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+        progress = _read_progress(state)
         settings, versions, checksums = dict(state["settings"]), dict(state["versions"]), dict(state["sha256"])
         files = sorted({*FILES, *filter(is_file_name, checksums)})
         damaged = [name for name in files if checksums[name] != _sha256(path / name)]
@@ -208,6 +246,13 @@ def read_state(path: Path) -> dict[str, Any]:
     if damaged:
         raise InputError(f"The checkpoint {path} is damaged in {', '.join(damaged)}; {remedy}.")
     return {"progress": progress, "settings": settings, "versions": versions}
+
+
+def _read_progress(state: dict[str, Any]) -> Progress:
+    """The progress in a state.json; one from before scores and samples were kept has none of them."""
+    always = ("step", "skipped", "eval_loss", "best_loss")
+    names = Progress.__dataclass_fields__
+    return Progress(**{name: state[name] for name in names if name in always or name in state})
 
 
 def load_checkpoint(

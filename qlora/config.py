@@ -23,7 +23,7 @@ T = TypeVar("T")
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 # Text with commas on the command line; a list, or a mapping to numbers, in YAML and Python.
 LIST_FIELDS, PATTERN_FIELDS = (
-    ("target_modules", "modules_to_save", "new_tokens"),
+    ("target_modules", "modules_to_save", "new_tokens", "report_to"),
     ("rank_pattern", "alpha_pattern"),
 )
 
@@ -95,10 +95,7 @@ class LoRAConfig:
     """Tokens to add to the vocabulary, separated by commas; embeddings and head then train, too."""
 
     def __post_init__(self) -> None:
-        for name in LIST_FIELDS:
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                setattr(self, name, ",".join(value))
+        _join_lists(self)
         for name in PATTERN_FIELDS:
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -204,6 +201,14 @@ class LoRAConfig:
         return self.alpha_of(layer) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def _join_lists(config: Any) -> None:
+    """Lists of names, as Python may give them, become text with commas, as on the command line."""
+    for name in LIST_FIELDS:
+        value = getattr(config, name, "")
+        if not isinstance(value, str):
+            setattr(config, name, ",".join(value))
+
+
 def _split(names: str) -> list[str]:
     return [name for name in (part.strip() for part in names.split(",")) if name]
 
@@ -287,7 +292,7 @@ class TrainConfig:
     """The loop."""
 
     output_dir: str = "out"
-    """Receives adapter, metrics.jsonl, loss.png and checkpoints/."""
+    """Receives adapter, metrics.jsonl, samples.jsonl, loss.png and checkpoints/."""
     max_steps: int = 0
     """Stop after this many optimizer steps; 0 means --epochs decides."""
     epochs: int = 1
@@ -314,10 +319,36 @@ class TrainConfig:
     """What auto makes the run fit: 4GiB, 3.5GB, 800MiB; by default its base and half of the free memory."""
     eval_every: int = 0
     """Evaluate every N steps and at the end; 0 = never."""
+    sample_every: int = 0
+    """Answer a few fixed prompts every N steps and at the end; 0 = with each evaluation."""
+    num_samples: int = 3
+    """How many prompts to answer; 0 = never any."""
+    sample_tokens: int = 64
+    """Longest such answer, in tokens."""
+    sample_prompts: str | None = None
+    """Prompts to answer, any data file; by default those of the first held-out, else training examples."""
+    best_metric: Literal["eval_loss", "exact_match"] = "eval_loss"
+    """What makes an evaluation the best: the held-out loss, or how many held-out answers come out as expected."""
+    score_examples: int = 64
+    """Held-out examples that exact_match answers, greedily and up to --max-new-tokens; 0 = all."""
+    score_match: Literal["text", "json", "json_in_text", "gsm8k", "letter"] = "text"
+    """How exact_match compares answers, as --match of python -m eval exact_match."""
+    early_stopping_patience: int = 0
+    """End after so many evaluations in a row without a better --best-metric; 0 = never."""
+    early_stopping_min_delta: float = 0.0
+    """Better means by more than this."""
+    load_best: bool = False
+    """Leave the adapter of the best checkpoint in --output-dir at the end, instead of the last one."""
+    report_to: str = ""
+    """Trackers to log to, separated by commas: tensorboard, wandb, trackio, ..., or all that are installed."""
+    project_name: str = "qlora"
+    """The project of the run in trackers."""
+    run_name: str | None = None
+    """The run's name in trackers; by default that of --output-dir."""
     save_every: int = 0
     """Checkpoint every N steps; 0 = only at the end."""
     keep_last: int = 0
-    """Keep this many newest checkpoints, and the one with the lowest eval loss; 0 = all."""
+    """Keep this many newest checkpoints, and the best by --best-metric; 0 = all."""
     resume: str | None = None
     """Continue from a checkpoint directory, or auto for the newest whole one in --output-dir."""
     force_resume: bool = False
@@ -332,13 +363,15 @@ class TrainConfig:
     """Seeds the adapter, the data order, the split and the dropout."""
 
     def __post_init__(self) -> None:
+        _join_lists(self)
         for name, low in (
             ("max_steps", 0), ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("warmup_steps", 0),
             ("weight_decay", 0), ("max_grad_norm", 0), ("eval_every", 0), ("save_every", 0), ("keep_last", 0),
-            ("max_skipped", 0), ("seed", 0),
+            ("max_skipped", 0), ("seed", 0), ("sample_every", 0), ("num_samples", 0), ("sample_tokens", 1),
+            ("score_examples", 0), ("early_stopping_patience", 0), ("early_stopping_min_delta", 0),
         ):  # fmt: skip
             value = getattr(self, name)
-            if not low <= value or (name == "weight_decay" and value == math.inf):
+            if not low <= value < math.inf and not (name == "max_grad_norm" and value == math.inf):
                 flag = name.replace("_", "-")
                 raise InputError(f"{name} is {getattr(self, name)}; give --{flag} {low} or more.")
         if self.stop_after is not None and self.stop_after_seconds is None:
@@ -353,6 +386,16 @@ class TrainConfig:
             raise InputError("force_resume is given without resume; pass --resume auto or a checkpoint with it.")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is {self.learning_rate}; give --learning-rate a number above 0.")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in --report-to, split and stripped."""
+        return _split(self.report_to)
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a setting needs the best state as a checkpoint, however often others are saved."""
+        return self.load_best or self.early_stopping_patience > 0 or self.best_metric != "eval_loss"
 
     @property
     def stop_after_seconds(self) -> float | None:
@@ -407,6 +450,28 @@ class RunConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     debug: bool = False
     """Show the traceback of an error."""
+
+    def check_training(self) -> None:
+        """Whether the settings of a training run go together.
+
+        Raises:
+            InputError: they do not.
+        """
+        t, held_out = self.train, self.data.eval_data is not None or self.data.eval_split > 0
+        if t.eval_every and not held_out:
+            raise InputError(
+                "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
+            )
+        if t.keeps_best and not t.eval_every:
+            names = ("early_stopping_patience", "load_best")
+            flag = next((n for n in names if getattr(t, n)), "best_metric").replace("_", "-")
+            raise InputError(f"--{flag} goes by evaluations; pass --eval-every N with it.")
+        if t.best_metric == "exact_match" and self.data.train_on == "all":
+            raise InputError(
+                "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
+            )
+        if self.generate.adapter is not None and self.lora.added_tokens:
+            raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
 
 
 def parse_args(config_class: type[T], prog: str, argv: Sequence[str] | None = None) -> T:

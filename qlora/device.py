@@ -1,8 +1,9 @@
-"""What this device can do: its faster compute dtype, its free and its peak memory."""
+"""What this device can do: its faster compute dtype, its free and its peak memory, its name."""
 
 from __future__ import annotations
 
 import os
+import platform
 import resource
 import statistics
 import sys
@@ -24,6 +25,17 @@ def cache_directory() -> Path:
 def best_device() -> torch.device:
     """The first CUDA device, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_device(device: torch.device) -> str:
+    """A device in words: name, memory of a GPU, threads on a CPU."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def choose_compute_dtype(name: str, device: torch.device, width: int) -> torch.dtype:

@@ -9,10 +9,12 @@ train are never touched.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.device import GIB
@@ -50,11 +52,10 @@ def fast_decoding(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-@torch.inference_mode()
 def generate(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[list[dict[str, Any]]],
+    conversations: Sequence[list[Any]],
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -66,37 +67,124 @@ def generate(
 
     Args:
         model: from `load_base_model`, adapted or not.
-        conversations: messages up to the user's last turn.
+        conversations: messages up to the user's last turn; or, where that is known, a prompt's token ids.
         temperature: 0 is greedy; otherwise tokens are drawn from the `top_p` nucleus, seeded by `seed`.
         batch_size: conversations decoded together (padded on the left), of similar length.
         streamer: transformers streamer that prints as tokens come; one conversation only.
     Returns:
         Texts in the order of `conversations`, without special tokens.
     """
-    prompts = [encode_prompt(messages, tokenizer) for messages in conversations]
+    options = (max_new_tokens, temperature, top_p, seed, batch_size)
+    samples = generate_samples(model, tokenizer, conversations, 1, *options, streamer=streamer)
+    return [texts[0] for texts in samples]
+
+
+@torch.inference_mode()
+def generate_samples(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[list[Any]],
+    num_samples: int,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    numbers: Sequence[int] | None = None,
+    streamer: Any = None,
+) -> list[list[str]]:
+    """Several turns that the assistant may say next, for each conversation; its prompt is computed once for all.
+
+    Args:
+        batch_size: answers decoded together.
+        numbers: which conversation each one is, where these are a share of several processes; by default 0, 1, ...
+            Sample s of conversation i is seeded by `seed`, i and s, whatever is decoded beside it.
+        Others as `generate`.
+    Returns:
+        `num_samples` texts for each conversation.
+    """
+    prompts = [c if isinstance(c[0], int) else encode_prompt(c, tokenizer) for c in conversations]
+    numbers = range(len(prompts)) if numbers is None else numbers
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
-    settings = _generation_settings(model, tokenizer, max_new_tokens, temperature, top_p)
-    answers = [""] * len(prompts)
-    # Random numbers are drawn from a state of their own: a sample between two steps leaves training alone.
-    with fast_decoding(model), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+    settings = _generation_settings(model, tokenizer, max_new_tokens)
+    together = max(1, batch_size // num_samples)
+    answers: list[list[str]] = [[] for _ in prompts]
+    with fast_decoding(model):
+        for start in range(0, len(order), together):
+            rows = order[start : start + together]
             longest = max(len(prompts[i]) for i in rows)
             ids = torch.full((len(rows), longest), settings.pad_token_id, device=device)
             mask = torch.zeros_like(ids)
             for row, index in enumerate(rows):
                 ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index], device=device)
                 mask[row, longest - len(prompts[index]) :] = 1
-            output = model.generate(ids, attention_mask=mask, generation_config=settings, streamer=streamer)
-            texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for index, text in zip(rows, texts, strict=True):
-                answers[index] = text.strip()
+            cache = _compute_prompts(model, ids, mask) if num_samples > 1 else None
+            for first in range(0, num_samples, batch_size):
+                samples = range(first, min(first + batch_size, num_samples))
+                draw = [SeededDraw(temperature, top_p, [(seed, numbers[i], s) for i in rows for s in samples])]
+                output = model.generate(
+                    ids.repeat_interleave(len(samples), dim=0),
+                    attention_mask=mask.repeat_interleave(len(samples), dim=0),
+                    past_key_values=_repeat(cache, len(samples)),
+                    generation_config=settings,
+                    logits_processor=draw if temperature > 0 else None,
+                    streamer=streamer,
+                )
+                texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+                for position, text in enumerate(texts):
+                    answers[rows[position // len(samples)]].append(text.strip())
     return answers
 
 
-def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
+class SeededDraw:
+    """A logits processor after which the largest score is a draw from softmax(logits / temperature).
+
+    For E from Exp(1), argmax(log p - log E) is distributed as p. Each row has random numbers of its own, so what
+    is drawn depends neither on the rows beside it nor on the number of processes; torch's generators stay alone.
+
+    Args:
+        temperature, top_p: as in `generate`.
+        seeds: what each row's generator is seeded by.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[tuple[int, ...]]) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, V) logits -> (B, V) fp32."""
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            scores = TopPLogitsWarper(self.top_p)(ids, scores)  # type: ignore[arg-type]
+        width = scores.shape[-1]
+        noise = np.stack([generator.standard_exponential(width, np.float32) for generator in self.generators])
+        smallest = torch.finfo(torch.float32).tiny  # of a 0 the logarithm would not be a number
+        return scores - torch.from_numpy(noise).to(scores.device).clamp_min(smallest).log()
+
+
+def _compute_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Keys and values of all tokens of the prompts but the last ones; None if these are all there is."""
+    if ids.shape[1] == 1:
+        return None
+    mask = mask[:, :-1]
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return model.base_model(
+        ids[:, :-1], attention_mask=mask, position_ids=positions, use_cache=True
+    ).past_key_values
+
+
+def _repeat(cache: Any, count: int) -> Any:
+    """The cache with each row `count` times, in memory of its own: decoding adds to it."""
+    if cache is not None:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(count)
+    return cache
+
+
+def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     from transformers import GenerationConfig
 
     stops = model.generation_config.eos_token_id
@@ -105,13 +193,11 @@ def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, temper
         end_of_turn_id(tokenizer),
     }
     stop_ids.discard(None)
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        do_sample=False,
         eos_token_id=sorted(stop_ids) or None,
         pad_token_id=next(i for i in (tokenizer.pad_token_id, *sorted(stop_ids), 0) if i is not None),
-        **sampling,
     )
 
 

@@ -1,7 +1,8 @@
 """The output directory of a run: who writes what, when, and how a run finds its way back in.
 
-    OUTPUT_DIR/run.json                  every setting, to reproduce it
+    OUTPUT_DIR/run.json                  every setting, to reproduce it, and facts of its latest start
                metrics.jsonl, loss.png   one line per optimizer step; the curve at the end
+               samples.jsonl             completions of fixed prompts as they change
                adapter_model.safetensors, adapter_config.json
                checkpoints/step-N/       full state
                skipped/step-N.jsonl      the examples of a step whose loss was not finite
@@ -21,6 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from torch import nn
 
 from qlora.adapter import WEIGHTS, AdapterSnapshot, snapshot_adapter, write_adapter
 from qlora.checkpoint import (
+    OPTIMIZER,
+    STATE,
     Progress,
     best_checkpoint,
     checkpoint_path,
@@ -43,7 +47,8 @@ from qlora.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from qlora.config import LoRAConfig
+from qlora.config import LoRAConfig, TrainConfig
+from qlora.device import GIB
 from qlora.errors import InputError, TrainingStopped
 from qlora.files import new_file
 from qlora.injection import lora_layers
@@ -51,11 +56,15 @@ from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
 from qlora.tokenize import IGNORE_INDEX, Example
+from qlora.tracking import Trackers, start_trackers
 from qlora.trained import base_name, replaced_parameters
 
 
 class RunOutput:
-    """Writes metrics, checkpoints, adapter and curve of one run.
+    """Writes metrics, samples, checkpoints, adapter and curve of one run.
+
+    From `begin` on it is a context: leaving it waits for the last checkpoint and draws the curve, also after a run
+    that stopped; after one that ended by itself it says where the best state is.
 
     Args:
         output_dir: made if absent. A directory with metrics or an adapter of another run is refused unless
@@ -64,6 +73,7 @@ class RunOutput:
         resume: None, "auto" or a checkpoint directory.
         run: every setting, written to run.json and into checkpoints.
         keep_last: checkpoints to keep, see `prune_checkpoints`.
+        load_best: at the end of the run its adapter is the best checkpoint's.
     Raises:
         InputError: nothing can be written there, or another run's results lie there.
     """
@@ -76,8 +86,11 @@ class RunOutput:
         accelerator: Accelerator,
         run: dict[str, Any],
         keep_last: int = 0,
+        load_best: bool = False,
     ) -> None:
         self.directory, self.base_model, self.accelerator = Path(output_dir), base_model, accelerator
+        self.load_best, self.trackers = load_best, Trackers([])
+        self.say: Callable[[str], object] = accelerator.print  # from `begin` on above the progress bar
         self.run, self.keep_last = json.loads(redact(json.dumps(run))), keep_last
         self.progress = Progress()
         if accelerator.is_main_process:
@@ -138,6 +151,19 @@ class RunOutput:
             return asked
         return str(read_state(self.checkpoint)["settings"].get("compute_dtype", asked))
 
+    def start_trackers(self, project: str, run: str | None) -> None:
+        """Begin the run in the trackers that the accelerator was made with.
+
+        Args:
+            run: its name; None = that of the directory.
+        Raises:
+            InputError: one of them does not start.
+        """
+        if self.accelerator.is_main_process:
+            done = max(0, step_of(self.checkpoint)) if self.checkpoint is not None else 0
+            start_trackers(self.accelerator, project, run or self.directory.resolve().name, self.run, done)
+            self.trackers = Trackers(self.accelerator.trackers, self.say)
+
     def begin(
         self,
         model: nn.Module,
@@ -146,11 +172,13 @@ class RunOutput:
         settings: dict[str, Any],
         total_steps: int,
         force: bool = False,
+        facts: dict[str, Any] | None = None,
     ) -> MasterOptimizer:
         """The optimizer of a fresh or resumed run; sets `progress` and begins metrics.jsonl.
 
         Args:
             settings: what a resumed run must share with the checkpoint, unless `force`.
+            facts: of this start, for run.json alone (`gather_facts`).
         """
         self.model, self.lora_config, self.settings = model, lora_config, settings
         say, is_main = self.accelerator.print, self.accelerator.is_main_process
@@ -161,7 +189,9 @@ class RunOutput:
             say(f"resumed from {self.checkpoint}, {self.progress.step} steps done")
         else:
             self.optimizer = make_optimizer()
-        self.display = RunDisplay(total_steps, self.progress.step, quiet=not is_main)
+        planned = sum((facts or {}).get("memory_plan", {}).values()) / GIB
+        self.display = RunDisplay(total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
+        self.say = self.display.say
         if is_main:
             self._set_aside_later_checkpoints()
             prune_checkpoints(self.directory, self.keep_last)  # a kill may have come before
@@ -169,9 +199,18 @@ class RunOutput:
             # Its thread starts now: later there may be no memory for one.
             self._writing: Future[Any] | None = self._writer.submit(list_checkpoints, self.directory)
             with new_file(self.directory / "run.json") as file:
-                file.write_text(json.dumps(self.run, indent=2) + "\n")
+                known = {"facts": json.loads(redact(json.dumps(facts)))} if facts is not None else {}
+                file.write_text(json.dumps(self.run | known, indent=2) + "\n")
             self._metrics = MetricsFile(self.directory / "metrics.jsonl", self.progress)
+            samples = self.directory / "samples.jsonl"
+            self._samples = MetricsFile(samples, self.progress, _is_sampled) if samples.exists() else None
         return self.optimizer
+
+    def __enter__(self) -> RunOutput:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        self.close(is_done=kind is None)
 
     def _set_aside_later_checkpoints(self) -> None:
         """Hide checkpoints later than the one resumed from: --resume auto must not go back to their past."""
@@ -183,10 +222,20 @@ class RunOutput:
                 self.accelerator.print(f"{path} is later than the checkpoint resumed from; kept as {aside.name}")
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl and show it."""
+        """Append one line to metrics.jsonl, show it and pass it to the trackers."""
         if self.accelerator.is_main_process:
             self._metrics.write(line)
             self.display.show(line)
+            self.trackers.log(line)
+
+    def write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Append one step's to samples.jsonl, a line each; show them and pass them to the trackers."""
+        if self._samples is None:
+            self._samples = MetricsFile(self.directory / "samples.jsonl", self.progress, _is_sampled)
+        for sample in samples:
+            self._samples.write(sample)
+        self.display.show_samples(samples)
+        self.trackers.log_samples(samples)
 
     def keep_batch(self, step: int, window: Sequence[Example]) -> str:
         """Write a step's examples for inspection; returns a sentence that says where."""
@@ -229,7 +278,12 @@ class RunOutput:
                 for name, tensor in self.optimizer.state_tensors().items()
             }
             frozen = Progress(**vars(progress))
-            self._writing = self._writer.submit(self._write, frozen, adapter, moments, self._metrics.flush())
+            unwritten = next(filter(None, [file.flush() for file in self._line_files]), None)
+            self._writing = self._writer.submit(self._write, frozen, adapter, moments, unwritten)
+
+    @property
+    def _line_files(self) -> list[MetricsFile]:
+        return [self._metrics] if self._samples is None else [self._metrics, self._samples]
 
     def _write(
         self,
@@ -242,7 +296,8 @@ class RunOutput:
         try:
             if unwritten is not None:
                 raise unwritten  # lines of metrics: a checkpoint must not outlive those before it
-            self._metrics.sync()
+            for file in self._line_files:
+                file.sync()
             save_checkpoint(path, progress, adapter, moments, self.settings, self.run)
             write_adapter(adapter, self.directory)
             prune_checkpoints(self.directory, self.keep_last)
@@ -260,18 +315,27 @@ class RunOutput:
             return error
         return None
 
-    def close(self) -> None:
-        """Wait for the last checkpoint and draw the loss curve; called also after a run that stopped.
+    def close(self, is_done: bool = True) -> None:
+        """Wait for the last checkpoint, draw the loss curve, and say where the best state is.
 
+        Args:
+            is_done: the run ended by itself, so that its adapter may become the best checkpoint's (`load_best`).
         Raises:
             TrainingStopped: the last state could not be written.
         """
         if not self.accelerator.is_main_process:
             return
         self.display.close()
-        failure = self._finish_writing() or self._metrics.close()
+        failure: Exception | None = self._finish_writing()
+        for file in self._line_files:
+            unwritten = file.close()
+            failure = failure or unwritten
         self._writer.shutdown()
+        best = self._find_best()
+        if is_done and failure is None and best is not None and self.load_best:
+            failure = self._adopt(best)
         self._lock.release()
+        self.trackers.finish()
         if failure is not None:
             whole = [path.name for path in list_checkpoints(self.directory)]
             raise TrainingStopped(
@@ -282,9 +346,49 @@ class RunOutput:
             plot_loss(self.directory / "metrics.jsonl", self.directory / "loss.png")
         except Exception as error:  # no picture is worth hiding how the run ended
             self.accelerator.print(f"loss.png could not be drawn ({error}); all else is saved")
-        best = best_checkpoint(self.directory)
         if best is not None:
-            self.accelerator.print(f"lowest held-out loss: {best}")
+            self.accelerator.print(self._describe_best(best, is_adopted=is_done and self.load_best))
+
+    def _find_best(self) -> Path | None:
+        """The best checkpoint, if it is whole."""
+        best = best_checkpoint(self.directory)
+        try:
+            return best if best is None or read_state(best) else None
+        except InputError as error:
+            self.accelerator.print(f"the best checkpoint cannot be used: {error}")
+            return None
+
+    def _adopt(self, best: Path) -> OSError | None:
+        """Make the best checkpoint's adapter the run's; returns the error of a disk that does not take it."""
+        try:
+            with ExitStack() as files:  # all are copied, then all take their places
+                for path in best.iterdir():
+                    if path.name not in (STATE, OPTIMIZER):
+                        shutil.copyfile(path, files.enter_context(new_file(self.directory / path.name)))
+        except OSError as error:
+            return error
+        return None
+
+    def _describe_best(self, best: Path, is_adopted: bool) -> str:
+        """One line: the best checkpoint, and whether the best evaluation was of another state."""
+        progress = read_state(best)["progress"]
+        is_kept = (progress.eval_loss, progress.score) == (self.progress.best_loss, self.progress.best_score)
+        score = "" if progress.score is None else f", exact match {progress.score:.1%}"
+        lost = "" if is_kept else "; the best evaluation was of a state that was not saved"
+        taken = "; its adapter is the run's" if is_adopted else ""
+        return f"best checkpoint: {best} (held-out loss {progress.eval_loss:.4f}{score}{lost}{taken})"
+
+
+def _is_done(line: dict[str, Any], progress: Progress) -> bool:
+    """Whether the line is of a step, or an evaluation, that the run will not do again."""
+    if "eval_loss" in line and line["step"] == progress.step:
+        return progress.eval_loss is not None
+    return bool(line["step"] <= progress.step)
+
+
+def _is_sampled(line: dict[str, Any], progress: Progress) -> bool:
+    """Whether the line is a sample that the run will not take again."""
+    return bool(line["step"] <= progress.sampled)
 
 
 class MetricsFile:
@@ -292,10 +396,13 @@ class MetricsFile:
 
     Args:
         progress: lines of what will be done again are dropped.
+        is_done: whether a line is of what will not be done again.
     """
 
-    def __init__(self, path: Path, progress: Progress) -> None:
-        kept = [line for line in _whole_lines(path) if _is_done(line, progress)]
+    def __init__(
+        self, path: Path, progress: Progress, is_done: Callable[[dict[str, Any], Progress], bool] = _is_done
+    ) -> None:
+        kept = [line for line in _whole_lines(path) if is_done(line, progress)]
         with new_file(path) as staging:
             staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("ab", buffering=0)
@@ -338,13 +445,6 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _is_done(line: dict[str, Any], progress: Progress) -> bool:
-    """Whether the line is of a step, or an evaluation, that the run will not do again."""
-    if "eval_loss" in line and line["step"] == progress.step:
-        return progress.eval_loss is not None
-    return bool(line["step"] <= progress.step)
-
-
 def base_fingerprint(model: nn.Module) -> str:
     """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from."""
     digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
@@ -365,3 +465,32 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
     for example in examples:
         digest.update(example.input_ids.numpy().tobytes() + b"|" + example.targets.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def run_settings(
+    model: Any,
+    lora: LoRAConfig,
+    train: TrainConfig,
+    examples: Sequence[Example],
+    window: int,
+    total_steps: int,
+    optim: str,
+) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on with, but for total_steps.
+
+    Args:
+        model: with adapters in place, its base as it was loaded.
+        window: examples of an optimizer step.
+    """
+    names = ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")
+    return {
+        **{name: getattr(train, name) for name in names},
+        **lora.variant(),
+        "max_grad_norm": train.max_grad_norm,
+        "base": base_fingerprint(model),
+        "data": data_fingerprint(examples),
+        "optim": optim,
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "examples_per_step": window,
+        "total_steps": total_steps,
+    }

@@ -38,7 +38,14 @@ from qlora.device import GIB, available_memory, peak_memory_gib
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
-from qlora.memory import FREE_SHARE, choose_recomputed, decoder_layers, differentiated_layers, plan_memory
+from qlora.memory import (
+    FREE_SHARE,
+    MemoryPlan,
+    choose_recomputed,
+    decoder_layers,
+    differentiated_layers,
+    plan_memory,
+)
 from qlora.optim import MasterOptimizer
 from qlora.packing import Batch, WindowOrder, deal_examples, make_batches, split_batch
 from qlora.tokenize import Example
@@ -196,7 +203,7 @@ def settle_checkpointing(
     memory_budget: int | None = None,
     accelerator: Accelerator | None = None,
     say: Callable[[str], Any] = print,
-) -> float:
+) -> tuple[float, MemoryPlan]:
     """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
 
     Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings.
@@ -207,7 +214,7 @@ def settle_checkpointing(
         memory_budget: bytes for all that is planned; None = the base and half of the free memory.
         accelerator: of a run in several processes: they share the device's memory, and decide alike.
     Returns:
-        the share of the model's decoder layers that are recomputed, from 0 to 1.
+        (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
     """
     dtype, device = model.compute_dtype, next(model.parameters()).device
     layers = differentiated_layers(model)
@@ -229,7 +236,7 @@ def settle_checkpointing(
     say(f"computing in {name}; {number} of {len(layers)} layers are recomputed in the backward pass ({reason})")
     excess = "; more than that, so it may not fit" if mode == "auto" and planned.total > limit else ""
     say(f"{planned} at {num_tokens} tokens a micro-batch{excess}")
-    return number / max(1, len(decoder_layers(model)))
+    return number / max(1, len(decoder_layers(model))), planned
 
 
 def _free_memory(device: torch.device, accelerator: Accelerator | None) -> int:
@@ -302,6 +309,136 @@ def train_window(
             )
 
 
+@dataclass
+class _StepMaker:
+    """Makes optimizer steps from windows of examples. Arguments as `fit`.
+
+    Attributes:
+        budget: the most tokens of a micro-batch; smaller once memory ran out.
+        checked: whether every adapter was seen to have a gradient.
+    """
+
+    model: nn.Module
+    optimizer: MasterOptimizer
+    learning_rate: Callable[[int], float]
+    examples: Sequence[Example]
+    accelerator: Accelerator
+    progress: Progress
+    batch_size: int
+    grad_accum: int
+    max_length: int
+    packing: bool
+    max_grad_norm: float
+    seed: int
+    max_skipped: int
+    log: Callable[[dict[str, Any]], None]
+    keep_batch: Callable[[int, Sequence[Example]], str]
+    say: Callable[[str], object]
+
+    def __post_init__(self) -> None:
+        window = self.batch_size * self.grad_accum * self.accelerator.num_processes
+        self.order = WindowOrder(len(self.examples), window, self.seed)
+        self.budget, self.checked = self.batch_size * self.max_length, False
+
+    def make(self) -> None:
+        """The next step, made or skipped; `progress` moves along."""
+        step, progress = self.progress.step, self.progress
+        self.checked = self._make(step) or self.checked
+        progress.step, progress.eval_loss, progress.score = step + 1, None, None
+
+    def _make(self, step: int) -> bool:
+        """Whether the step was made: one with a non-finite loss is skipped."""
+        rank, devices = self.accelerator.process_index, self.accelerator.num_processes
+        started = time.perf_counter()
+        window = [self.examples[i] for i in self.order.window(step)]
+        mine = [window[i] for i in deal_examples([len(e) for e in window], devices)[rank]]
+        whole = make_batches(mine, self.batch_size, self.max_length, self.packing, self.accelerator.device.type)
+        batches = [part for batch in whole for part in split_batch(batch, self.budget)]
+        rate, step_seed = self.learning_rate(step), (self.seed * 1_000_003 + step) * 4096 + rank
+        try:
+            (loss, norm, tokens, targets), limit = train_window(
+                self.model, self.optimizer, batches, self.accelerator, rate, self.max_grad_norm,
+                not self.checked, step_seed, self.say,
+            )  # fmt: skip
+        except NonFiniteStep as error:
+            self._skip(step, window, rate, error)
+            return False
+        self.budget = limit or self.budget
+        speed, memory = tokens / (time.perf_counter() - started), peak_memory_gib(self.accelerator.device)
+        self.log(asdict(StepMetrics(step + 1, loss, norm, rate, tokens, targets, speed, memory)))
+        return True
+
+    def _skip(self, step: int, window: Sequence[Example], rate: float, error: NonFiniteStep) -> None:
+        where, progress, limit = self.keep_batch(step + 1, window), self.progress, self.max_skipped
+        if progress.skipped == limit:
+            raise TrainingStopped(f"{error}; {limit} such steps were skipped before. {where}") from error
+        progress.skipped += 1
+        if self.accelerator.is_main_process:
+            self.say(f"step {step + 1} skipped ({progress.skipped} of at most {limit}): {error}. {where}")
+        self.log({"step": step + 1, "loss": None, "skipped": progress.skipped, "learning_rate": rate})
+
+
+@dataclass
+class _Watcher:
+    """Looks at the model between steps: evaluates, judges, samples. Arguments as `fit`."""
+
+    model: nn.Module
+    accelerator: Accelerator
+    progress: Progress
+    total_steps: int
+    eval_examples: Sequence[Example]
+    eval_every: int
+    packing: bool
+    score: Callable[[Callable[[], str | None]], float | None] | None
+    patience: int
+    min_delta: float
+    sample: Callable[[int], object] | None
+    sample_every: int
+    log: Callable[[dict[str, Any]], None]
+    stop: Callable[[], str | None]
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether patience has run out before the last step."""
+        return 0 < self.patience <= self.progress.stale and self.progress.step < self.total_steps
+
+    def evaluate_if_due(self, budget: int) -> tuple[bool, bool]:
+        """(whether this state still wants its evaluation, whether it had it now and is the best so far)."""
+        step = self.progress.step
+        is_due = self.eval_every and (step % self.eval_every == 0 or step == self.total_steps)
+        if not is_due or self.progress.eval_loss is not None:
+            return False, False
+        held_out = evaluate(self.model, self.eval_examples, self.accelerator, budget, self.packing, self.stop)
+        score = self.score(self.stop) if self.score is not None and held_out is not None else None
+        if held_out is None or (self.score is not None and score is None):
+            return True, False  # a reason to stop came first; a resumed run begins with the evaluation
+        if not math.isfinite(held_out):
+            raise TrainingStopped(f"the held-out loss is {held_out}; look at the held-out data")
+        is_best = self.progress.judge(held_out, score, self.min_delta)
+        line: dict[str, Any] = {"step": step, "eval_loss": held_out}
+        line |= {"exact_match": score} if score is not None else {}
+        line |= {"stale_evaluations": self.progress.stale} if self.patience else {}
+        self.log(line | ({"stopped_early": True} if self.is_enough else {}))
+        return False, is_best
+
+    def sample_if_due(self, is_last: bool) -> None:
+        """Sample where the step, or an evaluation of this state, asks for it and it has not been done."""
+        step, is_evaluated = self.progress.step, self.progress.eval_loss is not None
+        by_step = self.sample_every and step and (step % self.sample_every == 0 or is_last)
+        with_evaluation = is_evaluated and (self.sample_every == 0 or step == 0)
+        if self.sample is not None and self.progress.sampled < step and (by_step or with_evaluation):
+            self.sample(step)
+            self.progress.sampled = step
+
+    def say_if_enough(self, say: Callable[[str], object]) -> None:
+        """Say, on the main process, that the run ends before its last step."""
+        if self.is_enough and self.accelerator.is_main_process:
+            say(
+                f"stopped early after step {self.progress.step} of {self.total_steps}; evaluations in a row that "
+                f"were no better: {self.progress.stale} (--early-stopping-patience {self.patience})"
+            )
+
+
 def fit(
     model: nn.Module,
     optimizer: MasterOptimizer,
@@ -319,7 +456,13 @@ def fit(
     progress: Progress | None = None,
     eval_examples: Sequence[Example] = (),
     eval_every: int = 0,
+    score: Callable[[Callable[[], str | None]], float | None] | None = None,
+    patience: int = 0,
+    min_delta: float = 0.0,
+    sample: Callable[[int], object] | None = None,
+    sample_every: int = 0,
     save_every: int = 0,
+    keep_best: bool = False,
     max_skipped: int = 0,
     save: Callable[[Progress], None] = lambda progress: None,
     log: Callable[[dict[str, Any]], None] = lambda line: None,
@@ -331,10 +474,15 @@ def fit(
 
     Args:
         learning_rate: of the optimizer step counted from 0.
+        score: what an evaluation is judged by instead of its loss, higher is better; called on every process with
+            `stop`, and None once that gave a reason.
+        patience: end after so many evaluations without one better by more than `min_delta`; 0 = never.
+        sample: shows what the model does at a step: every `sample_every` steps and at the end, or with each
+            evaluation (0); called on every process.
         max_skipped: steps with a non-finite loss that are left out before training stops.
-        save: writes the state as it is: every `save_every` steps, and then also after the best evaluation so
-            far; at the end; before a stop.
-        log: receives one dict per step, and {"step", "eval_loss"} per evaluation; called on every process.
+        save: writes the state as it is: every `save_every` steps; after the best evaluation so far, with
+            `save_every` or `keep_best`; at the end; before a stop.
+        log: receives one dict per step, and {"step", "eval_loss", ...} per evaluation; called on every process.
         keep_batch: writes the examples of a step with a non-finite loss for inspection, and says where.
         stop: why the run should end now, or None; asked between steps and while evaluating.
     Raises:
@@ -343,58 +491,18 @@ def fit(
             gradient, another process that died. The state before it is saved.
     """
     progress = progress or Progress()
-    rank, devices = accelerator.process_index, accelerator.num_processes
-    order = WindowOrder(len(examples), batch_size * grad_accum * devices, seed)
-    budget = batch_size * max_length
+    steps = _StepMaker(
+        model, optimizer, learning_rate, examples, accelerator, progress, batch_size, grad_accum, max_length,
+        packing, max_grad_norm, seed, max_skipped, log, keep_batch, say,
+    )  # fmt: skip
+    watcher = _Watcher(
+        model, accelerator, progress, total_steps, eval_examples, eval_every, packing, score, patience, min_delta,
+        sample, sample_every, log, stop,
+    )  # fmt: skip
     model.train()
     for parameter in lora_parameters(model):
         parameter.grad_dtype = torch.float32
-
-    def make_step(step: int, check_adapters: bool) -> bool:
-        """Whether the step was made: one with a non-finite loss is skipped."""
-        nonlocal budget
-        started = time.perf_counter()
-        window = [examples[i] for i in order.window(step)]
-        mine = [window[i] for i in deal_examples([len(e) for e in window], devices)[rank]]
-        whole = make_batches(mine, batch_size, max_length, packing, accelerator.device.type)
-        batches = [part for batch in whole for part in split_batch(batch, budget)]
-        rate, step_seed = learning_rate(step), (seed * 1_000_003 + step) * 4096 + rank
-        try:
-            (loss, norm, tokens, targets), limit = train_window(
-                model, optimizer, batches, accelerator, rate, max_grad_norm, check_adapters, step_seed, say
-            )
-        except NonFiniteStep as error:
-            where = keep_batch(step + 1, window)
-            if progress.skipped == max_skipped:
-                raise TrainingStopped(f"{error}; {max_skipped} such steps were skipped before. {where}") from error
-            progress.skipped += 1
-            if accelerator.is_main_process:
-                say(f"step {step + 1} skipped ({progress.skipped} of at most {max_skipped}): {error}. {where}")
-            log({"step": step + 1, "loss": None, "skipped": progress.skipped, "learning_rate": rate})
-            return False
-        budget = limit or budget
-        speed, memory = tokens / (time.perf_counter() - started), peak_memory_gib(accelerator.device)
-        log(asdict(StepMetrics(step + 1, loss, norm, rate, tokens, targets, speed, memory)))
-        return True
-
-    def evaluate_if_due() -> tuple[bool, bool]:
-        """(whether this state still wants its evaluation, whether it had it now and is the best so far)."""
-        step = progress.step
-        is_due = eval_every and (step % eval_every == 0 or step == total_steps)
-        if not is_due or progress.eval_loss is not None:
-            return False, False
-        held_out = evaluate(model, eval_examples, accelerator, budget, packing, stop)
-        if held_out is None:  # a reason to stop came first; a resumed run begins with the evaluation
-            return True, False
-        if not math.isfinite(held_out):
-            raise TrainingStopped(f"the held-out loss is {held_out}; look at the held-out data")
-        progress.eval_loss = held_out
-        log({"step": step, "eval_loss": progress.eval_loss})
-        is_best = progress.best_loss is None or progress.eval_loss < progress.best_loss
-        progress.best_loss = progress.eval_loss if is_best else progress.best_loss
-        return False, is_best
-
-    saved, checked = replace(progress), False
+    saved = replace(progress)
 
     def save_if_new() -> None:
         nonlocal saved
@@ -404,24 +512,27 @@ def fit(
 
     try:
         while True:
-            is_pending, is_best = evaluate_if_due()
+            is_pending, is_best = watcher.evaluate_if_due(steps.budget)
             step, reason = progress.step, stop()
-            if _any_device(reason is not None, accelerator):
-                reason = reason or "another process was asked to stop"
-            is_last = step >= total_steps and not is_pending
-            if is_last or reason or (save_every and step and (step % save_every == 0 or is_best)):
+            is_stopped = _any_device(reason is not None, accelerator)
+            is_last = (watcher.is_enough or step >= total_steps) and not is_pending
+            if is_last or not (is_stopped or is_pending):
+                watcher.sample_if_due(is_last)
+            by_step = save_every and step % save_every == 0
+            by_evaluation = is_best and (save_every or keep_best)
+            if is_last or is_stopped or (step and (by_step or by_evaluation)):
                 save_if_new()
             if is_last:
-                return
-            if reason:
+                return watcher.say_if_enough(say)
+            if is_stopped:
+                reason = reason or "another process was asked to stop"
                 raise StoppedOnRequest(
                     f"stopped after step {step} of {total_steps} ({reason}); --resume auto goes on from there"
                 )
-            checked = make_step(step, check_adapters=not checked) or checked
-            progress.step, progress.eval_loss = step + 1, None
+            steps.make()
     except RuntimeError as error:
         lost_peer = not isinstance(error, TrainingStopped)
-        if lost_peer and not (devices > 1 and _LOST_PEER.search(str(error))):
+        if lost_peer and not (accelerator.num_processes > 1 and _LOST_PEER.search(str(error))):
             raise
         save_if_new()
         cause = f"another process of this run has died ({error})" if lost_peer else str(error)

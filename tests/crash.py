@@ -5,7 +5,7 @@
 
 Each run is `train.py` in a process group of its own, ended by SIGKILL: no handler, no flush, no clean-up. It is
 started again with `--resume auto` and killed again until it ends by itself. Then nothing may be missing, doubled
-or different: checkpoints and adapter byte for byte, metrics.jsonl line for line but for speed and memory.
+or different: checkpoints, adapter and samples byte for byte, metrics.jsonl line for line but for speed and memory.
 
 Kills fall into four kinds, so that each part of a run's life gets its share:
 
@@ -181,7 +181,7 @@ def write_job(work: Path, model: str, seed: int, num_steps: int) -> list[str]:
     return (
         f"--model {path} --data {data} --max-length {64 if model == 'tiny' else 32} --eval-split 0.1 "
         "--eval-every 5 --epochs 2 --batch-size 2 --grad-accum 2 --dropout 0.1 --learning-rate 5e-3 "
-        "--warmup-steps 3 --schedule cosine --save-every 1 --keep-last 2"
+        "--warmup-steps 3 --schedule cosine --save-every 1 --keep-last 2 --num-samples 2 --sample-tokens 8"
     ).split()
 
 
@@ -374,6 +374,8 @@ def compare_runs(out: Path, reference: Path) -> list[str]:
     problems += [f"has {name}, unlike the reference" for name in sorted(ours - theirs)]
     for name in sorted(ours & theirs):
         if name.endswith(".safetensors") and (out / name).read_bytes() != (reference / name).read_bytes():
+            problems.append(f"{name} differs")
+        if name == "samples.jsonl" and (out / name).read_bytes() != (reference / name).read_bytes():
             problems.append(f"{name} differs")
     lines = zip_longest(metric_lines(out), metric_lines(reference))
     for number, (line, expected) in enumerate(lines, start=1):

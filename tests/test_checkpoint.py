@@ -28,7 +28,9 @@ from qlora.model import load_base_model
 from qlora.optim import MasterOptimizer, build_optimizer
 from tests.models import save_tiny_llama
 
-PROGRESS = Progress(step=5, skipped=1, eval_loss=2.5, best_loss=2.25)
+PROGRESS = Progress(
+    5, 1, eval_loss=2.5, best_loss=2.25, score=0.5, best_score=0.75, reference=0.75, stale=2, sampled=4
+)
 SETTINGS = {"data": "abc", "window": 8, "compute_dtype": "float32"}
 
 
@@ -107,6 +109,7 @@ def test_an_unreadable_state_is_an_input_error(saved: tuple[Path, Any, MasterOpt
     [
         ("step", -1), ("step", "5"), ("step", True), ("skipped", 1.5), ("eval_loss", "low"), ("settings", 3),
         ("eval_loss", float("nan")), ("best_loss", float("inf")), ("versions", None), ("sha256", ["a"]),
+        ("stale", -1), ("stale", 0.5), ("sampled", -2), ("score", "all"), ("reference", float("nan")),
     ],
 )  # fmt: skip
 def test_a_wrong_value_in_the_state_is_named(
@@ -116,6 +119,14 @@ def test_a_wrong_value_in_the_state_is_named(
     (saved[0] / "state.json").write_text(json.dumps(state | {field: value}))
     with pytest.raises(InputError, match="not readable"):
         read_state(saved[0])
+
+
+def test_a_checkpoint_from_before_scores_and_samples_is_read(saved: tuple[Path, Any, MasterOptimizer]) -> None:
+    state = json.loads((saved[0] / "state.json").read_text())
+    old = {k: v for k, v in state.items() if k not in ("score", "best_score", "reference", "stale", "sampled")}
+    assert len(old) == len(state) - 5
+    (saved[0] / "state.json").write_text(json.dumps(old))
+    assert read_state(saved[0])["progress"] == Progress(5, 1, eval_loss=2.5, best_loss=2.25)
 
 
 def test_another_format_is_named(saved: tuple[Path, Any, MasterOptimizer]) -> None:
@@ -284,3 +295,58 @@ def test_without_evaluations_only_the_newest_are_kept(several: Path) -> None:
 def test_a_path_that_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no checkpoint \(it has no state\.json\)"):
         find_checkpoint(str(tmp_path), tmp_path)
+
+
+# ---- what is best -----------------------------------------------------------------------------------------
+
+
+def test_evaluations_are_judged_by_score_then_loss() -> None:
+    """Against max over all so far."""
+    evaluations = [(3.0, 0.25), (2.0, 0.25), (1.0, 0.0), (9.0, 0.5), (9.0, 0.5), (8.0, 0.5), (0.5, 0.25)]
+    progress, seen = Progress(), []
+    for loss, score in evaluations:
+        is_best = progress.judge(loss, score)
+        assert is_best == all((score, -loss) > other for other in seen)
+        seen.append((score, -loss))
+        assert (progress.best_score, -(progress.best_loss or 0)) == max(seen)
+        assert (progress.eval_loss, progress.score) == (loss, score)
+
+
+@pytest.mark.parametrize(("score", "worse"), [(None, None), (0.5, 0.25)])
+def test_patience_begins_anew_at_what_is_better_by_more_than_the_margin(
+    score: float | None, worse: float | None
+) -> None:
+    """Small gains add up: 0.125 twice is more than the margin of 0.1875 from where counting began."""
+    progress, stale = Progress(), []
+    for step, gain in enumerate((0.0, 0.125, 0.25, 0.25, 0.375, 0.5)):
+        progress.judge(2.0 - (gain if score is None else step), None if score is None else score + gain, 0.1875)
+        stale.append(progress.stale)
+    assert stale == [0, 1, 0, 1, 2, 0]
+    progress.judge(5.0, worse, 0.1875)
+    assert progress.stale == 1 and progress.best_loss == 1.5 if score is None else progress.best_score == 1.0
+
+
+def test_another_metric_on_resuming_begins_to_judge_anew() -> None:
+    progress = Progress(best_loss=1.0, reference=-1.0, stale=3)
+    assert progress.judge(9.0, 0.0) and progress.stale == 0
+    assert not progress.judge(9.5, 0.0) and progress.stale == 1
+    assert progress.judge(7.0) and (progress.best_loss, progress.best_score, progress.stale) == (7.0, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("states", "best"),
+    [
+        ([(3.0, 0.5), (9.0, 0.75), (8.0, 0.75), (1.0, 0.25)], 3),
+        ([(3.0, 0.5), (3.0, 0.5)], 1),
+        ([(0.1, None), (3.0, 0.5), (None, None)], 2),  # the metric changed on the way, to scores
+        ([(3.0, 0.5), (2.0, None)], 2),  # and back
+    ],
+)
+def test_the_best_checkpoint_by_score(tiny: str, tmp_path: Path, states: list[tuple[Any, Any]], best: int) -> None:
+    model = adapted(tiny)
+    optimizer = stepped(model)
+    for step, (loss, score) in enumerate(states, start=1):
+        write(checkpoint_path(tmp_path, step), model, optimizer, Progress(step, eval_loss=loss, score=score))
+    assert best_checkpoint(tmp_path) == checkpoint_path(tmp_path, best)
+    prune_checkpoints(tmp_path, 1)
+    assert steps(tmp_path) == sorted({best, len(states)})

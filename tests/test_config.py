@@ -57,6 +57,16 @@ FLAGS: list[tuple[list[str], str, str, Any]] = [
     (["--eval-every", "9"], "train", "eval_every", 9),
     (["--save-every", "8"], "train", "save_every", 8),
     (["--resume", "auto"], "train", "resume", "auto"),
+    (["--sample-every", "5"], "train", "sample_every", 5),
+    (["--num-samples", "0"], "train", "num_samples", 0),
+    (["--sample-prompts", "p.jsonl"], "train", "sample_prompts", "p.jsonl"),
+    (["--report-to", "tensorboard,wandb"], "train", "report_to", "tensorboard,wandb"),
+    (["--run-name", "first"], "train", "run_name", "first"),
+    (["--best-metric", "exact_match"], "train", "best_metric", "exact_match"),
+    (["--score-match", "gsm8k"], "train", "score_match", "gsm8k"),
+    (["--early-stopping-patience", "3"], "train", "early_stopping_patience", 3),
+    (["--early-stopping-min-delta", "0.01"], "train", "early_stopping_min_delta", 0.01),
+    (["--load-best"], "train", "load_best", True),
     (["--adapter", "out"], "generate", "adapter", "out"),
     (["--prompt", "Who are you?"], "generate", "prompt", "Who are you?"),
     (["--max-new-tokens", "12"], "generate", "max_new_tokens", 12),
@@ -68,11 +78,16 @@ OUT_OF_RANGE = [
     ("eval_split", "-0.1"), ("eval_split", "1"), ("max_steps", "-1"), ("epochs", "0"), ("batch_size", "0"),
     ("grad_accum", "0"), ("learning_rate", "0"), ("warmup_steps", "-1"), ("weight_decay", "-0.1"),
     ("max_grad_norm", "-1"), ("eval_every", "-1"), ("save_every", "-1"), ("seed", "-1"), ("max_new_tokens", "0"),
-    ("temperature", "-0.5"), ("top_p", "0"), ("top_p", "1.1"),
+    ("temperature", "-0.5"), ("top_p", "0"), ("top_p", "1.1"), ("sample_every", "-1"), ("num_samples", "-1"),
+    ("sample_tokens", "0"), ("score_examples", "-1"), ("early_stopping_patience", "-1"),
+    ("early_stopping_min_delta", "-0.1"),
 ]  # fmt: skip
+FRACTIONS = (
+    "alpha dropout eval_split learning_rate weight_decay max_grad_norm temperature early_stopping_min_delta"
+)
 NOT_A_NUMBER = [
     (name, value)
-    for name in ("alpha", "dropout", "eval_split", "learning_rate", "weight_decay", "max_grad_norm", "temperature")
+    for name in FRACTIONS.split()
     for value in ("nan", "inf")
     if (name, value) != ("max_grad_norm", "inf")  # a way to say: never clip
 ]
@@ -80,7 +95,12 @@ WRONG_CHOICE = [
     ("quant_type", "nf5"), ("compute_dtype", "float16"), ("adapter_dtype", "float16"), ("init", "zeros"),
     ("on_long", "keep"), ("train_on", "prompt"), ("schedule", "step"), ("optim", "sgd"),
     ("gradient_checkpointing", "maybe"), ("rank", "8.5"), ("rank", "eight"), ("learning_rate", "fast"),
+    ("best_metric", "bleu"), ("score_match", "fuzzy"),
 ]  # fmt: skip
+
+
+TRAIN = ["--model", "DIR", "--data", "DIR/a.txt"]
+SCORED = ["--eval-every", "5", "--eval-split", "0.1", "--best-metric", "exact_match"]
 
 
 def parse(*argv: str) -> RunConfig:
@@ -477,6 +497,13 @@ def test_errors_show_no_secrets(capsys: pytest.CaptureFixture[str], monkeypatch:
         (train.main, ["--model", "DIR/none", "--prompt", "Hi"], "DIR/none does not exist"),
         (train.main, ["--model", "DIR/a.txt", "--prompt", "Hi"], "is a file but no .gguf"),
         (train.main, ["--config", "DIR/none.yaml"], "none.yaml cannot be read"),
+        (train.main, [*TRAIN, "--eval-every", "5"], "--eval-every needs held-out data; pass --eval-data FILE, or"),
+        (train.main, [*TRAIN, "--load-best"], "--load-best goes by evaluations; pass --eval-every N with it"),
+        (train.main, [*TRAIN, "--early-stopping-patience", "1"], "--early-stopping-patience goes by evaluations"),
+        (train.main, [*TRAIN, "--best-metric", "exact_match"], "--best-metric goes by evaluations"),
+        (train.main, [*TRAIN, *SCORED, "--train-on", "all"], "--best-metric exact_match needs answers apart from"),
+        (train.main, [*TRAIN, "--report-to", "wandb"], "--report-to wandb needs a package; pip install wandb."),
+        (train.main, [*TRAIN, "--report-to", "paper"], "report_to names 'paper'; give --report-to names of"),
         (command_line.main, ["frobnicate"], "Unknown command 'frobnicate'; choose"),
         (command_line.main, ["merge"], "No adapter given; pass --adapter"),
         (command_line.main, ["merge", "--adapter", "DIR/none"], "DIR/none has no adapter_config.json"),

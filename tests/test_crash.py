@@ -38,6 +38,7 @@ def write_run(directory: Path) -> Path:
     save_file(tensors, directory / ADAPTER)
     lines = [f'{{"step": {step}, "loss": 1.5, "tokens_per_second": {id(directory)}}}\n' for step in (1, 2)]
     (directory / "metrics.jsonl").write_text("".join(lines))
+    (directory / "samples.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     return directory
 
 
@@ -64,6 +65,7 @@ def flip_a_bit(out: Path) -> None:
         (metrics(lambda lines: [*lines, '{"step": 3']), 'metrics.jsonl:3 is {"step": 3, not None'),
         (metrics(lambda lines: [lines[0], lines[1].replace("1.5", "1.25")]), "metrics.jsonl:2 is"),
         (flip_a_bit, f"{ADAPTER} differs"),
+        (lambda out: (out / "samples.jsonl").write_text('{"step": 2}\n'), "samples.jsonl differs"),
         (lambda out: (out / ADAPTER).unlink(), f"lacks {ADAPTER}"),
         (lambda out: shutil.rmtree(checkpoint_path(out, 1)), "lacks checkpoints/step-000001/adapter_config.json"),
         (lambda out: (out / "checkpoints/.step-000003.17.tmp").mkdir(), "left behind checkpoints/.step-000003"),

@@ -238,6 +238,48 @@ def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.slow
+def test_two_processes_sample_score_and_stop_early(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing waits for ever, each line is written once; one process resumes the ended run, and it ends again."""
+    model, out = save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer()), tmp_path / "out"
+    data = write_task(tmp_path / "orders", num_train=20, num_test=2)[0]
+    flags = ["--model", str(model), "--data", str(data), "--max-length", "512", "--compute-dtype", "float32"]
+    flags += ["--eval-split", "0.2", "--eval-every", "1", "--num-samples", "2", "--sample-tokens", "4"]
+    flags += [
+        "--best-metric",
+        "exact_match",
+        "--score-match",
+        "json",
+        "--max-new-tokens",
+        "4",
+        "--max-steps",
+        "50",
+    ]
+    flags += ["--early-stopping-patience", "2", "--report-to", "tensorboard", "--output-dir", str(out)]
+    result = launch(2, [*flags, "--batch-size", "2"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("stopped early after step 2 of 50") == 1
+    evaluations = [line for line in read_lines(out) if "eval_loss" in line]
+    assert [(line["step"], line["exact_match"], line["stale_evaluations"]) for line in evaluations] == [
+        (0, 0.0, 0), (1, 0.0, 1), (2, 0.0, 2),
+    ]  # fmt: skip
+    assert [line.get("stopped_early", False) for line in evaluations] == [False, False, True]
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0, 0, 1, 1, 2, 2]
+    assert all(json.loads(sample["expected"]) for sample in samples)
+    assert len(list((out / "logs" / "qlora").glob("events*"))) == 1
+    assert json.loads((out / "run.json").read_text())["facts"]["num_processes"] == 2
+
+    before = [
+        (out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "adapter_model.safetensors")
+    ]
+    capsys.readouterr()
+    train.main([*flags, "--batch-size", "4", "--resume", "auto"])
+    assert "stopped early after step 2 of 50" in capsys.readouterr().out
+    after = [(out / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl", "adapter_model.safetensors")]
+    assert after == before
+
+
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """2 ranks x 4 examples = 1 x 8 (and 1 x 4 accumulated twice), to fp32 rounding; one writer."""
     model = save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer())

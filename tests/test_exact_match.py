@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from eval import exact_match as module
 from eval.exact_match import exact_match, same_json, same_text
 from examples.orders import make_orders, write_task
 from qlora.errors import InputError
@@ -28,7 +27,7 @@ def test_scores_are_of_the_last_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.extend(conversations)
         return ["4", "no"]
 
-    monkeypatch.setattr(module, "generate", fake)
+    monkeypatch.setattr("qlora.generate.generate", fake)
     turns = [("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4")]
     records = [
         Record({"messages": [{"role": r, "content": c} for r, c in turns]}, "a:1"),

@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ import qlora.few_rows
 import qlora.generate
 from qlora.config import LoRAConfig
 from qlora.few_rows import SOURCE
-from qlora.generate import fast_decoding, generate, stream_answer
+from qlora.generate import SeededDraw, fast_decoding, generate, generate_samples, stream_answer
 from qlora.injection import (
     activate,
     active_adapter,
@@ -98,6 +99,66 @@ def test_sampling_is_seeded_and_leaves_the_global_generator(model: Any, tiny: st
     other = generate(model, tokenizer, chats(PROMPTS), seed=2, **options)
     assert first == again and first != other
     assert torch.equal(torch.rand(3), expected_draw)
+
+
+def sampled_reference(model: Any, tokenizer: Any, text: str, seed: tuple[int, ...], count: int) -> str:
+    """Slow and obvious: run the whole sequence again for every token, and draw by the same random numbers."""
+    from qlora.tokenize import encode_prompt
+
+    prompt = encode_prompt(chats([text])[0], tokenizer)
+    ids, generator = list(prompt), np.random.default_rng(seed)
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(torch.tensor([ids])).logits[0, -1].double() / 1.5
+            probabilities = logits.softmax(dim=0).numpy()
+            falling = np.argsort(-probabilities)
+            before = probabilities[falling].cumsum() - probabilities[falling]
+            probabilities[falling[before >= 0.95]] = 0  # without these, the rest still has 0.95
+            token = int((probabilities / generator.standard_exponential(len(probabilities), np.float32)).argmax())
+            ids.append(token)
+            if token == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+def test_samples_equal_recomputing_everything(model: Any, tiny: str) -> None:
+    """Whatever is decoded beside a sample, and although its prompt is computed once for all samples."""
+    tokenizer = load_tokenizer(tiny)
+    model.eval()
+    expected = [
+        [sampled_reference(model, tokenizer, text, (7, i, s), 12) for s in range(3)]
+        for i, text in enumerate(PROMPTS)
+    ]
+    assert len({text for texts in expected for text in texts}) == 12
+    options: dict[str, Any] = dict(max_new_tokens=12, temperature=1.5, top_p=0.95, seed=7)
+    for batch_size in (1, 2, 16):
+        assert generate_samples(model, tokenizer, chats(PROMPTS), 3, batch_size=batch_size, **options) == expected
+    first = [texts[0] for texts in expected]
+    assert generate(model, tokenizer, chats(PROMPTS), **options) == first
+    share = generate_samples(model, tokenizer, chats(PROMPTS[2:]), 3, numbers=[2, 3], **options)
+    assert share == expected[2:]
+
+
+def test_the_prompt_is_computed_once(model: Any, tiny: str) -> None:
+    """The rows that the first layer sees, beside one token for each sample: each prompt's once."""
+    rows: list[int] = []
+    layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
+    handle = layer.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][..., 0].numel()))
+    generate_samples(model, load_tokenizer(tiny), chats(["Hi there"] * 2), 8, max_new_tokens=2, temperature=1.0)
+    handle.remove()
+    assert rows[0] > 16 and rows[0] % 2 == 0 and rows[1:] == [16, 16]
+
+
+def test_draws_follow_the_probabilities() -> None:
+    """5,000 draws of 6 tokens: counts within 4 standard deviations; the tail beyond top_p never."""
+    probabilities = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    scores = probabilities.log().expand(5_000, -1) * 2
+    drawn = SeededDraw(2.0, 1.0, [(1, i) for i in range(5_000)])(torch.zeros(5_000, 1), scores).argmax(dim=1)
+    counts = torch.bincount(drawn, minlength=6)
+    deviation = (5_000 * probabilities * (1 - probabilities)).sqrt()
+    assert ((counts - 5_000 * probabilities).abs() < 4 * deviation).all()
+    drawn = SeededDraw(2.0, 0.8, [(1, i) for i in range(5_000)])(torch.zeros(5_000, 1), scores).argmax(dim=1)
+    assert set(drawn.tolist()) == {0, 1, 2}
 
 
 def test_generating_between_steps_leaves_training_untouched(model: Any, tiny: str) -> None:

@@ -139,7 +139,7 @@ def test_recomputed_layers_keep_their_input(tmp_path: Path, recomputed: int) -> 
     """What autograd keeps with the lowest layers recomputed is the plan, less the layer held in full at a time."""
     model = adapted_model(tmp_path, 5, "float32", numbers="1-4")
     totals = [plan_memory(model, NUM_TOKENS, torch.float32, number).total for number in range(5)]
-    share = settle_checkpointing(model, "auto", NUM_TOKENS, totals[recomputed], say=lambda line: None)
+    share, _ = settle_checkpointing(model, "auto", NUM_TOKENS, totals[recomputed], say=lambda line: None)
     number = round(5 * share)
     kept = kept_by_layer(model, NUM_TOKENS)
     layer_input = NUM_TOKENS * 4 * model.config.hidden_size

@@ -213,6 +213,40 @@ def test_lines_that_find_the_disk_full_wait_for_room(tmp_path: Path) -> None:
     assert [json.loads(line) for line in path.read_text().splitlines()] == [step_line(n) for n in range(1, 5)]
 
 
+def test_samples_that_will_be_taken_again_are_dropped(tiny: str, tmp_path: Path) -> None:
+    """Resumed from step 5, whose samples were still to come: those of before a kill go, half a line too."""
+    model = adapted(tiny)
+    write(checkpoint_path(tmp_path, 5), model, stepped(model), Progress(5, sampled=3))
+    samples = tmp_path / "samples.jsonl"
+    lines = [{"step": step, "prompt": "Hi", "completion": f"{step}", "expected": None} for step in (0, 0, 3, 5, 6)]
+    samples.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 7, "pro')
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step_line(5)) + "\n")
+    output = begin(tmp_path, adapted(tiny), "auto")
+    assert [json.loads(line) for line in samples.read_text().splitlines()] == lines[:3]
+    again = [{**lines[3], "completion": "new"}, {**lines[3], "completion": "ünï\n"}]
+    output.write_samples(again)
+    output.close()
+    assert [json.loads(line) for line in samples.read_text().splitlines()] == [*lines[:3], *again]
+
+
+def test_a_checkpoint_waits_for_the_samples_before_it(tiny: str, tmp_path: Path) -> None:
+    output = begin(tmp_path, adapted(tiny))
+    output.write_samples([])
+    assert output._samples is not None
+    output._samples._file = disk = FullDisk(tmp_path / "samples.jsonl", 5)  # type: ignore[assignment]
+    output.write_samples([{"step": 1, "prompt": "Hi", "completion": "Hello", "expected": None}])
+    output.save(Progress(1, sampled=1))
+    output._finish_writing()
+    assert list_checkpoints(tmp_path) == []
+    disk.room = 10**6
+    output._samples.close()
+    output._samples = MetricsFile(tmp_path / "samples.jsonl", Progress(1, sampled=1))
+    output.save(Progress(1, sampled=1))
+    output.close()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000001"]
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["completion"] == "Hello"
+
+
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 
@@ -344,6 +378,68 @@ def test_a_kill_before_pruning_leaves_no_old_checkpoint(tiny: str, tmp_path: Pat
         write(checkpoint_path(tmp_path, step), model, optimizer, Progress(step))
     begin(tmp_path, adapted(tiny), "auto", keep_last=2).close()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002", "step-000003"]
+
+
+def save_three(directory: Path, tiny: str, **options: Any) -> tuple[RunOutput, list[dict[str, torch.Tensor]]]:
+    """A run whose second of three states is the best; also the adapters of its states."""
+    model = adapted(tiny)
+    output, states = begin(directory, model, **options), []
+    for step, loss in ((1, 2.0), (2, 1.0), (3, 3.0)):
+        for parameter in lora_parameters(model):
+            parameter.grad = torch.full(parameter.shape, 0.1 * step)
+        output.optimizer.step(1e-2)
+        output.progress.step = step
+        output.progress.judge(loss)
+        output.save(output.progress)
+        states.append({key: tensor.clone() for key, tensor in lora_state_dict(model).items()})
+    return output, states
+
+
+@pytest.mark.parametrize(
+    ("load_best", "stopped", "expected"), [(False, False, 2), (True, False, 1), (True, True, 2)]
+)
+def test_the_adapter_at_the_end(
+    tiny: str, tmp_path: Path, load_best: bool, stopped: bool, expected: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last state's, or with load_best the best one's; of a run that was stopped the last one's in any case."""
+    output, states = save_three(tmp_path, tiny, load_best=load_best)
+    if stopped:
+        with pytest.raises(KeyboardInterrupt), output:
+            raise KeyboardInterrupt
+    else:
+        with output:
+            pass
+    found = read_adapter(tmp_path).state
+    same = [all(torch.equal(found[key], state[key]) for key in state) for state in states]
+    assert same == [number == expected for number in range(3)]
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"best checkpoint: {checkpoint_path(tmp_path, 2)} (held-out loss 1.0000")
+    assert said.endswith("; its adapter is the run's)") == (load_best and not stopped)
+    assert not list(tmp_path.rglob(".*.tmp"))
+    begin(tmp_path, adapted(tiny), "auto").close()  # and it resumes from its last state
+    assert output.progress.step == 3
+
+
+def test_a_best_checkpoint_that_is_damaged_leaves_the_last_adapter(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, states = save_three(tmp_path, tiny, load_best=True)
+    output._finish_writing()
+    (checkpoint_path(tmp_path, 2) / "adapter_model.safetensors").write_bytes(b"")
+    output.close()
+    found = read_adapter(tmp_path).state
+    assert all(torch.equal(found[key], tensor) for key, tensor in states[2].items())
+    assert "the best checkpoint cannot be used: " in capsys.readouterr().out
+
+
+def test_a_best_state_that_was_not_kept_is_said(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base was better than all that training made of it, and a step 0 is no checkpoint."""
+    output, _ = save_three(tmp_path, tiny)
+    output.progress.best_loss = 0.5
+    output.close()
+    assert capsys.readouterr().out.rstrip().endswith("; the best evaluation was of a state that was not saved)")
 
 
 def test_secrets_are_written_nowhere(tiny: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_checkpointing_changes_no_number(tiny: str, recomputed: int) -> None:
     model, calls = adapted(tiny, dropout=0.1), [0, 0]
     budget = plan_memory(model, 256, torch.float32, recomputed, CHUNK_SIZE).total
     mode = "on" if recomputed == 2 else "auto"
-    assert settle_checkpointing(model, mode, 256, budget, say=lambda line: None) == recomputed / 2
+    assert settle_checkpointing(model, mode, 256, budget, say=lambda line: None)[0] == recomputed / 2
     for number, layer in enumerate(decoder_layers(model)):
         assert layer.gradient_checkpointing == (number < recomputed)
         layer.mlp.gate_proj.register_forward_pre_hook(lambda _m, _a, n=number: calls.__setitem__(n, calls[n] + 1))
@@ -181,7 +182,7 @@ def test_processes_agree_on_what_to_recompute(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(trainer, "available_memory", lambda device: 2**40)
     two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
-    share = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
+    share, _ = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
     assert share == (0 if others_free else 1) and asked == [2**39]
 
 
@@ -465,6 +466,40 @@ def test_a_run_stopped_on_request_goes_on_where_it_was(tiny: str, asked_after: i
         assert torch.equal(tensor, lora_state_dict(model)[key])
 
 
+@pytest.mark.parametrize("asked_after", [1, 2, 3, 5, 8, 13])
+def test_scores_and_samples_are_neither_lost_nor_doubled_by_a_request(tiny: str, asked_after: int) -> None:
+    """The request comes at the n-th time of asking, between steps, in evaluations or while scoring."""
+    examples, held_out = make_examples(), make_examples(7, seed=9)
+
+    def train(model: Any, stop: Any, lines: list[Any], sampled: list[int], progress: Progress) -> None:
+        def score(stop: Any) -> float | None:
+            return None if stop() else 0.5
+
+        run(
+            model, examples, 5, eval_examples=held_out, eval_every=2, sample=sampled.append, sample_every=3,
+            score=score, patience=9, stop=stop, log=lines.append, progress=progress, optimizer=optimizers[model],
+        )  # fmt: skip
+
+    whole, model, expected, expected_samples = adapted(tiny), adapted(tiny), [], []
+    optimizers = {m: build_optimizer(lora_parameters(m), "adamw") for m in (whole, model)}
+    train(whole, lambda: None, expected, expected_samples, Progress())
+    assert expected_samples == [0, 3, 5]
+    assert [x["step"] for x in expected if "eval_loss" in x] == [0, 2, 4, 5]
+
+    asked, lines, sampled, progress = [], [], [], Progress()
+
+    def stop() -> str | None:
+        asked.append(1)
+        return "SIGTERM" if len(asked) >= asked_after else None
+
+    with pytest.raises(StoppedOnRequest):
+        train(model, stop, lines, sampled, progress)
+    train(model, lambda: None, lines, sampled, progress)
+    assert sampled == expected_samples
+    plain, wanted = ([{k: v for k, v in x.items() if k not in TIMING} for x in side] for side in (lines, expected))
+    assert plain == wanted
+
+
 def test_a_request_after_the_last_step_changes_nothing(tiny: str) -> None:
     lines: list[dict[str, Any]] = []
     run(adapted(tiny), make_examples(), 2, log=lines.append, stop=lambda: "SIGTERM" if len(lines) == 2 else None)
@@ -489,3 +524,111 @@ def test_a_state_that_is_saved_already_is_not_saved_again(tiny: str) -> None:
     with pytest.raises(StoppedOnRequest):
         run(adapted(tiny), make_examples(), 8, progress=Progress(4), save=saved.append, stop=lambda: "SIGINT")
     assert saved == []
+
+
+# ---- evaluations that judge -------------------------------------------------------------------------------
+
+
+def evaluated(monkeypatch: pytest.MonkeyPatch, results: dict[int, float], steps: list[int]) -> None:
+    """Evaluations find these held-out losses; `steps` receives when."""
+
+    def evaluate(*arguments: Any) -> float:
+        steps.append(len(steps))
+        return results[len(steps) - 1]
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+
+
+def judged(
+    tiny: str, total: int = 8, progress: Progress | None = None, **options: Any
+) -> tuple[list[Any], list[str]]:
+    """Lines and words of a run that evaluates after each step."""
+    said: list[str] = []
+    lines = run(
+        adapted(tiny), make_examples(), total, eval_every=1, eval_examples=make_examples(2), say=said.append,
+        progress=progress, **options,
+    )  # fmt: skip
+    return lines, said
+
+
+@pytest.mark.parametrize(
+    ("patience", "min_delta", "last"), [(2, 0.0, 5), (3, 0.0, 8), (1, 0.0, 2), (2, 0.25, 3), (0, 9.0, 8)]
+)
+def test_early_stopping_ends_the_run_as_if_it_were_done(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, patience: int, min_delta: float, last: int
+) -> None:
+    """Against counting by hand. The last state is saved, said and in the metrics; with 0 it never comes."""
+    values = [3.0, 2.0, 2.125, 1.875, 1.875, 2.0, 1.5, 1.5, 1.4]  # of steps 0 to 8; all exact in binary
+    evaluated(monkeypatch, dict(enumerate(values)), [])
+    saved: list[Progress] = []
+    progress = Progress()
+    lines, said = judged(
+        tiny, patience=patience, min_delta=min_delta, progress=progress, save=lambda p: saved.append(replace(p))
+    )
+    best, stale, ended = math.inf, 0, 8
+    for step, value in enumerate(values):  # the slow reference
+        best, stale = (value, 0) if value < best - min_delta else (best, stale + 1)
+        if 0 < patience <= stale:
+            ended = min(ended, step)
+    assert ended == last == progress.step
+    assert saved[-1] == progress and saved[-1].best_loss == min(values[: last + 1])
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == list(range(last + 1))
+    is_early = last < 8
+    assert [line.get("stopped_early", False) for line in evaluations] == [False] * last + [is_early]
+    expected = f"stopped early after step {last} of 8; evaluations in a row that were no better: {patience}"
+    assert [text.partition(" (--")[0] for text in said] == [expected] * is_early
+
+
+def test_a_resumed_run_goes_on_counting_and_an_ended_one_ends_again(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two evaluations were no better before the kill, so one more is enough."""
+    steps: list[int] = []
+    evaluated(monkeypatch, {0: 5.0}, steps)
+    saved: list[Progress] = []
+    progress = Progress(4, eval_loss=2.5, best_loss=2.0, reference=-2.0, stale=2)
+    _, said = judged(tiny, patience=3, progress=progress, save=lambda p: saved.append(replace(p)))
+    assert progress.step == 5 and progress.stale == 3 and len(said) == 1
+    assert [p.step for p in saved] == [5]
+
+    again, said = judged(tiny, patience=3, progress=replace(progress), save=saved.append)
+    assert again == [] and len(saved) == 1 and said[0].startswith("stopped early after step 5 of 8")
+    evaluated(monkeypatch, dict.fromkeys(range(9), 1.0), [])
+    further, said = judged(tiny, patience=4, progress=replace(progress))
+    assert [line["step"] for line in further if "loss" in line] == [6, 7, 8] and said == []
+
+
+def test_patience_that_runs_out_at_the_last_step_is_an_ordinary_end(
+    tiny: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated(monkeypatch, dict.fromkeys(range(9), 1.0), [])
+    lines, said = judged(tiny, total=3, patience=3)
+    assert said == [] and not any("stopped_early" in line for line in lines)
+
+
+@pytest.mark.parametrize(("keep_best", "expected"), [(True, [1, 2, 4, 6]), (False, [6])])
+def test_the_best_state_is_saved_by_its_score(
+    tiny: str, monkeypatch: pytest.MonkeyPatch, keep_best: bool, expected: list[int]
+) -> None:
+    """Higher scores first, lower losses between equal ones; between times of saving only if that is asked for."""
+    evaluated(monkeypatch, dict(enumerate([9.0, 3.0, 4.0, 2.0, 1.0, 0.5, 0.5])), [])
+    scores = [0.0, 0.5, 0.75, 0.5, 0.75, 0.25, 0.75]
+    left, saved = iter(scores), []
+    lines, _ = judged(
+        tiny, total=6, keep_best=keep_best, score=lambda stop: next(left),
+        save=lambda p: saved.append((p.step, p.score, p.best_loss)),
+    )  # fmt: skip
+    assert [step for step, _, _ in saved] == expected and saved[-1] == (6, 0.75, 0.5)
+    assert [line["exact_match"] for line in lines if "eval_loss" in line] == scores
+
+
+@pytest.mark.parametrize(
+    ("every", "eval_every", "expected"),
+    [(0, 0, []), (0, 3, [0, 3, 6, 7]), (2, 0, [2, 4, 6, 7]), (2, 3, [0, 2, 4, 6, 7]), (9, 0, [7]), (7, 0, [7])],
+)
+def test_when_samples_are_taken(tiny: str, every: int, eval_every: int, expected: list[int]) -> None:
+    sampled: list[int] = []
+    options: dict[str, Any] = dict(eval_every=eval_every, eval_examples=make_examples(2, seed=9))
+    run(adapted(tiny), make_examples(), 7, sample=sampled.append, sample_every=every, **options)
+    assert sampled == expected

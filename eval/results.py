@@ -1,0 +1,112 @@
+"""What an evaluation found: a table to read, and a JSON file by which two models are compared item by item."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from eval.scores import Score
+from qlora.errors import InputError
+
+PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a figure depends on; those not installed are left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # such as qlora itself, run from its repository
+            continue
+    return found
+
+
+def check_output(output: str | None) -> None:
+    """Refuse an --output that could not be written, before hours of computing."""
+    if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
+        raise InputError(f"--output {output} cannot be written; name a file in a directory that exists.")
+
+
+def write_result(
+    output: str | None,
+    task: str,
+    scores: Sequence[Score],
+    settings: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    pairing: dict[str, Sequence[str]],
+    **more: Any,
+) -> dict[str, Any]:
+    """The result as one JSON object, written to `output` where that is given.
+
+    Args:
+        task: the command, such as "perplexity".
+        settings: every flag.
+        rows: one object an item, in the items' order; each has an "id" that says which item it is.
+        pairing: score name -> (key,) or (key, key of the weight) in `rows`, for the paired test of two results.
+        more: further entries at the top level.
+    """
+    from qlora.files import new_file
+    from qlora.redact import redact
+
+    result = {
+        "task": task,
+        "num_samples": len(rows),
+        **more,
+        "scores": [asdict(score) for score in scores],
+        "settings": json.loads(redact(json.dumps(settings))),
+        "versions": versions(),
+        "pairing": {name: list(keys) for name, keys in pairing.items()},
+        "rows": list(rows),
+    }
+    if output is not None:
+        text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+        with new_file(Path(output)) as file:
+            file.write_text(text + "\n", encoding="utf-8")
+    return result
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """What `write_result` wrote.
+
+    Raises:
+        InputError: no such file, or it holds something else.
+    """
+    from qlora.files import read_json
+
+    result = read_json(Path(path), "give a file that --output of an evaluation wrote")
+    if not isinstance(result.get("rows"), list) or not isinstance(result.get("pairing"), dict):
+        raise InputError(f"{path} holds no result of an evaluation; give a file that --output wrote.")
+    return result
+
+
+def format_score(value: float | None, is_share: bool) -> str:
+    """A figure for a table: shares in percent, others with four digits."""
+    if value is None:
+        return "—"
+    return f"{value:.1%}" if is_share else f"{value:.4g}"
+
+
+def print_scores(title: str, scores: Sequence[Score]) -> None:
+    """A table of scores, their intervals and how many items each rests on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    percent = f"{scores[0].confidence * 100:g}" if scores else "95"
+    for heading in ("score", "value", f"{percent} % interval", "items", "interval by"):
+        table.add_column(heading, justify="left" if heading in ("score", "interval by") else "right")
+    for score in scores:
+        is_share = score.method == "Wilson"
+        ends = [format_score(end, is_share) for end in (score.low, score.high)]
+        interval = " to ".join(ends) if score.low is not None else "—"
+        table.add_row(
+            score.name, format_score(score.value, is_share), interval, f"{score.num_samples:,}", score.method
+        )
+    Console().print(table)
