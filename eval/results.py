@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_output(output: str | None) -> None:
+def check_output(output: str | None, flag: str = "output") -> None:
     """Refuse an --output that could not be written, before hours of computing."""
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
-        raise InputError(f"--output {output} cannot be written; name a file in a directory that exists.")
+        raise InputError(f"--{flag} {output} cannot be written; name a file in a directory that exists.")
 
 
 def write_result(
@@ -40,7 +41,7 @@ def write_result(
     scores: Sequence[Score],
     settings: dict[str, Any],
     rows: Sequence[dict[str, Any]],
-    pairing: dict[str, Sequence[str]],
+    pairing: Mapping[str, Sequence[str]],
     **more: Any,
 ) -> dict[str, Any]:
     """The result as one JSON object, written to `output` where that is given.
@@ -59,7 +60,7 @@ def write_result(
         "task": task,
         "num_samples": len(rows),
         **more,
-        "scores": [asdict(score) for score in scores],
+        "scores": [{name: _finite(value) for name, value in asdict(score).items()} for score in scores],
         "settings": json.loads(redact(json.dumps(settings))),
         "versions": versions(),
         "pairing": {name: list(keys) for name, keys in pairing.items()},
@@ -70,6 +71,11 @@ def write_result(
         with new_file(Path(output)) as file:
             file.write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _finite(value: Any) -> Any:
+    """null for an infinity, which JSON has no word for: a perplexity of a broken model may be one."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_result(path: str) -> dict[str, Any]:
@@ -99,14 +105,14 @@ def print_scores(title: str, scores: Sequence[Score]) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
+    methods = ", ".join(dict.fromkeys(score.method for score in scores))
+    table.caption, table.caption_justify = f"intervals: {methods}", "left"
     percent = f"{scores[0].confidence * 100:g}" if scores else "95"
-    for heading in ("score", "value", f"{percent} % interval", "items", "interval by"):
-        table.add_column(heading, justify="left" if heading in ("score", "interval by") else "right")
+    for heading in ("score", "value", f"{percent} % interval", "items"):
+        table.add_column(heading, justify="left" if heading == "score" else "right")
     for score in scores:
         is_share = score.method == "Wilson"
         ends = [format_score(end, is_share) for end in (score.low, score.high)]
         interval = " to ".join(ends) if score.low is not None else "—"
-        table.add_row(
-            score.name, format_score(score.value, is_share), interval, f"{score.num_samples:,}", score.method
-        )
+        table.add_row(score.name, format_score(score.value, is_share), interval, f"{score.num_samples:,}")
     Console().print(table)
