@@ -26,14 +26,10 @@ from eval.exact_match import (
     summarize,
 )
 from examples.orders import make_orders, write_task
-from qlora.adapter import save_adapter
-from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.injection import freeze_base, inject_lora, lora_layers
-from qlora.merge import merge_adapter
 from qlora.model import load_base_model, load_tokenizer
 from qlora.records import Record, read_records
-from tests.models import save_tiny_llama
+from tests.models import save_tiny_trio
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -138,18 +134,8 @@ def test_sampled_scores_are_means_over_problems() -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base/, adapter/ (of random numbers, so that it answers otherwise) and merged/."""
-    folder = tmp_path_factory.mktemp("models")
-    base = save_tiny_llama(folder / "base", tokenizer=tiny_tokenizer())
-    config = LoRAConfig(rank=4)
-    model = load_base_model(str(base), compute_dtype="float32")
-    inject_lora(model, config, seed=1)
-    freeze_base(model)
-    for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
-    save_adapter(model, folder / "adapter", config, str(base))
-    merge_adapter(str(base), [str(folder / "adapter")], str(folder / "merged"), check_drift=False)
-    return folder
+    """base/, adapter/ and merged/."""
+    return save_tiny_trio(tmp_path_factory.mktemp("models"), tiny_tokenizer())
 
 
 PROMPTS = ["Hi", "What is the capital of France?", "a b c d e f g", "Tell me more", "1 + 1?", "Why not"]
