@@ -85,22 +85,20 @@ def text_ids(text: str, tokenizer: Any) -> list[int]:
     return tokenizer.encode(text, verbose=False, **options)
 
 
-def encode_pair(context: str, continuation: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids of a context and of what continues it, cut where the context's own tokens end.
+def encode_pairs(context: str, continuations: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
+    """Ids of a context, and of each text that continues it, cut where the context's own tokens end.
 
     Spaces at the context's end go over to the continuation: a token mostly begins with its space. An empty context
     is the prefix token.
     """
+    prefix = prefix_token(tokenizer)
     if not context:
-        prefix, ids = (
-            prefix_token(tokenizer),
-            tokenizer.encode(continuation, add_special_tokens=False, verbose=False),
-        )
-        return ([prefix], ids) if not ids or ids[0] != prefix else (ids[:1], ids[1:])
+        rows = [tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in continuations]
+        return [prefix], [ids[1:] if ids[:1] == [prefix] else ids for ids in rows]
     kept = context.rstrip()
-    whole = text_ids(context + continuation, tokenizer)
     context_ids = text_ids(kept, tokenizer) if kept else []
-    return context_ids or [prefix_token(tokenizer)], whole[len(context_ids) :]
+    wholes = [text_ids(context + text, tokenizer) for text in continuations]
+    return context_ids or [prefix], [whole[len(context_ids) :] for whole in wholes]
 
 
 def branch_out(context: list[int], continuations: Sequence[list[int]], max_length: int) -> list[Passage]:

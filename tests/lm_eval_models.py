@@ -37,3 +37,50 @@ def instances(kind: str, *arguments: tuple[Any, ...]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
     return [Instance(kind, {}, pair, index) for index, pair in enumerate(arguments)]  # type: ignore[arg-type]
+
+
+TASKS = {
+    "letters": {
+        "description": "The following are multiple choice questions (with answers) about {{subject}}.\n\n",
+        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nAnswer:",
+        "doc_to_choice": ["A", "B", "C"],
+        "doc_to_target": "answer",
+    },
+    "text": {
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices.text}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+    },
+    "continued": {"doc_to_text": "{{ctx}}", "doc_to_choice": "{{endings}}", "doc_to_target": "{{label}}"},
+}
+
+
+def write_choice_task(folder: Path, kind: str, data: str, few_shot_data: str, shots: int) -> str:
+    """A task file of lm-eval over local data, like its own for MMLU, ARC and HellaSwag; returns the task's name."""
+    import yaml
+
+    norms = ["acc"] if kind == "letters" else ["acc", "acc_norm", "acc_bytes"]
+    task = {
+        "task": f"local_{kind}",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": data, "train": few_shot_data}},
+        "test_split": "test",
+        "fewshot_split": "train",
+        "fewshot_config": {"sampler": "first_n"},
+        "num_fewshot": shots,
+        "output_type": "multiple_choice",
+        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in norms],
+        **TASKS[kind],
+    }
+    (folder / f"local_{kind}.yaml").write_text(yaml.safe_dump(task))
+    return f"local_{kind}"
+
+
+def evaluate_by_lm_eval(model: Any, tasks: list[str], folder: Path) -> dict[str, Any]:
+    """lm_eval.simple_evaluate on the task files of a folder, samples included."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    result: Any = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    return result

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from eval import likelihood
-from eval.likelihood import encode_pair, log_likelihoods, rolling_windows, score_passages, text_ids
+from eval.likelihood import encode_pairs, log_likelihoods, rolling_windows, score_passages, text_ids
 from qlora.adapter import load_adapter, save_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
@@ -178,11 +178,11 @@ def test_pairs_are_encoded_as_by_lm_eval(tmp_path: Path, add_bos: bool) -> None:
     contexts = ("Question:", "the  ", "a\n", "<s>the", " x")
     for context in contexts:
         for continuation in (" the answer", "\nand", "x", "  "):
-            ours = encode_pair(context, continuation, tokenizer)
-            assert ours == model._encode_pair(context, continuation), (context, continuation)
-            assert ours[0] and text_ids(context, tokenizer) == model.tok_encode(context)
+            ours, (ids,) = encode_pairs(context, [continuation], tokenizer)
+            assert (ours, ids) == model._encode_pair(context, continuation), (context, continuation)
+            assert ours and text_ids(context, tokenizer) == model.tok_encode(context)
     ids = tokenizer.encode("the", add_special_tokens=False)
-    assert encode_pair("", "the", tokenizer) == ([tokenizer.bos_token_id], ids)
+    assert encode_pairs("", ["the", "<s>the"], tokenizer) == ([tokenizer.bos_token_id], [ids, ids])
 
 
 def _network() -> Any:

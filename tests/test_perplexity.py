@@ -184,15 +184,21 @@ def test_any_column_and_what_has_nothing_to_score(
         (["--data", "x.txt"], "pass --model"),
         (["--model", "m"], "pass --data"),
         (["--model", "m", "--data", "missing.txt"], "missing.txt cannot be read as UTF-8 text"),
-        (["--model", "m", "--data", "x.txt", "--max-length", "1"], "--max-length 2 or more"),
-        (["--model", "m", "--data", "x.txt", "--stride", "-1"], "--stride 0 or more"),
-        (["--model", "m", "--data", "x.txt", "--confidence", "95"], "confidence is 95.0; give --confidence"),
         (["--model", "m", "--data", "x.txt", "--output", "no/where.json"], "--output no/where.json cannot be"),
     ],
 )
 def test_wrong_input(flags: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run(*flags)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max-length", "1"], ["--stride", "-1"], ["--confidence", "95"], ["--max-examples", "-1"]]
+)
+def test_numbers_out_of_range(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("--model", "m", "--data", "x.txt", *flags)
+    assert stopped.value.code == 2 and f"give {flags[0]}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_text_that_is_no_utf8(tmp_path: Path) -> None:
