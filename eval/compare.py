@@ -123,18 +123,17 @@ def measure_sides(
             settings = {**asdict(config), **asdict(loaded)}
             found[side.name] = write_result(None, "exact_match", scores, settings, rows, pairing)
 
-    on_base = [
-        side for side in sides if side.kind == "base" or (side.kind == "adapter" and not _changes_base(side.path))
-    ]
+    on_base, alone = [], []
+    for side in sides:  # before anything is measured: a path that is none is found here
+        if side.kind == "merged":
+            alone.append((side, _loading(config, model=side.path, use_4bit=is_stored_in_4bit(side.path))))
+        elif side.kind == "adapter" and _changes_base(side.path):
+            alone.append((side, _loading(config, adapter=side.path)))
+        elif side.kind != "results":
+            on_base.append(side)
     if on_base:
         _measure_on_one_base(config, on_base, record)
-    for side in sides:
-        if side in on_base or side.kind == "results":
-            continue
-        if side.kind == "adapter":
-            loaded = _loading(config, adapter=side.path)
-        else:
-            loaded = _loading(config, model=side.path, use_4bit=is_stored_in_4bit(side.path))
+    for side, loaded in alone:
         record(side, loaded, *load_evaluated(loaded))
     return found
 
@@ -146,16 +145,14 @@ def _measure_on_one_base(config: CompareConfig, sides: Sequence[Side], record: C
 
     model, tokenizer, accelerator = load_evaluated(_loading(config))
     switching = LoRAModel(model, base_model=config.model or "")
-    for side in sides:
-        loaded = _loading(config)
-        if side.kind == "adapter":
-            loaded = _loading(config, adapter=side.path)
-            tokenizer = load_tokenizer(config.model or "", side.path)
-            switching.load_adapter(side.path, side.name)
-            switching.set_adapter(side.name)
-        record(side, loaded, switching.model.eval(), tokenizer, accelerator)
-        if side.kind == "adapter":
-            switching.delete_adapter(side.name)
+    adapters = [side for side in sides if side.kind == "adapter"]
+    for side in adapters:  # all of them first: one that does not fit is found before anything is measured
+        switching.load_adapter(side.path, side.name)
+    record(sides[0], _loading(config), model, tokenizer, accelerator)
+    for side in adapters:
+        switching.set_adapter(side.name)
+        tokenizer = load_tokenizer(config.model or "", side.path)
+        record(side, _loading(config, adapter=side.path), model.eval(), tokenizer, accelerator)
 
 
 def _loading(config: CompareConfig, **changes: Any) -> EvalConfig:
