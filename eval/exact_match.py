@@ -185,13 +185,16 @@ def make_questions(
         content = asked if template is None else template.replace("{prompt}", asked)
         return [*messages[:-2], messages[-2] | {"content": content}, messages[-1]]
 
+    def said(messages: list[dict[str, Any]]) -> list[str]:
+        return [turn["content"] for turn in messages if turn["role"] != "system"]
+
     solved = [read(shot) for shot in shots]
     earlier = [turn for messages in solved for turn in put(messages) if turn["role"] != "system"]
-    given_away = {messages[-2]["content"] for messages in solved}
+    given_away = [said(messages[:-1]) for messages in solved]
     questions = []
     for record in records:
         *before, last, answer = read(record)
-        if last["content"] in given_away:
+        if said([*before, last]) in given_away:
             raise InputError(
                 f"{record.origin} asks what one of the shots answers; give --few-shot-data other than --data."
             )

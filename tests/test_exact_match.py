@@ -78,8 +78,10 @@ def test_template_and_shots_make_the_conversation() -> None:
         ("user", "2+2"), ("assistant", "4"), ("user", "Q: 3+3 {x}"),
     ]  # fmt: skip
     assert (question.origin, question.prompt, question.expected) == ("a:1", "3+3", "6")
+    same = Record({"messages": [*turns("0+1", "1"), *turns("1+1", "two")]}, "a:1")
     with pytest.raises(InputError, match="a:1 asks what one of the shots answers"):
-        make_questions([record("1+1", "2")], TEXT, shots=[shot])
+        make_questions([same], TEXT, shots=[shot])
+    assert len(make_questions([record("1+1", "2")], TEXT, shots=[shot])) == 1  # it came after other turns there
 
 
 def turns(prompt: str, answer: str) -> list[dict[str, str]]:
