@@ -63,7 +63,7 @@ class ChoiceConfig(EvalConfig):
     style: Literal["auto", "letters", "text"] = "auto"
     """Score the letters of choices listed in the context, or their texts; auto: letters for MMLU's layout."""
     max_length: int = 2048
-    """Longest context with a choice, in tokens; a longer one loses its beginning. The model's own limit if lower."""
+    """Longest context with a choice, in tokens, or the model's own limit; a longer one loses its beginning."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,6 +269,12 @@ def grade(question: Question, log_likelihoods: Sequence[float], style: Style) ->
     row: dict[str, Any] = {"id": question.origin}
     if question.subject:
         row["subject"] = question.subject
+    chosen = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+    row |= {
+        "prompt": question.text,
+        "expected": question.choices[question.answer],
+        "chosen": question.choices[chosen],
+    }
     row |= {"answer": question.answer, "log_likelihoods": list(log_likelihoods)}
     for name, counts in lengths.items():
         values = [value / count for value, count in zip(log_likelihoods, counts, strict=True)]

@@ -24,7 +24,7 @@ from qlora.config import parse_args
 from qlora.errors import InputError
 
 OWN_SETTINGS = ("output", "markdown", "results", "show", "debug", "cache", "batch_size")  # change no score
-CONTENT = ("prompt", "question", "expected", "choices", "words", "bytes")  # of a row: what the item is
+CONTENT = ("prompt", "expected", "words", "bytes")  # of a row: what the item is
 
 
 @dataclass
@@ -304,7 +304,7 @@ def _answer(row: dict[str, Any]) -> Any:
     if isinstance(samples, list) and samples:
         right = sum(bool(sample.get("correct")) for sample in samples)
         return f"{right} of {len(samples)} right, the first: {row.get('answer')}"
-    return row.get("answer")
+    return row.get("chosen", row.get("answer"))  # of a choice, "answer" is the right one's number
 
 
 # ---- showing ------------------------------------------------------------------------------------------------
@@ -360,8 +360,10 @@ def _item_cells(item: dict[str, Any], first: str, second: str) -> list[str]:
     said = [item["answers"][name] for name in (first, second)]
     if said == [None, None]:
         said = [format_score(float(item["values"][name]), False) for name in (first, second)]
-    asked = item.get("prompt", item.get("question", ""))
-    return [item["id"].rpartition("/")[2], *map(str, (asked, item.get("expected", ""), *said))]
+    return [
+        item["id"].rpartition("/")[2],
+        *(str(cell) for cell in (item.get("prompt", ""), item.get("expected", ""), *said)),
+    ]
 
 
 def settings_that_differ(compared: Sequence[dict[str, Any]]) -> list[str]:

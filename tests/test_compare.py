@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 import eval.compare
 import eval.exact_match
+from eval.choice import Question, grade
 from eval.compare import compare_results, main, make_tables, to_markdown
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
@@ -129,6 +130,19 @@ def test_log_likelihoods_are_compared_by_their_weights() -> None:
     # Another tokenizer counts other tokens: only bytes can be compared.
     (pair,), _ = compare_results(["a", "b"], [a, perplexities([-8.0, -41.0, -9.0], [6, 9, 5])])
     assert [test.name for test in pair.tests] == ["log p per byte"]
+
+
+def test_choices_are_shown_by_their_texts() -> None:
+    """Rows as `choice` writes them."""
+    question = Question("mmlu.csv:1", "What barks?", ["cat", "dog"], 1, None, "letters")
+    made = [
+        {"task": "choice", "scores": [], "pairing": {"acc": ["acc"]}, "rows": [grade(question, nats, "letters")]}
+        for nats in ([-1.0, -2.0], [-2.0, -1.0])
+    ]
+    pairs, found = compare_results(["a", "b"], made)
+    assert pairs[0].outcomes["wins"] == [0]
+    rows = make_tables(["a", "b"], pairs, found, None)[2].rows
+    assert rows == [["win", "mmlu.csv:1", "What barks?", "dog", "cat", "dog"]]
 
 
 def without(made: dict[str, Any], key: str) -> dict[str, Any]:
