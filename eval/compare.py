@@ -302,7 +302,7 @@ def _answer(row: dict[str, Any]) -> Any:
     """What a model said to an item: of several samples the first, and how many were right; None without words."""
     samples = row.get("samples")
     if isinstance(samples, list) and samples:
-        right = sum(bool(sample.get("correct")) for sample in samples)
+        right = sum(isinstance(sample, dict) and bool(sample.get("correct")) for sample in samples)
         return f"{right} of {len(samples)} right, the first: {row.get('answer')}"
     return row.get("chosen", row.get("answer"))  # of a choice, "answer" is the right one's number
 
@@ -328,13 +328,14 @@ def make_tables(
     for pair in pairs:
         for test in pair.tests:
             is_share = test.method.startswith("McNemar")
-            low, high = (format_score(end, is_share) for end in (test.low, test.high))
             gain = f"{test.difference:+.1%}" if is_share else f"{test.difference:+.4g}"
             counts = f"{test.wins} / {test.losses} / {test.ties}"
             who = f"{names[pair.second]} − {names[pair.first]}"
-            tests.append([who, test.name, gain, f"{low} to {high}", f"{test.p_value:.2g}", counts, test.method])
-    headings = ["difference of", "score", "is", "interval", "p", "wins / losses / ties", "test"]
-    tables.append(Table("Paired tests", headings, tests))
+            interval = _interval(test.low, test.high, is_share)
+            tests.append([who, test.name, gain, interval, f"{test.p_value:.2g}", counts])
+    methods = ", ".join(dict.fromkeys(test.method for pair in pairs for test in pair.tests))
+    headings = ["models", "score", "difference", "interval", "p", "won / lost / tied"]
+    tables.append(Table(f"Paired tests ({methods})", headings, tests))
     for pair in pairs:
         first, second = names[pair.first], names[pair.second]
         rows = [
@@ -351,8 +352,11 @@ def make_tables(
 
 def _figures(score: dict[str, Any]) -> list[str]:
     is_share = score["method"] == "Wilson"
-    low, high = (format_score(score[end], is_share) for end in ("low", "high"))
-    return [format_score(score["value"], is_share), f"{low} to {high}"]
+    return [format_score(score["value"], is_share), _interval(score["low"], score["high"], is_share)]
+
+
+def _interval(low: float | None, high: float | None, is_share: bool) -> str:
+    return "—" if low is None else f"{format_score(low, is_share)} to {format_score(high, is_share)}"
 
 
 def _item_cells(item: dict[str, Any], first: str, second: str) -> list[str]:
@@ -381,11 +385,20 @@ def print_tables(tables: Iterable[Table]) -> None:
 
     console = Console()
     for table in tables:
-        shown = rich_table.Table(title=table.title, title_justify="left", show_lines=table.headings[1] == "item")
-        for heading in table.headings:
-            shown.add_column(heading, overflow="fold")
+        is_of_items = table.headings[1] == "item"  # long texts: on a screen one below the other
+        shown = rich_table.Table(title=Text(table.title), title_justify="left", show_header=not is_of_items)
+        for heading in table.headings[:2] if is_of_items else table.headings:
+            shown.add_column(Text(heading), overflow="fold")
         for row in table.rows:
-            shown.add_row(*(Text(cell if len(cell) <= 200 else cell[:197] + "...") for cell in row))
+            cells = [" ".join(cell.split()) for cell in row]
+            texts = [Text(cell if len(cell) <= 300 else cell[:297] + "...") for cell in cells]
+            if not is_of_items:
+                shown.add_row(*texts)
+                continue
+            shown.add_section()
+            shown.add_row(*texts[:2])
+            for heading, text in zip(table.headings[2:], texts[2:], strict=True):
+                shown.add_row(Text(heading), text)
         console.print(shown)
 
 

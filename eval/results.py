@@ -6,13 +6,14 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from eval.scores import Score
 from qlora.errors import InputError
 
+SCORE_KEYS = {item.name for item in fields(Score)}
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
 
 
@@ -87,7 +88,10 @@ def read_result(path: str) -> dict[str, Any]:
     from qlora.files import read_json
 
     result = read_json(Path(path), "give a file that --output of an evaluation wrote")
-    if not isinstance(result.get("rows"), list) or not isinstance(result.get("pairing"), dict):
+    rows, pairing, scores = (result.get(name) for name in ("rows", "pairing", "scores"))
+    is_whole = isinstance(rows, list) and isinstance(pairing, dict) and isinstance(scores, list)
+    is_whole = is_whole and all(isinstance(keys, list) and keys for keys in pairing.values())
+    if not is_whole or not all(isinstance(score, dict) and score.keys() >= SCORE_KEYS for score in scores):
         raise InputError(f"{path} holds no result of an evaluation; give a file that --output wrote.")
     return result
 

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 import eval.compare
 import eval.exact_match
 from eval.choice import Question, grade
-from eval.compare import compare_results, main, make_tables, to_markdown
+from eval.compare import compare_results, main, make_tables, print_tables, to_markdown
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.lora_model import get_lora_model
@@ -188,6 +188,15 @@ def test_markdown_keeps_each_row_on_one_line() -> None:
     assert len(make_tables(["a", "b"], pairs, found, 0)) == 2
 
 
+def test_the_screen_shows_items_one_below_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """Long answers are cut, and what looks like markup is text."""
+    a, b = result(HITS, answer=["[bold]x[/]", "1\n2"]), result([False, False], answer=["z" * 500, ""])
+    print_tables(make_tables(["a", "[b]"], *compare_results(["a", "[b]"], [a, b]), 1))
+    printed = capsys.readouterr().out
+    assert "[b] against a: 0 wins, 1 losses, 1 ties" in printed and "[bold]x[/]" in printed and "1 2" in printed
+    assert printed.count("z") == 297 and "..." in printed
+
+
 def test_samples_are_shown_by_how_many_are_right() -> None:
     samples = [[{"answer": "1", "correct": True}, {"answer": "2", "correct": False}]] * 2
     _, found = compare_results(["a", "b"], [result(HITS, samples=samples), result(HITS)])
@@ -207,6 +216,7 @@ def test_samples_are_shown_by_how_many_are_right() -> None:
         (["--model", "m", "--adapter", "a", "a/"], "a/? is given twice"),
         (["--results", "a.json", "b.json"], "a.json is not readable JSON"),
         (["--results", "{folder}/a.json", "{folder}/c.json"], "c.json holds no result of an evaluation"),
+        (["--results", "{folder}/a.json", "{folder}/d.json"], "d.json holds no result of an evaluation"),
         (["--results", "{folder}/a.json", "{folder}/b.json"], "1 of the 2 items of a are not in b"),
         (["--results", "{folder}/a.json", "{folder}/a.json"], "a.json is given twice"),
         (["--results", "a", "b", "--markdown", "{folder}"], "--markdown .* cannot be written"),
@@ -219,6 +229,7 @@ def test_wrong_input_is_one_sentence(
     (tmp_path / "a.json").write_text(json.dumps(result(HITS)))
     (tmp_path / "b.json").write_text(json.dumps(result([True])))
     (tmp_path / "c.json").write_text(json.dumps({"exact_match": 0.5}))
+    (tmp_path / "d.json").write_text(json.dumps(result(HITS) | {"scores": [{"name": "exact match"}]}))
     with pytest.raises((InputError, SystemExit)) as caught:
         main([flag.replace("{folder}", str(tmp_path)) for flag in flags])
     boxed = capsys.readouterr().err.translate({ord(line): " " for line in "│╭╮╰╯─"})
