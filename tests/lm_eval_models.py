@@ -23,12 +23,12 @@ def save_rounded_llama(directory: Path, **tokenizer: Any) -> Path:
     return directory
 
 
-def load_lm_eval(directory: Path | str, max_length: int, batch_size: int = 1) -> Any:
+def load_lm_eval(directory: Path | str, max_length: int, **options: Any) -> Any:
     """lm_eval.models.huggingface.HFLM in fp32 on the CPU; the test is skipped without lm-eval."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return huggingface.HFLM(
-        pretrained=str(directory), dtype=torch.float32, device="cpu", max_length=max_length, batch_size=batch_size
+        pretrained=str(directory), dtype=torch.float32, device="cpu", max_length=max_length, **options
     )
 
 
@@ -56,7 +56,7 @@ TASKS = {
 
 
 def write_choice_task(folder: Path, kind: str, data: str, few_shot_data: str, shots: int) -> str:
-    """A task file of lm-eval over local data, like its own for MMLU, ARC and HellaSwag; returns the task's name."""
+    """A task file of lm-eval over local data, like its own for MMLU, ARC and HellaSwag; returns its name."""
     import yaml
 
     norms = ["acc"] if kind == "letters" else ["acc", "acc_norm", "acc_bytes"]
@@ -76,11 +76,13 @@ def write_choice_task(folder: Path, kind: str, data: str, few_shot_data: str, sh
     return f"local_{kind}"
 
 
-def evaluate_by_lm_eval(model: Any, tasks: list[str], folder: Path) -> dict[str, Any]:
+def evaluate_by_lm_eval(
+    model: Any, tasks: list[str], folder: Path, model_args: str | None = None
+) -> dict[str, Any]:
     """lm_eval.simple_evaluate on the task files of a folder, samples included."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    result: Any = simple_evaluate(model, tasks=tasks, task_manager=manager, bootstrap_iters=0)
+    result: Any = simple_evaluate(model, model_args, tasks, task_manager=manager, bootstrap_iters=0)
     return result
