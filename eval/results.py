@@ -88,10 +88,14 @@ def read_result(path: str) -> dict[str, Any]:
     from qlora.files import read_json
 
     result = read_json(Path(path), "give a file that --output of an evaluation wrote")
-    rows, pairing, scores = (result.get(name) for name in ("rows", "pairing", "scores"))
-    is_whole = isinstance(rows, list) and isinstance(pairing, dict) and isinstance(scores, list)
-    is_whole = is_whole and all(isinstance(keys, list) and keys for keys in pairing.values())
-    if not is_whole or not all(isinstance(score, dict) and score.keys() >= SCORE_KEYS for score in scores):
+    rows, pairing, scores = result.get("rows"), result.get("pairing"), result.get("scores")
+    if (
+        not isinstance(rows, list)
+        or not isinstance(pairing, dict)
+        or not isinstance(scores, list)
+        or not all(isinstance(keys, list) and keys for keys in pairing.values())
+        or not all(isinstance(score, dict) and score.keys() >= SCORE_KEYS for score in scores)
+    ):
         raise InputError(f"{path} holds no result of an evaluation; give a file that --output wrote.")
     return result
 
@@ -115,7 +119,7 @@ def print_scores(title: str, scores: Sequence[Score]) -> None:
     for heading in ("score", "value", f"{percent} % interval", "items"):
         table.add_column(heading, justify="left" if heading == "score" else "right")
     for score in scores:
-        is_share = score.method == "Wilson"
+        is_share = score.method in ("Wilson", "bootstrap in subjects")
         ends = [format_score(end, is_share) for end in (score.low, score.high)]
         interval = " to ".join(ends) if score.low is not None else "—"
         table.add_row(score.name, format_score(score.value, is_share), interval, f"{score.num_samples:,}")
