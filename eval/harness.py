@@ -163,14 +163,25 @@ def main(argv: Sequence[str]) -> None:
     scores = task_scores(found, config.seed, config.confidence)
     rows = [_row(task, sample) for task, samples in found["samples"].items() for sample in samples]
     write_result(
-        config.output, "harness", scores, asdict(config), rows, {},
+        config.output, "harness", scores, asdict(config), rows, _pairing(rows),
         results=found["results"], n_samples=found["n-samples"], n_shot=found["n-shot"],
     )  # fmt: skip
     print_scores(f"lm-eval: {', '.join(tasks)}", scores)
 
 
 def _row(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample's id, answer and metrics; its prompts can be had from the task."""
-    row = {"id": f"{task}:{sample['doc_id']}", "filter": sample.get("filter"), "target": str(sample["target"])}
-    row["responses"] = sample["filtered_resps"]
-    return row | {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], (int, float))}
+    """A sample's id, answer, responses and metrics; its prompt can be had from the task."""
+    kept = sample.get("filter", "none")
+    row: dict[str, Any] = {"id": f"{task}:{sample['doc_id']}" + (f":{kept}" if kept != "none" else "")}
+    row |= {"target": str(sample["target"]), "responses": sample["filtered_resps"]}
+    for name in sample["metrics"]:
+        value = sample[name]
+        if isinstance(value, (int, float)):
+            row[name] = bool(value) if value in (0, 1) else value
+    return row
+
+
+def _pairing(rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[str]]:
+    """The metrics that every sample has, for the paired test of two models."""
+    names = [name for name in rows[0] if name not in ("id", "target", "responses")] if rows else []
+    return {name: (name,) for name in names if all(name in row for row in rows)}

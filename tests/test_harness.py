@@ -114,6 +114,8 @@ def test_a_file_in_4_bits_with_an_adapter(
         run(*flags, *adapter, "--output", tmp_path / "out.json")
         result = json.loads((tmp_path / "out.json").read_text())
         assert result["n_shot"] == {"local_text": 1} and len(result["rows"]) == 3
+        assert {"acc": ["acc"], "acc_norm": ["acc_norm"]}.items() <= result["pairing"].items()
+        assert [row["id"] for row in result["rows"]] == [f"local_text:{i}" for i in range(3)]
         found.append(result["rows"][0]["responses"][0][0])
     assert abs(found[0] - found[1]) > 0.5
     assert "local_text: acc_norm" in capsys.readouterr().out
