@@ -1,114 +1,334 @@
-"""Exact match: generate the answer to each held-out example and compare it with the expected one."""
+"""python -m eval exact_match: generated answers to held-out prompts, compared with the expected ones.
+
+Greedily one answer a prompt; or n samples of each, drawn from seeds of their own. For a prompt that c of n samples
+answer rightly, the chance that one of k drawn without replacement is right is (Chen et al. 2021, arXiv 2107.03374)
+
+    pass@k = 1 - C(n - c, k) / C(n, k)
+
+and maj@n asks whether the answer that most samples agree on is right; of several, the one that came first.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+from eval.answers import AnswerConfig, Matcher, make_matcher
 from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
 from eval.results import check_output, print_scores, write_result
-from eval.scores import proportion
+from eval.scores import Score, mean_score, proportion
 from qlora.config import parse_args
 from qlora.errors import InputError
-from qlora.records import Record, read_records, to_messages
+from qlora.records import Record, quote, read_records, to_messages
 
 
 @dataclass
-class ExactMatchConfig(EvalConfig):
-    """Greedy answers to held-out prompts, compared with the expected ones."""
+class AskConfig:
+    """How the prompts are put and the answers made."""
 
-    match: Literal["text", "json"] = "text"
-    """Compare as text or as JSON values."""
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
+    temperature: float = 0.0
+    """0 = greedy; higher is more random."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
+    samples: int = 1
+    """Answers drawn for each prompt; several want a --temperature above 0."""
+    pass_at: str = ""
+    """Numbers k, separated by commas: how often one of k samples is right."""
+    prompt_template: str | None = None
+    """What the user says, with {prompt} where the record's prompt goes: as text, or a file of it."""
+    shots: int = 0
+    """Solved examples that precede each prompt, as earlier turns: the first ones of --few-shot-data."""
+    few_shot_data: str | None = None
+    """Where the solved examples come from, in any format that training takes."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, "max_new_tokens", 1)
+        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("samples", 1), ("shots", 0)):
+            require_at_least(self, name, low)
+        if not self.temperature < math.inf:
+            raise InputError(f"temperature is {self.temperature}; give --temperature 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; give --top-p a number above 0, at most 1.")
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError(f"All {self.samples} samples would be the same; give --temperature a number above 0.")
+        if (self.shots > 0) != (self.few_shot_data is not None):
+            raise InputError("Only one of --shots and --few-shot-data is given; they go together.")
+        _ = self.template  # which raises
+        for k in self.pass_numbers:
+            if not 1 <= k <= self.samples:
+                raise InputError(f"pass_at holds {k}; give --pass-at numbers from 1 to --samples, {self.samples}.")
+
+    @property
+    def pass_numbers(self) -> list[int]:
+        """The numbers in --pass-at."""
+        try:
+            return [int(part) for part in self.pass_at.split(",")] if self.pass_at.strip() else []
+        except ValueError as error:
+            raise InputError(f"pass_at is {self.pass_at!r}; give --pass-at numbers, such as 1,5.") from error
+
+    @property
+    def template(self) -> str | None:
+        """--prompt-template as text."""
+        if self.prompt_template is None or "{prompt}" in self.prompt_template:
+            return self.prompt_template
+        try:
+            text = Path(self.prompt_template).read_text(encoding="utf-8-sig").removesuffix("\n")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"prompt_template is {quote(self.prompt_template)}, neither text with {{prompt}} in it nor a file "
+                "that can be read."
+            ) from error
+        if "{prompt}" not in text:
+            raise InputError(
+                f"The template in {self.prompt_template} has no {{prompt}}; write it where that goes."
+            )
+        return text
+
+
+@dataclass
+class ExactMatchConfig(AskConfig, AnswerConfig, EvalConfig):
+    """Generated answers to held-out prompts, compared with the expected ones."""
+
+    def __post_init__(self) -> None:
+        for part in (EvalConfig, AnswerConfig, AskConfig):
+            part.__post_init__(self)
+
+
+@dataclass
+class Question:
+    """What is asked, with the turns before it, and the answer that is expected."""
+
+    origin: str
+    messages: list[dict[str, Any]]
+    prompt: str
+    expected: str
+
+
+@dataclass
+class Sample:
+    """One answer, what was read out of it (None = nothing), and whether that is the expected one."""
+
+    answer: str
+    extracted: str | None
+    correct: bool
 
 
 @dataclass
 class Prediction:
-    """One example: what was asked, wanted and given."""
+    """One example: what was asked, wanted and given; `answer` and `correct` are those of the first sample."""
 
     prompt: str
     expected: str
     answer: str
     correct: bool
+    samples: list[Sample] = field(default_factory=list)
 
+    @property
+    def num_correct(self) -> int:
+        return sum(sample.correct for sample in self.samples)
 
-def same_text(expected: str, answer: str) -> bool:
-    """Equal but for white space at the ends."""
-    return expected.strip() == answer.strip()
-
-
-def same_json(expected: str, answer: str) -> bool:
-    """Equal as JSON values: order of keys and white space do not count."""
-    try:
-        return bool(json.loads(answer) == json.loads(expected))
-    except json.JSONDecodeError:
-        return False
-
-
-MATCHES: dict[str, Callable[[str, str], bool]] = {"text": same_text, "json": same_json}
+    def majority(self) -> bool:
+        """Whether the answer that most samples agree on is right; samples without one have no vote."""
+        votes = Counter(sample.extracted for sample in self.samples if sample.extracted is not None)
+        winner = votes.most_common(1)[0][0] if votes else None
+        return any(sample.correct for sample in self.samples if sample.extracted == winner)
 
 
 def exact_match(
     model: Any,
     tokenizer: Any,
     records: Sequence[Record],
-    match: str = "text",
+    match: str | Matcher = "text",
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> list[Prediction]:
     """Greedy answers to the last assistant turn of each record.
 
     Args:
-        match: "text" or "json".
+        match: how to compare, by name or as `make_matcher` returns it.
     Raises:
-        InputError: no records, or one without an assistant turn to compare with.
+        InputError: no records, one without an assistant turn to compare with, or with one that holds no answer.
+    """
+    matcher = make_matcher(match) if isinstance(match, str) else match
+    questions = make_questions(records, matcher)
+    answers = ask(model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return judge(questions, answers, matcher)
+
+
+def make_questions(
+    records: Sequence[Record], matcher: Matcher, template: str | None = None, shots: Sequence[Record] = ()
+) -> list[Question]:
+    """The prompts to answer: a record's turns up to its last answer, after those of the `shots`.
+
+    Args:
+        template: what each last user turn becomes, with {prompt} in it.
+        shots: solved examples; their system messages are left out.
+    Raises:
+        InputError: as `exact_match`; and a prompt whose answer stands in a shot.
     """
     if not records:
         raise InputError("There is nothing to evaluate: the data holds no record.")
-    conversations, expected = [], []
-    for record in records:
+
+    def read(record: Record) -> list[dict[str, Any]]:
         messages = to_messages(record)
         if messages[-1]["role"] != "assistant":
             raise InputError(f"{record.origin} does not end with an assistant turn; exact match needs an answer.")
-        conversations.append(messages[:-1])
-        expected.append(messages[-1]["content"])
-    from qlora.generate import generate
+        return messages
 
-    answers = generate(model, tokenizer, conversations, max_new_tokens, batch_size=batch_size)
-    return [
-        Prediction(asked[-1]["content"], wanted, given, MATCHES[match](wanted, given))
-        for asked, wanted, given in zip(conversations, expected, answers, strict=True)
-    ]
+    def put(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        asked = messages[-2]["content"]
+        content = asked if template is None else template.replace("{prompt}", asked)
+        return [*messages[:-2], messages[-2] | {"content": content}, messages[-1]]
+
+    def said(messages: list[dict[str, Any]]) -> list[str]:
+        return [turn["content"] for turn in messages if turn["role"] != "system"]
+
+    solved = [read(shot) for shot in shots]
+    earlier = [turn for messages in solved for turn in put(messages) if turn["role"] != "system"]
+    given_away = [said(messages[:-1]) for messages in solved]
+    questions = []
+    for record in records:
+        *before, last, answer = read(record)
+        if said([*before, last]) in given_away:
+            raise InputError(
+                f"{record.origin} asks what one of the shots answers; give --few-shot-data other than --data."
+            )
+        if matcher.read_expected(answer["content"]) is None:
+            raise InputError(
+                f"{record.origin} expects {quote(answer['content'])}, in which this --match finds no answer; "
+                "choose another (for regex, --pattern-on answer takes it as it is), or mend the record."
+            )
+        system = before[:1] if before and before[0]["role"] == "system" else []
+        turns = [*system, *earlier, *before[len(system) :], *put([last, answer])[:1]]
+        questions.append(Question(record.origin, turns, last["content"], answer["content"]))
+    return questions
+
+
+def ask(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    accelerator: Any = None,
+) -> list[list[str]]:
+    """`num_samples` answers to each question, in their order; arguments as `generate_samples`.
+
+    Args:
+        accelerator: whose processes take their shares. What is dealt out is whole batches, the same ones on any
+            number of processes: a row's rounding may depend on those beside it.
+    """
+    from qlora.generate import generate_samples
+    from qlora.tokenize import encode_prompt
+
+    lengths = [len(encode_prompt(question.messages, tokenizer)) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: lengths[i])
+    together = max(1, batch_size // num_samples)
+    batches = [order[start : start + together] for start in range(0, len(order), together)]
+
+    def compute(mine: list[list[int]]) -> list[list[list[str]]]:
+        numbers = [i for batch in mine for i in batch]  # sorted by length, so generate forms the same batches
+        if not numbers:
+            return []
+        conversations = [questions[i].messages for i in numbers]
+        options = (num_samples, max_new_tokens, temperature, top_p, seed, batch_size, numbers)
+        texts = iter(generate_samples(model, tokenizer, conversations, *options))
+        return [[next(texts) for _ in batch] for batch in mine]
+
+    costs = [sum(lengths[i] for i in batch) for batch in batches]
+    found = compute(batches) if accelerator is None else share_out(accelerator, batches, compute, costs)
+    answers: list[list[str]] = [[] for _ in questions]
+    for batch, texts in zip(batches, found, strict=True):
+        for index, samples in zip(batch, texts, strict=True):
+            answers[index] = samples
+    return answers
+
+
+def judge(questions: Sequence[Question], answers: Sequence[list[str]], matcher: Matcher) -> list[Prediction]:
+    """Each question's answers, compared with the expected one."""
+    found = []
+    for question, texts in zip(questions, answers, strict=True):
+        wanted = matcher.read_expected(question.expected)
+        read = [matcher.read_answer(text) for text in texts]
+        samples = [Sample(text, got, got == wanted) for text, got in zip(texts, read, strict=True)]
+        found.append(Prediction(question.prompt, question.expected, texts[0], samples[0].correct, samples))
+    return found
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The chance that one of k of the samples, drawn without replacement, is right: unbiased for k new ones."""
+    return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def summarize(
+    questions: Sequence[Question], found: Sequence[Prediction], config: AskConfig, seed: int, confidence: float
+) -> tuple[list[Score], list[dict[str, Any]], dict[str, Sequence[str]]]:
+    """(scores, rows, pairing) as `write_result` takes them."""
+    rows = [{"id": q.origin, **asdict(p)} for q, p in zip(questions, found, strict=True)]
+    n = config.samples
+    if n == 1:
+        for row in rows:
+            row["extracted"] = row.pop("samples")[0]["extracted"]
+        hits = [prediction.correct for prediction in found]
+        return [proportion("exact match", hits, confidence)], rows, {"exact match": ("correct",)}
+    scores: list[Score] = []
+    pairing: dict[str, Sequence[str]] = {}
+    named = {"exact match": 1} | {f"pass@{k}": k for k in config.pass_numbers}
+    for name, k in named.items():
+        values = [pass_at_k(n, prediction.num_correct, k) for prediction in found]
+        scores.append(mean_score(name, values, seed=seed, confidence=confidence))
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+        pairing[name] = (name,)
+    name = f"maj@{n}"
+    votes = [prediction.majority() for prediction in found]
+    for row, vote in zip(rows, votes, strict=True):
+        row[name] = vote
+    return [*scores, proportion(name, votes, confidence)], rows, {**pairing, name: (name,)}
+
+
+def read_questions(config: ExactMatchConfig) -> list[Question]:
+    """The prompts that a command's flags name."""
+    shots = read_records(config.few_shot_data)[: config.shots] if config.few_shot_data else []
+    if len(shots) < config.shots:
+        raise InputError(f"{config.few_shot_data} holds {len(shots)} examples; give --shots {len(shots)} at most.")
+    records = read_records(config.data or "")[: config.max_examples or None]
+    return make_questions(records, config.matcher(), config.template, shots)
+
+
+def measure(
+    model: Any, tokenizer: Any, questions: Sequence[Question], config: ExactMatchConfig, accelerator: Any
+) -> list[Prediction]:
+    """The model's answers to all questions, made and compared as a command's flags say."""
+    options = (config.samples, config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    answers = ask(model, tokenizer, questions, *options, config.batch_size, accelerator)
+    return judge(questions, answers, config.matcher())
 
 
 def main(argv: Sequence[str]) -> None:
     config = parse_args(ExactMatchConfig, "python -m eval exact_match", argv)
     require(config, "model", "data")
     check_output(config.output)
-    records = read_records(config.data or "")[: config.max_examples or None]
+    questions = read_questions(config)
     model, tokenizer, accelerator = load_evaluated(config)
-
-    def compute(mine: list[Record]) -> list[Prediction]:
-        options = (config.match, config.max_new_tokens, config.batch_size)
-        return exact_match(model, tokenizer, mine, *options) if mine else []
-
-    found = share_out(accelerator, records, compute)
+    found = measure(model, tokenizer, questions, config, accelerator)
     if not accelerator.is_main_process:
         return
-    score = proportion("exact match", [p.correct for p in found], config.confidence)
-    rows = [{"id": record.origin, **asdict(p)} for record, p in zip(records, found, strict=True)]
-    correct = sum(p.correct for p in found)
-    counts = {"exact_match": score.value, "correct": correct, "examples": len(found)}
+    scores, rows, pairing = summarize(questions, found, config, config.seed, config.confidence)
+    correct, asked = sum(p.num_correct for p in found), len(found)
+    counts = {"exact_match": scores[0].value, "correct": correct, "examples": asked, "samples": config.samples}
+    predictions = [{key: asdict(p)[key] for key in ("prompt", "expected", "answer", "correct")} for p in found]
     write_result(
-        config.output, "exact_match", [score], asdict(config), rows, {score.name: ("correct",)},
-        **counts, predictions=[asdict(p) for p in found],
-    )  # fmt: skip
-    print_scores(f"Exact match on {config.data}", [score])
-    print(f"exact match {correct}/{len(found)} = {score.value:.1%}")
+        config.output, "exact_match", scores, asdict(config), rows, pairing, **counts, predictions=predictions
+    )
+    print_scores(f"Exact match on {config.data}", scores)
+    print(f"exact match {correct}/{asked * config.samples} = {scores[0].value:.1%}")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from eval.scores import Score
 from qlora.errors import InputError
 
+SCORE_KEYS = {item.name for item in fields(Score)}
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
 
 
@@ -28,10 +30,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def check_output(output: str | None) -> None:
+def check_output(output: str | None, flag: str = "output") -> None:
     """Refuse an --output that could not be written, before hours of computing."""
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
-        raise InputError(f"--output {output} cannot be written; name a file in a directory that exists.")
+        raise InputError(f"--{flag} {output} cannot be written; name a file in a directory that exists.")
 
 
 def write_result(
@@ -40,7 +42,7 @@ def write_result(
     scores: Sequence[Score],
     settings: dict[str, Any],
     rows: Sequence[dict[str, Any]],
-    pairing: dict[str, Sequence[str]],
+    pairing: Mapping[str, Sequence[str]],
     **more: Any,
 ) -> dict[str, Any]:
     """The result as one JSON object, written to `output` where that is given.
@@ -59,7 +61,7 @@ def write_result(
         "task": task,
         "num_samples": len(rows),
         **more,
-        "scores": [asdict(score) for score in scores],
+        "scores": [{name: _finite(value) for name, value in asdict(score).items()} for score in scores],
         "settings": json.loads(redact(json.dumps(settings))),
         "versions": versions(),
         "pairing": {name: list(keys) for name, keys in pairing.items()},
@@ -72,6 +74,11 @@ def write_result(
     return result
 
 
+def _finite(value: Any) -> Any:
+    """null for an infinity, which JSON has no word for: a perplexity of a broken model may be one."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_result(path: str) -> dict[str, Any]:
     """What `write_result` wrote.
 
@@ -81,7 +88,14 @@ def read_result(path: str) -> dict[str, Any]:
     from qlora.files import read_json
 
     result = read_json(Path(path), "give a file that --output of an evaluation wrote")
-    if not isinstance(result.get("rows"), list) or not isinstance(result.get("pairing"), dict):
+    rows, pairing, scores = result.get("rows"), result.get("pairing"), result.get("scores")
+    if (
+        not isinstance(rows, list)
+        or not isinstance(pairing, dict)
+        or not isinstance(scores, list)
+        or not all(isinstance(keys, list) and keys for keys in pairing.values())
+        or not all(isinstance(score, dict) and score.keys() >= SCORE_KEYS for score in scores)
+    ):
         raise InputError(f"{path} holds no result of an evaluation; give a file that --output wrote.")
     return result
 
@@ -99,14 +113,14 @@ def print_scores(title: str, scores: Sequence[Score]) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
+    methods = ", ".join(dict.fromkeys(score.method for score in scores))
+    table.caption, table.caption_justify = f"intervals: {methods}", "left"
     percent = f"{scores[0].confidence * 100:g}" if scores else "95"
-    for heading in ("score", "value", f"{percent} % interval", "items", "interval by"):
-        table.add_column(heading, justify="left" if heading in ("score", "interval by") else "right")
+    for heading in ("score", "value", f"{percent} % interval", "items"):
+        table.add_column(heading, justify="left" if heading == "score" else "right")
     for score in scores:
-        is_share = score.method == "Wilson"
+        is_share = score.method in ("Wilson", "bootstrap in subjects")
         ends = [format_score(end, is_share) for end in (score.low, score.high)]
         interval = " to ".join(ends) if score.low is not None else "—"
-        table.add_row(
-            score.name, format_score(score.value, is_share), interval, f"{score.num_samples:,}", score.method
-        )
+        table.add_row(score.name, format_score(score.value, is_share), interval, f"{score.num_samples:,}")
     Console().print(table)

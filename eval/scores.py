@@ -107,6 +107,21 @@ def mean_score(
     return Score(name, float(change(ratio)), low, high, confidence, "bootstrap", len(values))
 
 
+def mean_of_groups(name: str, groups: Sequence[Sequence[bool]], seed: int = 0, confidence: float = 0.95) -> Score:
+    """The mean of the groups' shares of hits, each group weighing the same, as MMLU's subjects do in QLoRA.
+
+    The interval draws each group's items again; the groups themselves are not a sample.
+    """
+    _check(name, min(map(len, groups), default=0), confidence)
+    sizes = np.array([len(group) for group in groups])
+    shares = np.array([sum(map(bool, group)) for group in groups]) / sizes
+    drawn = np.random.default_rng(seed).binomial(sizes, shares, (RESAMPLES, len(sizes))) / sizes
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(drawn.mean(axis=1), [tail, 1 - tail])
+    count = int(sizes.sum())
+    return Score(name, float(shares.mean()), float(low), float(high), confidence, "bootstrap in subjects", count)
+
+
 def paired_test(
     name: str,
     first: Sequence[float],

@@ -79,7 +79,6 @@ def generate(
     return [texts[0] for texts in samples]
 
 
-@torch.inference_mode()
 def generate_samples(
     model: Any,
     tokenizer: Any,
@@ -104,6 +103,32 @@ def generate_samples(
         `num_samples` texts for each conversation.
     """
     prompts = [c if isinstance(c[0], int) else encode_prompt(c, tokenizer) for c in conversations]
+    options = (max_new_tokens, temperature, top_p, seed, batch_size)
+    texts = continue_prompts(model, tokenizer, prompts, num_samples, *options, numbers=numbers, streamer=streamer)
+    return [[text.strip() for text in samples] for samples in texts]
+
+
+@torch.inference_mode()
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    stop_texts: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+    streamer: Any = None,
+) -> list[list[str]]:
+    """What may follow each prompt, given as token ids: `num_samples` texts as they come, white space and all.
+
+    Args:
+        stop_texts: a text ends before the first of them.
+        Others as `generate_samples`.
+    """
     numbers = range(len(prompts)) if numbers is None else numbers
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
@@ -129,12 +154,31 @@ def generate_samples(
                     past_key_values=_repeat(cache, len(samples)),
                     generation_config=settings,
                     logits_processor=draw if temperature > 0 else None,
+                    stopping_criteria=[StopTexts(tokenizer, stop_texts, longest)] if stop_texts else None,
                     streamer=streamer,
                 )
                 texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
                 for position, text in enumerate(texts):
-                    answers[rows[position // len(samples)]].append(text.strip())
+                    answers[rows[position // len(samples)]].append(cut_before(text, stop_texts))
     return answers
+
+
+def cut_before(text: str, stop_texts: Sequence[str]) -> str:
+    """The text up to the first of the stop texts in it."""
+    return text[: min([text.find(stop) for stop in stop_texts if stop and stop in text], default=len(text))]
+
+
+class StopTexts:
+    """A stopping criterion: a row ends once one of the texts stands behind its prompt of `start` tokens."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int) -> None:
+        self.tokenizer, self.texts, self.start = tokenizer, [text for text in texts if text], start
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, T) ids -> (B,) bool."""
+        texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
+        done = [any(stop in text for stop in self.texts) for text in texts]
+        return torch.tensor(done, dtype=torch.bool, device=ids.device)
 
 
 class SeededDraw:

@@ -24,6 +24,7 @@ mean probability that the router gave it, over E experts
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,6 +142,65 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tenso
     return num_experts * (f * p.mean(dim=0)).sum()
 
 
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns hidden states into logits: z = softcap * tanh(scale * W h / softcap), or scale * W h."""
+
+    weight: Tensor  # (V, D)
+    scale: float
+    softcap: float | None
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a transformers causal LM.
+
+    Raises:
+        InputError: it has a bias, which the chunked loss would miss.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise InputError(f"A {config.model_type} model's output head has a bias; that is not supported.")
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    return OutputHead(head.weight, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def target_log_likelihoods(
+    hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE
+) -> tuple[Tensor, Tensor]:
+    """log p of each target, without gradients and without the (n, V) logits.
+
+    Args:
+        hidden: (n, D) final hidden states, one for each target; a state may stand there several times.
+        targets: (n,) int64.
+    Returns:
+        ((n,) fp32 in nats, (n,) bool: whether the target is the likeliest token, the first one where several are).
+    """
+    weight = head.weight.to(hidden.dtype)
+    log_p = torch.empty(len(targets), device=hidden.device)
+    is_greedy = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    for start in range(0, len(targets), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits = (hidden[rows] @ weight.T).float() * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        is_greedy[rows] = logits.argmax(dim=1) == targets[rows]
+        log_p[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(dim=1)
+    return log_p, is_greedy
+
+
+def attention_arguments(model: Any, batch: Batch) -> dict[str, Any]:
+    """What makes the attention of a packed batch block-diagonal; nothing for a padded one."""
+    if batch.cu_seqlens is None:
+        return {}
+    implementation = model.config._attn_implementation
+    if implementation != "qlora_packed":
+        raise ValueError(
+            f"Packed rows need block-diagonal attention, but the model uses {implementation!r}; "
+            "load it with load_base_model, or pass --no-packing."
+        )
+    return packed_arguments(batch.cu_seqlens, batch.max_length)
+
+
 def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, int]:
     """Loss sum of one micro-batch through a transformers causal LM.
 
@@ -158,31 +218,21 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
         InputError: the model's head has a bias, which the chunked loss would miss.
     """
     config: Any = model.config
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise InputError(f"A {config.model_type} model's output head has a bias; training does not support that.")
-    arguments: dict[str, Any] = {}
-    if batch.cu_seqlens is not None:
-        if config._attn_implementation != "qlora_packed":
-            raise ValueError(
-                f"Packed rows need block-diagonal attention, but the model uses {config._attn_implementation!r}; "
-                "load it with load_base_model, or pass --no-packing."
-            )
-        arguments = packed_arguments(batch.cu_seqlens, batch.max_length)
+    head = output_head(model)
+    arguments = attention_arguments(model, batch)
     coefficient = getattr(config, "router_aux_loss_coef", None) if model.training else None
     if coefficient:
         arguments["output_router_logits"] = True
     output = model.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
     )
-    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
     loss, num_targets = linear_cross_entropy(
         output.last_hidden_state.flatten(0, 1),
         head.weight,
         batch.targets.flatten(),
         chunk_size,
-        scale,
-        getattr(config, "final_logit_softcapping", None),
+        head.scale,
+        head.softcap,
     )
     if coefficient and getattr(output, "router_logits", None):
         lengths = torch.tensor([len(example) for example in batch.examples], device=batch.input_ids.device)

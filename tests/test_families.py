@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from qlora.adapter import save_adapter
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
-from qlora.generate import generate
+from qlora.generate import generate, generate_samples
 from qlora.injection import active_adapter, freeze_base, inject_lora, lora_parameters, lora_state_dict
 from qlora.loss import causal_lm_loss
 from qlora.memory import plan_memory
@@ -248,6 +248,8 @@ def test_greedy_generation(family: str, make: Maker) -> None:
         expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
     assert any(expected)
     assert generate(model, tokenizer, chats, max_new_tokens=8) == expected
+    twice = generate_samples(model, tokenizer, chats, 2, max_new_tokens=8)  # the prompts computed beforehand
+    assert twice == [[text, text] for text in expected]
 
 
 @pytest.mark.parametrize("family", STORED)

@@ -1,0 +1,206 @@
+"""python -m eval perplexity: how well a model predicts text, per token, word and byte.
+
+With nats_d = -log p(document d), and tokens, words or bytes of it counted,
+
+    perplexity per token = exp(sum of nats_d / sum of tokens_d)      likewise per word and per byte
+    bits per byte        = sum of nats_d / (ln 2 * sum of bytes_d)
+
+Models with different tokenizers are comparable per word or byte, not per token.
+
+A document (a .txt file, a "text" record, or any --text-column) is computed as lm-eval's loglikelihood_rolling
+does: its first token follows BOS (else EOS), and windows of --max-length tokens score disjoint parts of it. A
+conversation's assistant turns are scored as training would learn them, each with its end-of-turn token; a longer
+one goes on in further windows instead of being cut. Words and bytes are then those of the scored tokens' text.
+
+Intervals come from drawing documents again; a single one is drawn again by its windows, whose words and bytes are
+taken as its tokens' share.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
+from eval.results import check_output, print_scores, write_result
+from eval.scores import Score, mean_score
+from qlora.config import parse_args
+from qlora.errors import InputError
+from qlora.records import BadRow, Record, quote, read_records, to_messages
+
+
+@dataclass
+class PerplexityConfig(EvalConfig):
+    """Perplexity of a text or a data set: per token, word and byte."""
+
+    text_column: str | None = None
+    """Take this column of --data as documents, whatever else a record holds."""
+    train_on: Literal["completion", "all"] = "completion"
+    """Of a conversation, score the assistant's turns only, or every token."""
+    max_length: int = 2048
+    """Window, in tokens; the model's own limit where that is lower."""
+    stride: int = 0
+    """Tokens that each further window scores, after --max-length minus this many of context; 0 = --max-length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, "max_length", 2)
+        require_at_least(self, "stride", 0)
+
+
+@dataclass
+class Document:
+    """What is scored of one item: ids t_0 .. t_T, which of them count, and the words and bytes of those."""
+
+    origin: str
+    ids: list[int]
+    is_scored: list[bool]
+    words: int
+    bytes: int
+
+
+@dataclass
+class DocumentScore:
+    """Sums over one document; `windows`: (nats, tokens) of each of its windows."""
+
+    nats: float
+    tokens: int
+    windows: list[tuple[float, int]]
+
+
+def read_texts(source: str, text_column: str | None = None) -> list[Record]:
+    """The records of a data set, or a .txt file as a single document."""
+    if Path(source).suffix.lower() != ".txt":
+        records = read_records(source)
+        return records if text_column is None else [_column(record, text_column) for record in records]
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{source} cannot be read as UTF-8 text ({error}); check path and encoding.") from error
+    return [Record({"text": text}, source)]
+
+
+def _column(record: Record, column: str) -> Record:
+    text = record.fields.get(column)
+    if not isinstance(text, str):
+        known = ", ".join(map(quote, record.fields))
+        raise BadRow(record.origin, f"the column {column!r} holds {quote(text)}, not text; columns here: {known}.")
+    return Record({"text": text}, record.origin)
+
+
+def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = "completion") -> list[Document]:
+    """Records as rows of ids; those without a token to score are left out.
+
+    Raises:
+        InputError: none is left.
+    """
+    from eval.likelihood import prefix_token, text_ids
+    from qlora.tokenize import RowEncoder
+
+    encoder, documents = RowEncoder(tokenizer), []
+    for record in records:
+        messages = to_messages(record)
+        if messages[0]["role"] == "document":
+            text = messages[0]["content"]
+            ids = [prefix_token(tokenizer), *text_ids(text, tokenizer)]
+            is_scored = [True] * len(ids)
+        else:
+            ids, is_scored = encoder.encode_row(messages, train_on, record.origin)
+            scored = [token for token, counts in zip(ids[1:], is_scored[1:], strict=True) if counts]
+            text = tokenizer.decode(scored, skip_special_tokens=True)
+        if any(is_scored[1:]):
+            words = len(re.split(r"\s+", text))  # as lm-eval counts them, with empty ones at the ends
+            documents.append(Document(record.origin, ids, is_scored, words, len(text.encode("utf-8"))))
+    if not documents:
+        raise InputError("The data holds no token to score; give texts that are not empty.")
+    return documents
+
+
+def score_documents(
+    model: Any, documents: Sequence[Document], max_length: int, stride: int, budget: int, is_shown: bool = False
+) -> list[DocumentScore]:
+    """Nats and tokens of every document; arguments as `rolling_windows` and `score_passages`."""
+    from eval.likelihood import rolling_windows, score_passages
+
+    passages, places = [], []
+    for index, document in enumerate(documents):
+        for passage in rolling_windows(document.ids, document.is_scored, max_length, stride):
+            passages.append(passage)
+            places.append(index)
+    found = [DocumentScore(0.0, 0, []) for _ in documents]
+    for index, passage, sums in zip(
+        places, passages, score_passages(model, passages, budget, is_shown), strict=True
+    ):
+        nats, tokens, score = -sums[0][0], len(passage.tokens), found[index]
+        score.nats, score.tokens = score.nats + nats, score.tokens + tokens
+        score.windows.append((nats, tokens))
+    return found
+
+
+def perplexity_scores(
+    documents: Sequence[Document], found: Sequence[DocumentScore], seed: int = 0, confidence: float = 0.95
+) -> list[Score]:
+    """Perplexities, bits per byte and nats per token, with their intervals."""
+    import numpy as np
+
+    nats = [score.nats for score in found]
+    units: dict[str, list[float]] = {
+        "token": [score.tokens for score in found],
+        "word": [document.words for document in documents],
+        "byte": [document.bytes for document in documents],
+    }
+    is_single = len(found) == 1
+    if is_single:
+        windows, tokens = found[0].windows, found[0].tokens
+        nats = [window[0] for window in windows]
+        units = {name: [n * counts[0] / tokens for _, n in windows] for name, counts in units.items()}
+
+    def score(name: str, unit: str, transform: Any) -> Score:
+        scored = mean_score(name, nats, units[unit], transform, seed, confidence)
+        return replace(scored, method="bootstrap of windows" if is_single else "bootstrap of documents")
+
+    with np.errstate(over="ignore"):
+        return [
+            score("perplexity per token", "token", np.exp),
+            score("perplexity per word", "word", np.exp),
+            score("perplexity per byte", "byte", np.exp),
+            score("bits per byte", "byte", lambda x: x / math.log(2)),
+            score("nats per token", "token", None),
+        ]
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_args(PerplexityConfig, "python -m eval perplexity", argv)
+    require(config, "model", "data")
+    check_output(config.output)
+    records = read_texts(config.data or "", config.text_column)[: config.max_examples or None]
+    model, tokenizer, accelerator = load_evaluated(config)
+    from eval.likelihood import longest_window
+
+    documents = encode_documents(records, tokenizer, config.train_on)
+    max_length = longest_window(model, config.max_length)
+    stride = min(config.stride or max_length, max_length)
+    is_shown = accelerator.is_main_process
+
+    def compute(mine: list[Document]) -> list[DocumentScore]:
+        return score_documents(model, mine, max_length, stride, config.batch_size * max_length, is_shown)
+
+    lengths = [len(document.ids) for document in documents]
+    found = share_out(accelerator, documents, compute, lengths)
+    if not accelerator.is_main_process:
+        return
+    scores = perplexity_scores(documents, found, config.seed, config.confidence)
+    rows = [
+        {"id": d.origin, "log_likelihood": -s.nats, "tokens": s.tokens, "words": d.words, "bytes": d.bytes}
+        for d, s in zip(documents, found, strict=True)
+    ]
+    pairing = {f"log p per {unit}": ("log_likelihood", f"{unit}s") for unit in ("byte", "token")}
+    settings = {**asdict(config), "max_length": max_length, "stride": stride}
+    write_result(config.output, "perplexity", scores, settings, rows, pairing)
+    print_scores(f"Perplexity of {config.data}: {sum(s.tokens for s in found):,} tokens", scores)
+    if len(documents) < len(records):
+        print(f"{len(records) - len(documents)} of {len(records)} records hold nothing to score; left out")
