@@ -131,7 +131,7 @@ def train(config: RunConfig, name: str, data: str) -> None:
             )  # fmt: skip
         finally:
             output.close()
-    say(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
+    say(f"adapter in {output.directory}, loss curve in loss.png, all about the run in report.html there")
     if t.push_to_hub is not None and accelerator.is_main_process:
         say(f"uploaded to {push_to_hub(output.directory, t.push_to_hub)}")
 

@@ -2,6 +2,7 @@
 
     OUTPUT_DIR/run.json                  every setting, to reproduce it
                metrics.jsonl, loss.png   one line per optimizer step; the curve at the end
+               report.html               all that is known of the run, refreshed while it goes on
                adapter_model.safetensors, adapter_config.json
                checkpoints/step-N/       full state
                skipped/step-N.jsonl      the examples of a step whose loss was not finite
@@ -45,8 +46,9 @@ from qlora.checkpoint import (
 )
 from qlora.config import LoRAConfig
 from qlora.errors import InputError, TrainingStopped
-from qlora.files import new_file
+from qlora.files import new_file, whole_lines
 from qlora.injection import lora_layers
+from qlora.live_report import LiveReport
 from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
@@ -105,7 +107,7 @@ class RunOutput:
             ) from error
         for folder in (self.directory, self.directory / "checkpoints"):
             for left in folder.glob(".*.[0-9]*.tmp"):  # qlora.files puts a process number there
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     def _check_other_runs(self, resume: str | None) -> None:
         holds = [name for name in ("metrics.jsonl", WEIGHTS) if (self.directory / name).exists()]
@@ -171,6 +173,7 @@ class RunOutput:
             with new_file(self.directory / "run.json") as file:
                 file.write_text(json.dumps(self.run, indent=2) + "\n")
             self._metrics = MetricsFile(self.directory / "metrics.jsonl", self.progress)
+            self._page = LiveReport(self.directory, self.display.say)
         return self.optimizer
 
     def _set_aside_later_checkpoints(self) -> None:
@@ -187,6 +190,7 @@ class RunOutput:
         if self.accelerator.is_main_process:
             self._metrics.write(line)
             self.display.show(line)
+            self._page.notice(line)
 
     def keep_batch(self, step: int, window: Sequence[Example]) -> str:
         """Write a step's examples for inspection; returns a sentence that says where."""
@@ -271,6 +275,7 @@ class RunOutput:
         self.display.close()
         failure = self._finish_writing() or self._metrics.close()
         self._writer.shutdown()
+        self._page.finish()
         self._lock.release()
         if failure is not None:
             whole = [path.name for path in list_checkpoints(self.directory)]
@@ -327,15 +332,7 @@ class MetricsFile:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut off by a kill
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    return [line for line in whole_lines(path) if isinstance(line.get("step"), int)]
 
 
 def _is_done(line: dict[str, Any], progress: Progress) -> bool:
