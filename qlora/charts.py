@@ -30,7 +30,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "held-out": {"color": COLOR["held-out"], "linewidth": 1.6, "marker": "o", "markersize": 4},
     "limit": {"color": COLOR["muted"], "linewidth": 1.2, "linestyle": (0, (4, 3))},
 }
-LEFT, RIGHT, TOP, BOTTOM = 44, 12, 8, 24  # margins, in the units of the view box
+LEFT, RIGHT, TOP, BOTTOM = 48, 14, 8, 24  # margins, in the units of the view box
 
 
 class Curve(NamedTuple):
@@ -113,7 +113,7 @@ def _finish(figure: Figure, axes: Axes, name: str, label: str) -> str:
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(_write_tick)
     axes.yaxis.set_major_formatter(_write_tick)
-    axes.tick_params(length=0, labelcolor=COLOR["muted"], pad=5)
+    axes.tick_params(length=0, labelcolor=COLOR["muted"], labelsize=11, pad=5)
     axes.grid(axis="y", color=COLOR["grid"], linewidth=0.8)
     axes.set_axisbelow(True)
     for side, spine in axes.spines.items():

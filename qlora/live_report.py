@@ -1,7 +1,7 @@
 """report.html while a run goes on, at no cost to it.
 
-Another process makes the page, of the lowest priority and the first to be killed where memory runs out: drawing
-takes nothing of the run's interpreter, its imports delay no step, and nothing that goes wrong there reaches the run.
+Another process makes the page, of the lowest priority and the first to be killed where memory runs out: it takes
+nothing of the run's interpreter, its imports delay no step, and nothing that goes wrong there reaches the run.
 """
 
 from __future__ import annotations

@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 import math
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -79,6 +79,20 @@ class Answer:
     steps: str
     parts: list[tuple[str, bool]]
     is_expected: bool | None
+
+
+@dataclass
+class Prompt:
+    """A fixed prompt and how the answers to it changed.
+
+    Attributes:
+        left_out: different answers that are not shown.
+    """
+
+    text: str
+    expected: str | None
+    answers: list[Answer]
+    left_out: int
 
 
 def write_report(directory: str | Path, output: str | Path | None = None) -> Path:
@@ -382,41 +396,28 @@ def compare_memory(run: Run) -> list[tuple[str, str, float, str]]:
 # ---- samples ------------------------------------------------------------------------------------------------
 
 
-def trace_samples(samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """What the model said to each prompt as it trained, the same answers in a row as one.
+def trace_samples(samples: list[dict[str, Any]]) -> tuple[list[Prompt], int]:
+    """(the first prompts with what was said to them, the number of all)."""
+    by_prompt: dict[str, dict[int, dict[str, Any]]] = {}
+    for sample in samples:  # of a step done again the last one counts
+        by_prompt.setdefault(sample["prompt"], {})[sample["step"]] = sample
+    shown = list(by_prompt.items())[:MOST_PROMPTS]
+    return [_trace(prompt, [said[step] for step in sorted(said)]) for prompt, said in shown], len(by_prompt)
 
-    Returns:
-        (the first prompts, each with what was expected and its `Answer`s; number of all prompts).
-    """
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for sample in samples:
-        by_prompt.setdefault(sample["prompt"], []).append(sample)
-    prompts = []
-    for prompt, said in list(by_prompt.items())[:MOST_PROMPTS]:
-        said = list({sample["step"]: sample for sample in said}.values())  # of a step done again, the last
-        expected = next((s["expected"] for s in reversed(said) if isinstance(s.get("expected"), str)), None)
-        different: list[list[dict[str, Any]]] = []
-        for sample in sorted(said, key=lambda sample: sample["step"]):
-            if different and different[-1][0]["completion"] == sample["completion"]:
-                different[-1].append(sample)
-            else:
-                different.append([sample])
-        answers: list[Answer] = []
-        before: str | None = None
-        for group in choose_evenly(different, MOST_ANSWERS):
-            text, first, last = group[0]["completion"], group[0]["step"], group[-1]["step"]
-            steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
-            shown = cut(text)
-            is_expected = None if expected is None else text.strip() == expected.strip()
-            answers.append(Answer(steps, mark_changes(before, shown), is_expected))
-            before = shown
-        prompts.append({
-            "prompt": cut(prompt),
-            "expected": None if expected is None else cut(expected),
-            "answers": answers,
-            "left_out": len(different) - len(answers),
-        })  # fmt: skip
-    return prompts, len(by_prompt)
+
+def _trace(prompt: str, samples: list[dict[str, Any]]) -> Prompt:
+    """The answers to one prompt, in the order of their steps; the same ones in a row as one."""
+    expected = next((s["expected"] for s in samples if isinstance(s.get("expected"), str)), None)
+    runs = [list(same) for _, same in groupby(samples, key=lambda sample: sample["completion"])]
+    answers: list[Answer] = []
+    before: str | None = None
+    for same in choose_evenly(runs, MOST_ANSWERS):
+        text, first, last = same[0]["completion"], same[0]["step"], same[-1]["step"]
+        steps = f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+        is_expected = None if expected is None else text.strip() == expected.strip()
+        answers.append(Answer(steps, mark_changes(before, cut(text)), is_expected))
+        before = cut(text)
+    return Prompt(cut(prompt), None if expected is None else cut(expected), answers, len(runs) - len(answers))
 
 
 def cut(text: str) -> str:
@@ -427,10 +428,10 @@ def cut(text: str) -> str:
 def mark_changes(before: str | None, now: str) -> list[tuple[str, bool]]:
     """`now` in parts, with whether each is new against `before`, word by word; put together they are `now`."""
     if before is None:
-        return [(now, False)]
+        return [(now, False)] if now else []
     old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (before, now))
     parts = []
-    for kind, _, _, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+    for kind, _, _, start, end in difflib.SequenceMatcher(None, old, new).get_opcodes():
         text = "".join(new[start:end])
         bare = text.lstrip()
         is_new = kind != "equal"
@@ -471,9 +472,7 @@ def show(value: Any) -> str:
 
 def command_of(run: Run) -> str:
     command = run.facts.get("command")
-    return (
-        shlex.join(map(str, command)) if isinstance(command, list) else command if isinstance(command, str) else ""
-    )
+    return command if isinstance(command, str) else ""
 
 
 def describe_origin(run: Run) -> list[tuple[str, str]]:
@@ -481,8 +480,12 @@ def describe_origin(run: Run) -> list[tuple[str, str]]:
     facts = run.facts
     names = {"started": "started", "device": "device", "num_processes": "processes"}
     rows = [(name, show(facts[key])) for key, name in names.items() if key in facts]
-    names = {"num_train": "training examples", "num_held_out": "held-out examples", "num_tokens": "their tokens"}
-    names["num_targets"] = "tokens learned from"
+    names = {
+        "num_train": "training examples",
+        "num_held_out": "held-out examples",
+        "num_tokens": "training tokens",
+    }
+    names["num_targets"] = "learned tokens"
     counts = {name: run.fact("examples", key) for key, name in names.items()}
     rows += [(name, f"{count:,}") for name, count in counts.items() if count is not None]
     versions = facts.get("versions")
