@@ -120,7 +120,10 @@ def read_run(directory: Path) -> Run:
         for line in whole_lines(directory / "samples.jsonl")
         if is_step(line.get("step")) and all(type(line.get(key)) is str for key in ("prompt", "completion"))
     ]
-    names = dict.fromkeys(name for line in evaluations for name in line if is_number(line[name]))
+    numbers = [(name, value) for line in evaluations for name, value in line.items() if name != "eval_loss"]
+    scores = dict.fromkeys(
+        name for name, value in numbers if type(value) is float and is_number(value)
+    )  # no counts
     return Run(
         directory=directory,
         settings={k: v for k, v in run.items() if isinstance(v, dict) and k != "facts"},
@@ -130,8 +133,6 @@ def read_run(directory: Path) -> Run:
         skipped=skipped,
         samples=samples,
         adapter=content[ADAPTER_SETTINGS],
-        scores=[
-            name for name in names if name not in ("step", "eval_loss") and re.fullmatch(r"[\w.-]{1,40}", name)
-        ],
+        scores=[name for name in scores if re.fullmatch(r"[\w.-]{1,40}", name)],
         notes=notes,
     )

@@ -198,7 +198,8 @@ def list_tiles(run: Run) -> list[Tile]:
     tiles = []
     steps, losses = run.held_out()
     if len(losses):
-        note = f"lowest {losses.min():.3f}, step {steps[losses.argmin()]:,}"
+        low = f"lowest {losses.min():.3f}, step {steps[losses.argmin()]:,}"
+        note = low if len(losses) > 1 else f"step {steps[0]:,}"
         tiles.append(Tile("Held-out loss", f"{losses[-1]:.3f}", note))
     for name in run.scores:
         steps, scores = run.held_out(name)
@@ -275,8 +276,9 @@ def draw_loss(run: Run) -> Chart | None:
     curves, key, tables, said = [], [], [], []
     if len(losses):
         smoothed, width = smooth(losses)
-        curves.append(Curve(steps, losses, "each"))
-        key.append(("each", "training, each step"))
+        style = "each" if width > 1 else "smooth"
+        curves.append(Curve(steps, losses, style))
+        key.append((style, "training, each step"))
         if width > 1:
             curves.append(Curve(steps, smoothed, "smooth"))
             key.append(("smooth", f"training, mean of {width:,} steps"))
@@ -310,7 +312,7 @@ def _draw_column(run: Run, name: str, title: str, is_noisy: bool = False) -> Cha
     steps, values = run.column(name)
     if len(values) < 2:
         return None
-    curves, key = [Curve(steps, values, "smooth")], []
+    curves, key = [Curve(steps, values, "smooth")], [("smooth", "each step")]
     smoothed, width = smooth(values)
     if is_noisy and width > 1:
         curves = [Curve(steps, values, "each"), Curve(steps, smoothed, "smooth")]
@@ -321,7 +323,7 @@ def _draw_column(run: Run, name: str, title: str, is_noisy: bool = False) -> Cha
         key.append(("limit", f"clipped to {limit:g}"))
     label = f"{title} by optimizer step: {_describe(steps, values)}, median {np.median(values):.4g}"
     table = _table("", ("step", words(name)), steps, values)
-    return Chart(title, label, [draw_curves(name, label, curves)], [table], key)
+    return Chart(title, label, [draw_curves(name, label, curves)], [table], key if len(key) > 1 else [])
 
 
 def _draw_lengths(run: Run) -> Chart | None:
@@ -454,7 +456,7 @@ def list_settings(settings: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, 
         for name, value in values.items():
             flag, shown = "--" + name.replace("_", "-"), show(value)
             if not isinstance(known, dict) or name not in known:
-                changed.append((flag, shown, "not known to this version"))
+                changed.append((flag, shown, "unknown"))
             elif show(known[name]) != shown:
                 changed.append((flag, shown, show(known[name])))
             else:
@@ -480,6 +482,7 @@ def describe_origin(run: Run) -> list[tuple[str, str]]:
     facts = run.facts
     names = {"started": "started", "device": "device", "num_processes": "processes"}
     rows = [(name, show(facts[key])) for key, name in names.items() if key in facts]
+    rows = [(name, value[:16].replace("T", " ") if name == "started" else value) for name, value in rows]
     names = {
         "num_train": "training examples",
         "num_held_out": "held-out examples",

@@ -93,8 +93,11 @@ def test_what_matters_comes_first(tmp_path: Path) -> None:
 
 
 def test_a_rise_of_the_held_out_loss_is_said(tmp_path: Path) -> None:
-    losses = [{"step": step, "eval_loss": loss} for step, loss in ((0, 2.0), (5, 1.0), (10, 1.5))]
+    losses = [
+        {"step": s, "eval_loss": loss, "stale_evaluations": s} for s, loss in ((0, 2.0), (5, 1.0), (10, 1.5))
+    ]
     text = page_of(write_run(tmp_path, [train_line(10), *losses])).text
+    assert "stale" not in text.lower()  # a count is no score
     assert (
         "fell from 2.000 (step 0) to 1.500 (step 10). Its lowest was 1.000 at step 5; it has risen since" in text
     )
@@ -108,14 +111,14 @@ def test_settings_origin_and_command(tmp_path: Path) -> None:
         ["--rank", "4", "8"],
         ["--data", "d.jsonl", "—"],
         ["--packing", "off", "on"],
-        ["--of-tomorrow", "1", "not known to this version"],
+        ["--of-tomorrow", "1", "unknown"],
     ]
     others = dict(page.rows("Settings", 1))
     assert others["--alpha"] == "16.0" and others["--use-4bit"] == "on" and "--rank" not in others
     assert FACTS["command"] in page.text
     for key, value in FACTS["versions"].items():
         assert key in page.text and value in page.text
-    for told in ("2 cores of a CPU", "2026-11-24T07:00:00+00:00", "12,345", "6,789"):
+    for told in ("2 cores of a CPU", "2026-11-24 07:00", "12,345", "6,789"):
         assert told in page.text
 
 
@@ -264,6 +267,7 @@ def test_a_run_of_one_step(tmp_path: Path) -> None:
     [
         ("", "No step has been finished yet."),
         ('{"step": 0, "eval_loss": 2.5}\n', "The held-out loss is 2.500 (step 0); one evaluation shows no trend."),
+        ('{"step": 0, "eval_loss": 2.5, "a": NaN, "b": 1e300, "c": "x", "d": 0.5}\n', "D is 0.5 (step 0)."),
         ('{"step": 1, "loss": null, "skipped": 1}\n', "No step has been finished yet. 1 step was skipped"),
         (json.dumps(train_line(1)) + '\n{"step": 2, "lo', "Nothing was evaluated"),
         ('{"step": 1, "loss": NaN}\n{"step": "x"}\n[]\n{"step": -1, "loss": 1}\n\xff\n', "1 step was skipped"),
