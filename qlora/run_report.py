@@ -30,6 +30,13 @@ GIB = 2**30
 MOST_ROWS, MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 100, 12, 8, 1500  # of what is shown; the rest is counted
 OPEN_PROMPTS = 4  # the others' answers are folded away
 WIDE = (860, 260)  # view box of the loss on a large screen
+ORIGIN = {"device": "device", "num_processes": "processes"}  # of the facts, and how to call them
+EXAMPLES = {
+    "num_train": "training examples",
+    "num_held_out": "held-out examples",
+    "num_tokens": "training tokens",
+    "num_targets": "learned tokens",
+}
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # none belongs in HTML
 
 
@@ -479,20 +486,14 @@ def command_of(run: Run) -> str:
 
 def describe_origin(run: Run) -> list[tuple[str, str]]:
     """When, where and with what it ran."""
-    facts = run.facts
-    names = {"started": "started", "device": "device", "num_processes": "processes"}
-    rows = [(name, show(facts[key])) for key, name in names.items() if key in facts]
-    rows = [(name, value[:16].replace("T", " ") if name == "started" else value) for name, value in rows]
-    names = {
-        "num_train": "training examples",
-        "num_held_out": "held-out examples",
-        "num_tokens": "training tokens",
-    }
-    names["num_targets"] = "learned tokens"
-    counts = {name: run.fact("examples", key) for key, name in names.items()}
+    facts, versions = run.facts, run.facts.get("versions")
+    rows = [("started", show(facts["started"])[:16].replace("T", " "))] if "started" in facts else []
+    rows += [(name, show(facts[key])) for key, name in ORIGIN.items() if key in facts]
+    counts = {name: run.fact("examples", key) for key, name in EXAMPLES.items()}
     rows += [(name, f"{count:,}") for name, count in counts.items() if count is not None]
-    versions = facts.get("versions")
-    return rows + ([(str(k), show(v)) for k, v in versions.items()] if isinstance(versions, dict) else [])
+    return rows + (
+        [(name, show(version)) for name, version in versions.items()] if isinstance(versions, dict) else []
+    )
 
 
 def describe_adapter(run: Run) -> list[tuple[str, str]]:
