@@ -63,7 +63,12 @@ def thin(steps: Numbers, values: Numbers, most: int = MOST_POINTS) -> tuple[np.n
 
 
 def draw_curves(
-    name: str, label: str, curves: Sequence[Curve], size: tuple[int, int] = (400, 210), from_zero: bool = True
+    name: str,
+    label: str,
+    curves: Sequence[Curve],
+    size: tuple[int, int] = (400, 210),
+    bottom: float | None = 0,
+    top: float | None = None,
 ) -> str:
     """Curves over steps, as an <svg> element.
 
@@ -71,7 +76,7 @@ def draw_curves(
         name: differs from that of every other chart on the page.
         label: what a reader who does not see it is told.
         size: of the view box.
-        from_zero: whether the values' axis begins at zero.
+        bottom, top: where the values' axis begins and ends; None leaves it to them.
     """
     figure, axes = _begin(size)
     for curve in curves:
@@ -79,8 +84,7 @@ def draw_curves(
         marker = {"marker": ""} if len(steps) > MOST_MARKERS else {}
         axes.plot(steps, values, **STYLES[curve.style] | marker)
     axes.margins(x=0.02)
-    if from_zero:
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom, top)
     return _finish(figure, axes, name, label)
 
 

@@ -187,7 +187,7 @@ def judge(run: Run) -> list[str]:
         said.append("Nothing was evaluated on held-out data: how well it does on anything new is not known.")
     for name in run.scores:
         steps, scores = run.held_out(name)
-        before = f"went from {scores[0]:.3g} to" if len(scores) > 1 else "is"
+        before = "is" if scores[0] == scores[-1] else f"went from {scores[0]:.3g} to"
         said.append(f"{words(name).capitalize()} {before} {scores[-1]:.3g} (step {steps[-1]:,}).")
     if run.skipped:
         number = len(run.skipped)
@@ -297,10 +297,7 @@ def draw_loss(run: Run) -> Chart | None:
         said.append(f"held out {_describe(eval_steps, eval_losses)}")
         tables.append(_table("Held out", ("step", "loss"), eval_steps, eval_losses))
     label = f"Loss by optimizer step: {'; '.join(said)}"
-    svgs = [
-        draw_curves("loss-wide", label, curves, WIDE, False),
-        draw_curves("loss", label, curves, from_zero=False),
-    ]
+    svgs = [draw_curves("loss-wide", label, curves, WIDE, None), draw_curves("loss", label, curves, bottom=None)]
     return Chart("Loss per target token, in nats", label, svgs, tables, key)
 
 
@@ -310,7 +307,8 @@ def _draw_score(run: Run, name: str) -> Chart | None:
         return None
     title = f"{words(name).capitalize()}, held out"
     label = f"{title}: {_describe(steps, scores)}"
-    svg = draw_curves(f"score-{name}", label, [Curve(steps, scores, "held-out")])
+    top = 1.02 if 0 <= scores.min() <= scores.max() <= 1 else None
+    svg = draw_curves(f"score-{name}", label, [Curve(steps, scores, "held-out")], top=top)
     return Chart(title, label, [svg], [_table("", ("step", words(name)), steps, scores)])
 
 
