@@ -68,11 +68,11 @@ class Run:
         train = self.settings.get("train", {})
         if is_number(train.get("max_steps")) and train["max_steps"] > 0:
             return int(train["max_steps"])
-        factors = [train.get(name) for name in ("batch_size", "grad_accum")] + [self.fact("num_processes")]
-        counts = [*factors, train.get("epochs"), self.fact("examples", "num_train")]
-        if not all(is_number(count) and count > 0 for count in counts):
+        per_step = [train.get("batch_size"), train.get("grad_accum"), self.fact("num_processes")]
+        epochs, examples = train.get("epochs"), self.fact("examples", "num_train")
+        if not all(is_number(count) and count >= 1 for count in (*per_step, epochs, examples)):
             return None
-        return int(train["epochs"] * -(-self.fact("examples", "num_train") // math.prod(factors)))  # type: ignore
+        return int(epochs * -(-examples // math.prod(per_step)))
 
 
 def is_number(value: Any) -> bool:

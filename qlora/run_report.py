@@ -243,19 +243,18 @@ def list_tiles(run: Run) -> list[Tile]:
 
 def shorten(count: float) -> str:
     """1,234 as it is, then 123 k, 4.5 M, 6.74 B."""
-    for unit, name in ((1e9, " B"), (1e6, " M"), (1e4, " k")):
-        if count >= unit:
-            scaled = count / min(unit, 1e3) if name == " k" else count / unit
-            return f"{scaled:.3g}{name}" if scaled < 1000 else f"{scaled:,.0f}{name}"
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= max(1e4, 0.9995 * unit):
+            return f"{count / unit:.3g} {name}" if count < 999.5 * unit else f"{count / unit:,.0f} {name}"
     return f"{count:,.0f}"
 
 
 def span(seconds: float) -> str:
     """A time in its two largest units."""
-    minutes, hours = seconds / 60, seconds / 3600
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.3g} s"
-    return f"{minutes:.0f} min {seconds % 60:.0f} s" if minutes < 60 else f"{hours:.0f} h {minutes % 60:.0f} min"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 # ---- charts -------------------------------------------------------------------------------------------------

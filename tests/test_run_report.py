@@ -20,6 +20,8 @@ from qlora.run_report import (
     list_tiles,
     mark_changes,
     render_report,
+    shorten,
+    span,
     trace_samples,
     write_report,
 )
@@ -90,6 +92,30 @@ def test_what_matters_comes_first(tmp_path: Path) -> None:
     page = page_of(tmp_path)
     assert "The held-out loss fell from 1.732 (step 8) to 1.188 (step 24)." in page.text
     assert "1 step was skipped" in page.text and "Exact match went from 0.25 to 0.75 (step 24)." in page.text
+
+
+@pytest.mark.parametrize(
+    ("count", "told"),
+    [(0, "0"), (9_999, "9,999"), (10_000, "10 k"), (460_800, "461 k"), (999_700, "1 M"), (4_194_304, "4.19 M"),
+     (6_742_609_920, "6.74 B"), (1_234_567_890_123, "1,235 B")],
+)  # fmt: skip
+def test_counts_in_short(count: float, told: str) -> None:
+    assert shorten(count) == told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.1234, "0.123 s"), (59.4, "59.4 s"), (59.7, "1 min 0 s"), (399.6, "6 min 40 s"), (7140, "1 h 59 min")],
+)
+def test_times_in_short(seconds: float, told: str) -> None:
+    assert span(seconds) == told
+
+
+def test_steps_to_come_follow_from_the_data(tmp_path: Path) -> None:
+    """96 examples, 16 a step on each of 3 processes: 2 steps an epoch."""
+    train = {"batch_size": 8, "grad_accum": 2, "epochs": 5}
+    assert read_run(write_run(tmp_path, [], facts=FACTS | {"num_processes": 3}, train=train)).total_steps == 10
+    assert read_run(write_run(tmp_path, [], facts=None, train=train)).total_steps is None
 
 
 def test_a_rise_of_the_held_out_loss_is_said(tmp_path: Path) -> None:
