@@ -130,7 +130,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
             save_every=t.save_every, keep_best=t.keeps_best, max_skipped=t.max_skipped, save=output.save,
             log=output.log, keep_batch=output.keep_batch, stop=stop, say=output.say,
         )  # fmt: skip
-    say(f"adapter in {output.directory}, loss curve in {output.directory / 'loss.png'}")
+    say(f"adapter in {output.directory}, loss curve in loss.png, all about the run in report.html there")
     if t.push_to_hub is not None and accelerator.is_main_process:
         say(f"uploaded to {push_to_hub(output.directory, t.push_to_hub)}")
 

@@ -1,7 +1,7 @@
-"""python -m qlora {train, generate, merge, mix, import, inspect, export, push, check-data}.
+"""python -m qlora {train, generate, merge, mix, import, inspect, export, push, check-data, report}.
 
-The same jobs as train.py; merging; adapters of other tools; a look into an adapter, and at data; .gguf files; the
-hub.
+The same jobs as train.py; merging; adapters of other tools; a look into an adapter, at data, and at a run; .gguf
+files; the hub.
 """
 
 import math
@@ -284,6 +284,25 @@ def mix(argv: Sequence[str]) -> None:
     print(f"mixed adapter in {config.output_dir}: {accuracy[config.method]}")
 
 
+@dataclass
+class ReportConfig:
+    """Make the page of a run, finished or not: curves, samples, settings, in one file."""
+
+    directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")]
+    """Output directory of a run."""
+    output: str | None = None
+    """Where to write; by default OUTPUT_DIR/report.html."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def report(argv: Sequence[str]) -> None:
+    config = parse_args(ReportConfig, "python -m qlora report", argv)
+    from qlora.run_report import write_report
+
+    print(write_report(config.directory, config.output))
+
+
 def main(argv: Sequence[str]) -> None:
     import train
 
@@ -297,6 +316,7 @@ def main(argv: Sequence[str]) -> None:
         "inspect": inspect,
         "export": export,
         "push": push,
+        "report": report,
     }
     if argv and argv[0] in commands:
         commands[argv[0]](argv[1:])

@@ -105,6 +105,19 @@ def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, A
     return content
 
 
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that holds one a line; what a kill cut off is left out. No file, no lines."""
+    lines = []
+    for text in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
 def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
     """The tensors of a safetensors file, all in memory; arguments and errors as `read_json`."""
     from safetensors import SafetensorError

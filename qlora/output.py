@@ -3,6 +3,7 @@
     OUTPUT_DIR/run.json                  every setting, to reproduce it, and facts of its latest start
                metrics.jsonl, loss.png   one line per optimizer step; the curve at the end
                samples.jsonl             completions of fixed prompts as they change
+               report.html               all that is known of the run, refreshed while it goes on
                adapter_model.safetensors, adapter_config.json
                checkpoints/step-N/       full state
                skipped/step-N.jsonl      the examples of a step whose loss was not finite
@@ -50,8 +51,9 @@ from qlora.checkpoint import (
 from qlora.config import LoRAConfig, TrainConfig
 from qlora.device import GIB
 from qlora.errors import InputError, TrainingStopped
-from qlora.files import new_file
+from qlora.files import new_file, whole_lines
 from qlora.injection import lora_layers
+from qlora.live_report import LiveReport
 from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
@@ -118,7 +120,7 @@ class RunOutput:
             ) from error
         for folder in (self.directory, self.directory / "checkpoints"):
             for left in folder.glob(".*.[0-9]*.tmp"):  # qlora.files puts a process number there
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
     def _check_other_runs(self, resume: str | None) -> None:
         holds = [name for name in ("metrics.jsonl", WEIGHTS) if (self.directory / name).exists()]
@@ -204,6 +206,7 @@ class RunOutput:
             self._metrics = MetricsFile(self.directory / "metrics.jsonl", self.progress)
             samples = self.directory / "samples.jsonl"
             self._samples = MetricsFile(samples, self.progress, _is_sampled) if samples.exists() else None
+            self._page = LiveReport(self.directory, self.display.say)
         return self.optimizer
 
     def __enter__(self) -> RunOutput:
@@ -334,6 +337,7 @@ class RunOutput:
         best = self._find_best()
         if is_done and failure is None and best is not None and self.load_best:
             failure = self._adopt(best)
+        self._page.finish()
         self._lock.release()
         self.trackers.finish()
         if failure is not None:
@@ -434,15 +438,7 @@ class MetricsFile:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut off by a kill
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    return [line for line in whole_lines(path) if isinstance(line.get("step"), int)]
 
 
 def base_fingerprint(model: nn.Module) -> str:

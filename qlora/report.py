@@ -147,13 +147,14 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    from qlora.charts import smooth
+
     training, evaluations = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     steps, losses = [x["step"] for x in training], [x["loss"] for x in training]
-    width = smoothing_width(len(losses))
-    smooth = [sum(losses[max(0, end - width) : end]) / min(end, width) for end in range(1, len(losses) + 1)]
+    smoothed, width = smooth(losses)
     axes.plot(steps, losses, color="0.8", linewidth=1, label="training, each step")
-    axes.plot(steps, smooth, color="tab:blue", label=f"training, mean of {width} steps")
+    axes.plot(steps, smoothed, color="tab:blue", label=f"training, mean of {width} steps")
     if evaluations:
         held_out = [x["eval_loss"] for x in evaluations]
         axes.plot([x["step"] for x in evaluations], held_out, "o-", color="tab:orange", label="held out")

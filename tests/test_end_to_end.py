@@ -55,8 +55,8 @@ def test_training_learns_and_writes_everything(real_run: tuple[Path, list[str]])
     seen = losses(output_dir)
     assert len(seen) == 6 and seen[-1] < seen[0] - 0.2
     names = {path.name for path in output_dir.iterdir()}
-    wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "run.json"}
-    assert names == wanted | {"checkpoints", ".lock"}
+    wanted = {"adapter_model.safetensors", "adapter_config.json", "metrics.jsonl", "loss.png", "report.html"}
+    assert names == wanted | {"run.json", "checkpoints", ".lock"}
     assert sorted(p.name for p in (output_dir / "checkpoints").iterdir()) == [f"step-00000{n}" for n in (2, 4, 6)]
     state = load_file(output_dir / "adapter_model.safetensors")
     assert len(state) == 120 and all(t.dtype == torch.bfloat16 for t in state.values())
