@@ -81,8 +81,8 @@ class ChatConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: tuple[str, ...] = ()
-    """Adapter directories, each as DIRECTORY or NAME=DIRECTORY; the first one answers first, and --model is by default
-    the base that it names."""
+    """Adapters, each as DIRECTORY or NAME=DIRECTORY; the first one answers first, and --model is by default the
+    base that it names."""
     system: str = ""
     """System message."""
     max_new_tokens: int = GenerateConfig.max_new_tokens

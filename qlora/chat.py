@@ -435,7 +435,7 @@ class Chat:
                     self.note(f"out of memory ({error}); /reset begins a shorter conversation")
 
     def _start_reading(self) -> Callable[[], str]:
-        """A function that reads one message; on a terminal with line editing, and the resumed questions in reach."""
+        """A function that reads a message; on a terminal with line editing, resumed questions included."""
         is_interactive = self.console.is_terminal and sys.stdin.isatty()
         if is_interactive:
             with suppress(ImportError):  # not everywhere
