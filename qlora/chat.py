@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora.config import GenerateConfig
+from qlora.config import GenerateConfig, TrainConfig
 from qlora.errors import InputError, is_out_of_memory
 from qlora.files import new_file
 from qlora.generate import generate, stop_ids
@@ -273,7 +273,7 @@ class Chat:
 
     def _save(self) -> None:
         if self.history is not None:
-            self.history.save(from_turns(self.system, self.turns))
+            self.history.save(from_turns(self.system, self.turns) if self.turns else [])
 
     # ---- commands -------------------------------------------------------------------------------------------
 
@@ -368,7 +368,7 @@ class Chat:
                 changes[name] = kinds[name](value)
             except ValueError as error:
                 raise InputError(f"{name} is {value!r}; give a number.") from error
-        seed = changes.pop("seed", self.seed)
+        seed = TrainConfig(seed=changes.pop("seed", self.seed)).seed  # checked
         self.options, self.seed = replace(self.options, **changes), seed
         shown = {item.name: getattr(self.options, item.name) for item in fields(self.options)} | {"seed": seed}
         self._print("  ".join(f"{name}={shown[name]}" for name in kinds))
