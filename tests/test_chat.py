@@ -1,4 +1,4 @@
-"""The chat: answers are generate's, commands do what /help says, the history file is training data, whole and kept."""
+"""The chat: answers are those of generate, commands do what /help says, the history file is training data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 import qlora.chat
-from qlora.chat import COMMANDS, AnswerStream, Chat, History, from_turns, split_adapter, to_turns
+from qlora.chat import COMMANDS, AnswerStream, Chat, History, from_turns, split_adapter
 from qlora.config import GenerateConfig, LoRAConfig
 from qlora.errors import InputError
 from qlora.generate import generate
@@ -316,7 +316,7 @@ def test_the_base_of_a_pissa_adapter_does_not_answer_alone(tiny: Path, tmp_path:
 
 
 def test_a_stopped_answer_leaves_no_trace(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C at the third token: the conversation, the model and the next answers are as if it had not been asked."""
+    """Ctrl-C at the third token: conversation, model and the next answers are as if nothing had been asked."""
     chat = start(tiny)
     chat.ask("one")
     before = list(chat.turns)
