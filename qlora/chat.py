@@ -2,8 +2,11 @@
 
 A turn is a question and its whole answer. A stopped answer (Ctrl-C) is shown and forgotten with its question; one
 that reached --max-new-tokens is kept, and marked "weight": 0 in the history file, so that training reads it as
-context and learns no end from it. Answers are those of `generate` for the same messages: each turn reads the
-whole conversation anew, through the chat template.
+context and learns no end from it.
+
+Answers are those of `generate` for the same messages, through the chat template: each turn reads the conversation
+anew. Keys and values kept from the turn before would make a long one quicker to begin, but they were computed row
+by row, round otherwise, and in bf16 lead to other answers (docs/LOG.md).
 
 A conversation has one system message: /system begins a new one, or the saved answers would stand under a text
 that the model never read.
@@ -12,12 +15,13 @@ that the model never read.
 from __future__ import annotations
 
 import difflib
+import io
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ from rich.text import Text
 from qlora.config import GenerateConfig, TrainConfig
 from qlora.errors import InputError, is_out_of_memory
 from qlora.files import new_file
-from qlora.generate import generate, stop_ids
+from qlora.generate import end_ids, generate
 from qlora.lora_model import LoRAModel
 from qlora.model import load_tokenizer
 from qlora.records import read_records, to_messages
@@ -199,9 +203,8 @@ class Chat:
     def __post_init__(self) -> None:
         self.turns: list[Turn] = []
         self.tokenizers: dict[str | None, Any] = {None: load_tokenizer(self.name)}
-        self._notes = (
-            self.console if self.console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
-        )
+        elsewhere = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = self.console if self.console.is_terminal else elsewhere
         self._last: tuple[list[Turn], str] | None = None  # what /retry asks: the turns before it, the question
         self._num_answers = self._num_unread = 0
 
@@ -246,8 +249,8 @@ class Chat:
         self._num_answers += 1
         write(answer[len(stream.shown) :] if answer.startswith(stream.shown) else f"\n{answer}")
         ids = stream.ids or [-1]
-        cut_at = 0 if ids[-1] in stop_ids(self.model.model, tokenizer) else len(ids)
-        return answer.replace("\0", ""), cut_at  # no data file may hold a NUL
+        cut_at = 0 if ids[-1] in end_ids(self.model.model, tokenizer) else len(ids)
+        return answer.replace("\0", ""), cut_at  # no data file may hold it
 
     def _fit(self, turns: list[Turn], question: str, tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
         """(messages, most new tokens): the oldest turns are left out where the model cannot read them all."""
@@ -370,7 +373,7 @@ class Chat:
                 raise InputError(f"{name} is {value!r}; give a number.") from error
         seed = TrainConfig(seed=changes.pop("seed", self.seed)).seed  # checked
         self.options, self.seed = replace(self.options, **changes), seed
-        shown = {item.name: getattr(self.options, item.name) for item in fields(self.options)} | {"seed": seed}
+        shown = {**vars(self.options), "seed": seed}
         self._print("  ".join(f"{name}={shown[name]}" for name in kinds))
         self._print(f"model={self.name}  adapter={self.model.active_adapter or NO_ADAPTER}")
         self._print(f"system={self.system or '(none)'}  turns={len(self.turns)}")
@@ -414,11 +417,14 @@ class Chat:
             self.note(
                 f"{Path(self.name).name}, {f'adapter {adapter}' if adapter else 'no adapter'}; /help for help"
             )
+        for stream in (sys.stdin, self.console.file):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # bytes that are no text end no chat
         reading = self._start_reading()
         with suppress(EOFError):
             while True:
                 try:
-                    line = reading()
+                    line = reading().replace("\0", "")  # no data file may hold it
                     if line.startswith("/"):
                         if not self.command(line):
                             return

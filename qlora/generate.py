@@ -99,7 +99,7 @@ def generate(
 def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> Any:
     from transformers import GenerationConfig
 
-    stops = sorted(stop_ids(model, tokenizer))
+    stops = sorted(end_ids(model, tokenizer))
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -110,7 +110,7 @@ def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int, temper
     )
 
 
-def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer."""
     stops = model.generation_config.eos_token_id
     stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
