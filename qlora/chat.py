@@ -321,7 +321,9 @@ class Chat:
             for name, text in sides.items():
                 self._print(f"{name}: {show_controls(text)}")
             return
-        table = Table(*sides, expand=True)
+        table = Table(expand=True)
+        for name in sides:
+            table.add_column(Text(name), ratio=1)
         table.add_row(*(Text(show_controls(text)) for text in sides.values()))
         self.console.print(table, soft_wrap=False)
 
