@@ -566,7 +566,7 @@ class Terminal:
     def expect(self, pattern: str) -> str:
         """Read until the pattern appears after the last one found; returns what stood before it."""
         while (match := re.search(pattern, self.shown[self.position :])) is None:
-            ready, _, _ = select.select([self.file], [], [], 120)
+            ready, _, _ = select.select([self.file], [], [], 300)
             assert ready, f"{pattern!r} did not come; shown so far:\n{self.shown}"
             try:
                 raw = os.read(self.file, 65536).decode("utf-8", "replace")
