@@ -550,11 +550,16 @@ def load_adapter(
             weights.alpha, weights.dropout = saved.config.alpha_of(name), saved.config.dropout
             weights.scaling = saved.config.scaling_of(name, weights.rank)
     freeze_base(model)
+    compare_base(saved, base_model, say)
+    return written_config(saved)
+
+
+def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]) -> None:
+    """Note it where the adapter names another base than `base_model`: no more, for people move directories."""
     named = saved.description.get("base_model_name_or_path")
     theirs, ours = (Path(name).name if isinstance(name, str) else "" for name in (named, base_model))
-    if theirs and ours and theirs != ours:  # people move directories: no more than a note
-        say(f"note: the adapter {directory} names {_show(redact(theirs))} as its base, not {redact(ours)}")
-    return written_config(saved)
+    if theirs and ours and theirs != ours:
+        say(f"note: the adapter {saved.directory} names {_show(redact(theirs))} as its base, not {redact(ours)}")
 
 
 def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:

@@ -231,18 +231,20 @@ def _repeat(cache: Any, count: int) -> Any:
 def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
     from transformers import GenerationConfig
 
-    stops = model.generation_config.eos_token_id
-    stop_ids = set(stops if isinstance(stops, list) else [stops]) | {
-        tokenizer.eos_token_id,
-        end_of_turn_id(tokenizer),
-    }
-    stop_ids.discard(None)
+    stops = sorted(end_ids(model, tokenizer))
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=sorted(stop_ids) or None,
-        pad_token_id=next(i for i in (tokenizer.pad_token_id, *sorted(stop_ids), 0) if i is not None),
+        eos_token_id=stops or None,
+        pad_token_id=next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None),
     )
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    stops = model.generation_config.eos_token_id
+    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    return {stop for stop in stops if stop is not None}
 
 
 def stream_answer(

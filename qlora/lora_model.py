@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.adapter import build_adapter, load_adapter, read_adapter, save_adapter, settle_base
+from qlora.adapter import build_adapter, compare_base, load_adapter, read_adapter, save_adapter, settle_base
 from qlora.config import LoRAConfig
 from qlora.errors import InputError
 from qlora.initialize import base_shift, initialize_adapter
@@ -107,13 +107,17 @@ class LoRAModel(nn.Module):
             )
         self._add(name, lambda: create_adapter(self.model, config, seed, tokenizer))
 
-    def load_adapter(self, directory: str | Path, name: str) -> None:
+    def load_adapter(self, directory: str | Path, name: str, say: Callable[[str], Any] = print) -> None:
         """Read a saved adapter, at rest; one that changes its base (PiSSA) is alone there, and active at once.
 
+        Args:
+            say: hears of it where the adapter names another base than this model's `base_model`.
         Raises:
             InputError: every mismatch at once; the model is then unchanged.
         """
-        self._add(name, lambda: build_adapter(settle_base(read_adapter(directory), self.model), self.model))
+        saved = read_adapter(directory)
+        self._add(name, lambda: build_adapter(settle_base(saved, self.model), self.model))
+        compare_base(saved, self.base_model, say)
         if base_shift(self.model):
             self.set_adapter(name)
 

@@ -259,7 +259,12 @@ def fallback_template(tokenizer: "PreTrainedTokenizerBase") -> str:
     return ("{{ bos_token }}" if _bos_ids(tokenizer) else "") + FALLBACK_TEMPLATE
 
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # shown as \x1b: a terminal would obey them
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def show_controls(text: str) -> str:
+    """`text` with control characters written out, such as \\x1b: a terminal would obey them."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def format_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -270,7 +275,7 @@ def format_sample(example: Example, tokenizer: "PreTrainedTokenizerBase") -> str
     for trained, run in groupby(zip([False, *is_target], ids, strict=True), key=lambda pair: pair[0]):
         run_ids = [token for _, token in run if token != IGNORE_INDEX]
         text: Any = tokenizer.decode(run_ids, clean_up_tokenization_spaces=False)
-        text = _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+        text = show_controls(text)
         pieces.append(f"⟦{text}⟧" if trained else text)
     return f"{len(example)} tokens, {example.num_targets} targets between ⟦ and ⟧:\n{''.join(pieces)}"
 
