@@ -102,11 +102,12 @@ def train(config: RunConfig, name: str, data: str) -> None:
     say(parameter_summary(model))
     longest = max(len(example) for example in examples)
     num_tokens = most_tokens(t.batch_size, d.max_length, longest, d.packing, device.type)
-    settle_checkpointing(model, t.gradient_checkpointing, num_tokens, t.memory_budget_bytes, accelerator, say)
+    optim = choose_optimizer(t.optim, device, say)
+    budget = t.memory_budget_bytes
+    settle_checkpointing(model, t.gradient_checkpointing, num_tokens, budget, accelerator, say, optim)
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
-    optim = choose_optimizer(t.optim, device, say)
     fixed = {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
     fixed |= lora.variant() | {"max_grad_norm": t.max_grad_norm}
     fixed |= {"base": base_fingerprint(model), "data": data_fingerprint(examples), "optim": optim}

@@ -1,7 +1,7 @@
-"""python -m qlora {train, generate, merge, mix, import, inspect, export, push, check-data}.
+"""python -m qlora {train, generate, plan, merge, mix, import, inspect, export, push, check-data}.
 
-The same jobs as train.py; merging; adapters of other tools; a look into an adapter, and at data; .gguf files; the
-hub.
+The same jobs as train.py; the memory of a run before it is made; merging; adapters of other tools; a look into an
+adapter, and at data; .gguf files; the hub.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qlora.config import DataConfig, parse_args
+from qlora.config import DataConfig, RunConfig, parse_args, size_in_bytes
 from qlora.errors import InputError, run
 
 
@@ -72,6 +72,35 @@ def merge(argv: Sequence[str]) -> None:
     print(f"merged model in {config.output_dir}; load it {how}, see its README.md")
     if drift is not None:
         print(f"drift from base + adapter: {drift}")
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """Say what memory a run of train.py with the same flags would take, from the model's config alone."""
+
+    device: Literal["cuda", "cpu"] | None = None
+    """What it would run on; by default what is here."""
+    device_memory: str | None = None
+    """Memory of that device, as 24GiB or 24GB: whether the run fits, and if not what would make it."""
+
+
+def plan(argv: Sequence[str]) -> None:
+    config = parse_args(PlanConfig, "python -m qlora plan", argv)
+    if config.model.model is None:
+        raise InputError("No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file.")
+    size = size_in_bytes(config.device_memory or "")
+    if config.device_memory is not None and size is None:
+        raise InputError(
+            f"device_memory is {config.device_memory!r}; give --device-memory a size such as 24GiB or 24GB."
+        )
+    if config.generate.adapter is not None:
+        from qlora.adapter import read_adapter
+
+        config.lora = read_adapter(config.generate.adapter).config
+    from qlora.device import best_device
+    from qlora.plan import Planner, print_plan
+
+    print_plan(Planner(config.model.model, config.device or best_device().type, size), config)
 
 
 @dataclass
@@ -290,6 +319,7 @@ def main(argv: Sequence[str]) -> None:
     commands = {
         "train": train.main,
         "generate": train.main,
+        "plan": plan,
         "merge": merge,
         "mix": mix,
         "check-data": check,
