@@ -9,7 +9,8 @@ MLP's width and c the bytes of the compute dtype,
     c 2 F           gate and up               c 3 F             and the activation
 
 and in both, for layers with an adapter: c D, the input of q, k, v; the same for gate and up; c Q, of o; c F, of
-down. A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and
+down. Each adapter itself (lora.py) keeps h, c R; under dropout a mask, a byte for each input; under DoRA z, c for
+each output (`adapter_bytes`, as a mean over the layers). A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and
 K outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
 attention and MLP (Gemma 2 and 3) 8 D. Scores that are written out (Gemma 2's soft-capped attention) are not
 counted: a few times c x heads x the length of the token's sequence.
@@ -18,6 +19,9 @@ Layers below the first one that trains anything keep nothing. A recomputed layer
 lowest are recomputed: the backward pass comes to them when the others' activations are gone, so that the one layer
 it then holds in full takes no memory of its own. Beside all this, one layer at a time is differentiated: the
 gradients of what it keeps take as much again at most, and one of its weights is there in the compute dtype.
+
+The plan is of live tensors. A process takes more: Python and the libraries (0.37 GiB with torch, transformers and
+accelerate on Linux), on a GPU the CUDA context, and what an allocator keeps of freed memory.
 """
 
 from __future__ import annotations
@@ -96,6 +100,15 @@ def layer_bytes(
     if config.model_type == "gpt2":  # its GELU is written out in torch, and keeps one step more
         mlp = mlp * 4 // 3
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
+
+
+def adapter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that all adapted layers keep of one token, beside their inputs: h, dropout's mask and DoRA's z."""
+    kept = 0
+    for layer in lora_layers(model).values():
+        kept += layer.rank * dtype.itemsize + layer.in_features * (layer.dropout > 0)
+        kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
+    return kept
 
 
 def activation_bytes(layer: int, layer_input: int, num_tokens: int, num_layers: int, recomputed: int = 0) -> int:
@@ -188,6 +201,7 @@ def plan_recomputing(
     config: Any = model.config
     layers = differentiated_layers(model)
     layer = layer_bytes(config, dtype, adapted, fused=bool(layers) and is_fused(layers[0]))
+    layer += -(-adapter_bytes(model, dtype) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
     largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
