@@ -10,8 +10,10 @@ MLP's width and c the bytes of the compute dtype,
 
 and in both, for layers with an adapter: c D, the input of q, k, v; the same for gate and up; c Q, of o; c F, of
 down. Each adapter itself (lora.py) keeps h, c R; under dropout a mask, a byte for each input; under DoRA z, c for
-each output (`adapter_bytes`, as a mean over the layers). A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and
-K outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
+each output (`adapter_bytes`, as a mean over the layers).
+
+A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and K
+outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
 attention and MLP (Gemma 2 and 3) 8 D. Scores that are written out (Gemma 2's soft-capped attention) are not
 counted: a few times c x heads x the length of the token's sequence.
 
@@ -219,5 +221,5 @@ def plan_recomputing(
 
 
 def default_limit(plan: MemoryPlan, free: int) -> int:
-    """Bytes that a run takes at most unless a budget is given: what is loaded, and a share of what is then free."""
+    """Bytes that a run takes at most without a budget: what is loaded, and a share of what is then free."""
     return plan.base + plan.adapters + int(FREE_SHARE * free)

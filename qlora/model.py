@@ -391,10 +391,10 @@ def _declared_quantization(config: Any, model: str) -> QuantConfig | None:
     entries = declared if isinstance(declared, dict) else declared.to_dict()
     if not entries.get("load_in_4bit"):
         method = entries.get("quant_method")
-        raise InputError(f"--model {model} is stored in another quantization ({method!r:.60}); choose the original.")
-    return QuantConfig(
-        entries.get("bnb_4bit_quant_type", "fp4"), entries.get("bnb_4bit_use_double_quant", False)
-    )
+        raise InputError(
+            f"--model {model} is stored in another quantization ({method!r:.60}); choose the original."
+        )
+    return QuantConfig(entries.get("bnb_4bit_quant_type", "fp4"), entries.get("bnb_4bit_use_double_quant", False))
 
 
 def _finish(

@@ -39,7 +39,7 @@ from qlora.trained import add_tokens
 WIDTH = 115
 SMALLEST_RANK, SHORTEST_LENGTH = 8, 128  # that are proposed
 NOT_COUNTED = {
-    "cpu": "Not counted: what the C library keeps of freed memory. A mapped base is dropped where memory is short.",
+    "cpu": "Not counted: what the C library keeps of freed memory.",
     "cuda": "Not counted: the CUDA context and the allocator's rounding. Paged moments may move to main memory.",
 }
 
@@ -223,7 +223,9 @@ def print_plan(planner: Planner, config: RunConfig, console: Console | None = No
     plan = planner.plan(config)
     dtype = str(plan.dtype).removeprefix("torch.")
     console.print(f"{plan.summary}")
-    console.print(f"on {planner.device.type}, computing in {dtype}, {plan.num_tokens:,} tokens a micro-batch at most\n")
+    console.print(
+        f"on {planner.device.type}, computing in {dtype}, {plan.num_tokens:,} tokens a micro-batch at most\n"
+    )
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)

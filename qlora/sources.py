@@ -335,7 +335,9 @@ def _download(model: str, weights: bool) -> Path:
     pinned = {"revision": _download(model, False).name} if weights else {}
     patterns += ["*.safetensors"] if weights else []
     try:
-        found = snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"], **pinned)
+        found = snapshot_download(
+            model, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"], **pinned
+        )
         return Path(found)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")

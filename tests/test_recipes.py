@@ -1,4 +1,4 @@
-"""Every recipe in configs/ reads, takes the memory that it says, and trains: scaled down, with its own settings."""
+"""Every recipe in configs/ reads, takes the memory it says, and trains: scaled down, with its own settings."""
 
 from __future__ import annotations
 
@@ -62,11 +62,9 @@ def test_a_recipe_takes_what_it_says(recipe: str, monkeypatch: pytest.MonkeyPatc
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    in_and_out = {
-        "q_proj,v_proj": [(hidden, queries), (hidden, keys)],
-        "all-linear": [(hidden, queries), (hidden, keys), (hidden, keys), (queries, hidden)]
-        + [(hidden, mlp), (hidden, mlp), (mlp, hidden)],
-    }
+    q_and_v = [(hidden, queries), (hidden, keys)]
+    others = [(hidden, keys), (queries, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    in_and_out = {"q_proj,v_proj": q_and_v, "all-linear": q_and_v + others}
     planner: Planner | None = None
     for figure, flags in lines:
         settings = parse_args(PlanConfig, "plan", flags)
@@ -98,7 +96,7 @@ def test_golden_counts(recipe: str, lora: dict[str, Any], count: int) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_when_scaled_down(recipe: str, tmp_path: Path) -> None:
-    """Its own settings and architecture, two narrow layers: one step through train.py, and the adapter is there."""
+    """Its own settings and architecture, two narrow layers: a step through train.py, and the adapter is there."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
