@@ -13,8 +13,8 @@ Each point is a process of its own, for its peak of memory; the points take turn
 directions, and every step is made twice, the first as a warm-up. Figures are medians over the rounds. Memory is
 the peak of the steps (the kernel's VmHWM, or the CUDA allocator's) above what was resident before; beside it
 stands what qlora/memory.py plans, on a CPU with the base, which is mapped and read in the first step. The limit is
-that of benchmarks/roofline.py: it counts attention's products, whose share grows with the length; its softmax, which
-grows alike, is not in it.
+that of benchmarks/roofline.py: it counts attention's products, whose share grows with the length; its softmax,
+which grows alike, is not in it.
 """
 
 from __future__ import annotations

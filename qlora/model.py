@@ -349,7 +349,7 @@ def plan_base_model(
 
     Args:
         model, use_4bit, quant: as for `load_base_model`. Of a checkpoint in 4 bits its config says how.
-        compute_dtype, device: dtype of activations; "auto" measures if the device is this machine's CPU.
+        compute_dtype, device: dtype of activations; "auto" is bf16 on a GPU that is not here.
     Raises:
         InputError: as `load_base_model`, as far as the config shows it.
     """
@@ -357,9 +357,9 @@ def plan_base_model(
     if stored is not None and not use_4bit:
         raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
     quant = (stored or quant or QuantConfig()) if use_4bit else None
-    dtype = torch.bfloat16
-    if compute_dtype != "auto" or torch.device(device).type == "cpu":
-        dtype = _settle_compute_dtype(compute_dtype, torch.device("cpu"), cache=True)
+    device, dtype = torch.device(device), torch.bfloat16
+    if compute_dtype != "auto" or device.type == "cpu" or torch.cuda.is_available():
+        dtype = _settle_compute_dtype(compute_dtype, device, cache=True)
     network = empty_model(model)
     _finish(network, _EmptySource(network), model, quant, dtype, torch.device("meta"))
     return network.eval()

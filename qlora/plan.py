@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qlora.config import RunConfig
+from qlora.config import ModelConfig, RunConfig
 from qlora.device import GIB, available_memory, resident_memory
 from qlora.injection import (
     ParameterSummary,
@@ -95,21 +95,13 @@ class Planner:
 
     def __init__(self, name: str, device: str, device_memory: int | None = None) -> None:
         self.name, self.device = name, torch.device(device)
-        self._bases: dict[tuple[bool, QuantConfig], Any] = {}
-        self.process = resident_memory() if device == "cpu" else 0
-        if device_memory is None and (device == "cpu" or torch.cuda.is_available()):
-            device_memory = available_memory(self.device) + self.process
-        self.device_memory = device_memory
+        self.device_memory, self.process = device_memory, 0
+        self._bases: dict[tuple[bool, QuantConfig, str], Any] = {}
 
     def plan(self, config: RunConfig) -> RunPlan:
         """The plan of a run with these settings."""
-        m, t, d = config.model, config.train, config.data
-        quant = QuantConfig(m.quant_type, m.double_quant)
-        if (m.use_4bit, quant) not in self._bases:
-            base = plan_base_model(self.name, m.use_4bit, quant, m.compute_dtype, self.device)
-            self._bases[m.use_4bit, quant] = base
-        model = self._bases[m.use_4bit, quant]
-        tokenizer = None
+        t, d = config.train, config.data
+        model, tokenizer = self._base(config.model), None
         if config.lora.added_tokens:
             tokenizer = load_tokenizer(self.name)
             add_tokens(tokenizer, config.lora.added_tokens)
@@ -132,6 +124,17 @@ class Planner:
             plans[number], parameter_summary(model), num_tokens, number, len(decoder_layers(model)),
             model.compute_dtype, self.process, plans[-1].total + self.process, optim,
         )  # fmt: skip
+
+    def _base(self, m: ModelConfig) -> Any:
+        """The model on the meta device; with the first, what this process takes, now that all is imported."""
+        settings = (m.use_4bit, QuantConfig(m.quant_type, m.double_quant), m.compute_dtype)
+        if settings not in self._bases:
+            self._bases[settings] = plan_base_model(self.name, *settings, self.device)
+        if self.device.type == "cpu" and not self.process:
+            self.process = resident_memory()
+        if self.device_memory is None and (self.device.type == "cpu" or torch.cuda.is_available()):
+            self.device_memory = available_memory(self.device) + self.process
+        return self._bases[settings]
 
     def fits(self, plan: RunPlan) -> bool:
         """Whether the plan is within the device's memory; True where that is not known."""

@@ -330,14 +330,11 @@ def _download(model: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
-    # A snapshot's directory is called by its commit.
-    pinned = {"revision": _download(model, False).name} if weights else {}
-    patterns += ["*.safetensors"] if weights else []
+    revision = _download(model, False).name if weights else None  # a snapshot's directory is called by its commit
+    patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
+    others = ["consolidated*", "*/*"]
     try:
-        found = snapshot_download(
-            model, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"], **pinned
-        )
+        found = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=others)
         return Path(found)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
