@@ -22,8 +22,8 @@ lowest are recomputed: the backward pass comes to them when the others' activati
 it then holds in full takes no memory of its own. Beside all this, one layer at a time is differentiated: the
 gradients of what it keeps take as much again at most, and one of its weights is there in the compute dtype.
 
-The plan is of live tensors. A process takes more: Python and the libraries (0.37 GiB with torch, transformers and
-accelerate on Linux), on a GPU the CUDA context, and what an allocator keeps of freed memory.
+The plan is of live tensors. A process takes more: Python and the libraries (about 0.4 GiB with torch, transformers
+and accelerate on Linux), on a GPU the CUDA context, and what an allocator keeps of freed memory.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ from tests.tiny import tiny_tokenizer
 CONFIGS = Path(__file__).parent.parent / "configs"
 SHAPES = CONFIGS / "shapes"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "demo")
+README, PAGE = ((CONFIGS.parent / name).read_text() for name in ("README.md", "docs/qlora.md"))
 PLANNED = re.compile(r"^# +([\d.]+) GiB  (.*)$", re.MULTILINE)
+PAPER_GB = {"7b": 6.9, "13b": 11.3, "33b": 24.7, "65b": 45.0}  # arXiv 2305.14314, figure 6
 # Parameters as their authors and the hub give them.
 SIZES = {
     "llama-7b": 6_738_415_616,
@@ -65,18 +67,26 @@ def test_a_recipe_takes_what_it_says(recipe: str, monkeypatch: pytest.MonkeyPatc
     q_and_v = [(hidden, queries), (hidden, keys)]
     others = [(hidden, keys), (queries, hidden), (hidden, mlp), (hidden, mlp), (mlp, hidden)]
     in_and_out = {"q_proj,v_proj": q_and_v, "all-linear": q_and_v + others}
-    planner: Planner | None = None
+    planner = Planner(f"configs/shapes/{recipe}", "cuda")
     for figure, flags in lines:
         settings = parse_args(PlanConfig, "plan", flags)
         assert settings.model.model == f"configs/shapes/{recipe}" and settings.device == "cuda"
         assert f"--config configs/{recipe}.yaml" in " ".join(flags)
-        planner = planner or Planner(settings.model.model, settings.device)  # both lines: one model
         plan = planner.plan(settings)
         assert figure == f"{plan.total / GIB:.2f}"
         shapes = in_and_out[settings.lora.target_modules]
         trainable = settings.lora.rank * layers * sum(map(sum, shapes))
         assert plan.summary.trainable == trainable
         assert plan.summary.total == SIZES[recipe] + trainable
+    size = recipe.removeprefix("llama-")
+    if size in PAPER_GB:  # the comparison with the paper
+        plan = planner.plan(parse_args(PlanConfig, "plan", [*lines[0][1], "--batch-size", "1"]))
+        parts = [number / 1e9 for number in vars(plan.memory).values()]
+        row = [f"{plan.total / 1e9:.1f}", *(f"{part:.2f}" for part in parts[:4]), f"{sum(parts[4:]):.2f}"]
+        assert f"| {size.upper()} | {PAPER_GB[size]} | {' | '.join(row)} |" in PAGE
+        assert re.search(rf"^\| planned, GB: .*\| {row[0]} \|", README, re.MULTILINE)
+        less = (plan.total - 6 * plan.summary.trainable) / 1e9
+        assert re.search(rf"^\| without fp32 copies .*\| {less:.1f} \|", README, re.MULTILINE)
 
 
 @pytest.mark.parametrize(
