@@ -100,13 +100,11 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     say(parameter_summary(model))
     longest = max(len(example) for example in examples)
     num_tokens = most_tokens(t.batch_size, d.max_length, longest, d.packing, device.type)
-    _, plan = settle_checkpointing(
-        model, t.gradient_checkpointing, num_tokens, t.memory_budget_bytes, accelerator, say
-    )
+    optim, budget = choose_optimizer(t.optim, device, say), t.memory_budget_bytes
+    _, plan = settle_checkpointing(model, t.gradient_checkpointing, num_tokens, budget, accelerator, say, optim)
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
     total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
-    optim = choose_optimizer(t.optim, device, say)
     settings = run_settings(model, lora, t, examples, window, total_steps, optim)
     if config.generate.adapter is None and output.checkpoint is None:
         initialize_adapter(model, lora)  # may change the base, of which settings hold the original's fingerprint

@@ -12,8 +12,9 @@ them supervised, and keeps all activations. Two series:
 Each point is a process of its own, for its peak of memory; the points take turns, `--rounds` times, in both
 directions, and every step is made twice, the first as a warm-up. Figures are medians over the rounds. Memory is
 the peak of the steps (the kernel's VmHWM, or the CUDA allocator's) above what was resident before; beside it
-stands what qlora/memory.py plans. The limit is that of benchmarks/roofline.py: it counts attention's products,
-whose share grows with the length; its softmax, which grows alike, is not in it.
+stands what qlora/memory.py plans, on a CPU with the base, which is mapped and read in the first step. The limit is
+that of benchmarks/roofline.py: it counts attention's products, whose share grows with the length; its softmax,
+which grows alike, is not in it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
         "limit": limit,
         "attention": 1 - products / useful_flops(model, window),
         "peak": peak_memory_gib(device) * GIB - resident,
-        "plan": plan.total - plan.base - plan.adapters,
+        "plan": plan.total - plan.adapters - (plan.base if device.type == "cuda" else 0),
     }
 
 

@@ -1,7 +1,7 @@
-"""python -m qlora {train, generate, chat, merge, mix, import, inspect, export, push, check-data, report}.
+"""python -m qlora {train, generate, chat, plan, merge, mix, import, inspect, export, push, check-data, report}.
 
-The same jobs as train.py; a chat; merging; adapters of other tools; a look into an adapter, at data, and at a run; .gguf
-files; the hub.
+The same jobs as train.py; a chat; the memory of a run before it is made; merging; adapters of other tools; a look
+into an adapter, at data, and at a run; .gguf files; the hub.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from qlora.config import DataConfig, GenerateConfig, ModelConfig, TrainConfig, parse_args
+from qlora.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig, parse_args, size_in_bytes
 from qlora.errors import InputError, run
 from qlora.imports import collection_paused
 
@@ -129,6 +129,35 @@ def chat(argv: Sequence[str]) -> None:
     if config.history is not None:
         session.open_history(config.history)
     session.run()
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """Say what memory a run of train.py with the same flags would take, from the model's config alone."""
+
+    device: Literal["cuda", "cpu"] | None = None
+    """What it would run on; by default what is here."""
+    device_memory: str | None = None
+    """Memory of that device, as 24GiB or 24GB: whether the run fits, and if not what would make it."""
+
+
+def plan(argv: Sequence[str]) -> None:
+    config = parse_args(PlanConfig, "python -m qlora plan", argv)
+    if config.model.model is None:
+        raise InputError("No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file.")
+    size = size_in_bytes(config.device_memory or "")
+    if config.device_memory is not None and size is None:
+        raise InputError(
+            f"device_memory is {config.device_memory!r}; give --device-memory a size such as 24GiB or 24GB."
+        )
+    if config.generate.adapter is not None:
+        from qlora.adapter import read_adapter
+
+        config.lora = read_adapter(config.generate.adapter).config
+    from qlora.device import best_device
+    from qlora.plan import Planner, print_plan
+
+    print_plan(Planner(config.model.model, config.device or best_device().type, size), config)
 
 
 @dataclass
@@ -367,6 +396,7 @@ def main(argv: Sequence[str]) -> None:
         "train": train.main,
         "generate": train.main,
         "chat": chat,
+        "plan": plan,
         "merge": merge,
         "mix": mix,
         "check-data": check,

@@ -409,10 +409,15 @@ class TrainConfig:
     @property
     def memory_budget_bytes(self) -> int | None:
         """--memory-budget in bytes; None where it is not given or says no size."""
-        match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])(i?)B", self.memory_budget or "")
-        if match is None or not float(match[1]):
-            return None
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** (2 + "MGT".index(match[2])))
+        return size_in_bytes(self.memory_budget or "")
+
+
+def size_in_bytes(text: str) -> int | None:
+    """4GiB, 3.5GB, 800 MiB in bytes; None where it says no size."""
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])(i?)B", text)
+    if match is None or not float(match[1]):
+        return None
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** (2 + "MGT".index(match[2])))
 
 
 @dataclass

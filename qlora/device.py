@@ -81,6 +81,13 @@ def available_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def resident_memory() -> int:
+    """Bytes of main memory that this process takes."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Highest memory use so far: the CUDA allocator's, or the process's peak resident set on a CPU."""
     if device.type == "cuda":

@@ -159,7 +159,9 @@ class LoRAWeights(nn.Module):
         super().__init__()
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.scaling = alpha / rank if scaling is None else scaling
-        start = torch.empty(rank, in_features)
+        is_meta = device is not None and torch.device(device).type == "meta"
+        # Drawn on the CPU, so that all devices begin alike; on the meta device nothing is.
+        start = torch.empty(rank, in_features, device="meta" if is_meta else "cpu")
         if init == "gaussian":
             start.normal_(0.0, 1.0 / rank, generator=generator)
         else:

@@ -9,8 +9,11 @@ MLP's width and c the bytes of the compute dtype,
     c 2 F           gate and up               c 3 F             and the activation
 
 and in both, for layers with an adapter: c D, the input of q, k, v; the same for gate and up; c Q, of o; c F, of
-down. A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and
-K outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
+down. Each adapter itself (lora.py) keeps h, c R; under dropout a mask, a byte for each input; under DoRA z, c for
+each output (`adapter_bytes`, as a mean over the layers).
+
+A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and K
+outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
 attention and MLP (Gemma 2 and 3) 8 D. Scores that are written out (Gemma 2's soft-capped attention) are not
 counted: a few times c x heads x the length of the token's sequence.
 
@@ -18,16 +21,19 @@ Layers below the first one that trains anything keep nothing. A recomputed layer
 lowest are recomputed: the backward pass comes to them when the others' activations are gone, so that the one layer
 it then holds in full takes no memory of its own. Beside all this, one layer at a time is differentiated: the
 gradients of what it keeps take as much again at most, and one of its weights is there in the compute dtype.
+
+The plan is of live tensors. A process takes more: Python and the libraries (about 0.4 GiB with torch, transformers
+and accelerate on Linux), on a GPU the CUDA context, and what an allocator keeps of freed memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora.block import is_fused
 from qlora.device import GIB
@@ -98,6 +104,15 @@ def layer_bytes(
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 
 
+def adapter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that all adapted layers keep of one token, beside their inputs: h, dropout's mask and DoRA's z."""
+    kept = 0
+    for layer in lora_layers(model).values():
+        kept += layer.rank * dtype.itemsize + layer.in_features * (layer.dropout > 0)
+        kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
+    return kept
+
+
 def activation_bytes(layer: int, layer_input: int, num_tokens: int, num_layers: int, recomputed: int = 0) -> int:
     """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass.
 
@@ -137,18 +152,43 @@ def choose_recomputed(mode: str, totals: Sequence[int], limit: int) -> int:
     return next((number for number, total in enumerate(totals) if total <= limit), every)
 
 
-def plan_memory(
-    model: nn.Module, num_tokens: int, dtype: torch.dtype, recomputed: int = 0, chunk_size: int = 256
-) -> MemoryPlan:
-    """The plan of a run with this model (loaded, adapters in place) and micro-batches of `num_tokens`.
+def moment_bytes(parameter: Tensor, optim: str) -> int:
+    """Bytes of AdamW's two moments: in fp32, or (8 bits) a byte each and an fp32 scale for every 256.
 
-    The optimizer counts fp32 masters of bf16 adapters and two fp32 moments; gradients, the head's of one
+    bitsandbytes keeps those of fewer than 4,096 values in 32 bits.
+    """
+    size = parameter.numel()
+    if optim == "paged_adamw_8bit" and size >= 4096:
+        return 2 * (size + 4 * -(-size // 256))
+    return 8 * size
+
+
+def plan_memory(
+    model: nn.Module,
+    num_tokens: int,
+    dtype: torch.dtype,
+    recomputed: int = 0,
+    chunk_size: int = 256,
+    optim: str = "adamw",
+) -> MemoryPlan:
+    """The plan of a run with this model, adapters in place, and micro-batches of `num_tokens`.
+
+    The model may be loaded (`load_base_model`) or on the meta device (`plan_base_model`): only shapes and dtypes
+    are looked at. The optimizer counts fp32 masters of bf16 adapters and two moments; gradients, the head's of one
     micro-batch beside the sum, where the head trains. The base keeps what an adapter's copies stand for.
 
     Args:
         recomputed: number of layers whose activations are not kept.
         chunk_size: positions whose logits exist at a time.
+        optim: kind of optimizer; a paged one's moments count, wherever the driver may put them.
     """
+    return plan_recomputing(model, num_tokens, dtype, chunk_size, optim)[recomputed]
+
+
+def plan_recomputing(
+    model: nn.Module, num_tokens: int, dtype: torch.dtype, chunk_size: int = 256, optim: str = "adamw"
+) -> list[MemoryPlan]:
+    """`plan_memory` with 0, 1, ... all layers recomputed."""
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     replaced = {id(p): p for p in replaced_parameters(model).values()}
@@ -163,15 +203,23 @@ def plan_memory(
     config: Any = model.config
     layers = differentiated_layers(model)
     layer = layer_bytes(config, dtype, adapted, fused=bool(layers) and is_fused(layers[0]))
+    layer += -(-adapter_bytes(model, dtype) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
     largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
-    return MemoryPlan(
+    plan = MemoryPlan(
         base=sum(p.numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),
         gradients=4 * (count + head_size),
-        optimizer=masters + 8 * count,
-        activations=activation_bytes(layer, layer_input, num_tokens, len(layers), recomputed),
+        optimizer=masters + sum(moment_bytes(p, optim) for p in trainable),
+        activations=0,
         logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize) + head_copy,
         workspace=num_tokens * layer + largest * dtype.itemsize,
     )
+    kept = [activation_bytes(layer, layer_input, num_tokens, len(layers), n) for n in range(len(layers) + 1)]
+    return [replace(plan, activations=number) for number in kept]
+
+
+def default_limit(plan: MemoryPlan, free: int) -> int:
+    """Bytes that a run takes at most without a budget: what is loaded, and a share of what is then free."""
+    return plan.base + plan.adapters + int(FREE_SHARE * free)

@@ -29,7 +29,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ SIZE_LIMITS = {  # of a model's config: many times today's largest
     "num_local_experts": 2**14,
     "n_routed_experts": 2**14,
 }
+Source: TypeAlias = "SafetensorsSource | GGUFSource | _EmptySource"
 # Buffers that old checkpoints stored; today's modules compute them.
 STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -197,8 +198,11 @@ def _named_failure(what: str, remedy: str) -> Iterator[None]:
 
 
 def metadata_directory(model: str) -> Path:
-    """The directory with config.json and the tokenizer; for a .gguf they are converted once and kept."""
-    path = resolve_model(model)
+    """The directory with config.json and the tokenizer; for a .gguf they are converted once and kept.
+
+    Of a hub id no weights are downloaded.
+    """
+    path = resolve_model(model, weights=False)
     if path.suffix != ".gguf":
         return path
     target = cache_directory() / f"gguf-{_fingerprint([path])}"
@@ -311,7 +315,7 @@ def load_base_model(
     files = weight_files(path)
     cached = cache_directory() / f"base-{_fingerprint(files, quant)}" if use_4bit and cache else None
     network = empty_model(model)
-    source: SafetensorsSource | GGUFSource
+    source: Source
     if cached is None or not cached.is_dir():
         source = open_source(path)
         if source.packed:  # it is what a cache would hold
@@ -326,14 +330,83 @@ def load_base_model(
         except InputError as error:
             raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
     dtype = _settle_compute_dtype(compute_dtype, device, cache)
-    _fill(network, _stored_weights(network, source, quant if use_4bit else None, device), device)
+    _finish(network, source, model, quant if use_4bit else None, dtype, device)
+    network.generation_config = _generation_config(network, metadata_directory(model))
+    return network.eval()
+
+
+def plan_base_model(
+    model: str,
+    use_4bit: bool = True,
+    quant: QuantConfig | None = None,
+    compute_dtype: str = "auto",
+    device: torch.device | str = "cpu",
+) -> Any:
+    """What `load_base_model` returns, every tensor of the same shape and dtype, but on the meta device.
+
+    Nothing but the config is read, and of a hub id nothing else downloaded. Adapters go into it as into the loaded
+    model, and `plan_memory` counts both by the same lines.
+
+    Args:
+        model, use_4bit, quant: as for `load_base_model`. Of a checkpoint in 4 bits its config says how.
+        compute_dtype, device: dtype of activations; "auto" is bf16 on a GPU that is not here.
+    Raises:
+        InputError: as `load_base_model`, as far as the config shows it.
+    """
+    stored = _declared_quantization(load_config(model), model)
+    if stored is not None and not use_4bit:
+        raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
+    quant = (stored or quant or QuantConfig()) if use_4bit else None
+    device, dtype = torch.device(device), torch.bfloat16
+    if compute_dtype != "auto" or device.type == "cpu" or torch.cuda.is_available():
+        dtype = _settle_compute_dtype(compute_dtype, device, cache=True)
+    network = empty_model(model)
+    _finish(network, _EmptySource(network), model, quant, dtype, torch.device("meta"))
+    return network.eval()
+
+
+class _EmptySource:
+    """A source of weights that have a shape and nothing else."""
+
+    def __init__(self, network: Any) -> None:
+        self._shapes = _parameter_shapes(network)
+        self.path, self.names = Path(), set(self._shapes)
+        self.packed: dict[str, str] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def is_float(self, name: str) -> bool:
+        return True
+
+    def read(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
+
+
+def _declared_quantization(config: Any, model: str) -> QuantConfig | None:
+    """How a checkpoint's config says that its weights are quantized; None: they are not."""
+    declared = getattr(config, "quantization_config", None)
+    if declared is None:
+        return None
+    entries = declared if isinstance(declared, dict) else declared.to_dict()
+    if not entries.get("load_in_4bit"):
+        method = entries.get("quant_method")
+        raise InputError(
+            f"--model {model} is stored in another quantization ({method!r:.60}); choose the original."
+        )
+    return QuantConfig(entries.get("bnb_4bit_quant_type", "fp4"), entries.get("bnb_4bit_use_double_quant", False))
+
+
+def _finish(
+    network: Any, source: Source, model: str, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Make of an `empty_model` the base that computes, in place."""
+    _fill(network, _stored_weights(network, source, quant, device), device)
     _compute_in(network, dtype)
     fuse_blocks(network)
     network.compute_dtype = dtype
     network.source = model
     network.quantization = _quantization_of(network)
-    network.generation_config = _generation_config(network, metadata_directory(model))
-    return network.eval()
 
 
 def _settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:
@@ -444,7 +517,7 @@ def shifted_weight(weight: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([(rows.double() - part @ A).float() for rows, part in pieces])
 
 
-def _names_to_quantize(network: Any, source: SafetensorsSource | GGUFSource) -> set[str]:
+def _names_to_quantize(network: Any, source: Source) -> set[str]:
     """The weights to bring into 4 bits: linear layers, Conv1D and experts' matrices, the output head left out.
 
     None in a checkpoint that is quantized already: what it keeps in 16 bits it keeps on purpose.
@@ -473,9 +546,9 @@ def _transposed_names(network: Any) -> set[str]:
     return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, Conv1D)}
 
 
-def _read_packed(source: SafetensorsSource | GGUFSource, key: str, device: torch.device) -> Params4bit | None:
+def _read_packed(source: Source, key: str, device: torch.device) -> Params4bit | None:
     """The 4-bit weight stored under `key` and its companions, or None if it is stored dense."""
-    if isinstance(source, GGUFSource) or key not in source.packed:
+    if not isinstance(source, SafetensorsSource) or key not in source.packed:
         return None
     tensors = source.read_packed(key)
     try:
@@ -517,7 +590,7 @@ def _tied_names(network: Any) -> list[str]:
 
 
 def _stored_weights(
-    network: Any, source: SafetensorsSource | GGUFSource, quant: QuantConfig | None, device: torch.device
+    network: Any, source: Source, quant: QuantConfig | None, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, tied ones once, in the form that it is kept in; each is read when it is asked for.
 
@@ -577,7 +650,7 @@ def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.dev
     network.to(device)  # buffers: everything else lies there already
 
 
-def _match_names(network: Any, source: SafetensorsSource | GGUFSource) -> dict[str, str]:
+def _match_names(network: Any, source: Source) -> dict[str, str]:
     """Parameter name -> stored name, or one error that lists everything missing, extra or misshapen."""
     expected, transposed = _parameter_shapes(network), _transposed_names(network)
     prefix = network.base_model_prefix + "."

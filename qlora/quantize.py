@@ -95,7 +95,9 @@ def quantize_weight(weight: Tensor, config: QuantConfig) -> Params4bit:
     )
     if config.double_quant:
         state.offset = scales.mean()
-        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=256)
+        # bitsandbytes would keep the table of its first call for all later ones, from the meta device too.
+        table = torch.empty(256, device="meta") if weight.is_meta else None
+        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, table, blocksize=256)
         state.nested = True
     return _params4bit(torch.cat([codes for codes, _ in parts]), state)
 

@@ -301,9 +301,11 @@ def _decoder_names(num_layers: int) -> Iterable[str]:
         yield from (f"model.layers.{layer}.{part}" for part in parts)
 
 
-def resolve_model(model: str) -> Path:
+def resolve_model(model: str, weights: bool = True) -> Path:
     """A local directory or .gguf file for a path or hub id (downloaded through huggingface_hub).
 
+    Args:
+        weights: False leaves them on the hub.
     Raises:
         InputError: neither a path nor an id that the hub knows, or the hub is out of reach.
     """
@@ -316,18 +318,24 @@ def resolve_model(model: str) -> Path:
         return path
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"--model {model} does not exist; check the path.")
-    return _download(model)
+    return _download(model, weights)
 
 
 @_cache
-def _download(model: str) -> Path:
-    """The hub's snapshot of a model, without the second copy of the weights that some repositories hold."""
+def _download(model: str, weights: bool) -> Path:
+    """The hub's snapshot of a model, without the second copy of the weights that some repositories hold.
+
+    The weights are those of the commit that the config was taken from.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model"]
+    revision = _download(model, False).name if weights else None  # a snapshot's directory is called by its commit
+    patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
+    others = ["consolidated*", "*/*"]
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=["consolidated*", "*/*"]))
+        found = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=others)
+        return Path(found)
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise InputError(

@@ -39,12 +39,12 @@ from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
 from qlora.memory import (
-    FREE_SHARE,
     MemoryPlan,
     choose_recomputed,
     decoder_layers,
+    default_limit,
     differentiated_layers,
-    plan_memory,
+    plan_recomputing,
 )
 from qlora.optim import MasterOptimizer
 from qlora.packing import Batch, WindowOrder, deal_examples, make_batches, split_batch
@@ -203,6 +203,7 @@ def settle_checkpointing(
     memory_budget: int | None = None,
     accelerator: Accelerator | None = None,
     say: Callable[[str], Any] = print,
+    optim: str = "adamw",
 ) -> tuple[float, MemoryPlan]:
     """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
 
@@ -213,16 +214,17 @@ def settle_checkpointing(
         num_tokens: the most that a micro-batch holds.
         memory_budget: bytes for all that is planned; None = the base and half of the free memory.
         accelerator: of a run in several processes: they share the device's memory, and decide alike.
+        optim: kind of optimizer.
     Returns:
         (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
     """
     dtype, device = model.compute_dtype, next(model.parameters()).device
     layers = differentiated_layers(model)
-    plans = [plan_memory(model, num_tokens, dtype, n, CHUNK_SIZE) for n in range(len(layers) + 1)]
+    plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim)
     limit, source = memory_budget, "--memory-budget"
     if limit is None:
-        free = int(FREE_SHARE * _free_memory(device, accelerator))
-        limit, source = plans[0].base + plans[0].adapters + free, "what is loaded and half of what is free"
+        free = _free_memory(device, accelerator)
+        limit, source = default_limit(plans[0], free), "what is loaded and half of what is free"
     number = choose_recomputed(mode, [plan.total for plan in plans], limit)
     for index, layer in enumerate(layers):
         # What transformers' own switch does, but for making the embeddings' output want a gradient: layers below

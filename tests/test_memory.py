@@ -22,6 +22,7 @@ from qlora.injection import freeze_base, inject_lora, lora_layers
 from qlora.memory import (
     MemoryPlan,
     activation_bytes,
+    adapter_bytes,
     choose_recomputed,
     decoder_layers,
     differentiated_layers,
@@ -101,12 +102,14 @@ def test_a_layer_against_autograd(
     """A layer's plan is what autograd keeps, within 3 % (the h of adapted layers, a number a row of the norms)."""
     settings = dict(num_attention_heads=heads[0], num_key_value_heads=heads[1])
     model, num_tokens = adapted_model(tmp_path, 3, dtype, targets, **settings), 256  # fewer: attention in fp32
+    num_adapters = len(lora_layers(model)) // 3
     for layer in decoder_layers(model):
         if not fused:
             layer.__class__ = type(layer).__mro__[1]  # transformers' own
     assert is_fused(decoder_layers(model)[1]) == fused
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     planned = num_tokens * layer_bytes(model.config, getattr(torch, dtype), adapted, fused)
+    assert adapter_bytes(model, getattr(torch, dtype)) == 3 * num_adapters * model.compute_dtype.itemsize
     measured = kept_by_layer(model, num_tokens)
     assert measured[2] > measured[0] > 0  # below the first adapter the input needs no gradient
     assert 0.97 < planned / measured[2] < 1.01
@@ -124,7 +127,30 @@ def test_layers_below_the_first_adapted_one_keep_nothing(tmp_path: Path) -> None
     assert reached == [2, 3, 4]
     assert differentiated_layers(model) == layers[2:]
     plan = plan_memory(model, NUM_TOKENS, torch.float32).activations
-    assert plan == 3 * NUM_TOKENS * layer_bytes(model.config, torch.float32, fused=is_fused(layers[0]))
+    layer = layer_bytes(model.config, torch.float32, fused=is_fused(layers[0]))
+    # Of the 3 layers 2 have adapters: q's and v's h, rank 1 in fp32; the mean is rounded up.
+    assert plan == 3 * NUM_TOKENS * (layer + -(-2 * 2 * 4 // 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        (dict(rank=32), 0.05),
+        (dict(rank=1, dropout=0.1), 0.05),
+        (dict(rank=1, use_dora=True), 0.2),
+        (dict(rank=16, dropout=0.1, use_dora=True), 0.3),
+    ],
+)
+def test_what_an_adapter_keeps_against_autograd(tmp_path: Path, settings: dict[str, Any], share: float) -> None:
+    """h, dropout's masks and DoRA's z, which are a good part of a small layer; they were left out."""
+    path = save_tiny_llama(tmp_path / "llama", num_hidden_layers=3)
+    model = load_base_model(str(path), compute_dtype="bfloat16", cache=False)
+    inject_lora(model, LoRAConfig(target_modules="all-linear", **settings))
+    freeze_base(model)
+    measured = kept_by_layer(model.train(), 256)[2]
+    adapters = 256 * adapter_bytes(model, torch.bfloat16) / 3
+    assert adapters > share * measured
+    assert 0.97 < plan_memory(model, 256, torch.bfloat16).activations / 3 / measured < 1.01
 
 
 def test_trained_embeddings_differentiate_every_layer(tmp_path: Path) -> None:

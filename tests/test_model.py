@@ -1113,7 +1113,10 @@ def test_the_compute_dtype_is_measured_once(
 def test_a_hub_id_is_downloaded_once_and_without_second_copies(
     llama: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some repositories hold the weights twice (consolidated.safetensors, onnx/, original/)."""
+    """Some repositories hold the weights twice (consolidated.safetensors, onnx/, original/).
+
+    The config is asked for first, without weights; these are then of the same commit.
+    """
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -1125,7 +1128,8 @@ def test_a_hub_id_is_downloaded_once_and_without_second_copies(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert torch.equal(logits(load("owner/hub-test")), logits(load(llama)))
-    assert [call.pop("name") for call in asked] == ["owner/hub-test"]
+    assert [call.pop("name") for call in asked] == ["owner/hub-test", "owner/hub-test"]
+    assert [call.pop("revision", None) for call in asked] == [None, llama.name]
     wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
     others = [
         "consolidated.safetensors",
@@ -1133,4 +1137,6 @@ def test_a_hub_id_is_downloaded_once_and_without_second_copies(
         "onnx/model.safetensors",
         "pytorch_model.bin",
     ]
-    assert list(filter_repo_objects([*wanted, *others], **asked[0])) == wanted
+    assert list(filter_repo_objects([*wanted, *others], **asked[1])) == wanted
+    without_weights = [name for name in wanted if not name.endswith(".safetensors")]
+    assert list(filter_repo_objects([*wanted, *others], **asked[0])) == without_weights

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     words = [STAND_INS.get(word, word) for word in shlex.split(command)]
     trains = "train.py" in words and "--prompt" not in words
-    outputs = [value for flag, value in zip(words, words[1:], strict=False) if flag.startswith("--output")]
+    outputs = [value for flag, value in pairwise(words) if flag.startswith("--output")]
     for output in map(Path, outputs or ["out"] * trains):
         if output.exists() and "--resume" not in words:
             shutil.rmtree(output) if output.is_dir() else output.unlink()
