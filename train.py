@@ -7,6 +7,7 @@
 This file is the table of contents of a run: each step's chapter is a module of qlora/.
 """
 
+import hashlib
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def answer(config: RunConfig, name: str) -> None:
         from qlora.generate import stream_answer
         from qlora.model import load_base_model, load_tokenizer
         from qlora.quantize import QuantConfig
+        from qlora.tokenize import set_chat_template
 
     m, gen = config.model, config.generate
     quant = QuantConfig(m.quant_type, m.double_quant)
@@ -45,7 +47,10 @@ def answer(config: RunConfig, name: str) -> None:
     if gen.adapter is not None:
         load_adapter(model, gen.adapter, name)
     options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
-    stream_answer(model, load_tokenizer(name, gen.adapter), gen.prompt or "", *options)
+    tokenizer = load_tokenizer(name, gen.adapter)
+    if config.data.chat_template is not None:
+        set_chat_template(tokenizer, config.data.chat_template)
+    stream_answer(model, tokenizer, gen.prompt or "", *options)
 
 
 def train(config: RunConfig, name: str, data: str) -> None:
@@ -60,13 +65,14 @@ def train(config: RunConfig, name: str, data: str) -> None:
         from qlora.device import best_device
         from qlora.hub import check_destination, push_to_hub
         from qlora.initialize import initialize_adapter
-        from qlora.injection import freeze_base, inject_lora, parameter_summary
+        from qlora.injection import freeze_base, inject_lora, parameter_summary, set_tokenizer
         from qlora.interrupt import StopRequest
         from qlora.model import load_base_model, load_tokenizer
         from qlora.optim import build_schedule, choose_optimizer
         from qlora.output import RunOutput, base_fingerprint, data_fingerprint
-        from qlora.packing import most_tokens
+        from qlora.packing import WindowOrder, lengths_of, most_tokens
         from qlora.quantize import QuantConfig
+        from qlora.tokenize import set_chat_template
         from qlora.trained import add_tokens
         from qlora.trainer import fit, settle_checkpointing
 
@@ -86,10 +92,13 @@ def train(config: RunConfig, name: str, data: str) -> None:
 
     tokenizer = load_tokenizer(name, config.generate.adapter)
     add_tokens(tokenizer, lora.added_tokens)
+    if d.chat_template is not None:
+        set_chat_template(tokenizer, d.chat_template)
     examples, held_out = load_examples(
         data, tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data, eval_split=d.eval_split,
         seed=t.seed, say=say, show_sample=d.show_sample, on_bad_row=d.on_bad_row, bad_rows_file=output.bad_rows,
-        parse_special=d.parse_special, num_workers=d.num_workers,
+        parse_special=d.parse_special, num_workers=d.num_workers, weights=d.weights, columns=d.column_names,
+        cache=d.token_cache,
     )  # fmt: skip
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
     with accelerator.main_process_first():  # the others find the quantized base in the cache
@@ -99,19 +108,25 @@ def train(config: RunConfig, name: str, data: str) -> None:
     else:
         inject_lora(model, lora, t.seed, tokenizer)
         freeze_base(model)
+    if d.chat_template is not None:
+        set_tokenizer(model, tokenizer)
     say(parameter_summary(model))
-    longest = max(len(example) for example in examples)
+    longest = max(lengths_of(examples))
     num_tokens = most_tokens(t.batch_size, d.max_length, longest, d.packing, device.type)
     settle_checkpointing(model, t.gradient_checkpointing, num_tokens, t.memory_budget_bytes, accelerator, say)
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
-    total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
+    total_steps = t.max_steps or t.epochs * WindowOrder(examples.sources, window, t.seed).steps_per_epoch
     optim = choose_optimizer(t.optim, device, say)
     fixed = {k: getattr(t, k) for k in ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")}
     fixed |= lora.variant() | {"max_grad_norm": t.max_grad_norm}
     fixed |= {"base": base_fingerprint(model), "data": data_fingerprint(examples), "optim": optim}
     fixed |= {"compute_dtype": str(model.compute_dtype).removeprefix("torch.")}
     fixed |= {"examples_per_step": window, "total_steps": total_steps}
+    if d.weights:
+        fixed["data_weights"] = d.data_weights
+    if d.chat_template is not None:
+        fixed["chat_template"] = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
     if config.generate.adapter is None and output.checkpoint is None:
         initialize_adapter(model, lora)  # may change the base, of which `fixed` holds the original's fingerprint
     optimizer = output.begin(

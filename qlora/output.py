@@ -50,6 +50,7 @@ from qlora.injection import lora_layers
 from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
+from qlora.token_store import digests_of
 from qlora.tokenize import IGNORE_INDEX, Example
 from qlora.trained import base_name, replaced_parameters
 
@@ -360,8 +361,5 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
-    """Identity of the tokenised training data, order included."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.input_ids.numpy().tobytes() + b"|" + example.targets.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Identity of the tokenised training data, order included; in memory or mapped, it is the same."""
+    return hashlib.sha256(digests_of(examples).tobytes()).hexdigest()[:16]

@@ -40,7 +40,15 @@ from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
 from qlora.memory import FREE_SHARE, choose_recomputed, decoder_layers, differentiated_layers, plan_memory
 from qlora.optim import MasterOptimizer
-from qlora.packing import Batch, WindowOrder, deal_examples, make_batches, split_batch
+from qlora.packing import (
+    Batch,
+    WindowOrder,
+    deal_examples,
+    lengths_of,
+    make_batches,
+    sources_of,
+    split_batch,
+)
 from qlora.tokenize import Example
 
 
@@ -167,9 +175,10 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    mine = deal_examples([len(e) for e in examples], accelerator.num_processes)[accelerator.process_index]
+    lengths = lengths_of(examples)
+    mine = deal_examples(lengths, accelerator.num_processes)[accelerator.process_index]
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    longest = max(len(e) for e in examples)
+    longest = max(lengths)
     rows, kind = max(1, budget // longest), accelerator.device.type
     waiting = make_batches([examples[i] for i in mine], rows, longest, packing, kind)
     while waiting and not sums[2]:
@@ -344,7 +353,7 @@ def fit(
     """
     progress = progress or Progress()
     rank, devices = accelerator.process_index, accelerator.num_processes
-    order = WindowOrder(len(examples), batch_size * grad_accum * devices, seed)
+    order = WindowOrder(sources_of(examples), batch_size * grad_accum * devices, seed)
     budget = batch_size * max_length
     model.train()
     for parameter in lora_parameters(model):
