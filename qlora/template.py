@@ -70,9 +70,8 @@ class ChatTemplate:
         return self._render(messages, tools, opens_turn, origin, blank)
 
     def _settle_blank(self) -> str | None:
-        """What stands for the content of a call: null, as OpenAI writes it, or "" if the template takes only text.
-
-        (To some templates "" is an answer without calls.)
+        """What stands for no content beside a call: null, as OpenAI writes it (transformers drops such a key); or
+        "" for a template that fails without. (To some, "" is an answer without calls.)
         """
         if not self._blank:
             try:
@@ -206,8 +205,9 @@ def _with_other_call(messages: Messages) -> Messages:
 
 def _variants(messages: Messages, tools: list[dict[str, Any]]) -> Iterator[tuple[str, Messages, list[Any]]]:
     """(what was changed, messages, tools), for each thing that must leave a trace."""
-    for number in range(len(tools)):
-        yield "the tools", messages, [*tools[:number], *tools[number + 1 :]]
+    for number, tool in enumerate(tools):
+        renamed = tool | {"function": tool["function"] | {"name": tool["function"]["name"] + "_other"}}
+        yield "the tools", messages, [*tools[:number], renamed, *tools[number + 1 :]]
     for index, turn in enumerate(messages):
 
         def changed(turn: dict[str, Any], index: int = index) -> Messages:

@@ -35,8 +35,7 @@ import numpy as np
 import torch
 
 from qlora.device import cache_directory
-from qlora.errors import InputError
-from qlora.files import new_directory, read_json
+from qlora.files import new_directory
 from qlora.rows import BadRow
 from qlora.tokenize import EncodeReport, Example
 
@@ -134,7 +133,7 @@ class TokenStore(Sequence[Example]):
         self._file = pa.ipc.open_file(source)
         batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
         lengths = [np.diff(batch.column(1).offsets.to_numpy()) for batch in batches]
-        self.lengths = np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
+        self.lengths = np.concatenate(lengths).astype(np.int64)
         self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
 
     @cached_property
@@ -203,13 +202,13 @@ def read_store(directory: Path) -> TokenStore | None:
 
     rows = directory / ROWS
     try:
-        described = read_json(directory / REPORT, "delete it")
+        described = json.loads((directory / REPORT).read_bytes())
         if rows.stat().st_size != described["size"] or _checksum(rows) != described["crc32"]:
             return None
         bad_rows = [BadRow(str(where), str(problem)) for where, problem in described["bad_rows"]]
         store = TokenStore(rows, EncodeReport(**described["report"]), bad_rows)
         os.utime(directory)  # used now
-    except (InputError, OSError, KeyError, TypeError, ValueError, pa.ArrowException):
+    except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException):
         return None
     return store
 

@@ -455,7 +455,7 @@ def test_the_record_is_not_changed():
         ({"messages": ["Hi"]}, "message 1 of messages is 'Hi' (str); write a list of messages"),
         (
             {"messages": [USER_HI, {"role": "tool", "content": "3"}]},
-            "message 2 of messages has the role 'tool'; use system, ",
+            "message 2, '3', is from the tool, not the assistant; let user and assistant alternate",
         ),
         ({"messages": [{"content": "Hi"}]}, "message 1 of messages has the role null"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "message 1 of messages has the role ['user']"),
