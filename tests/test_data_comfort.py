@@ -15,6 +15,7 @@ import pytest
 import train
 from qlora.__main__ import main as qlora_main
 from qlora.errors import InputError
+from qlora.export import export_model
 from qlora.model import load_tokenizer
 from qlora.tokenize import encode_prompt
 from tests.models import save_tiny_llama
@@ -107,6 +108,12 @@ def test_a_resumed_run_ends_alike(run: Path, folder: Path, tmp_path: Path, optio
             train.main([*flags_of(folder), *changed, "--output-dir", str(tmp_path), "--resume", "auto"])
 
 
+def template_of(file: Path) -> str:
+    from gguf import GGUFReader
+
+    return GGUFReader(file).fields["tokenizer.chat_template"].contents()
+
+
 def test_the_template_goes_with_the_adapter(run: Path, folder: Path, tmp_path: Path) -> None:
     """Its directory, each checkpoint, the merged model, and a run that goes on with it."""
     model, question = str(folder / "model"), [{"role": "user", "content": "Hi"}]
@@ -120,6 +127,16 @@ def test_the_template_goes_with_the_adapter(run: Path, folder: Path, tmp_path: P
     merged = load_tokenizer(str(tmp_path / "m"))
     assert merged.chat_template == OWN_TEMPLATE
     assert encode_prompt(question, merged) == encode_prompt(question, tokenizer)
+    add_vocabulary = "qlora.export.add_vocabulary"  # the tiny tokenizer is none of llama.cpp's
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            add_vocabulary, lambda writer, tokenizer, *_: writer.add_chat_template(tokenizer.chat_template)
+        )
+        export_model(model, tmp_path / "a.gguf", "f32", str(run))
+        export_model(model, tmp_path / "base.gguf", "f32")
+    export_model(str(tmp_path / "base.gguf"), tmp_path / "b.gguf", "f32", str(run))
+    templates = [template_of(tmp_path / name) for name in ("base.gguf", "a.gguf", "b.gguf")]
+    assert templates == [CHATML_TEMPLATE, OWN_TEMPLATE, OWN_TEMPLATE]
     more = ["--model", model, "--data", str(folder / "tokens.jsonl"), "--on-bad-row", "skip", "--max-steps", "1"]
     train.main([*more, "--adapter", str(run), "--output-dir", str(tmp_path / "more")])
     assert load_tokenizer(model, tmp_path / "more").chat_template == OWN_TEMPLATE

@@ -218,7 +218,6 @@ def test_columns_and_bad_rows_in_every_kind_of_file(kind: str, tmp_path: Path) -
             on_bad_row="skip",
             bad_rows_file=listed,
             cache=cache,
-            num_workers=2 * (not cache),
         )
         found.append((texts(examples), said[0].partition("; ")[0], listed.read_text()))
     assert found[0] == found[1] == found[2] and len(found[0][0]) == 299
