@@ -123,8 +123,8 @@ def train(config: RunConfig, name: str, data: str) -> None:
     fixed |= {"base": base_fingerprint(model), "data": data_fingerprint(examples), "optim": optim}
     fixed |= {"compute_dtype": str(model.compute_dtype).removeprefix("torch.")}
     fixed |= {"examples_per_step": window, "total_steps": total_steps}
-    if d.weights:
-        fixed["data_weights"] = d.data_weights
+    if set(d.weights) - {1.0}:
+        fixed["data_weights"] = d.weights
     if d.chat_template is not None:
         fixed["chat_template"] = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()[:16]
     if config.generate.adapter is None and output.checkpoint is None:

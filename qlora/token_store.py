@@ -1,10 +1,14 @@
-"""Tokenised rows of one source as a file of Arrow that is mapped into memory, and its cache.
+"""Tokenised rows of one source as files that are mapped into memory (numpy.memmap), and their cache.
 
-    TokenWriter   rows one after another -> a directory, whole or absent; a piece of it in memory at a time
+    TokenWriter   rows one after another -> a directory, whole or absent; one of them in memory at a time
     TokenStore    the directory, or a copy in memory -> Example by number; pages are read as they are asked for
 
-    DIRECTORY/rows.arrow    origin, input_ids, targets (int32, shifted already), digest (of these), num_targets
-              report.json   what became of the others: counts, bad rows; size and checksum of rows.arrow
+    DIRECTORY/tokens.bin    int32: input_ids and targets (shifted already) of the first row, of the second, ...
+              origins.bin   where each row stood, a line each
+              index.bin     ROW for each: where its tokens and its origin begin, counts, a digest of its tokens
+              report.json   what became of the other rows: counts, the bad ones; checksums of the files
+
+(Arrow would say the same in one file; but importing it costs every start a tenth of a second.)
 
 Why not a stream of rows into training, as for data that no disk holds: a stream is shuffled within a window only,
 and to resume it is to read it again from its beginning. Rows that can be asked for by number keep the shuffle of a
@@ -27,7 +31,6 @@ import shutil
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -40,9 +43,15 @@ from qlora.rows import BadRow
 from qlora.tokenize import EncodeReport, Example
 
 FORMAT = 1
-CHUNK_TOKENS, CHUNK_ROWS = 2**18, 2**12  # at which rows that wait are written: 2 MB
 MAX_CACHE = 20 * 10**9  # bytes
-ROWS, REPORT = "rows.arrow", "report.json"
+ROW = np.dtype(
+    [
+        ("start", "i8"), ("length", "i4"), ("num_targets", "i4"), ("origin", "i8"), ("num_letters", "i4"),
+        ("digest", "u8"),
+    ]
+)  # fmt: skip
+INDEX, TOKENS, ORIGINS, REPORT = "index.bin", "tokens.bin", "origins.bin", "report.json"
+FILES: dict[str, Any] = {INDEX: ROW, TOKENS: np.int32, ORIGINS: np.uint8}
 
 
 def row_digest(input_ids: np.ndarray, targets: np.ndarray) -> int:
@@ -62,61 +71,35 @@ def digests_of(examples: Sequence[Example]) -> np.ndarray:
 
 
 class TokenWriter:
-    """Writes rows into `sink`, a path or a buffer; `add` each, then `close`."""
+    """Writes rows into files of a directory, to be closed, or (None) into memory; `add` each."""
 
-    def __init__(self, sink: Any) -> None:
-        import pyarrow as pa
-
-        tokens = pa.list_(pa.int32())
-        self.schema = pa.schema(
-            {
-                "origin": pa.string(),
-                "input_ids": tokens,
-                "targets": tokens,
-                "digest": pa.uint64(),
-                "num_targets": pa.int32(),
-            }
-        )
-        self._writer = pa.ipc.new_file(str(sink) if isinstance(sink, Path) else sink, self.schema)
-        self._waiting: list[tuple[str, np.ndarray, np.ndarray, int, int]] = []
-        self._num_waiting = 0
-        self.num_rows = 0
+    def __init__(self, directory: Path | None) -> None:
+        self.files: dict[str, Any] = {
+            name: io.BytesIO() if directory is None else (directory / name).open("wb") for name in FILES
+        }
+        self.num_rows = self._num_tokens = self._num_letters = 0
 
     def add(self, example: Example) -> None:
         ids, targets = (tensor.numpy().astype(np.int32) for tensor in (example.input_ids, example.targets))
-        self._waiting.append((example.origin, ids, targets, row_digest(ids, targets), example.num_targets))
-        self._num_waiting += len(ids)
+        origin = example.origin.encode("utf-8", "surrogateescape") + b"\n"
+        place = (self._num_tokens, len(ids), example.num_targets, self._num_letters, len(origin) - 1)
+        self.files[INDEX].write(np.array([(*place, row_digest(ids, targets))], ROW).tobytes())
+        self.files[TOKENS].write(ids.tobytes() + targets.tobytes())
+        self.files[ORIGINS].write(origin)
+        self._num_tokens += 2 * len(ids)
+        self._num_letters += len(origin)
         self.num_rows += 1
-        if self._num_waiting >= CHUNK_TOKENS or len(self._waiting) >= CHUNK_ROWS:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow as pa
-
-        if not self._waiting:
-            return
-        origins, ids, targets, digests, counts = zip(*self._waiting, strict=True)
-        offsets = pa.array(np.cumsum([0, *map(len, ids)], dtype=np.int32))
-        lists = [pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(rows))) for rows in (ids, targets)]
-        columns = [
-            pa.array(origins, pa.string()),
-            *lists,
-            pa.array(digests, pa.uint64()),
-            pa.array(counts, pa.int32()),
-        ]
-        self._writer.write_batch(pa.record_batch(columns, schema=self.schema))
-        self._waiting, self._num_waiting = [], 0
 
     def close(self) -> None:
-        self._flush()
-        self._writer.close()
+        for file in self.files.values():
+            file.close()
 
 
 class TokenStore(Sequence[Example]):
     """Rows of one source in the source's order.
 
     Args:
-        file: what a TokenWriter wrote: a path, which is mapped, or a buffer.
+        index, tokens, origins: what a TokenWriter wrote: (rows,) ROW, int32 and uint8, in memory or mapped.
         report: what became of all the source's rows.
         bad_rows: those among them that cannot be used.
     Attributes:
@@ -125,31 +108,28 @@ class TokenStore(Sequence[Example]):
         target_counts: (rows,) int32.
     """
 
-    def __init__(self, file: Path | bytes, report: EncodeReport, bad_rows: list[BadRow]) -> None:
-        import pyarrow as pa
-
+    def __init__(
+        self,
+        index: np.ndarray,
+        tokens: np.ndarray,
+        origins: np.ndarray,
+        report: EncodeReport,
+        bad_rows: list[BadRow],
+    ) -> None:
+        self._index, self._tokens, self._origins = index, tokens, origins
         self.report, self.bad_rows = report, bad_rows
-        source = pa.memory_map(str(file)) if isinstance(file, Path) else pa.py_buffer(file)
-        self._file = pa.ipc.open_file(source)
-        batches = [self._file.get_batch(number) for number in range(self._file.num_record_batches)]
-        lengths = [np.diff(batch.column(1).offsets.to_numpy()) for batch in batches]
-        self.lengths = np.concatenate(lengths).astype(np.int64)
-        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        self.lengths = index["length"].astype(np.int64)
 
-    @cached_property
+    @property
     def digests(self) -> np.ndarray:
-        return self._column(3)
+        return np.ascontiguousarray(self._index["digest"])
 
-    @cached_property
+    @property
     def target_counts(self) -> np.ndarray:
-        return self._column(4)
-
-    def _column(self, column: int) -> np.ndarray:
-        batches = (self._file.get_batch(number) for number in range(self._file.num_record_batches))
-        return np.concatenate([batch.column(column).to_numpy() for batch in batches])
+        return np.ascontiguousarray(self._index["num_targets"])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._index)
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
@@ -158,13 +138,10 @@ class TokenStore(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        number = range(len(self))[index]  # an IndexError past the end, and -1 is the last
-        chunk = int(np.searchsorted(self._starts, number, side="right")) - 1
-        batch, place = self._file.get_batch(chunk), number - int(self._starts[chunk])
-        ids, targets = (
-            torch.from_numpy(batch.column(column)[place].values.to_numpy().astype(np.int64)) for column in (1, 2)
-        )
-        return Example(ids, targets, batch.column(0)[place].as_py())
+        start, length, _, origin, num_letters, _ = self._index[range(len(self))[index]].tolist()
+        both = torch.from_numpy(self._tokens[start : start + 2 * length].astype(np.int64))
+        text = self._origins[origin : origin + num_letters].tobytes().decode("utf-8", "surrogateescape")
+        return Example(both[:length], both[length:], text)
 
 
 def write_store(
@@ -176,39 +153,40 @@ def write_store(
         OSError: the directory cannot be written.
     """
     if directory is None:
-        buffer = io.BytesIO()
-        writer = TokenWriter(buffer)
+        writer = TokenWriter(None)
         report, bad_rows = fill(writer)
-        writer.close()
-        return TokenStore(buffer.getvalue(), report, bad_rows)
+        arrays = [np.frombuffer(writer.files[name].getbuffer(), kind) for name, kind in FILES.items()]
+        return TokenStore(*arrays, report, bad_rows)
     with new_directory(directory) as staging:
-        writer = TokenWriter(staging / ROWS)
-        report, bad_rows = fill(writer)
-        writer.close()
+        writer = TokenWriter(staging)
+        try:
+            report, bad_rows = fill(writer)
+        finally:
+            writer.close()
         described = {
-            "format": FORMAT,
             "report": dataclasses.asdict(report),
             "bad_rows": [[row.where, row.problem] for row in bad_rows],
-            "size": (staging / ROWS).stat().st_size,
-            "crc32": _checksum(staging / ROWS),
+            "crc32": {name: _checksum(staging / name) for name in FILES},
         }
         (staging / REPORT).write_text(json.dumps(described))
-    return TokenStore(directory / ROWS, report, bad_rows)
+    return TokenStore(*_map_files(directory), report, bad_rows)
+
+
+def _map_files(directory: Path) -> list[np.ndarray]:
+    return [np.memmap(directory / name, kind, "r") for name, kind in FILES.items()]
 
 
 def read_store(directory: Path) -> TokenStore | None:
     """The store in a directory; None if there is none, or a damaged one."""
-    import pyarrow as pa
-
-    rows = directory / ROWS
     try:
         described = json.loads((directory / REPORT).read_bytes())
-        if rows.stat().st_size != described["size"] or _checksum(rows) != described["crc32"]:
+        if described["crc32"] != {name: _checksum(directory / name) for name in FILES}:
             return None
         bad_rows = [BadRow(str(where), str(problem)) for where, problem in described["bad_rows"]]
-        store = TokenStore(rows, EncodeReport(**described["report"]), bad_rows)
-        os.utime(directory)  # used now
-    except (OSError, KeyError, TypeError, ValueError, RecursionError, pa.ArrowException):
+        store = TokenStore(*_map_files(directory), EncodeReport(**described["report"]), bad_rows)
+        with suppress(OSError):  # a cache of someone else's
+            os.utime(directory)  # used now
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
     return store
 

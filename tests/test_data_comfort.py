@@ -99,7 +99,7 @@ def test_a_resumed_run_ends_alike(run: Path, folder: Path, tmp_path: Path, optio
     train.main([*flags_of(folder), *options, "--output-dir", str(tmp_path), "--resume", "auto"])
     assert state_of(tmp_path) == state_of(run)
     for changed, expected in (
-        (["--data-weights", "2,0.5,2"], "data_weights was '2,0.5,1', is '2,0.5,2'"),
+        (["--data-weights", "2,0.5,2"], r"data_weights was \[2.0, 0.5, 1.0\], is \[2.0, 0.5, 2.0\]"),
         (["--chat-template", str(folder / "other.jinja")], "chat_template was '"),
         (["--columns", "completion=prompt,prompt=completion"], "data was '"),
     ):

@@ -21,7 +21,7 @@ from qlora.dataset import load_examples
 from qlora.errors import InputError
 from qlora.output import data_fingerprint
 from qlora.rows import BadRow
-from qlora.token_store import ROWS, TokenWriter, read_store, token_cache, write_store
+from qlora.token_store import FILES, TOKENS, TokenWriter, read_store, token_cache, write_store
 from qlora.tokenize import IGNORE_INDEX, EncodeReport, Example
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -46,16 +46,12 @@ def content(examples: Any) -> list[tuple[list[int], list[int], str]]:
 
 
 @settings(max_examples=15, deadline=None)
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40), chunk=st.sampled_from([1, 50, 2**18]))
-def test_every_row_comes_back(lengths: list[int], chunk: int, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """From memory and from disk, whole and by number, in pieces of any size."""
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=40))
+def test_every_row_comes_back(lengths: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+    """From memory and from disk, whole and by number."""
     examples = [example(length, number) for number, length in enumerate(lengths)]
     directory = tmp_path_factory.mktemp("store") / "store"
-    kept, token_store.CHUNK_TOKENS = token_store.CHUNK_TOKENS, chunk
-    try:
-        stores = [write_store(filler(examples), where) for where in (None, directory)]
-    finally:
-        token_store.CHUNK_TOKENS = kept
+    stores = [write_store(filler(examples), where) for where in (None, directory)]
     again = read_store(directory)
     assert again is not None
     for store in (*stores, again):
@@ -90,14 +86,17 @@ def test_any_flipped_byte_and_any_lost_end_is_seen(tmp_path: Path) -> None:
     directory = tmp_path / "store"
     write_store(filler([example(5, number) for number in range(4)]), directory)
     whole = {file.name: file.read_bytes() for file in directory.iterdir()}
-    assert sorted(whole) == ["report.json", "rows.arrow"] and read_store(directory) is not None
-    places = np.linspace(0, len(whole[ROWS]) - 1, 60).astype(int)
-    for place in places:
-        flip(directory / ROWS, place)
+    assert sorted(whole) == sorted([*FILES, "report.json"]) and read_store(directory) is not None
+    for name in FILES:
+        for place in np.linspace(0, len(whole[name]) - 1, 20).astype(int):
+            flip(directory / name, place)
+            assert read_store(directory) is None
+            (directory / name).write_bytes(whole[name][:place])
+            assert read_store(directory) is None
+            (directory / name).write_bytes(whole[name])
+        (directory / name).unlink()
         assert read_store(directory) is None
-        (directory / ROWS).write_bytes(whole[ROWS][:place])
-        assert read_store(directory) is None
-        (directory / ROWS).write_bytes(whole[ROWS])
+        (directory / name).write_bytes(whole[name])
     for text in ("", "{}", "[]", '{"size": 1}', whole["report.json"].decode()[:-5]):
         (directory / "report.json").write_text(text)
         assert read_store(directory) is None
@@ -189,7 +188,7 @@ def test_other_code_makes_the_rows_anew(cache: Path, source: Path, monkeypatch: 
 def test_a_damaged_store_is_made_anew(cache: Path, source: Path) -> None:
     expected = content(load(source)[0])
     (store,) = stores_in(cache)
-    flip(store / ROWS, 1000)
+    flip(store / TOKENS, 1000)
     (cache / f".{store.name}.99999.tmp").mkdir()  # left half written by a killed process
     examples, said = load(source)
     assert "tokenised" in said[0] and content(examples) == expected
@@ -303,6 +302,6 @@ def test_memory_stays_while_the_data_grows(cache: Path, tmp_path: Path) -> None:
     first, second = run.stdout.splitlines()
     assert "tokenised" in first and "read from the token cache" in second
     assert all(line.startswith(f"2000 {2000 * sum(ids[:-1])} ") for line in (first, second))
-    (store,) = (path for path in stores_in(cache) if (path / ROWS).stat().st_size > size)
-    assert (store / ROWS).stat().st_size > 2 * allowance
+    (store,) = (path for path in stores_in(cache) if (path / TOKENS).stat().st_size > size)
+    assert (store / TOKENS).stat().st_size > 2 * allowance
     assert start("memory").returncode != 0
