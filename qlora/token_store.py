@@ -99,7 +99,7 @@ class TokenStore(Sequence[Example]):
     """Rows of one source in the source's order.
 
     Args:
-        index, tokens, origins: what a TokenWriter wrote: (rows,) ROW, int32 and uint8, in memory or mapped.
+        files: what a TokenWriter wrote, as arrays of the dtypes in FILES, in memory or mapped.
         report: what became of all the source's rows.
         bad_rows: those among them that cannot be used.
     Attributes:
@@ -108,17 +108,10 @@ class TokenStore(Sequence[Example]):
         target_counts: (rows,) int32.
     """
 
-    def __init__(
-        self,
-        index: np.ndarray,
-        tokens: np.ndarray,
-        origins: np.ndarray,
-        report: EncodeReport,
-        bad_rows: list[BadRow],
-    ) -> None:
-        self._index, self._tokens, self._origins = index, tokens, origins
+    def __init__(self, files: dict[str, np.ndarray], report: EncodeReport, bad_rows: list[BadRow]) -> None:
+        self._index, self._tokens, self._origins = (files[name] for name in (INDEX, TOKENS, ORIGINS))
         self.report, self.bad_rows = report, bad_rows
-        self.lengths = index["length"].astype(np.int64)
+        self.lengths = self._index["length"].astype(np.int64)
 
     @property
     def digests(self) -> np.ndarray:
@@ -155,8 +148,8 @@ def write_store(
     if directory is None:
         writer = TokenWriter(None)
         report, bad_rows = fill(writer)
-        arrays = [np.frombuffer(writer.files[name].getbuffer(), kind) for name, kind in FILES.items()]
-        return TokenStore(*arrays, report, bad_rows)
+        held = {name: np.frombuffer(writer.files[name].getbuffer(), kind) for name, kind in FILES.items()}
+        return TokenStore(held, report, bad_rows)
     with new_directory(directory) as staging:
         writer = TokenWriter(staging)
         try:
@@ -169,11 +162,11 @@ def write_store(
             "crc32": {name: _checksum(staging / name) for name in FILES},
         }
         (staging / REPORT).write_text(json.dumps(described))
-    return TokenStore(*_map_files(directory), report, bad_rows)
+    return TokenStore(_map_files(directory), report, bad_rows)
 
 
-def _map_files(directory: Path) -> list[np.ndarray]:
-    return [np.memmap(directory / name, kind, "r") for name, kind in FILES.items()]
+def _map_files(directory: Path) -> dict[str, np.ndarray]:
+    return {name: np.memmap(directory / name, kind, "r") for name, kind in FILES.items()}
 
 
 def read_store(directory: Path) -> TokenStore | None:
@@ -183,7 +176,7 @@ def read_store(directory: Path) -> TokenStore | None:
         if described["crc32"] != {name: _checksum(directory / name) for name in FILES}:
             return None
         bad_rows = [BadRow(str(where), str(problem)) for where, problem in described["bad_rows"]]
-        store = TokenStore(*_map_files(directory), EncodeReport(**described["report"]), bad_rows)
+        store = TokenStore(_map_files(directory), EncodeReport(**described["report"]), bad_rows)
         with suppress(OSError):  # a cache of someone else's
             os.utime(directory)  # used now
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
