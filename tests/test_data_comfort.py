@@ -101,7 +101,7 @@ def test_a_resumed_run_ends_alike(run: Path, folder: Path, tmp_path: Path, optio
     for changed, expected in (
         (["--data-weights", "2,0.5,2"], r"data_weights was \[2.0, 0.5, 1.0\], is \[2.0, 0.5, 2.0\]"),
         (["--chat-template", str(folder / "other.jinja")], "chat_template was '"),
-        (["--columns", "completion=prompt,prompt=completion"], "data was '"),
+        (["--train-on", "all"], "data was '"),
     ):
         (folder / "other.jinja").write_text(HERMES)
         with pytest.raises(InputError, match=expected):
