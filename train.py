@@ -38,6 +38,7 @@ def answer(config: RunConfig, name: str) -> None:
         from qlora.generate import stream_answer
         from qlora.model import load_base_model, load_tokenizer
         from qlora.quantize import QuantConfig
+        from qlora.tokenize import set_chat_template
 
     m, gen = config.model, config.generate
     quant = QuantConfig(m.quant_type, m.double_quant)
@@ -45,7 +46,10 @@ def answer(config: RunConfig, name: str) -> None:
     if gen.adapter is not None:
         load_adapter(model, gen.adapter, name)
     options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
-    stream_answer(model, load_tokenizer(name, gen.adapter), gen.prompt or "", *options)
+    tokenizer = load_tokenizer(name, gen.adapter)
+    if config.data.chat_template is not None:
+        set_chat_template(tokenizer, config.data.chat_template)
+    stream_answer(model, tokenizer, gen.prompt or "", *options)
 
 
 def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
@@ -60,14 +64,15 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         from qlora.facts import gather_facts
         from qlora.hub import check_destination, push_to_hub
         from qlora.initialize import initialize_adapter
-        from qlora.injection import freeze_base, inject_lora, parameter_summary
+        from qlora.injection import freeze_base, inject_lora, parameter_summary, set_tokenizer
         from qlora.interrupt import StopRequest
         from qlora.model import load_base_model, load_tokenizer
         from qlora.optim import build_schedule, choose_optimizer
         from qlora.output import RunOutput, run_settings
-        from qlora.packing import most_tokens
+        from qlora.packing import WindowOrder, lengths_of, most_tokens
         from qlora.quantize import QuantConfig
         from qlora.sampling import AnswerScore, Sampler, choose_prompts
+        from qlora.tokenize import set_chat_template
         from qlora.tracking import start_accelerator
         from qlora.trained import add_tokens
         from qlora.trainer import fit, settle_checkpointing
@@ -83,10 +88,13 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
 
     tokenizer = load_tokenizer(name, config.generate.adapter)
     add_tokens(tokenizer, lora.added_tokens)
+    if d.chat_template is not None:
+        set_chat_template(tokenizer, d.chat_template)
     examples, held_out = load_examples(
         data, tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data, eval_split=d.eval_split,
         seed=t.seed, say=say, show_sample=d.show_sample, on_bad_row=d.on_bad_row, bad_rows_file=output.bad_rows,
-        parse_special=d.parse_special, num_workers=d.num_workers,
+        parse_special=d.parse_special, num_workers=d.num_workers, weights=d.weights, columns=d.column_names,
+        cache=d.token_cache,
     )  # fmt: skip
     prompts = choose_prompts(held_out or examples, tokenizer, t.num_samples, t.sample_prompts, d.parse_special)
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
@@ -97,15 +105,17 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     else:
         inject_lora(model, lora, t.seed, tokenizer)
         freeze_base(model)
+    if d.chat_template is not None:
+        set_tokenizer(model, tokenizer)
     say(parameter_summary(model))
-    longest = max(len(example) for example in examples)
+    longest = max(lengths_of(examples))
     num_tokens = most_tokens(t.batch_size, d.max_length, longest, d.packing, device.type)
     optim, budget = choose_optimizer(t.optim, device, say), t.memory_budget_bytes
     _, plan = settle_checkpointing(model, t.gradient_checkpointing, num_tokens, budget, accelerator, say, optim)
 
     window = t.batch_size * t.grad_accum * accelerator.num_processes
-    total_steps = t.max_steps or t.epochs * -(-len(examples) // window)
-    settings = run_settings(model, lora, t, examples, window, total_steps, optim)
+    total_steps = t.max_steps or t.epochs * WindowOrder(examples.sources, window, t.seed).steps_per_epoch
+    settings = run_settings(model, lora, d, t, examples, window, total_steps, optim, tokenizer.chat_template)
     if config.generate.adapter is None and output.checkpoint is None:
         initialize_adapter(model, lora)  # may change the base, of which settings hold the original's fingerprint
     optimizer = output.begin(

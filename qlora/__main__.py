@@ -176,20 +176,29 @@ class CheckDataConfig:
     """Learn the assistant's turns only, or every token."""
     parse_special: bool = DataConfig.parse_special
     """Let text that spells a special token inside a message be that token instead of plain text."""
+    columns: str = DataConfig.columns
+    """Columns that go by another name, as prompt=question,completion=answer."""
+    chat_template: str | None = None
+    """File of a Jinja chat template to use in the place of the tokenizer's."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        DataConfig(max_length=self.max_length)  # the same range
+        if self.chat_template is not None and self.model is None:
+            raise InputError("--chat-template needs a tokenizer; pass --model.")
+        self.column_names = DataConfig(max_length=self.max_length, columns=self.columns).column_names
 
 
 def check(argv: Sequence[str]) -> None:
     config = parse_args(CheckDataConfig, "python -m qlora check-data", argv)
     from qlora.check_data import check_data, print_check
     from qlora.model import load_tokenizer
+    from qlora.tokenize import set_chat_template
 
     tokenizer = load_tokenizer(config.model) if config.model else None
-    options = (config.max_length, config.train_on, config.on_long, config.parse_special)
+    if config.chat_template is not None:
+        set_chat_template(tokenizer, config.chat_template)
+    options = (config.max_length, config.train_on, config.on_long, config.parse_special, config.column_names)
     found = check_data(config.data, tokenizer, *options)
     print_check(found)
     if found.bad_rows:
@@ -305,7 +314,7 @@ def export(argv: Sequence[str]) -> None:
         print(f"model in {output}, {output.stat().st_size / 1e6:,.1f} MB")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None
-        name = write_modelfile(output, load_tokenizer(model), base)
+        name = write_modelfile(output, load_tokenizer(model, config.adapter), base)
         print("Modelfile beside it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf"))
         if base is not None:
             print(f"it expects the base beside it as {base}")

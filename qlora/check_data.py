@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qlora.records import BadRow, collect_bad_row, detect_format, read_records, sort_by_place, to_messages
+from qlora.records import detect_format, stream_records, to_messages
+from qlora.rows import BadRow, collect_bad_row, sort_by_place
 from qlora.tokenize import EncodeReport, RowEncoder, format_sample, shift_targets
 
 LONG_TEXT = 100_000  # characters of a row that is worth a look
@@ -58,8 +60,11 @@ def check_data(
     train_on: str = "completion",
     on_long: str = "truncate",
     parse_special: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> DataCheck:
-    """Read a whole file, and tokenise it if there is a tokenizer; arguments as `encode_records`.
+    """Read a whole file, and tokenise it if there is a tokenizer.
+
+    Arguments as `stream_records` and `encode_records`. The rows themselves are not kept.
 
     Raises:
         InputError: the file is missing, broken as a whole, or holds no rows.
@@ -69,7 +74,10 @@ def check_data(
     if tokenizer is not None:
         encoder, check.report = RowEncoder(tokenizer, parse_special), EncodeReport()
     first_places: dict[bytes, str] = {}
-    for record in read_records(source, bad_rows=check.bad_rows):
+    for record in stream_records(source, columns=columns):
+        if isinstance(record, BadRow):
+            check.bad_rows.append(record)
+            continue
         origin = record.origin
         try:
             messages = to_messages(record)
@@ -106,7 +114,11 @@ def _find_signs(messages: list[dict[str, Any]], num_characters: int, encoder: Ro
     """What looks wrong in one row, from its texts alone."""
     signs = []
     turns = pairwise(messages)
-    answers = [(asked["content"], turn["content"]) for asked, turn in turns if turn["role"] == "assistant"]
+    answers = [
+        (asked["content"], turn["content"])
+        for asked, turn in turns
+        if turn["role"] == "assistant" and "tool_calls" not in turn
+    ]
     if any(not any(character.isalnum() for character in answer) for _, answer in answers):
         signs.append("an answer without a letter or digit")
     if any(asked.strip() == answer.strip() != "" for asked, answer in answers):

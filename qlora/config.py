@@ -23,8 +23,8 @@ T = TypeVar("T")
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 # Text with commas on the command line; a list, or a mapping to numbers, in YAML and Python.
 LIST_FIELDS, PATTERN_FIELDS = (
-    ("target_modules", "modules_to_save", "new_tokens", "report_to"),
-    ("rank_pattern", "alpha_pattern"),
+    ("target_modules", "modules_to_save", "new_tokens", "data", "data_weights", "report_to"),
+    ("rank_pattern", "alpha_pattern", "columns"),
 )
 
 
@@ -95,11 +95,7 @@ class LoRAConfig:
     """Tokens to add to the vocabulary, separated by commas; embeddings and head then train, too."""
 
     def __post_init__(self) -> None:
-        _join_lists(self)
-        for name in PATTERN_FIELDS:
-            value = getattr(self, name)
-            if not isinstance(value, str):
-                setattr(self, name, ",".join(f"{key}={number}" for key, number in value.items()))
+        _join_fields(self)
         if self.rank < 1:
             raise InputError(f"rank is {self.rank}; give --rank a whole number of 1 or more.")
         if not 0 < self.alpha < math.inf:
@@ -201,14 +197,6 @@ class LoRAConfig:
         return self.alpha_of(layer) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _join_lists(config: Any) -> None:
-    """Lists of names, as Python may give them, become text with commas, as on the command line."""
-    for name in LIST_FIELDS:
-        value = getattr(config, name, "")
-        if not isinstance(value, str):
-            setattr(config, name, ",".join(value))
-
-
 def _split(names: str) -> list[str]:
     return [name for name in (part.strip() for part in names.split(",")) if name]
 
@@ -239,6 +227,18 @@ def _read_pattern(field: str, text: str) -> dict[str, float]:
     return numbers
 
 
+def _join_fields(config: Any) -> None:
+    """Lists and mappings, as Python gives them, become the text of the command line."""
+    for name in LIST_FIELDS:
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, str):
+            setattr(config, name, ",".join(map(str, value)))
+    for name in PATTERN_FIELDS:
+        value = getattr(config, name, None)
+        if value is not None and not isinstance(value, str):
+            setattr(config, name, ",".join(f"{key}={item}" for key, item in value.items()))
+
+
 @lru_cache(maxsize=8192)
 def _compile_pattern(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})")
@@ -254,11 +254,18 @@ class DataConfig:
     """What is trained on."""
 
     data: str | None = None
-    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub id."""
+    """Training data: a .jsonl, .json, .csv or .parquet file, or a hub id; several, or a pattern, by commas."""
+    data_weights: str = ""
+    """How often an epoch sees each of these, as 1,0.3,...: 0.3 = a new sample of 30 % each time, 2 = twice."""
+    columns: str = ""
+    """Columns that go by another name, as prompt=question,completion=answer."""
     eval_data: str | None = None
     """Held-out data for --eval-every."""
     eval_split: float = 0.0
-    """Share of --data to hold out instead, drawn by --seed; with or without --eval-every, so both train alike."""
+    """Share of --data (of each source) to hold out instead, drawn by --seed; with or without --eval-every, so both
+    train alike."""
+    chat_template: str | None = None
+    """File of a Jinja chat template to use in the place of the tokenizer's; it is saved with the adapter."""
     max_length: int = 1024
     """Longest example, in tokens."""
     on_long: Literal["truncate", "drop"] = "truncate"
@@ -271,12 +278,16 @@ class DataConfig:
     """Let text that spells a special token inside a message be that token instead of plain text."""
     num_workers: int = 0
     """Processes that tokenise; 0 = this one."""
+    token_cache: bool = True
+    """Keep the tokens on disk ($QLORA_CACHE/tokens) for the next start and map them; else they stay in memory."""
     packing: bool = True
     """Lay examples end to end with block-diagonal attention; --no-packing pads rows instead."""
     show_sample: bool = False
     """Print one example as the model sees it, with what is masked."""
 
     def __post_init__(self) -> None:
+        _join_fields(self)
+        _ = self.weights, self.column_names  # each raises if it does not read
         if self.max_length < 2:
             raise InputError(f"max_length is {self.max_length}; give --max-length 2 or more.")
         if self.num_workers < 0:
@@ -285,6 +296,27 @@ class DataConfig:
             raise InputError(f"eval_split is {self.eval_split}; give --eval-split a share from 0 to below 1.")
         if self.eval_split > 0 and self.eval_data is not None:
             raise InputError("Both eval_data and eval_split are given; pass one of them.")
+
+    @property
+    def weights(self) -> list[float]:
+        """--data-weights as numbers."""
+        try:
+            return [float(part) for part in _split(self.data_weights)]
+        except ValueError as error:
+            raise InputError(
+                f"data_weights is {self.data_weights!r:.80}; give --data-weights numbers separated by commas."
+            ) from error
+
+    @property
+    def column_names(self) -> dict[str, str]:
+        """The name that is read -> the data's own; a comma or = may stand in the latter."""
+        names: dict[str, str] = {}
+        for entry in re.split(r",(?=\s*\w+\s*=)", self.columns) if self.columns.strip() else []:
+            key, _, column = (part.strip() for part in entry.partition("="))
+            if not key or not column or key in names:
+                raise InputError(f"columns holds {entry!r:.80}; give --columns name=column,... each name once.")
+            names[key] = column
+        return names
 
 
 @dataclass
@@ -363,7 +395,7 @@ class TrainConfig:
     """Seeds the adapter, the data order, the split and the dropout."""
 
     def __post_init__(self) -> None:
-        _join_lists(self)
+        _join_fields(self)
         for name, low in (
             ("max_steps", 0), ("epochs", 1), ("batch_size", 1), ("grad_accum", 1), ("warmup_steps", 0),
             ("weight_decay", 0), ("max_grad_norm", 0), ("eval_every", 0), ("save_every", 0), ("keep_last", 0),
@@ -547,8 +579,8 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
             if not isinstance(value, bool):
                 raise InputError(f"{where}: {key} is {reprlib.repr(value)}; write true or false.")
             flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, list) and name in LIST_FIELDS and all(isinstance(v, str) for v in value):
-            flags.append(f"--{flag}={','.join(value)}")
+        elif isinstance(value, list) and name in LIST_FIELDS and all(_is_plain(v) for v in value):
+            flags.append(f"--{flag}={','.join(map(str, value))}")
         elif isinstance(value, dict) and name in PATTERN_FIELDS:
             flags.append(f"--{flag}={','.join(f'{layer}={number}' for layer, number in value.items())}")
         elif isinstance(value, (dict, list, set, bytes)):
@@ -558,6 +590,10 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
                 value = "on" if value else "off"
             flags.append(f"--{flag}={value}")
     return flags
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 def _read_yaml(file: str) -> list[tuple[Any, Any, int]]:

@@ -33,7 +33,9 @@ from qlora.merge import adapter_quantization
 from qlora.model import dequantized_weights, empty_model, load_tokenizer, weight_shapes
 from qlora.sources import GGUF_ARCHITECTURES, resolve_model
 from qlora.tokenize import fallback_template
+from qlora.trained import read_tokenizer_files
 
+TEMPLATE = "tokenizer.chat_template"  # its name in a .gguf file
 Encoding = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 ADAPTER_ENCODINGS = ("f32", "f16", "bf16", "q8_0")
 # transformers' model_type -> llama.cpp's architecture
@@ -77,7 +79,7 @@ def export_model(
     weights = dequantized_weights(model, quant)
     names = gguf_names(shapes, architecture, network.config.num_hidden_layers)
     with _new_gguf(output, architecture) as writer:
-        _add_metadata(writer, model, network.config, encoding, pre_tokenizer)
+        _add_metadata(writer, model, network.config, encoding, pre_tokenizer, adapter)
         rope_freqs = _add_rope(writer, network.config, architecture)
         encodings = {name: _encoding_of(names[name], shape, encoding) for name, shape in shapes.items()}
         if rope_freqs is not None:
@@ -193,8 +195,10 @@ def permute_rows(name: str, tensor: Tensor, config: Any) -> Tensor:
 # ---- metadata ---------------------------------------------------------------------------------------------
 
 
-def _add_metadata(writer: Any, model: str, config: Any, encoding: Encoding, pre_tokenizer: str | None) -> None:
-    """Everything but the tensors and the rotary embedding."""
+def _add_metadata(
+    writer: Any, model: str, config: Any, encoding: Encoding, pre_tokenizer: str | None, adapter: str | None
+) -> None:
+    """Everything but the tensors and the rotary embedding; of an adapter, its chat template."""
     path = resolve_model(model)
     writer.add_type("model")
     _add_file_type(writer, encoding)
@@ -213,16 +217,19 @@ def _add_metadata(writer: Any, model: str, config: Any, encoding: Encoding, pre_
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     if path.suffix == ".gguf":
-        _copy_vocabulary(writer, path, model)
+        _copy_vocabulary(writer, path, model, adapter)
     else:
-        add_vocabulary(writer, load_tokenizer(model), config.vocab_size, pre_tokenizer)
+        add_vocabulary(writer, load_tokenizer(model, adapter), config.vocab_size, pre_tokenizer)
 
 
-def _copy_vocabulary(writer: Any, file: Path, model: str) -> None:
+def _copy_vocabulary(writer: Any, file: Path, model: str, adapter: str | None) -> None:
     """Tokenizer, chat template, licence and rotary settings of a .gguf base, as they stand there."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(file).fields
+    fields: dict[str, Any] = dict(GGUFReader(file).fields)
+    has_own = adapter is not None and bool(read_tokenizer_files(Path(adapter)))
+    if has_own:
+        fields = {name: field for name, field in fields.items() if name != TEMPLATE}
     for name, field in fields.items():
         if name.startswith(("tokenizer.", "general.license", "general.languages")) or ".rope.scaling." in name:
             value = field.contents()
@@ -230,8 +237,9 @@ def _copy_vocabulary(writer: Any, file: Path, model: str) -> None:
                 writer.add_key_value(
                     name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
                 )
-    if "tokenizer.chat_template" not in fields:
-        writer.add_chat_template(fallback_template(load_tokenizer(model)))
+    if TEMPLATE not in fields:
+        tokenizer = load_tokenizer(model, adapter)
+        writer.add_chat_template((has_own and tokenizer.chat_template) or fallback_template(tokenizer))
 
 
 def _add_file_type(writer: Any, encoding: Encoding) -> None:

@@ -206,6 +206,13 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: 
     return list(adapter.layers)
 
 
+def set_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Have the active adapter bring this tokenizer along, as one with new tokens does: its template is its own."""
+    adapter = active_adapter(model)
+    assert adapter is not None
+    adapter.tokenizer = tokenizer_files(tokenizer)
+
+
 def wrapped_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """Qualified name -> LoRALinear, in model order, whether or not the active adapter has something there.
 

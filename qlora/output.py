@@ -48,7 +48,7 @@ from qlora.checkpoint import (
     save_checkpoint,
     step_of,
 )
-from qlora.config import LoRAConfig, TrainConfig
+from qlora.config import DataConfig, LoRAConfig, TrainConfig
 from qlora.device import GIB
 from qlora.errors import InputError, TrainingStopped
 from qlora.files import new_file, whole_lines
@@ -57,6 +57,7 @@ from qlora.live_report import LiveReport
 from qlora.optim import MasterOptimizer
 from qlora.redact import redact
 from qlora.report import RunDisplay, plot_loss
+from qlora.token_store import digests_of
 from qlora.tokenize import IGNORE_INDEX, Example
 from qlora.tracking import Trackers, start_trackers
 from qlora.trained import base_name, replaced_parameters
@@ -456,28 +457,31 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
-    """Identity of the tokenised training data, order included."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.input_ids.numpy().tobytes() + b"|" + example.targets.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    """Identity of the tokenised training data, order included; in memory or mapped, it is the same."""
+    return hashlib.sha256(digests_of(examples).tobytes()).hexdigest()[:16]
 
 
 def run_settings(
     model: Any,
     lora: LoRAConfig,
+    data: DataConfig,
     train: TrainConfig,
     examples: Sequence[Example],
     window: int,
     total_steps: int,
     optim: str,
+    chat_template: str | None,
 ) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, but for total_steps.
 
     Args:
         model: with adapters in place, its base as it was loaded.
         window: examples of an optimizer step.
+        chat_template: what `data.chat_template` holds.
     """
+    own: dict[str, Any] = {"data_weights": data.weights} if set(data.weights) - {1.0} else {}
+    if data.chat_template is not None:
+        own["chat_template"] = hashlib.sha256(str(chat_template).encode()).hexdigest()[:16]
     names = ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")
     return {
         **{name: getattr(train, name) for name in names},
@@ -489,4 +493,5 @@ def run_settings(
         "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
         "examples_per_step": window,
         "total_steps": total_steps,
+        **own,
     }

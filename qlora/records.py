@@ -1,39 +1,56 @@
-"""From a file or a hub id to conversations: read_records, then to_messages.
+"""From a file or a hub id to conversations: read_records or stream_records, then to_messages.
 
-    read_records   .json, .jsonl, .csv, .parquet or a hub id -> [Record(fields, origin)]
-    to_messages    one record, in any shape listed below      -> [{"role", "content"}]
+    stream_records  .json, .jsonl, .csv, .parquet or a hub id -> Record(fields, origin) after Record
+    read_records    the same as a list
+    to_messages     one record, in any shape listed below     -> [{"role", "content"}]
 
     format              columns (others are ignored, and so are columns that hold null)
-    messages            messages: [{role, content}], as OpenAI writes it; "weight": 0 makes an answer context
-    sharegpt            conversations: [{from: human | gpt | system, value}]
+    messages            messages: [{role, content}], as OpenAI writes it, tool_calls and tool results included;
+                        "weight": 0, "train": false or "training": false make an answer context; perhaps tools
+    sharegpt            conversations: [{from: human | gpt | system, value}]; perhaps tools
     alpaca              instruction, output, perhaps input; or Dolly's instruction, response, perhaps context
     prompt_completion   prompt, completion (or response): each a text, or a list of messages as TRL writes it
     question_answer     question, answer
     text                text: a document, trained as it stands; whole rendered conversations may stand here
+    tokenised           input_ids, perhaps labels (-100: not trained; not shifted, as in transformers) and
+                        attention_mask (0: padding, left out)
 
 Each record is recognised by itself, so shapes may mix. It remembers its origin, counted from 1, and every
 error names that place. A row that cannot be used is a BadRow: it ends the reading, or is collected while the
 reading goes on. A file that is broken as a whole is a plain InputError, and always ends it.
+
+In memory at a time: a line of .jsonl or .csv, some rows of .parquet, nothing of a hub dataset (the library
+`datasets` maps its own files); but a .json file whole, for its list ends where the file ends.
 """
 
 import codecs
 import csv
 import json
-import math
 import re
-import reprlib
-from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora.errors import InputError
+from qlora.rows import (
+    BadRow,
+    Record,
+    collect_bad_row,
+    describe,
+    explain_json,
+    find_doubled,
+    find_flaw,
+    load_json,
+    quote,
+    shorten,
+)
+from qlora.tool_calls import read_tool_calls, read_tools
 
 # Bytes of a line of JSONL, characters of one text. A million characters take about a second to tokenise, for a
 # row that is cut at --max-length tokens all the same; and a line without an end is often no JSONL at all.
 MAX_TEXT = 16 * 2**20
+PARQUET_ROWS = 256  # in memory at a time
 
 # (format, columns, optional column joined to the prompt); the first whose columns are all there wins.
 _SHAPES = (
@@ -45,56 +62,68 @@ _SHAPES = (
     ("prompt_completion", ("prompt", "response"), None),
     ("question_answer", ("question", "answer"), None),
     ("text", ("text",), None),
+    ("tokenised", ("input_ids",), None),
 )
+# Columns that belong to another one, where they are there.
+_COMPANIONS = {"messages": "tools", "conversations": "tools", "prompt": "tools"}
+_COMPANIONS |= {"input_ids": "labels attention_mask"}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-_ROLES |= {"assistant": "assistant", "gpt": "assistant"}
+_ROLES |= {"assistant": "assistant", "gpt": "assistant", "tool": "tool"}
 
 
-@dataclass(frozen=True)
-class Record:
-    """One example as its source wrote it, and where it stood, such as `train.jsonl:17`."""
-
-    fields: dict[str, Any]
-    origin: str
+Rows = Generator[Record | BadRow, None, None]
 
 
-class BadRow(InputError):
-    """One row that cannot be used: where it stands, and its problem with the remedy, as one sentence."""
-
-    def __init__(self, where: str, problem: str) -> None:
-        super().__init__(where, problem)
-        self.where, self.problem = where, problem
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.problem}"
-
-
-_Rows = Generator[Record | BadRow, None, None]
-
-
-def collect_bad_row(error: BadRow, bad_rows: list[BadRow] | None) -> None:
-    """Put the error into the list; without a list, raise it."""
-    if bad_rows is None:
-        raise error
-    bad_rows.append(BadRow(error.where, error.problem))  # anew: the traceback would keep the row in memory
-
-
-def sort_by_place(bad_rows: list[BadRow]) -> None:
-    """Bring the bad rows of one source, found while reading and after it, into the source's order."""
-    bad_rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+$", row.where)])
-
-
-def read_records(source: str, split: str = "train", bad_rows: list[BadRow] | None = None) -> list[Record]:
-    """Read every record of a local file, or of one split of a hub dataset.
+def read_records(
+    source: str,
+    split: str = "train",
+    bad_rows: list[BadRow] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Record]:
+    """Every record of a source, as `stream_records` gives them.
 
     Args:
-        source:   a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) where no such path exists.
-        split:    the hub split, slices such as `train[:1000]` included; a file has but one and ignores it.
         bad_rows: receives the rows that cannot be read, and reading goes on; None: the first one is raised.
     Raises:
         BadRow: a row cannot be read, and there is no list for it.
+    """
+    records: list[Record] = []
+    with closing(stream_records(source, split, columns)) as rows:
+        for row in rows:
+            if isinstance(row, BadRow):
+                collect_bad_row(row, bad_rows)
+            else:
+                records.append(row)
+    return records
+
+
+def stream_records(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a local file, or of one split of a hub dataset, one after another.
+
+    Args:
+        source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) where no such path exists.
+        split:   the hub split, slices such as `train[:1000]` included; a file has but one and ignores it.
+        columns: column of the module's table -> the source's column that stands for it.
+    Yields:
+        A Record, or a BadRow for a row that cannot be read.
+    Raises:
         InputError: the source is missing, of an unknown kind, broken as a whole, or holds no rows.
     """
+    check_columns(columns or {})
+    rows = _open_source(source, split)
+    num_rows = 0
+    try:
+        with closing(rows):
+            for row in rows:
+                num_rows += 1
+                yield _map_columns(row, columns) if columns and isinstance(row, Record) else row
+    except OSError as error:
+        raise InputError(f"{source} cannot be read; check its permissions ({error}).") from error
+    if num_rows == 0:
+        raise InputError(f"{source} holds no records; give a source with at least one.")
+
+
+def _open_source(source: str, split: str) -> Rows:
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a directory; name one .json, .jsonl, .csv or .parquet file in it.")
@@ -102,112 +131,57 @@ def read_records(source: str, split: str = "train", bad_rows: list[BadRow] | Non
     if reader is None and path.exists():
         raise InputError(f"{source} ends in '{path.suffix}'; use .json, .jsonl, .csv or .parquet.")
     if reader is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
-        rows = _read_hub(source, split)
-    elif reader is None or not path.exists():
+        return _read_hub(source, split)
+    if reader is None or not path.exists():
         raise InputError(f"{source} does not exist; give the path of a file or a hub id such as owner/name.")
-    else:
-        rows = reader(source)
-    records: list[Record] = []
-    num_rows = 0
-    try:
-        with closing(rows):
-            for row in rows:
-                num_rows += 1
-                if isinstance(row, BadRow):
-                    collect_bad_row(row, bad_rows)
-                else:
-                    records.append(row)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read; check its permissions ({error}).") from error
-    if num_rows == 0:
-        raise InputError(f"{source} holds no records; give a source with at least one.")
-    return records
+    return reader(source)
 
 
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 40
-_short.maxlevel = _short.maxdict = _short.maxlist = _short.maxtuple = 3
-
-
-def quote(value: Any) -> str:
-    """A value for an error: its repr, so that control characters show and stay on one line, shortened."""
-    return "null" if value is None else _shorten(_short.repr(value), 60)
-
-
-def _shorten(text: str, limit: int) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."
-
-
-def _describe(value: Any) -> str:
-    return "null" if value is None else f"{quote(value)} ({type(value).__name__})"
-
-
-class _DoubledKey(dict[str, Any]):
-    """A JSON object that gives `key` more than once."""
-
-    key: Any
-
-
-def _find_doubled(names: list[str]) -> str | None:
-    """The first name that stands there more than once."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
-def _load_json(text: str) -> tuple[Any, bool]:
-    """A JSON value, and whether something in it needs `_find_flaw`: NaN, an infinity, a key given twice.
+def identify_source(source: str, split: str = "train") -> list[Any]:
+    """What changes when the source's content does: a file's path, size and times; a hub dataset's fingerprint.
 
     Raises:
-        ValueError: not JSON, or nested too deeply to be read.
+        InputError: as `stream_records`, where there is no such source.
     """
-    flaws: list[str] = []
-
-    def read_constant(name: str) -> float:
-        flaws.append(name)
-        return float(name)
-
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            fields = _DoubledKey(fields)
-            fields.key = _find_doubled([key for key, _ in pairs])
-            flaws.append("a key given twice")
-        return fields
-
-    try:
-        value = json.JSONDecoder(object_pairs_hook=build, parse_constant=read_constant).decode(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    return value, bool(flaws)
+    path = Path(source)
+    if path.is_file():
+        status = path.stat()  # ctime as well: `cp -p` and `touch` can set any other
+        return [source, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    _open_source(source, split).close()
+    return [source, split, str(_load_hub(source, split)._fingerprint)]
 
 
-def _find_flaw(record: Any) -> str | None:
-    """What `_load_json` let through in this record, as a problem with its remedy."""
-    stack = [("the row", record)]  # not a recursion: JSON may be nested as deeply as Python's own stack
-    while stack:
-        name, value = stack.pop()
-        if isinstance(value, _DoubledKey):
-            last = quote(value[value.key])
-            return f"{name} gives the key {quote(value.key)} twice, in the end as {last}; keep one of them"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f"{name} is {json.dumps(value)}, which is not a JSON value; write null or a number"
-        if isinstance(value, dict):
-            stack += [(quote(key), item) for key, item in value.items()]
-        elif isinstance(value, list):
-            stack += [(name, item) for item in value]
-    return None
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Every key must be a column of the module's table; InputError names those that there are."""
+    known = {name for _, names, extra in _SHAPES for name in (*names, extra) if name}
+    known |= {name for names in _COMPANIONS.values() for name in names.split()}
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise InputError(
+            f"columns names {quote(unknown[0])}, which is no column that is read; write name=column of the data "
+            f"with a name out of {', '.join(sorted(known))}."
+        )
 
 
-def _explain_json(error: ValueError, text: str) -> str:
-    if not isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({_shorten(' '.join(str(error).split()), 80)})"
-    near = quote(text[max(0, error.pos - 10) : error.pos + 20])
-    return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno}, near {near})"
+def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
+    """The record under the names of `columns`; of its other columns, those that go with these stay."""
+    absent = [column for column in columns.values() if column not in record.fields]
+    if absent:
+        there = shorten(", ".join(sorted(map(quote, record.fields))), 200)
+        return BadRow(record.origin, f"--columns asks for {quote(absent[0])}, but the columns are [{there}].")
+    shapes = [{*names, extra} for _, names, extra in _SHAPES if {*names, extra} & columns.keys()]
+    partners = {name for shape in shapes for name in shape if name}
+    partners |= {name for main in partners for name in _COMPANIONS.get(main, "").split()}
+    taken = set(columns.values())
+    kept = {name for name in record.fields if name not in taken and (not shapes or name in partners)}
+    fields = {name: record.fields[name] for name in record.fields if name in kept}
+    return Record(fields | {name: record.fields[column] for name, column in columns.items()}, record.origin)
 
 
 def _as_row(value: Any, origin: str, may_have_flaw: bool) -> Record | BadRow:
     if not isinstance(value, dict):
-        return BadRow(origin, f'the row is {_describe(value)}; write an object such as {{"text": "..."}}.')
-    flaw = _find_flaw(value) if may_have_flaw else None
+        return BadRow(origin, f'the row is {describe(value)}; write an object such as {{"text": "..."}}.')
+    flaw = find_flaw(value) if may_have_flaw else None
     return BadRow(origin, f"{flaw}.") if flaw else Record(value, origin)
 
 
@@ -225,7 +199,7 @@ def _bad_utf8(error: UnicodeDecodeError, start: int = 0) -> str:
     return f"{place}, is not valid UTF-8; save the file as UTF-8"
 
 
-def _read_jsonl(source: str) -> _Rows:
+def _read_jsonl(source: str) -> Rows:
     _refuse_utf16(source)
     number = 0
     with open(source, "rb") as file:
@@ -253,15 +227,15 @@ def _parse_line(line: bytes, origin: str) -> Record | BadRow:
     text = ""
     try:
         text = line.decode().rstrip()  # an error after the line's end would count its column from there
-        value, may_have_flaw = _load_json(text)
+        value, may_have_flaw = load_json(text)
     except UnicodeDecodeError as error:
         return BadRow(origin, f"{_bad_utf8(error)}{cut}.")
     except ValueError as error:
-        return BadRow(origin, f"{_explain_json(error, text)}; write one JSON object on each line{cut}.")
+        return BadRow(origin, f"{explain_json(error, text)}; write one JSON object on each line{cut}.")
     return _as_row(value, origin, may_have_flaw)
 
 
-def _read_json(source: str) -> _Rows:
+def _read_json(source: str) -> Rows:
     _refuse_utf16(source)
     data = Path(source).read_bytes()
     try:
@@ -271,7 +245,7 @@ def _read_json(source: str) -> _Rows:
         raise InputError(f"{source}:{line}: {_bad_utf8(error, start)}.") from error
     del data
     try:
-        value, may_have_flaw = _load_json(text)
+        value, may_have_flaw = load_json(text)
     except ValueError as error:
         remedy = "mend it, or name it .jsonl if each line is an object"
         line = 1
@@ -279,12 +253,12 @@ def _read_json(source: str) -> _Rows:
             line = error.lineno
             if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
                 remedy = "the file may be cut off: write it anew"
-        raise InputError(f"{source}:{line}: {_explain_json(error, text)}; {remedy}.") from error
+        raise InputError(f"{source}:{line}: {explain_json(error, text)}; {remedy}.") from error
     if isinstance(value, dict):
         lists = [field for field in value.values() if isinstance(field, list)]
         value = lists[0] if len(lists) == 1 else value
     if not isinstance(value, list):
-        holds = _describe(value)
+        holds = describe(value)
         raise InputError(
             f"{source}: holds {holds}, no list of records; write a list of objects, alone or in one field."
         )
@@ -292,7 +266,7 @@ def _read_json(source: str) -> _Rows:
         yield _as_row(item, f"{source} record {number}", may_have_flaw)
 
 
-def _read_csv(source: str) -> _Rows:
+def _read_csv(source: str) -> Rows:
     _refuse_utf16(source)
     previous_limit = csv.field_size_limit(2**31 - 1)  # by default 131,072 characters a field
     header: list[str] = []
@@ -317,7 +291,7 @@ def _read_csv(source: str) -> _Rows:
                 problem = _find_bad_byte(row, header)
                 if not header:
                     header = row
-                    if (doubled := _find_doubled(header)) is not None:
+                    if (doubled := find_doubled(header)) is not None:
                         problem = f"the header names the column {quote(doubled)} twice; rename one"
                     if problem:
                         raise InputError(f"{origin}: {problem}.")
@@ -344,16 +318,16 @@ def _find_bad_byte(row: list[str], header: list[str]) -> str | None:
     return None
 
 
-def _read_parquet(source: str) -> _Rows:
+def _read_parquet(source: str) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
-            if (doubled := _find_doubled(file.schema_arrow.names)) is not None:
+            if (doubled := find_doubled(file.schema_arrow.names)) is not None:
                 raise InputError(f"{source}: the column {quote(doubled)} stands there twice; rename one.")
-            for batch in file.iter_batches():
+            for batch in file.iter_batches(PARQUET_ROWS):
                 try:
                     rows = batch.to_pylist()
                 except UnicodeDecodeError:
@@ -365,7 +339,7 @@ def _read_parquet(source: str) -> _Rows:
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, InputError) or getattr(error, "errno", None) is not None:
             raise  # ours, or the disk's word and not pyarrow's on the content
-        reason = _shorten(" ".join(str(error).split()), 200)
+        reason = shorten(" ".join(str(error).split()), 200)
         raise InputError(f"{source}: not readable as Parquet ({reason}); write the file anew.") from error
 
 
@@ -379,18 +353,25 @@ def _read_parquet_row(batch: Any, index: int, origin: str) -> Record | BadRow:
     return Record(fields, origin)
 
 
-def _read_hub(name: str, split: str) -> _Rows:
+def _load_hub(name: str, split: str) -> Any:
+    """A dataset of the hub: files of Arrow in the cache of `datasets`, mapped and not read into memory.
+
+    (Its streaming mode needs no disk, but knows no slices, and cannot start a second time without the network.)
+    """
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        return datasets.load_dataset(name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
             f"'{name}' is no file here, and its split '{split}' could not be loaded from the hub ({reason}); "
             "check the path, the id, the split and the network."
         ) from error
-    for number, row in enumerate(rows, start=1):
+
+
+def _read_hub(name: str, split: str) -> Rows:
+    for number, row in enumerate(_load_hub(name, split), start=1):
         yield Record(dict(row), f"{name} row {number}")
 
 
@@ -409,16 +390,20 @@ def _match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, .
             if columns.issuperset(shape[1]):
                 return shape
     known = "; ".join(" + ".join(columns) for _, columns, _ in _SHAPES)
-    names = _shorten(", ".join(sorted(map(quote, fields))), 200)
+    names = shorten(", ".join(sorted(map(quote, fields))), 200)
     raise BadRow(origin, f"unknown columns [{names}]; rename them to one of: {known}.")
 
 
 def to_messages(record: Record) -> list[dict[str, Any]]:
     """One record as a conversation: perhaps a system message, then user and assistant in turn.
 
-    Turns after the last answer have no target and are left out. A `text` record becomes
-    [{"role": "document", "content": text}]: no template, every token a target. Answers that are context only
-    ("weight": 0, or inside a prompt that is a list of messages) keep the key "weight" with the value 0.
+    Turns after the last answer have no target and are left out. Answers that are context only ("weight": 0, or
+    inside a prompt that is a list of messages) keep the key "weight" with the value 0. An answer may have
+    "tool_calls"; "tool" turns follow it. Three roles stand for what is no turn, always first in the list:
+
+        document   a `text` record, alone: no template, every token a target
+        tokens     a tokenised record, alone, content empty: "input_ids", and "is_target" for each
+        tools      content empty, before the turns: "tools", for the template
 
     Raises:
         BadRow: a text is missing, too long or holds what is no character, a role is unknown or out of turn, or
@@ -429,19 +414,51 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
     values = [record.fields[column] for column in columns]
     if columns == ("text",):
         return [{"role": "document", "content": _check_text(values[0], "text", origin)}]
+    if columns == ("input_ids",):
+        return [{"role": "tokens", "content": ""} | _read_tokens(record.fields, origin)]
+    tools: list[dict[str, Any]] = []
+    if isinstance(values[0], list) and record.fields.get("tools"):
+        tools = [{"role": "tools", "content": "", "tools": read_tools(record.fields["tools"], origin)}]
     if len(columns) == 1:
-        return _check_order(_read_turns(values[0], columns[0], origin), origin)
+        return tools + _check_order(_read_turns(values[0], columns[0], origin), origin)
     if extra_column and record.fields.get(extra_column) not in (None, ""):
         extra = _check_text(record.fields[extra_column], extra_column, origin)
         values[0] = _check_text(values[0], columns[0], origin) + "\n\n" + extra
     prompt = _read_side(values[0], columns[0], "user", origin)
     prompt = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
-    return _check_order(prompt + _read_side(values[1], columns[1], "assistant", origin), origin)
+    return tools + _check_order(prompt + _read_side(values[1], columns[1], "assistant", origin), origin)
+
+
+def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
+    """input_ids and is_target of a tokenised record, padding left out; the vocabulary is checked by its owner."""
+    ids: Any
+    labels: Any
+    mask: Any
+    ids, labels, mask = (fields.get(name) for name in ("input_ids", "labels", "attention_mask"))
+    for name, values in (("input_ids", ids), ("labels", labels), ("attention_mask", mask)):
+        if values is None and name != "input_ids":
+            continue
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            raise BadRow(origin, f"{name} is {describe(values)}; write a list of whole numbers.")
+        if len(values) != len(ids):
+            raise BadRow(origin, f"{name} has {len(values)} numbers where input_ids has {len(ids)}; mend it.")
+    labels = ids if labels is None else labels
+    for place, (token, label) in enumerate(zip(ids, labels, strict=True), start=1):
+        if label not in (-100, token):
+            raise BadRow(
+                origin,
+                f"labels holds {quote(label)} at place {place}, where input_ids has {quote(token)}; use that or "
+                "-100: labels are not shifted.",
+            )
+    kept = [place for place in range(len(ids)) if mask is None or mask[place] != 0]
+    if not kept:
+        raise BadRow(origin, "input_ids holds no token; fill it in or remove the record.")
+    return {"input_ids": [ids[place] for place in kept], "is_target": [labels[place] != -100 for place in kept]}
 
 
 def _check_text(value: Any, name: str, origin: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(origin, f"{name} is {_describe(value)}, not text; fill it in or remove the record.")
+        raise BadRow(origin, f"{name} is {describe(value)}, not text; fill it in or remove the record.")
     if len(value) > MAX_TEXT:
         size = f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}"
         raise BadRow(origin, f"{size}, and begins {quote(value[:40])}; split it into several records.")
@@ -461,37 +478,76 @@ def _read_side(value: Any, column: str, role: str, origin: str) -> list[dict[str
 def _read_turns(value: Any, column: str, origin: str) -> list[dict[str, Any]]:
     wanted = "messages, each with a role and a content"
     if not isinstance(value, list):
-        raise BadRow(origin, f"{column} is {_describe(value)}; write a list of {wanted}.")
+        raise BadRow(origin, f"{column} is {describe(value)}; write a list of {wanted}.")
     turns = []
     for number, turn in enumerate(value, start=1):
         name = f"message {number} of {column}"
         if not isinstance(turn, dict):
-            raise BadRow(origin, f"{name} is {_describe(turn)}; write a list of {wanted}.")
-        role, weight = turn.get("role", turn.get("from")), turn.get("weight")
+            raise BadRow(origin, f"{name} is {describe(turn)}; write a list of {wanted}.")
+        role = turn.get("role", turn.get("from"))
         if not isinstance(role, str) or role not in _ROLES:
             raise BadRow(origin, f"{name} has the role {quote(role)}; use {', '.join(_ROLES)}.")
-        for key in ("tool_calls", "function_call"):
-            if turn.get(key):
-                problem = f"{name} has the {key} {quote(turn[key])}, which only work as text"
-                raise BadRow(origin, f"{problem}; write the call into the content.")
-        if weight not in (None, 0, 1):
-            raise BadRow(origin, f"{name} has the weight {quote(weight)}; use 0 or 1.")
-        text = _check_text(turn.get("content", turn.get("value")), f"the content of {name}", origin)
-        turns.append({"role": _ROLES[role], "content": text} | ({"weight": 0} if weight == 0 else {}))
+        turns.append(_read_turn(turn, _ROLES[role], name, origin))
     return turns
 
 
+def _read_turn(turn: dict[str, Any], role: str, name: str, origin: str) -> dict[str, Any]:
+    if turn.get("function_call"):
+        problem = f"{name} has the function_call {quote(turn['function_call'])}"
+        raise BadRow(origin, f"{problem}; write it as one of its tool_calls.")
+    read: dict[str, Any] = {"role": role}
+    content = turn.get("content", turn.get("value"))
+    if turn.get("tool_calls"):
+        if role != "assistant":
+            raise BadRow(origin, f"{name} has tool_calls, but is from the {role}; only the assistant calls tools.")
+        read["tool_calls"] = read_tool_calls(turn["tool_calls"], name, origin)
+        content = "" if content is None else content
+    read["content"] = _check_text(content, f"the content of {name}", origin)
+    if role == "tool":
+        for key in ("name", "tool_call_id"):
+            if turn.get(key) is not None:
+                read[key] = _check_text(turn[key], f"the {key} of {name}", origin)
+    return read | ({} if _is_trained(turn, role, name, origin) else {"weight": 0})
+
+
+def _is_trained(turn: dict[str, Any], role: str, name: str, origin: str) -> bool:
+    """What "weight" (OpenAI), "train" and "training" (Axolotl) say of a turn; trained, where they say nothing."""
+    weight = turn.get("weight")
+    if weight not in (None, 0, 1):
+        raise BadRow(origin, f"{name} has the weight {quote(weight)}; use 0 or 1.")
+    said = {} if weight is None else {"weight": weight == 1}
+    for key in ("train", "training"):
+        flag = turn.get(key)
+        if flag is not None and not isinstance(flag, bool):
+            raise BadRow(origin, f"{name} has {key} {quote(flag)}; use true or false.")
+        if flag and role != "assistant":
+            remedy = "only the assistant's turns are trained one by one; leave it out, or pass --train-on all"
+            raise BadRow(origin, f"{name} has {key} true, but is from the {role}; {remedy}.")
+        said |= {} if flag is None else {key: flag}
+    if len(set(said.values())) > 1:
+        raise BadRow(origin, f"{name} has {' and '.join(said)}, which disagree; keep one of them.")
+    return all(said.values())
+
+
 def _check_order(turns: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
+    """The turns up to the last answer, which must follow one another as the module's users expect.
+
+    Perhaps a system message; then user and assistant in turn; an answer with tool calls is followed by results of
+    tools, and these by an answer.
+    """
     start = 1 if turns and turns[0]["role"] == "system" else 0
-    for index, turn in enumerate(turns[start:]):
-        expected = ("user", "assistant")[index % 2]
-        if turn["role"] != expected:
-            which = f"message {start + index + 1}, {quote(turn['content'])},"
-            raise BadRow(
-                origin,
-                f"{which} is from the {turn['role']}, not the {expected}; let user and assistant alternate, "
-                "the user first, after any system message.",
-            )
+    expected: tuple[str, ...] = ("user",)
+    for number, turn in enumerate(turns[start:], start=start + 1):
+        if turn["role"] not in expected:
+            which = f"message {number}, {quote(turn['content'])}, is from the {turn['role']}"
+            remedy = "let user and assistant alternate, the user first, after any system message"
+            if "tool" in (*expected, turn["role"]):
+                remedy += "; and after an answer with tool_calls, first the tools' results, then an answer"
+            raise BadRow(origin, f"{which}, not the {' or the '.join(expected)}; {remedy}.")
+        if turn["role"] == "assistant":
+            expected = ("tool",) if "tool_calls" in turn else ("user",)
+        else:
+            expected = ("assistant",) if turn["role"] == "user" else ("assistant", "tool")
     num_kept = max((index + 1 for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     if num_kept == 0:
         roles = ", ".join(turn["role"] for turn in turns) or "none at all"

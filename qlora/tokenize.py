@@ -33,21 +33,29 @@ without such text, nearly all, take the plain way. (transformers' sanitize_contr
 gives ids only, and the targets are found in the text.) Text that the template itself joins into a token is out
 of reach, and a document is parsed as it stands: whole rendered conversations may be given as `text`.
 
+Tools: the record's tools go to the template with every part, a call is an answer like any other, and results of
+tools are context. template.py tells where a call ends, and refuses a template that leaves something of them out.
+
+Tokenised records take none of this: their ids are checked against the vocabulary and stand as they are.
+
 Shapes: T tokens of one row.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora.errors import InputError
-from qlora.records import BadRow, Record, collect_bad_row, quote, sort_by_place, to_messages
+from qlora.records import to_messages
+from qlora.rows import BadRow, Record, collect_bad_row, quote, sort_by_place
+from qlora.template import ChatTemplate, Messages, split_tools
 from qlora.workers import map_chunks
 
 if TYPE_CHECKING:
@@ -187,41 +195,73 @@ def encode_records(
         InputError: nothing is left to train on.
         TrainingStopped: a worker died.
     """
+    examples, report = [], EncodeReport()
+    options: Any = dict(parse_special=parse_special, num_workers=num_workers)
+    rows = stream_examples(records, tokenizer, max_length, train_on, on_long, report, **options)
+    with closing(rows):
+        for row in rows:
+            if isinstance(row, BadRow):
+                collect_bad_row(row, bad_rows)
+            else:
+                examples.append(row)
+    finish_report(report, bad_rows or [], len(examples), max_length)
+    return examples, report
+
+
+def stream_examples(
+    records: Iterable[Record | BadRow],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    train_on: str,
+    on_long: str,
+    report: EncodeReport,
+    *,
+    parse_special: bool = False,
+    num_workers: int = 0,
+) -> Generator[Example | BadRow, None, None]:
+    """The rows that are trained and the bad ones, one after another; `report` counts the others along.
+
+    Arguments and errors as `encode_records`; close it to end its workers early. Call `finish_report` at the end.
+    """
     _check_options(max_length, train_on, on_long)
     encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
     tasks = map(_read_task, records)
     chunks = iter(lambda: list(islice(tasks, CHUNK_SIZE)), [])
-    examples, report = [], EncodeReport()
     with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
         for result in chain.from_iterable(results):
             if isinstance(result, BadRow):
-                collect_bad_row(result, bad_rows)
+                yield result
                 continue
             ids, is_target, origin = result
             row = shift_targets(ids, is_target, max_length + 1, origin)
             example = report.admit(row, max_length, on_long)
             if example is not None:
-                examples.append(example)
+                yield example
+
+
+def finish_report(report: EncodeReport, bad_rows: list[BadRow], num_kept: int, max_length: int) -> None:
+    """Count the bad rows of a source too, in the source's order; InputError if it left nothing to train on."""
     if bad_rows:
         sort_by_place(bad_rows)
         report.num_bad_rows = len(bad_rows)
         report.num_records += len(bad_rows)
     if bad_rows and report.num_bad_rows == report.num_records:
         raise InputError(f"All {report.num_records} records are bad, the first one is {bad_rows[0]}")
-    if not examples:
+    if not num_kept:
         raise InputError(
             f"None of {report.num_records} records is left at --max-length {max_length}: "
             f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it, "
             f"{report.num_bad_rows} bad; raise it or mend the data."
         )
-    return examples, report
 
 
 _Task = tuple[list[dict[str, Any]], str] | BadRow  # messages and origin
 _Result = tuple[list[int], list[bool], str] | BadRow  # t_0 .. t_T, whether each is predicted, origin
 
 
-def _read_task(record: Record) -> _Task:
+def _read_task(record: Record | BadRow) -> _Task:
+    if isinstance(record, BadRow):
+        return record
     try:
         return to_messages(record), record.origin
     except BadRow as error:
@@ -249,6 +289,25 @@ def end_of_turn_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     ids, is_target = RowEncoder(tokenizer).encode_row(conversation, "completion", "the tokenizer")
     return [token for token, trained in zip(ids, is_target, strict=True) if trained][-1]
+
+
+def set_chat_template(tokenizer: Any, file: str) -> None:
+    """Give the tokenizer the Jinja template of a file, after a conversation was rendered with it.
+
+    Raises:
+        InputError: the file cannot be read, or its template cannot train a model.
+    """
+    try:
+        tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--chat-template {file} cannot be read ({error}); give a file in UTF-8.") from error
+    if not tokenizer.chat_template.strip():
+        raise InputError(f"--chat-template {file} is empty; write a template in Jinja.")
+    try:
+        end_of_turn_id(tokenizer)
+    except BadRow as error:
+        problem = error.problem.replace("; mend the record", "; correct it")
+        raise InputError(f"--chat-template {file}: {problem}") from error
 
 
 def fallback_template(tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -303,27 +362,29 @@ class RowEncoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", parse_special: bool = False) -> None:
         self.tokenizer, self.parse_special = tokenizer, parse_special
-        self.template = None if tokenizer.chat_template else fallback_template(tokenizer)
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         contents = {token.content for token in added} | set(tokenizer.all_special_tokens)
         longest_first = "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)"
         self.token_ids: dict[str, Any] = {text: tokenizer.convert_tokens_to_ids(text) for text in contents}
         self.special = re.compile(f"({longest_first})")
         self.end_of_turn = re.compile(rf"\s*({longest_first})")
+        own = None if tokenizer.chat_template else fallback_template(tokenizer)
+        self.template = ChatTemplate(tokenizer, own, self.special)
         # Tokens that swallow the white space before or after them.
         self.strips_left = {token.content for token in added if token.lstrip}
         self.strips_right = {token.content for token in added if token.rstrip}
 
-    def encode_prompt(self, messages: list[dict[str, Any]]) -> list[int]:
+    def encode_prompt(self, messages: Messages) -> list[int]:
         if messages[0]["role"] == "document":
             return _bos_ids(self.tokenizer) + _token_ids(messages[0]["content"], self.tokenizer)
+        if messages[0]["role"] == "tokens":
+            return self._check_vocabulary(messages[0]["input_ids"], "the prompt")
         messages, hidden = self._hide_special_text(messages)
-        parts = self._render_parts(messages, add_generation_prompt=True, origin="the prompt")
+        turns, tools = split_tools(messages)
+        parts = self.template.render_parts(turns, tools, True, "the prompt")
         return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
 
-    def encode_row(
-        self, messages: list[dict[str, Any]], train_on: str, origin: str
-    ) -> tuple[list[int], list[bool]]:
+    def encode_row(self, messages: Messages, train_on: str, origin: str) -> tuple[list[int], list[bool]]:
         """The whole row: ids t_0 .. t_T, and for each whether it is to be predicted."""
         if messages[0]["role"] == "document":
             if self.tokenizer.eos_token_id is None:
@@ -331,18 +392,23 @@ class RowEncoder:
             ids = [*self.encode_prompt(messages), self.tokenizer.eos_token_id]
             is_blank = not messages[0]["content"].strip()  # would teach nothing but BOS -> eos
             return ids, [not is_blank] * len(ids)
+        if messages[0]["role"] == "tokens":
+            ids = self._check_vocabulary(messages[0]["input_ids"], origin)
+            return ids, [True] * len(ids) if train_on == "all" else messages[0]["is_target"]
         messages, hidden = self._hide_special_text(messages)
-        prompt, *turns = self._render_parts(messages, add_generation_prompt=False, origin=origin)
+        turns, tools = split_tools(messages)
+        prompt, *parts = self.template.render_parts(turns, tools, False, origin)
         ids = self._part_ids(prompt, hidden, origin)
         is_target = [False] * len(ids)
-        answers = [message for message in messages if message["role"] == "assistant"]
-        for answer, part in zip(answers, turns, strict=True):
+        before = prompt
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        for index, part in zip(answers, parts, strict=True):
             part_ids, num_trained = self._part_ids(part, hidden, origin), 0
-            if answer.get("weight") != 0:
-                token_id, num_before = self._find_end_of_turn(part, answer["content"])
-                places = [index for index, id_ in enumerate(part_ids) if id_ == token_id]
+            if turns[index].get("weight") != 0:
+                token_id, num_before = self._find_end_of_turn(turns[: index + 1], tools, before, part, origin)
+                places = [place for place, id_ in enumerate(part_ids) if id_ == token_id]
                 if num_before >= len(places):
-                    content = quote(answer["content"].translate(hidden))
+                    content = quote(turns[index]["content"].translate(hidden))
                     raise BadRow(
                         origin,
                         f"the chat template writes no special token after the answer {content}, so the model "
@@ -350,18 +416,30 @@ class RowEncoder:
                     )
                 num_trained = places[num_before] + 1
             ids += part_ids
-            is_target += [index < num_trained for index in range(len(part_ids))]
+            is_target += [place < num_trained for place in range(len(part_ids))]
+            before += part
         return ids, [True] * len(ids) if train_on == "all" else is_target
 
-    def _hide_special_text(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[int, str]]:
-        """Put one private-use character for each special token spelled out in a content.
+    def _check_vocabulary(self, ids: list[int], origin: str) -> list[int]:
+        """The ids, if each is one of the vocabulary."""
+        size = len(self.tokenizer)
+        if not 0 <= min(ids) <= max(ids) < size:
+            place, token = next((place, token) for place, token in enumerate(ids, 1) if not 0 <= token < size)
+            problem = (
+                f"input_ids holds {quote(token)} at place {place}, but this model's tokens are 0 to {size - 1}"
+            )
+            raise BadRow(origin, f"{problem}; tokenise the data with this model's tokenizer.")
+        return ids
+
+    def _hide_special_text(self, messages: Messages) -> tuple[Messages, dict[int, str]]:
+        """Put one private-use character for each special token spelled out in a content, a call or a tool.
 
         Returns:
             (messages, hidden): hidden maps the characters back, as str.translate takes it; mostly empty.
         """
-        if self.parse_special or not any(self.special.search(message["content"]) for message in messages):
+        if self.parse_special or not any(map(self.special.search, _texts_of(messages))):
             return messages, {}
-        taken = {*str(self.tokenizer.chat_template)}.union(*(message["content"] for message in messages))
+        taken = {*str(self.tokenizer.chat_template)}.union(*_texts_of(messages))
         free = (code for code in chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)) if chr(code) not in taken)
         codes: dict[str, int] = {}
 
@@ -370,32 +448,14 @@ class RowEncoder:
                 codes[match[0]] = next(free)
             return chr(codes[match[0]])
 
-        messages = [message | {"content": self.special.sub(hide, message["content"])} for message in messages]
+        messages = [
+            {
+                key: value if key == "role" else _change_texts(value, hide, self.special)
+                for key, value in turn.items()
+            }
+            for turn in messages
+        ]
         return messages, {code: text for text, code in codes.items()}
-
-    def _render_parts(self, messages: list[dict[str, Any]], add_generation_prompt: bool, origin: str) -> list[str]:
-        """The rendered conversation, cut where each assistant turn begins: the prompt, then a part per turn."""
-        cuts = [(index, True) for index, message in enumerate(messages) if message["role"] == "assistant"]
-        parts: list[str] = []
-        before = ""
-        for end, opens_turn in [*cuts, (len(messages), add_generation_prompt)]:
-            try:
-                text: Any = self.tokenizer.apply_chat_template(
-                    messages[:end], chat_template=self.template, tokenize=False, add_generation_prompt=opens_turn
-                )
-            except Exception as error:  # a template is a program: it may fail in any way
-                kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
-                reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
-                raise BadRow(origin, f"the chat template refuses it: {reason}; mend the record.") from error
-            if not text.startswith(before):
-                raise BadRow(
-                    origin,
-                    f"the chat template rewrites what precedes answer {len(parts)} once more follows; "
-                    "split the record so that it has one answer, or use a template that only appends.",
-                )
-            parts.append(text[len(before) :])
-            before = text
-        return parts
 
     def _part_ids(self, part: str, hidden: dict[int, str], origin: str) -> list[int]:
         if not any(chr(code) in part for code in hidden):
@@ -435,15 +495,40 @@ class RowEncoder:
                 return ids[len(lead_ids) :]
         return encode(text)
 
-    def _find_end_of_turn(self, part: str, content: str) -> tuple[int | None, int]:
-        """Id of the special token right after the answer, if any; and how often it stands in the part before."""
-        content = content.strip()  # as many templates do
+    def _find_end_of_turn(
+        self, turns: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
+    ) -> tuple[int | None, int]:
+        """Of the answer that `turns` end in and `part` begins with, after the text `before`: the special token
+        that ends it, if any, as an id; and how often that token stands in the part before.
+        """
+        if "tool_calls" in turns[-1]:
+            found = self.template.find_end_of_call(turns, tools, before, part, origin)
+            return (None, 0) if found is None else (self.token_ids[found[0]], part.count(found[0], 0, found[1]))
+        content = turns[-1]["content"].strip()  # as many templates do
         start = part.find(content)
         while start >= 0:
             if match := self.end_of_turn.match(part, start + len(content)):
                 return self.token_ids[match[1]], part.count(match[1], 0, match.start(1))
             start = part.find(content, start + 1)
         return None, 0
+
+
+def _texts_of(value: Any) -> Generator[str, None, None]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
+            yield from _texts_of(item)
+
+
+def _change_texts(value: Any, change: Any, pattern: re.Pattern[str]) -> Any:
+    """A JSON value with `pattern` replaced in every text."""
+    if isinstance(value, str):
+        return pattern.sub(change, value)
+    if isinstance(value, dict):
+        return {_change_texts(key, change, pattern): _change_texts(v, change, pattern) for key, v in value.items()}
+    return [_change_texts(item, change, pattern) for item in value] if isinstance(value, list) else value
 
 
 def shift_targets(ids: list[int], is_target: list[bool], max_length: int, origin: str) -> Example:

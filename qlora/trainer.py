@@ -47,7 +47,15 @@ from qlora.memory import (
     plan_recomputing,
 )
 from qlora.optim import MasterOptimizer
-from qlora.packing import Batch, WindowOrder, deal_examples, make_batches, split_batch
+from qlora.packing import (
+    Batch,
+    WindowOrder,
+    deal_examples,
+    lengths_of,
+    make_batches,
+    sources_of,
+    split_batch,
+)
 from qlora.tokenize import Example
 
 
@@ -174,9 +182,10 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    mine = deal_examples([len(e) for e in examples], accelerator.num_processes)[accelerator.process_index]
+    lengths = lengths_of(examples)
+    mine = deal_examples(lengths, accelerator.num_processes)[accelerator.process_index]
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
-    longest = max(len(e) for e in examples)
+    longest = max(lengths)
     rows, kind = max(1, budget // longest), accelerator.device.type
     waiting = make_batches([examples[i] for i in mine], rows, longest, packing, kind)
     while waiting and not sums[2]:
@@ -339,7 +348,7 @@ class _StepMaker:
 
     def __post_init__(self) -> None:
         window = self.batch_size * self.grad_accum * self.accelerator.num_processes
-        self.order = WindowOrder(len(self.examples), window, self.seed)
+        self.order = WindowOrder(sources_of(self.examples), window, self.seed)
         self.budget, self.checked = self.batch_size * self.max_length, False
 
     def make(self) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import train
 from qlora import __main__ as command_line
-from qlora.config import LoRAConfig, ModelConfig, RunConfig, TrainConfig, config_file_flags, parse_args
+from qlora.config import DataConfig, LoRAConfig, ModelConfig, RunConfig, TrainConfig, config_file_flags, parse_args
 from qlora.errors import InputError, StoppedOnRequest, TrainingStopped, run
 
 REPOSITORY = Path(train.__file__).parent
@@ -37,6 +37,10 @@ FLAGS: list[tuple[list[str], str, str, Any]] = [
     (["--adapter-dtype", "float32"], "lora", "adapter_dtype", "float32"),
     (["--target-modules", "all-linear"], "lora", "target_modules", "all-linear"),
     (["--data", "a.jsonl"], "data", "data", "a.jsonl"),
+    (["--data", "a,b", "--data-weights", "1,0.3"], "data", "data_weights", "1,0.3"),
+    (["--columns", "prompt=a,completion=b"], "data", "columns", "prompt=a,completion=b"),
+    (["--chat-template", "a.jinja"], "data", "chat_template", "a.jinja"),
+    (["--no-token-cache"], "data", "token_cache", False),
     (["--eval-data", "b.jsonl"], "data", "eval_data", "b.jsonl"),
     (["--max-length", "77"], "data", "max_length", 77),
     (["--packing"], "data", "packing", True),
@@ -637,3 +641,45 @@ def test_what_is_no_time(text: str) -> None:
 def test_forcing_without_resuming_is_refused() -> None:
     with pytest.raises(InputError, match="force_resume is given without resume"):
         TrainConfig(force_resume=True)
+
+
+def test_sources_weights_and_columns_in_yaml(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "data: [a.jsonl, owner/name]\ndata_weights: [1, 0.3]\ncolumns: {prompt: question, completion: answer}\n"
+    )
+    data = parse_args(RunConfig, "x", ["--config", str(tmp_path / "run.yaml")]).data
+    assert (data.data, data.weights) == ("a.jsonl,owner/name", [1.0, 0.3])
+    assert data.column_names == {"prompt": "question", "completion": "answer"}
+    (tmp_path / "run.yaml").write_text("data: train.jsonl\ndata_weights: 2\n")
+    data = parse_args(RunConfig, "x", ["--config", str(tmp_path / "run.yaml")]).data
+    assert (data.data, data.weights) == ("train.jsonl", [2.0])
+    python = DataConfig(data=["a", "b"], data_weights=[1, 2], columns={"text": "body"})  # type: ignore[arg-type]
+    assert (python.data, python.weights, python.column_names) == ("a,b", [1.0, 2.0], {"text": "body"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("prompt=a, completion=b,c=d", {"prompt": "a", "completion": "b", "c": "d"}),
+        ("prompt=a,b=c=d", {"prompt": "a", "b": "c=d"}),
+        ("prompt=a,b", {"prompt": "a,b"}),
+        ("", {}),
+    ],
+)
+def test_columns_may_hold_commas_and_equals_signs(text: str, expected: dict[str, str]) -> None:
+    assert DataConfig(columns=text).column_names == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"data_weights": "1,x"}, "data_weights is '1,x'; give --data-weights numbers"),
+        ({"columns": "prompt"}, "columns holds 'prompt'; give --columns name=column"),
+        ({"columns": "=a"}, "columns holds '=a'"),
+        ({"columns": "prompt="}, "columns holds 'prompt='"),
+        ({"columns": "prompt=a,prompt=b"}, "columns holds 'prompt=b'; .* each name once"),
+    ],
+)
+def test_bad_weights_and_columns(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        DataConfig(**settings)

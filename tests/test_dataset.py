@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qlora.dataset import load_examples
+from qlora.dataset import find_sources, load_examples
 from qlora.errors import InputError
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
@@ -91,8 +91,9 @@ def test_bad_rows_are_skipped_counted_and_listed(source: str, spoilt: str, tmp_p
 
 
 def test_a_bad_row_stops(spoilt: str, tmp_path: Path) -> None:
+    """The first one of the file: it is read and tokenised in one go."""
     said: list[str] = []
-    with pytest.raises(InputError, match=f"^{spoilt}:42: not valid JSON"):
+    with pytest.raises(InputError, match=f"^{spoilt}:1: completion is null"):
         load_examples(spoilt, tiny_tokenizer(), 256, say=said.append, bad_rows_file=tmp_path / "bad_rows.jsonl")
     assert said == [] and not (tmp_path / "bad_rows.jsonl").exists()
     with pytest.raises(InputError, match="on_bad_row is 'ignore'; use 'stop' or 'skip'"):
@@ -115,6 +116,113 @@ def test_special_text_is_parsed_on_demand(tmp_path: Path) -> None:
             str(tmp_path / "data.jsonl"), tiny_tokenizer(), 256, say=lambda line: None, parse_special=parse_special
         )
         assert (examples[0].input_ids == 4).sum() == 2 * parse_special
+
+
+# ---- several sources ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> str:
+    """20 rows, named with what a shell or a comma could break."""
+    rows = [{"prompt": f"Other {i}", "completion": f"Reply {i} and so on"} for i in range(20)]
+    (tmp_path / "b=1, x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(tmp_path / "b=1, x.jsonl")
+
+
+def load(sources: Any, **options: Any) -> tuple[Any, Any, list[str]]:
+    said: list[str] = []
+    return *load_examples(sources, tiny_tokenizer(), 256, say=said.append, **options), said
+
+
+def test_sources_follow_one_another(source: str, other: str, tmp_path: Path) -> None:
+    first, second = load(source)[0], load(other)[0]  # a name with a comma, alone
+    examples, _, said = load([source, other], weights=[1, 0.5])
+    assert texts(examples) == texts(first) + texts(second)
+    assert [e.origin for e in examples] == [e.origin for e in first] + [e.origin for e in second]
+    assert examples.sources == [(40, 1.0), (20, 0.5)] and examples.lengths == list(map(len, examples))
+    assert examples.num_targets == sum(e.num_targets for e in examples)
+    assert len(said) == 3
+    tokens = [sum(map(len, first)), sum(map(len, second)) / 2]
+    assert said[2] == (
+        f"an epoch: 50 rows, {sum(tokens):,.0f} tokens; {source} x 1: 40 rows, {tokens[0]:,} tokens "
+        f"({tokens[0] / sum(tokens):.0%}); {other} x 0.5: 10 rows, {tokens[1]:,.0f} tokens "
+        f"({tokens[1] / sum(tokens):.0%})"
+    )
+    (tmp_path / "c.jsonl").write_bytes(Path(other).read_bytes())
+    by_comma, _, _ = load(f"{source}, {tmp_path / 'c.jsonl'}")
+    assert texts(by_comma) == texts(examples)
+
+
+def test_a_pattern_names_its_files_in_order(tmp_path: Path) -> None:
+    for name in ("2", "1", "[3]"):
+        (tmp_path / f"shard-{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
+    assert find_sources(f"{tmp_path}/shard-?.jsonl,owner/name", [2, 1]) == [
+        (f"{tmp_path}/shard-1.jsonl", 2.0), (f"{tmp_path}/shard-2.jsonl", 2.0), ("owner/name", 1.0),
+    ]  # fmt: skip
+    assert find_sources(f"{tmp_path}/shard-[3].jsonl") == [(f"{tmp_path}/shard-[3].jsonl", 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights", "expected"),
+    [
+        ("a.jsonl,b.jsonl", [1.0], "data_weights has 1 numbers for 2 sources, a.jsonl, b.jsonl; give one each"),
+        ("a.jsonl", [0.0], "gives a.jsonl the weight 0; give a number above 0"),
+        ("a.jsonl", [-1.0], "the weight -1"), ("a.jsonl", [float("nan")], "the weight nan"),
+        ("a.jsonl", [1e9], "the weight 1e.09; give a number above 0, at most 1000"),
+        ("no/*.jsonl", [], "no/.*jsonl matches no file"), (" , ", [], "data names no source"),
+        ("a.jsonl,b.jsonl,a.jsonl", [], "data names a.jsonl twice; give it a weight of 2 instead"),
+        ("no,such.jsonl", [], "such.jsonl does not exist|could not be loaded from the hub"),
+    ],
+)  # fmt: skip
+def test_sources_that_cannot_be(sources: str, weights: list[float], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        load(sources, weights=weights)
+
+
+def test_the_split_takes_its_share_of_each_source(source: str, other: str, tmp_path: Path) -> None:
+    """And the same rows of a source, whatever others there are; a single row stays in training."""
+    (tmp_path / "one.jsonl").write_text('{"text": "a single row"}\n')
+    alone, held_alone, _ = load(source, eval_split=0.1, seed=5)
+    examples, held, said = load(
+        [source, other, str(tmp_path / "one.jsonl")], eval_split=0.1, seed=5, weights=[1, 2, 1]
+    )
+    assert texts(held)[:4] == texts(held_alone) and texts(examples)[:36] == texts(alone)
+    assert examples.sources == [(36, 1.0), (18, 2.0), (1, 1.0)] and held.sources == [(4, 1.0), (2, 1.0)]
+    whole = [*load(source)[0], *load(other)[0]]
+    assert sorted(texts(examples)[:-1] + texts(held)) == sorted(texts(whole))
+    assert "held out 6 of them for evaluation" in said
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv", ".parquet"])
+def test_columns_and_bad_rows_in_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    rows = [{"q": f"Q{i}", "a": None if i == 3 else f"A{i}", "text": "t"} for i in range(300)]
+    path = tmp_path / f"data{kind}"
+    if kind == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif kind == ".json":
+        path.write_text(json.dumps(rows))
+    elif kind == ".csv":
+        path.write_text("q,a,text\n" + "".join(f"{r['q']},{r['a']},t{',x' * (r['a'] is None)}\n" for r in rows))
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    columns = {"prompt": "q", "completion": "a"}
+    found = []
+    for cache in (False, True, True):
+        listed = tmp_path / "bad_rows.jsonl"
+        examples, _, said = load(
+            str(path),
+            columns=columns,
+            on_bad_row="skip",
+            bad_rows_file=listed,
+            cache=cache,
+        )
+        found.append((texts(examples), said[0].partition("; ")[0], listed.read_text()))
+    assert found[0] == found[1] == found[2] and len(found[0][0]) == 299
+    decoded = tiny_tokenizer().decode(examples[0].input_ids.tolist())
+    assert decoded == "<|im_start|>user\nQ0<|im_end|>\n<|im_start|>assistant\nA0<|im_end|>"
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
@@ -245,6 +246,39 @@ def test_step_alone_decides_the_window() -> None:
     assert [again.window(step) for step in steps] == [expected[step] for step in steps]
     assert WindowOrder(23, 4, seed=5).window(17) == expected[17]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def unweighted_window(count: int, size: int, seed: int, step: int) -> list[int]:
+    """The order as it was before there were weights."""
+    epoch, position = divmod(step, -(-count // size))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return order[position * size : (position + 1) * size]
+
+
+def test_weights_of_one_change_nothing() -> None:
+    for sources in (17, [(17, 1.0)], [(5, 1.0), (11, 1.0), (1, 1.0)]):
+        order = WindowOrder(sources, 4, seed=3)
+        assert [order.window(step) for step in range(12)] == [unweighted_window(17, 4, 3, s) for s in range(12)]
+
+
+def test_weights_say_how_often_a_row_is_seen() -> None:
+    """Rows 0-9 twice and three of them once more, 10-29 a sample of 6, 30 at least once: in every epoch, anew."""
+    sources = [(10, 2.3), (20, 0.3), (1, 0.01)]
+    order = WindowOrder(sources, 8, seed=1)
+    assert order.num_examples == 23 + 6 + 1 and order.steps_per_epoch == 4
+    samples = set()
+    for epoch in range(40):
+        windows = [order.window(4 * epoch + step) for step in range(4)]
+        assert [len(window) for window in windows] == [8, 8, 8, 6]
+        counts = Counter(row for window in windows for row in window)
+        assert sorted(counts[row] for row in range(10)) == [2] * 7 + [3] * 3
+        sample = tuple(row for row in range(10, 30) if counts[row])
+        assert len(sample) == 6 and all(counts[row] == 1 for row in sample) and counts[30] == 1
+        samples.add(sample)
+    assert len(samples) > 30 and set().union(*samples) == set(range(10, 30))
+    again = WindowOrder(sources, 8, seed=1)
+    assert [again.window(step) for step in (77, 5, 6)] == [order.window(step) for step in (77, 5, 6)]
+    assert WindowOrder(sources, 8, seed=2).window(0) != order.window(0)
 
 
 # ---- packed against padded --------------------------------------------------------------------------------

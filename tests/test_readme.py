@@ -45,10 +45,12 @@ def test_every_data_shape_reads_as_shown() -> None:
     import json
 
     examples = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \|$", README, flags=re.MULTILINE)
-    assert len(examples) == 6
+    assert len(examples) == 8
+    expected = {"text": ["document"], "tokenised": ["tokens"]}
+    expected["tools (OpenAI)"] = ["tools", "user", "assistant", "tool", "assistant"]
     for shape, text in examples:
         roles = [m["role"] for m in to_messages(Record(json.loads(text), shape))]
-        assert roles == (["document"] if shape == "text" else ["user", "assistant"])
+        assert roles == expected.get(shape, ["user", "assistant"])
 
 
 @pytest.mark.parametrize("name", qlora.__all__)

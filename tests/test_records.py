@@ -420,6 +420,105 @@ def test_context_only_answers_keep_their_weight():
     assert messages_of({"prompt": [*QUESTION, QUESTION[0]], "completion": "A"}) == [*muted, *QUESTION]
 
 
+@pytest.mark.parametrize(
+    ("flags", "is_trained"),
+    [
+        ({"train": False}, False), ({"train": True}, True), ({"training": False}, False), ({"weight": 0}, False),
+        ({"train": None, "training": None, "weight": None}, True), ({"weight": 1, "train": True}, True),
+        ({"weight": 0, "train": False, "training": False}, False), ({"weight": 0.0}, False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("shape", ["messages", "conversations"])
+def test_flags_of_a_turn(flags, is_trained, shape):
+    turns = [QUESTION[0] | {"train": False}, QUESTION[1] | flags, *QUESTION]
+    answers = [turn for turn in messages_of({shape: turns}) if turn["role"] == "assistant"]
+    assert [turn.get("weight") for turn in answers] == [None if is_trained else 0, None]
+
+
+@pytest.mark.parametrize(
+    ("turn", "expected"),
+    [
+        (QUESTION[1] | {"train": "false"}, "message 2 of messages has train 'false'; use true or false"),
+        (QUESTION[1] | {"training": 1}, "message 2 of messages has training 1; use true or false"),
+        (QUESTION[1] | {"weight": 1, "train": False}, "has weight and train, which disagree; keep one of them"),
+        (QUESTION[1] | {"train": True, "training": False}, "has train and training, which disagree"),
+        (
+            {"role": "system", "content": "S", "train": True},
+            "has train true, but is from the system; only the assistant's turns are trained one by one",
+        ),
+    ],
+)
+def test_bad_flags_of_a_turn(turn, expected):
+    assert expected in error_of(messages_of, {"messages": [QUESTION[0], turn]})
+
+
+TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids", "is_target"),
+    [
+        (TOKENS, [5, 6, 7], [False, True, True]),
+        ({"input_ids": [5, 6]}, [5, 6], [True, True]),
+        (TOKENS | {"labels": None, "attention_mask": None}, [5, 6, 7], [True] * 3),
+        (TOKENS | {"attention_mask": [0, 1, 0]}, [6], [True]),  # padding on either side
+    ],
+)
+def test_tokenised_rows(fields, ids, is_target):
+    assert detect_format(fields, "here") == "tokenised"
+    assert messages_of(fields) == [{"role": "tokens", "content": "", "input_ids": ids, "is_target": is_target}]
+    assert messages_of(fields | {"text": "t"})[0]["role"] == "document"  # what there is to read goes first
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"input_ids": "5 6"}, "input_ids is '5 6' (str); write a list of whole numbers"),
+        ({"input_ids": [5, 6.0, 7]}, "input_ids is [5, 6.0, 7] (list)"),
+        ({"input_ids": [True, 6, 7]}, "input_ids is [True, 6, 7]"),
+        ({"labels": [6, 7]}, "labels has 2 numbers where input_ids has 3"),
+        (
+            {"labels": [6, 7, 2]},
+            "labels holds 6 at place 1, where input_ids has 5; use that or -100: labels are not",
+        ),
+        ({"attention_mask": [0, 0, 0]}, "input_ids holds no token"),
+        ({"input_ids": [], "labels": [], "attention_mask": []}, "input_ids holds no token"),
+    ],
+)
+def test_bad_tokenised_rows(changes, expected):
+    assert expected in error_of(messages_of, TOKENS | changes)
+
+
+def mapped(tmp_path, fields, **columns):
+    path = write(tmp_path / "a.jsonl", json.dumps(fields))
+    return [record.fields for record in read_records(path, columns=columns)]
+
+
+def test_columns_by_other_names(tmp_path):
+    """What is named so wins over columns that happen to have a name of ours; what goes with it stays."""
+    fields = {"q": "Q", "a": "A", "messages": QUESTION, "text": "t", "id": 1}
+    assert mapped(tmp_path, fields, prompt="q", completion="a") == [{"prompt": "Q", "completion": "A"}]
+    assert mapped(tmp_path, fields, text="q") == [{"text": "Q"}]
+    talk = {"talk": QUESTION, "prompt": "Q", "completion": "A", "tools": [], "functions": [{"name": "f"}]}
+    assert mapped(tmp_path, talk, messages="talk") == [{"messages": QUESTION, "tools": []}]
+    assert mapped(tmp_path, talk, messages="talk", tools="functions")[0]["tools"] == [{"name": "f"}]
+    assert mapped(tmp_path, talk, tools="functions")[0].keys() == {"talk", "prompt", "completion", "tools"}
+    assert mapped(tmp_path, {"prompt": "A", "completion": "Q"}, prompt="completion", completion="prompt") == [
+        {"prompt": "Q", "completion": "A"}
+    ]
+    swapped = {"instruction": "I", "context": "C", "reply": "R"}
+    assert mapped(tmp_path, swapped, response="reply") == [{"instruction": "I", "context": "C", "response": "R"}]
+
+
+def test_columns_that_are_not_there(tmp_path):
+    with pytest.raises(
+        BadRow, match=r"a\.jsonl:1: --columns asks for 'question', but the columns are \['a', 'q'\]\."
+    ):
+        mapped(tmp_path, {"q": "Q", "a": "A"}, prompt="question", completion="a")
+    with pytest.raises(InputError, match="columns names 'promt', which is no column that is read"):
+        mapped(tmp_path, {"q": "Q"}, promt="q")
+
+
 def test_the_record_is_not_changed():
     fields = {"prompt": [*QUESTION, QUESTION[0]], "completion": [dict(QUESTION[1])]}
     before = json.dumps(fields)
@@ -455,7 +554,7 @@ def test_the_record_is_not_changed():
         ({"messages": ["Hi"]}, "message 1 of messages is 'Hi' (str); write a list of messages"),
         (
             {"messages": [USER_HI, {"role": "tool", "content": "3"}]},
-            "message 2 of messages has the role 'tool'; use system, ",
+            "message 2, '3', is from the tool, not the assistant; let user and assistant alternate",
         ),
         ({"messages": [{"content": "Hi"}]}, "message 1 of messages has the role null"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "message 1 of messages has the role ['user']"),

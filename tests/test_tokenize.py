@@ -397,6 +397,29 @@ def test_a_tokenizer_that_never_makes_the_token():
         encode_example(conversation("Hi", "Hello"), tokenizer, LONG)
 
 
+@pytest.mark.parametrize("train_on", ["completion", "all"])
+def test_tokenised_records_stand_as_they_are(train_on):
+    """Made from a conversation's own row: the same row again; labels are not shifted, targets are."""
+    tokenizer = tiny_tokenizer()
+    expected = encode_example(conversation("Hi", "Hello"), tokenizer, LONG)
+    ids = [*expected.input_ids.tolist(), tokenizer.encode("\n")[-1]]
+    labels = [-100, *expected.targets.tolist()]
+    record = Record({"input_ids": ids, "labels": labels}, "a:1")
+    (example,), report = encode_records([record], tokenizer, LONG, train_on)
+    assert example.input_ids.equal(expected.input_ids)
+    assert example.targets.tolist() == (ids[1:] if train_on == "all" else expected.targets.tolist())
+    (example,), report = encode_records([record], tokenizer, 25, "all")
+    assert example.input_ids.tolist() == ids[:25] and report.num_truncated == 1
+
+
+@pytest.mark.parametrize(("token", "place"), [(269, 2), (-1, 2), (2**40, 2)])
+def test_tokens_of_another_vocabulary_are_named(token, place):
+    with pytest.raises(
+        BadRow, match=f"^a:1: input_ids holds {token} at place {place}, .* tokens are 0 to 268; tok"
+    ):
+        encode_records([Record({"input_ids": [268, token, 5]}, "a:1")], tiny_tokenizer(), LONG)
+
+
 def test_format_sample_shows_context_and_targets():
     tokenizer = tiny_tokenizer()
     example = encode_example(conversation("a", "b", "c", "d"), tokenizer, LONG)
