@@ -159,7 +159,7 @@ def settle_settings(directory: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_result(path, settings)
         return
-    kept = read_json(path, "remove the directory, or choose another --output-dir")
+    kept = read_settings(directory)
     different = [
         f"{k} {kept.get(k)!r}, not {settings.get(k)!r}"
         for k in sorted(kept.keys() | settings.keys())
@@ -169,6 +169,10 @@ def settle_settings(directory: Path, settings: dict[str, Any]) -> None:
         raise InputError(
             f"{directory} holds a study with other settings ({'; '.join(different)}); choose another --output-dir."
         )
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    return read_json(directory / STUDY, "remove the directory, or choose another --output-dir")
 
 
 # ---- one part ---------------------------------------------------------------------------------------------
@@ -196,8 +200,10 @@ class Bench:
         self.records = read_records(eval_data)[: config.problems]
         self.base = ""
         self.model: Any = None
-        shared = ("compute_dtype", "steps", "batch_size", "learning_rate", "alpha", "max_length", "match", "max_new_tokens")
+        self.dtype = settle_dtype(config)
+        shared = ("steps", "batch_size", "learning_rate", "alpha", "max_length", "match", "max_new_tokens")
         self.settings = {name: getattr(config, name) for name in shared} | {
+            "compute_dtype": self.dtype,
             "model": Path(model).name,
             "data": Path(data).name,
             "eval_data": Path(eval_data).name,
@@ -220,8 +226,8 @@ class Bench:
             gc.collect()
             how = BASES[base]
             quant = None if how is None else QuantConfig(*how)
-            dtype = self.config.compute_dtype
-            self.model = LoRAModel(load_base_model(self.source, how is not None, quant, dtype, best_device()))
+            network = load_base_model(self.source, how is not None, quant, self.dtype, best_device())
+            self.model = LoRAModel(network)
             self.base = base
         return self.model
 
@@ -290,6 +296,18 @@ class Bench:
         if directory is not None:
             lora_model.delete_adapter("answering")
         return {"correct": [is_right(p.expected, p.answer) for p in found], "answers": [p.answer for p in found]}
+
+
+def settle_dtype(config: FidelityConfig) -> str:
+    """Name of the dtype that all cells compute in; under auto, the one that the study began with."""
+    from qlora.device import best_device, choose_compute_dtype
+    from qlora.model import MEASURED_WIDTH
+
+    directory = Path(config.output_dir)
+    if config.compute_dtype == "auto" and (directory / STUDY).is_file():
+        return str(read_settings(directory).get("compute_dtype"))
+    measured = choose_compute_dtype(config.compute_dtype, best_device(), MEASURED_WIDTH)
+    return str(measured).removeprefix("torch.")
 
 
 def match_of(name: str) -> Callable[[str, str], bool]:
