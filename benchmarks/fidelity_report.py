@@ -22,6 +22,7 @@ from qlora.files import new_file, read_json
 
 LEVEL = 0.95
 BASE_NAMES = {"bf16": "bf16", "nf4": "NF4", "nf4-nodq": "NF4, no double quantization", "fp4": "FP4"}
+PLOT_NAMES = {**BASE_NAMES, "nf4-nodq": "NF4, no\ndouble q."}
 TARGET_NAMES = {"qv": "q/v", "all": "all-linear"}
 REFERENCE = Cell("bf16", "qv", 8)
 # (what it asks, cell, cell it is compared with)
@@ -33,6 +34,7 @@ COMPARISONS = (
     ("NF4 without − with double quantization", Cell("nf4-nodq", "qv", 8), Cell("nf4", "qv", 8)),
     ("all-linear − q/v, bf16", Cell("bf16", "all", 8), REFERENCE),
     ("all-linear − q/v, NF4", Cell("nf4", "all", 8), Cell("nf4", "qv", 8)),
+    ("all-linear, rank 8 − q/v, rank 64, NF4", Cell("nf4", "all", 8), Cell("nf4", "qv", 64)),
     ("rank 4 − 8, NF4", Cell("nf4", "qv", 4), Cell("nf4", "qv", 8)),
     ("rank 16 − 8, NF4", Cell("nf4", "qv", 16), Cell("nf4", "qv", 8)),
     ("rank 64 − 8, NF4", Cell("nf4", "qv", 64), Cell("nf4", "qv", 8)),
@@ -79,6 +81,11 @@ def row_interval(rows: Sequence[Sequence[float]], others: Sequence[Sequence[floa
     spread = sum((gap - ratio * count) ** 2 for gap, count in zip(gaps, counts, strict=True))
     error = math.sqrt(m / (m - 1) * spread) / sum(counts)
     return ratio, float(stats.t.ppf((1 + LEVEL) / 2, m - 1) * error)
+
+
+def mean_loss(rows: Sequence[Sequence[float]]) -> float:
+    """Per target token, of the (mean loss, target tokens) of rows."""
+    return sum(loss * count for loss, count in rows) / sum(count for _, count in rows)
 
 
 def show(value: float, half: float | None, sign: bool = False) -> str:
@@ -177,16 +184,17 @@ def base_table(study: dict[str, Any]) -> str:
     rows, bases = [], study["bases"]
     for name in (name for name in BASES if name in bases):
         losses = bases[name]["row_losses"]
-        loss = sum(mean * count for mean, count in losses) / sum(count for _, count in losses)
-        gap = "—"
-        if name != "bf16" and "bf16" in bases:
-            gap = show(*row_interval(losses, bases["bf16"]["row_losses"]), sign=True)
+        gaps = [
+            show(*row_interval(losses, bases[other]["row_losses"]), sign=True)
+            if other in bases and name not in ("bf16", other)
+            else "—"
+            for other in ("bf16", "nf4")
+        ]
         answers = [study["answers"][name]["correct"]] if name in study["answers"] else []
         error = f"{bases[name]['weight_error']:.2%}"
-        rows.append([BASE_NAMES[name], error, f"{loss:.3f}", gap, show_match(answers)])
-    return make_table(
-        ["base, untrained", "weight error", "held-out loss", "− bf16, over rows", "exact match"], rows
-    )
+        rows.append([BASE_NAMES[name], error, f"{mean_loss(losses):.3f}", *gaps, show_match(answers)])
+    headings = ["base, untrained", "weight error", "held-out loss", "− bf16, over rows", "− NF4, over rows"]
+    return make_table([*headings, "exact match"], rows)
 
 
 def cell_table(study: dict[str, Any]) -> str:
@@ -234,8 +242,8 @@ def draw(study: dict[str, Any], path: Path) -> None:
 
     layers = [Cell(base, targets, 8) for base in ("bf16", "nf4") for targets in TARGET_NAMES]
     panels = (
-        ("data type (q/v, rank 8)", {base.replace("-", "\n"): Cell(base, "qv", 8) for base in BASES}),
-        ("layers (rank 8)", {f"{cell.base}\n{TARGET_NAMES[cell.targets]}": cell for cell in layers}),
+        ("data type (q/v, rank 8)", {PLOT_NAMES[base]: Cell(base, "qv", 8) for base in BASES}),
+        ("layers (rank 8)", {f"{PLOT_NAMES[c.base]}\n{TARGET_NAMES[c.targets]}": c for c in layers}),
         ("rank (NF4, q/v)", {str(rank): Cell("nf4", "qv", rank) for rank in (4, 8, 16, 64)}),
     )
     figure, axes = pyplot.subplots(1, 3, figsize=(11, 4), layout="constrained", sharey=True)
@@ -244,15 +252,19 @@ def draw(study: dict[str, Any], path: Path) -> None:
         for seed in sorted({seed for losses in found for seed in losses}):
             heights = [losses.get(seed, math.nan) for losses in found]
             axis.plot(range(len(cells)), heights, ".-", color="0.75", linewidth=1, markersize=4)
-        for x, losses in enumerate(found):
+        for x, (cell, losses) in enumerate(zip(cells.values(), found, strict=True)):
+            if cell.base in study["bases"]:
+                before = mean_loss(study["bases"][cell.base]["row_losses"])
+                axis.plot(x, before, "o", color="C1", markerfacecolor="none")
             if losses:
                 mean, half = mean_interval(list(losses.values()))
-                axis.errorbar(x, mean, half or 0, fmt="o", color="C0", capsize=5)
+                axis.errorbar(x, mean, half, fmt="o", color="C0", capsize=5)
         axis.set_xticks(range(len(cells)), list(cells))
         axis.set(xlabel=title, xlim=(-0.5, len(cells) - 0.5))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats per target token")
-    figure.suptitle("After training: mean and 95 % interval over seeds; a grey line is a seed", fontsize=10)
+    legend = "Blue: after training, mean and 95 % interval over seeds (a grey line is a seed). "
+    figure.suptitle(legend + "Orange: the untrained base", fontsize=10)
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)
 

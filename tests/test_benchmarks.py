@@ -320,7 +320,7 @@ def test_tables_say_what_the_intervals_say() -> None:
     )
     tables = fidelity_report.make_tables(study)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if "|" in line]
-    assert ["NF4", "1.23%", "2.250", "+0.500 [+0.500, +0.500]", "1/2 [9%, 91%]"] in rows
+    assert ["NF4", "1.23%", "2.250", "+0.500 [+0.500, +0.500]", "—", "1/2 [9%, 91%]"] in rows
     assert ["bf16", "q/v", "8", "1,234", "3", "2.000 ± 2.484", "—", "3/6 [19%, 81%]"] in rows
     assert ["NF4 − bf16, q/v", "3", "+0.100 [+0.075, +0.125]", "higher"] in rows
     assert ["all-linear − q/v, NF4", "3", "-0.100 [-0.100, -0.100]", "lower"] in rows
