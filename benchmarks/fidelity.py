@@ -259,7 +259,8 @@ class Bench:
             cell.name, LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]), seed
         )
         lora_model.set_adapter(cell.name)
-        network, lines = lora_model.model, []
+        network = lora_model.model
+        lines: list[dict[str, Any]] = []
         longest = max(len(example) for example in self.examples)
         tokens = most_tokens(c.batch_size, c.max_length, longest, True, kind)
         settle_checkpointing(network, "auto", tokens, say=lambda line: None)
