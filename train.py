@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from qlora.config import RunConfig, parse_args
 from qlora.errors import InputError, run
-from qlora.imports import collection_paused, packages_hidden
+from qlora.imports import collection_paused, importing_transformers
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def answer(config: RunConfig, name: str) -> None:
-    with collection_paused(), packages_hidden("scipy"):
+    with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
         from qlora.adapter import load_adapter
@@ -54,7 +54,7 @@ def answer(config: RunConfig, name: str) -> None:
 
 def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     started = time.monotonic()
-    with collection_paused(), packages_hidden("scipy"):
+    with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
         from eval.answers import make_matcher

@@ -15,7 +15,7 @@ import tyro
 
 from qlora.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig, parse_args, size_in_bytes
 from qlora.errors import InputError, run
-from qlora.imports import collection_paused
+from qlora.imports import collection_paused, importing_transformers
 
 
 @dataclass
@@ -109,7 +109,7 @@ def chat(argv: Sequence[str]) -> None:
     config = parse_args(ChatConfig, "python -m qlora chat", argv)
     if config.model.model is None and not config.adapter:
         raise InputError("Nobody to chat with; pass --model, --adapter or both.")
-    with collection_paused():
+    with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
         from qlora.chat import Chat, split_adapter

@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -31,10 +31,7 @@ def collection_paused() -> Iterator[None]:
 
 @contextmanager
 def packages_hidden(*names: str) -> Iterator[None]:
-    """Let optional packages look absent to what is imported meanwhile, those that are imported already too.
-
-    transformers imports scipy.optimize for the loss of object detectors, 0.4 s that no run here needs.
-    """
+    """Let optional packages look absent to what is imported meanwhile, those that are imported already too."""
     before = {name: sys.modules.get(name) for name in names}
     sys.modules.update(dict.fromkeys(names))  # type: ignore[arg-type]  # None: find_spec finds nothing
     try:
@@ -44,6 +41,16 @@ def packages_hidden(*names: str) -> Iterator[None]:
             del sys.modules[name]
             if module is not None:
                 sys.modules[name] = module
+
+
+@contextmanager
+def importing_transformers() -> Iterator[None]:
+    """Hide scipy: of it transformers imports scipy.optimize, 0.4 s, for the loss of object detectors.
+
+    Where transformers is imported already it has looked for scipy, and would miss it: nothing is hidden.
+    """
+    with nullcontext() if "transformers" in sys.modules else packages_hidden("scipy"):
+        yield
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""benchmarks/: the FLOP formula against what torch counts, our side of the comparison, its table and its data."""
+"""benchmarks/: the FLOP formula against what torch counts, the side-by-side run; the fidelity study."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import statistics
 from pathlib import Path
@@ -14,12 +15,19 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import peers
+from benchmarks import fidelity, fidelity_report, peers
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from benchmarks.word_problems import write_problems
+from qlora.config import LoRAConfig
 from qlora.dataset import load_examples
+from qlora.errors import InputError, run
+from qlora.injection import freeze_base, inject_lora, lora_parameters, lora_state_dict
+from qlora.lora_model import LoRAModel
 from qlora.model import load_base_model, load_tokenizer
+from qlora.optim import build_optimizer, build_schedule
+from qlora.quantize import QuantConfig, dequantize_weight, quantize_weight
 from qlora.tokenize import IGNORE_INDEX, Example
+from qlora.trainer import evaluate, fit
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 
@@ -165,3 +173,218 @@ def test_word_problems_are_right_and_as_long_as_gsm8k(tmp_path: Path, smollm2: s
     lengths = [len(e) for e in examples]
     assert 200 < statistics.mean(lengths) < 250
     assert 0.55 < sum(e.num_targets for e in examples) / sum(lengths) < 0.62
+
+
+# ---- the fidelity study -----------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Two cells, two seeds, two steps each on a tiny model: (directory, the command's flags)."""
+    folder = tmp_path_factory.mktemp("study")
+    model = save_tiny_llama(folder / "tiny", tokenizer=tiny_tokenizer(), max_position_embeddings=2048)
+    rows, held_out = write_problems(folder / "train.jsonl", 9), write_problems(folder / "test.jsonl", 3, seed=1)
+    flags = ["--model", str(model), "--data", str(rows), "--eval-data", str(held_out), "--steps", "2"]
+    flags += ["--seeds", "2", "--batch-size", "2", "--max-length", "2048", "--compute-dtype", "float32"]
+    flags += ["--problems", "2", "--max-new-tokens", "3", "--only", "nf4-qv-r8, bf16-all-r8"]
+    flags += ["--output-dir", str(folder / "small")]
+    assert run(fidelity.main, flags) == 0
+    return folder / "small", flags
+
+
+def test_the_study_trains_as_a_run_of_its_own_would(study: tuple[Path, list[str]], tmp_path: Path) -> None:
+    """The second adapter on a base: as on a fresh one, to the last digit; the answers are of the same model."""
+    directory, flags = study
+    parts = sorted(path.name for path in directory.glob("*.json"))
+    names = [f"{cell}-seed{seed}.json" for cell in ("nf4-qv-r8", "bf16-all-r8") for seed in (0, 1)]
+    bases = ["nf4.json", "bf16.json"]
+    answers = [f"answers-{name}" for name in names + bases]
+    assert parts == sorted([*names, *answers, *(f"base-{base}" for base in bases), "study.json"])
+    result = json.loads((directory / "nf4-qv-r8-seed1.json").read_text())
+
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
+    network = load_base_model(flags[1], compute_dtype="float32")
+    examples, held_out = load_examples(flags[3], load_tokenizer(flags[1]), 2048, eval_source=flags[5])
+    before = [evaluate(network, [example], accelerator, 2048) for example in held_out]
+    inject_lora(network, LoRAConfig(), seed=1)
+    freeze_base(network)
+    losses: list[float] = []
+    fit(
+        network, build_optimizer(lora_parameters(network), "adamw"), build_schedule("cosine", 1e-3, 1, 2),
+        examples, accelerator, total_steps=2, batch_size=2, grad_accum=1, max_length=2048, max_grad_norm=1.0,
+        seed=1, log=lambda line: losses.append(line["loss"]),
+    )  # fmt: skip
+    assert result["losses"] == losses
+    assert result["eval_loss"] == evaluate(network, held_out, accelerator, 2 * 2048)
+    base = json.loads((directory / "base-nf4.json").read_text())
+    assert base["row_losses"] == [[loss, e.num_targets] for loss, e in zip(before, held_out, strict=True)]
+    assert result["eval_loss"] != pytest.approx(statistics.mean(before), abs=1e-6)
+
+
+def test_a_seed_gives_every_base_the_same_adapter_and_rows(study: tuple[Path, list[str]]) -> None:
+    directory, flags = study
+    config, starts = LoRAConfig(rank=4), []
+    for use_4bit in (True, False):
+        model = LoRAModel(load_base_model(flags[1], use_4bit, compute_dtype="float32"))
+        for name, seed in (("first", 5), ("second", 6)):
+            model.add_adapter(name, config, seed)
+        model.set_adapter("second")
+        starts.append(lora_state_dict(model.model))
+    assert len(starts[0]) == 8 and all(torch.equal(starts[0][key], starts[1][key]) for key in starts[0])
+    tokens = {
+        (cell, seed): json.loads((directory / f"{cell}-seed{seed}.json").read_text())["tokens"]
+        for cell in ("nf4-qv-r8", "bf16-all-r8")
+        for seed in (0, 1)
+    }
+    assert tokens["nf4-qv-r8", 0] == tokens["bf16-all-r8", 0] != tokens["nf4-qv-r8", 1]
+
+
+def test_weight_error_against_one_weight_at_a_time(study: tuple[Path, list[str]]) -> None:
+    directory, flags = study
+    dense = LlamaForCausalLM.from_pretrained(flags[1])
+    weights = [p.data for n, p in dense.named_parameters() if "_proj" in n]
+    assert len(weights) == 14
+    quantized = [dequantize_weight(quantize_weight(w, QuantConfig()), torch.float32) for w in weights]
+    errors = [float((q - w).norm() / w.norm()) for q, w in zip(quantized, weights, strict=True)]
+    found = json.loads((directory / "base-nf4.json").read_text())["weight_error"]
+    assert found == pytest.approx(statistics.mean(errors), rel=1e-5) and 0.08 < found < 0.1
+
+
+def test_a_killed_study_goes_on(study: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    """The missing part alone is made again, and is the same."""
+    directory, flags = study
+    path = directory / "bf16-all-r8-seed1.json"
+    first, others = json.loads(path.read_text()), {p: p.stat().st_mtime_ns for p in directory.glob("*seed*.json")}
+    path.unlink()
+    assert run(fidelity.main, flags) == 0
+    assert "bf16-all-r8-seed1.json: " in capsys.readouterr().out
+    again = json.loads(path.read_text())
+    assert again["losses"] == first["losses"] and again["eval_loss"] == first["eval_loss"]
+    del others[path]
+    assert len(others) == 7 and all(p.stat().st_mtime_ns == changed for p, changed in others.items())
+
+
+def test_intervals_against_those_by_hand() -> None:
+    """t(0.975) is 4.303 for 2 degrees of freedom, 12.706 for 1; Wilson's of 0 of 8 ends at z^2 / (n + z^2)."""
+    mean, half = fidelity_report.mean_interval([1.0, 2.0, 6.0])  # s = sqrt(7)
+    assert mean == 3 and half == pytest.approx(4.303 * 7**0.5 / 3**0.5, rel=1e-4)
+    assert fidelity_report.mean_interval([2.0]) == (2.0, None)
+    # d = 2 x 1 and 1 x 3 over 4 tokens: r = 5 / 4; residuals 3 / 4 and -3 / 4
+    ratio, half = fidelity_report.row_interval([(3.0, 1), (2.0, 3)], [(1.0, 1), (1.0, 3)])
+    assert ratio == 5 / 4 and half == pytest.approx(12.706 * (2 * 2 * 9 / 16) ** 0.5 / 4, rel=1e-4)
+    assert fidelity_report.show_match([[False] * 4] * 2) == "0/8 [0%, 32%]"  # 3.8416 / 11.8416
+    assert fidelity_report.show_match([]) == "—"
+
+
+def make_study(losses: dict[str, list[float]]) -> dict[str, Any]:
+    """A study's results with these losses, cell by cell and seed by seed."""
+    settings = dict(model="m", data="d", eval_data="e", rows=9, eval_rows=2, steps=2, batch_size=2, match="json")
+    settings |= dict(max_length=99, learning_rate=1e-3, alpha=16.0, compute_dtype="float32", problems=4)
+    time = {"seconds": 90.0, "cpu_seconds": 60.0}
+    cells = {
+        f"{cell}-seed{seed}": {"cell": cell, "seed": seed, "eval_loss": loss, "trainable": 1234, "tokens": 50}
+        | time
+        for cell, values in losses.items()
+        for seed, loss in enumerate(values)
+    }
+    bases = {
+        name: {"row_losses": [[loss, 1], [loss + 1, 3]], "weight_error": 0.0123} | time
+        for name, loss in (("bf16", 1.0), ("nf4", 1.5))
+    }
+    answers = {name: {"correct": [True, False]} | time for name in ("nf4", *cells)}
+    return {"settings": settings, "bases": bases, "cells": cells, "answers": answers}
+
+
+def test_tables_say_what_the_intervals_say() -> None:
+    """Paired within a seed: shifts of the seeds themselves do not count; a cell may have fewer seeds."""
+    study = make_study(
+        {
+            "bf16-qv-r8": [1.0, 2.0, 3.0],
+            "nf4-qv-r8": [1.11, 2.09, 3.10],
+            "fp4-qv-r8": [0.9, 1.0],
+            "nf4-all-r8": [1.01, 1.99, 3.0],
+            "nf4-qv-r4": [1.0],
+        }
+    )
+    tables = fidelity_report.make_tables(study)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in tables.splitlines() if "|" in line]
+    assert ["NF4", "1.23%", "2.250", "+0.500 [+0.500, +0.500]", "—", "1/2 [9%, 91%]"] in rows
+    assert ["bf16", "q/v", "8", "1,234", "3", "2.000 ± 2.484", "—", "3/6 [19%, 81%]"] in rows
+    assert ["NF4 − bf16, q/v", "3", "+0.100 [+0.075, +0.125]", "higher"] in rows
+    assert ["all-linear − q/v, NF4", "3", "-0.100 [-0.100, -0.100]", "lower"] in rows
+    assert ["FP4 − bf16, q/v", "2", "-0.550 [-6.268, +5.168]", "no difference found"] in rows
+    assert ["rank 4 − 8, NF4", "1", "-0.110", "one seed"] in rows
+    assert not any("rank 64" in row[0] for row in rows)
+    assert "12 trainings" in tables and "27 minutes of processor time, 40 minutes" in tables  # of 27 parts
+
+
+def test_the_report_of_a_study_goes_into_a_page(study: tuple[Path, list[str]], tmp_path: Path) -> None:
+    directory, _ = study
+    page = tmp_path / "page.md"
+    begin, end = fidelity_report.marks("small")
+    page.write_text(f"Before.\n{begin}\nold\n{end}\nAfter.\n")
+    assert run(fidelity.main, ["--report-only", "--output-dir", str(directory), "--page", str(page)]) == 0
+    tables = (directory / "report.md").read_text().strip()
+    assert page.read_text() == f"Before.\n{begin}\n\n{tables}\n\n{end}\nAfter.\n"
+    assert fidelity_report.make_tables(json.loads((tmp_path / "page-small.json").read_text())) == tables
+    assert "| NF4 | q/v | 8 | 3,584 | 2 |" in tables
+    for picture in (directory / "loss.png", tmp_path / "page-small.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"only": "nf4-qv-r9"}, "--only names nf4-qv-r9; the cells are bf16-qv-r8, "),
+        ({"seeds": 0}, "seeds is 0; give --seeds 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; give --learning-rate"),
+        ({"alpha": 0.0}, "alpha is 0.0; give --alpha"),
+    ],
+)
+def test_wrong_settings(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        fidelity.FidelityConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--model", "m"], "pass --model, --data and --eval-data"),
+        (["--report-only", "--output-dir", "nowhere"], "nowhere holds no study"),
+    ],
+)
+def test_wrong_flags(flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(fidelity.main, flags) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_other_settings_and_other_files_are_refused(study: tuple[Path, list[str]], tmp_path: Path) -> None:
+    directory, flags = study
+    with pytest.raises(InputError, match=r"with other settings \(steps 2, not 3\); choose another --output-dir"):
+        fidelity.main([*flags, "--steps", "3"])
+    (tmp_path / "study.json").write_bytes((directory / "study.json").read_bytes())
+    with pytest.raises(InputError, match=r"No part of the study in .* is finished"):
+        fidelity_report.read_study(tmp_path)
+    (tmp_path / "nf4-qv-r8-seed0.json").write_text('{"loss": 1}')
+    with pytest.raises(InputError, match=r"seed0.json is no result of this command; remove it"):
+        fidelity_report.read_study(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text("no marks")
+    with pytest.raises(InputError, match=r"page.md cannot take the tables .it lacks the lines <!-- small: "):
+        fidelity_report.write_report(directory, page)
+    assert page.read_text() == "no marks"
+
+
+def test_the_page_of_the_study_is_what_its_results_say() -> None:
+    """docs/fidelity.md holds the tables that its .json gives."""
+    page, results = (DOCS / "fidelity.md").read_text(), sorted(DOCS.glob("fidelity-*.json"))
+    assert results
+    for path in results:
+        name = path.stem.removeprefix("fidelity-")
+        tables = fidelity_report.make_tables(json.loads(path.read_text()))
+        assert fidelity_report.fill_page(page, name, tables) == page
+        assert path.with_suffix(".png").name in page

@@ -1,0 +1,381 @@
+"""The QLoRA paper's tables in small: what 4 bits, double quantization, the layers and the rank cost.
+
+    python -m benchmarks.fidelity --model M --data train.jsonl --eval-data test.jsonl --output-dir DIR \\
+        [--steps 16] [--seeds 3] [--only nf4-qv-r8,bf16-qv-r8] [--page docs/fidelity.md]
+    python -m benchmarks.fidelity --report-only --output-dir DIR
+
+Nine adapters, each from every seed, with the same steps, rows, learning rate and alpha:
+
+    data type   bf16, nf4, fp4 and nf4-nodq (without double quantization): q_proj and v_proj, rank 8
+    layers      bf16 and nf4: all linear layers, rank 8
+    rank        nf4: q_proj and v_proj, rank 4, 16 and 64
+
+A seed gives the same order of rows and, in layers of the same shape and rank, the same A to begin with, whatever
+the base: cells are compared within a seed. Measured on held-out rows before (the base alone) and after: the loss,
+in nats per target token, and exact match of greedy answers.
+
+Each finished part is a file of its own in DIR, written whole; started again, the command makes what is missing.
+Several of them, with different --only, may share DIR. Tables and pictures are made from the files that are there
+(benchmarks/fidelity_report.py).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora.config import ComputeDtype, LoRAConfig, parse_args
+from qlora.errors import InputError, run
+from qlora.files import new_file, read_json
+
+STUDY = "study.json"  # the settings, which all files of a directory share
+REMEDY = "remove it, and it is made again"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of the study: an adapter on a base."""
+
+    base: str
+    targets: str
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.base}-{self.targets}-r{self.rank}"
+
+
+# Base -> (quant_type, double_quant); None is the 16-bit base.
+BASES: dict[str, tuple[str, bool] | None] = {
+    "bf16": None,
+    "nf4": ("nf4", True),
+    "nf4-nodq": ("nf4", False),
+    "fp4": ("fp4", True),
+}
+TARGETS = {"qv": "q_proj,v_proj", "all": "all-linear"}
+CELLS = (
+    Cell("bf16", "qv", 8),
+    Cell("bf16", "all", 8),
+    Cell("nf4", "qv", 8),
+    Cell("nf4", "qv", 4),
+    Cell("nf4", "qv", 16),
+    Cell("nf4", "qv", 64),
+    Cell("nf4", "all", 8),
+    Cell("nf4-nodq", "qv", 8),
+    Cell("fp4", "qv", 8),
+)
+
+
+@dataclass
+class FidelityConfig:
+    """Held-out loss and exact match by data type, layers and rank, with intervals over seeds."""
+
+    model: str | None = None
+    """A Hugging Face directory, a hub id, or a .gguf file."""
+    data: str | None = None
+    """Training data, in any format that training takes."""
+    eval_data: str | None = None
+    """Held-out data."""
+    output_dir: str = "fidelity"
+    """Receives a file per finished part, report.md and the pictures; its name is the study's."""
+    seeds: int = 3
+    """Each adapter is trained from the seeds 0, 1, ..."""
+    only: str = ""
+    """Train these cells alone: names as in the report, separated by commas; all if empty."""
+    steps: int = 16
+    """Optimizer steps of each adapter."""
+    batch_size: int = 4
+    """Examples per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, of all cells; a warm-up of a tenth of the steps, then down as a cosine."""
+    alpha: float = 16.0
+    """Scale of the update, as alpha / rank, of all cells."""
+    max_length: int = 512
+    """Longest example, in tokens; longer ones are left out."""
+    eval_rows: int = 64
+    """Held-out rows for the loss: the first so many; 0 = all."""
+    problems: int = 16
+    """Held-out rows to answer for exact match: the first so many; 0 = none."""
+    match: Literal["gsm8k", "json", "text"] = "gsm8k"
+    """Compare the number after #### (or else the last one), JSON values, or text."""
+    max_new_tokens: int = 200
+    """Longest answer, in tokens."""
+    compute_dtype: ComputeDtype = "auto"
+    """Dtype of activations, of all cells; auto picks the faster one on this device by measuring."""
+    report_only: bool = False
+    """Train nothing; make tables and pictures from the files in --output-dir."""
+    page: str | None = None
+    """Put the tables into this page, between the study's two marks, and results and pictures beside it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        lows = dict(seeds=1, steps=1, batch_size=1, max_length=2, eval_rows=0, problems=0, max_new_tokens=1)
+        for name, low in lows.items():
+            if getattr(self, name) < low:
+                flag = name.replace("_", "-")
+                raise InputError(f"{name} is {getattr(self, name)}; give --{flag} {low} or more.")
+        if not 0 < self.learning_rate < float("inf"):
+            raise InputError(f"learning_rate is {self.learning_rate}; give --learning-rate a number above 0.")
+        _ = self.cells, LoRAConfig(alpha=self.alpha)  # each raises if it does not read
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The cells to train."""
+        wanted = [name.strip() for name in self.only.split(",") if name.strip()]
+        known = {cell.name: cell for cell in CELLS}
+        unknown = [name for name in wanted if name not in known]
+        if unknown:
+            raise InputError(f"--only names {', '.join(unknown)}; the cells are {', '.join(known)}.")
+        return [known[name] for name in wanted] or list(CELLS)
+
+
+# ---- the files of a study ---------------------------------------------------------------------------------
+
+
+def run_name(cell: Cell, seed: int) -> str:
+    return f"{cell.name}-seed{seed}"
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    with new_file(path) as staging:
+        staging.write_text(json.dumps(result) + "\n")
+
+
+def settle_settings(directory: Path, settings: dict[str, Any]) -> None:
+    """Keep the settings with the results, or refuse to mix results of others with these.
+
+    Raises:
+        InputError: lists what differs.
+    """
+    path = directory / STUDY
+    if not path.exists():
+        write_result(path, settings)
+        return
+    kept = read_settings(directory)
+    different = [
+        f"{k} {kept.get(k)!r}, not {settings.get(k)!r}"
+        for k in sorted(kept.keys() | settings.keys())
+        if kept.get(k) != settings.get(k)
+    ]
+    if different:
+        raise InputError(
+            f"{directory} holds a study with other settings ({'; '.join(different)}); choose another --output-dir."
+        )
+
+
+def read_settings(directory: Path) -> dict[str, Any]:
+    return read_json(directory / STUDY, "remove the directory, or choose another --output-dir")
+
+
+# ---- one part ---------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Data and settings of a study, and the base in use: one at a time is in memory."""
+
+    def __init__(self, config: FidelityConfig, model: str, data: str, eval_data: str) -> None:
+        from accelerate import Accelerator
+
+        from qlora.dataset import load_examples
+        from qlora.device import best_device
+        from qlora.model import load_tokenizer
+        from qlora.output import data_fingerprint
+        from qlora.records import read_records
+
+        self.config, self.source = config, model
+        self.accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
+        self.tokenizer = load_tokenizer(model)
+        self.examples, held_out = load_examples(
+            data, self.tokenizer, config.max_length, on_long="drop", eval_source=eval_data
+        )
+        self.held_out = held_out[: config.eval_rows or None]
+        self.records = read_records(eval_data)[: config.problems]
+        self.base = ""
+        self.model: Any = None
+        self.dtype = settle_dtype(config)
+        shared = ("steps", "batch_size", "learning_rate", "alpha", "max_length", "match", "max_new_tokens")
+        self.settings = {name: getattr(config, name) for name in shared} | {
+            "compute_dtype": self.dtype,
+            "model": Path(model).name,
+            "data": Path(data).name,
+            "eval_data": Path(eval_data).name,
+            "rows": len(self.examples),
+            "eval_rows": len(self.held_out),
+            "problems": len(self.records),
+            "data_fingerprint": data_fingerprint(self.examples),
+            "eval_fingerprint": data_fingerprint(self.held_out),
+        }
+
+    def take_base(self, base: str) -> Any:
+        """The base of this name as a LoRAModel without an adapter; the one before is dropped first."""
+        from qlora.device import best_device
+        from qlora.lora_model import LoRAModel
+        from qlora.model import load_base_model
+        from qlora.quantize import QuantConfig
+
+        if self.base != base:
+            self.model = None
+            gc.collect()
+            how = BASES[base]
+            quant = None if how is None else QuantConfig(*how)
+            network = load_base_model(self.source, how is not None, quant, self.dtype, best_device())
+            self.model = LoRAModel(network)
+            self.base = base
+        return self.model
+
+    def measure_base(self, base: str) -> dict[str, Any]:
+        """Loss of each held-out row and weight error of a base without an adapter."""
+        from qlora.trainer import evaluate
+
+        network = self.take_base(base).model
+        rows = [
+            (evaluate(network, [example], self.accelerator, self.config.max_length), example.num_targets)
+            for example in self.held_out
+        ]
+        return {
+            "base": base,
+            "row_losses": [[loss, count] for loss, count in rows],
+            "weight_error": weight_error(network, self.source),
+        }
+
+    def train_cell(self, cell: Cell, seed: int, directory: Path) -> dict[str, Any]:
+        """Train one adapter, keep it in `directory` and measure it; the base is as before afterwards."""
+        from qlora.injection import count_trainable_parameters
+        from qlora.optim import build_optimizer, build_schedule, choose_optimizer
+        from qlora.packing import most_tokens
+        from qlora.trainer import evaluate, fit, settle_checkpointing
+
+        c, kind = self.config, self.accelerator.device.type
+        lora_model = self.take_base(cell.base)
+        lora_model.add_adapter(
+            cell.name, LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]), seed
+        )
+        lora_model.set_adapter(cell.name)
+        network = lora_model.model
+        lines: list[dict[str, Any]] = []
+        longest = max(len(example) for example in self.examples)
+        tokens = most_tokens(c.batch_size, c.max_length, longest, True, kind)
+        settle_checkpointing(network, "auto", tokens, say=lambda line: None)
+        optim = choose_optimizer("auto", self.accelerator.device)
+        optimizer = build_optimizer(lora_model.lora_parameters(), optim)
+        rate = build_schedule("cosine", c.learning_rate, -(-c.steps // 10), c.steps)
+        fit(
+            network, optimizer, rate, self.examples, self.accelerator, total_steps=c.steps,
+            batch_size=c.batch_size, grad_accum=1, max_length=c.max_length, max_grad_norm=1.0, seed=seed,
+            log=lines.append,
+        )  # fmt: skip
+        result = {
+            "cell": cell.name,
+            "seed": seed,
+            "trainable": count_trainable_parameters(network),
+            "losses": [line["loss"] for line in lines],
+            "tokens": sum(line["num_tokens"] for line in lines),
+            "eval_loss": evaluate(network, self.held_out, self.accelerator, c.batch_size * c.max_length),
+        }
+        lora_model.save(directory)
+        lora_model.delete_adapter(cell.name)
+        return result
+
+    def answer(self, base: str, directory: Path | None) -> dict[str, Any]:
+        """Whether each problem's greedy answer is right, of a base with or without the adapter in `directory`."""
+        from eval.answers import make_matcher
+        from eval.exact_match import exact_match
+
+        lora_model = self.take_base(base)
+        if directory is not None:
+            lora_model.load_adapter(directory, "answering")
+            lora_model.set_adapter("answering")
+        tokens, is_right = self.config.max_new_tokens, make_matcher(self.config.match).same
+        found = exact_match(lora_model.model, self.tokenizer, self.records, "text", tokens)
+        if directory is not None:
+            lora_model.delete_adapter("answering")
+        return {"correct": [is_right(p.expected, p.answer) for p in found], "answers": [p.answer for p in found]}
+
+
+def settle_dtype(config: FidelityConfig) -> str:
+    """Name of the dtype that all cells compute in; under auto, the one that the study began with."""
+    from qlora.device import best_device, choose_compute_dtype
+    from qlora.model import MEASURED_WIDTH
+
+    directory = Path(config.output_dir)
+    if config.compute_dtype == "auto" and (directory / STUDY).is_file():
+        return str(read_settings(directory).get("compute_dtype"))
+    measured = choose_compute_dtype(config.compute_dtype, best_device(), MEASURED_WIDTH)
+    return str(measured).removeprefix("torch.")
+
+
+def weight_error(network: Any, source: str) -> float:
+    """Mean over the blocks' linear layers of |W_hat - W| / |W| (Frobenius); W is what the model's files hold."""
+    import torch
+
+    from qlora.injection import linear_layers
+    from qlora.model import read_weights
+    from qlora.quantize import dense_weight
+
+    layers = linear_layers(network)
+    errors = []
+    for name, weight in read_weights(source, layers):
+        used = dense_weight(layers[name], torch.float32)
+        errors.append(((used - weight).norm() / weight.norm()).item())
+    return sum(errors) / len(errors)
+
+
+# ---- the study --------------------------------------------------------------------------------------------
+
+
+def make_part(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
+    """Measure, and keep the result with the seconds it took, wall and processor; not if it is there already."""
+    if path.exists():
+        read_json(path, REMEDY)
+        return
+    wall, processor = time.perf_counter(), time.process_time()
+    result = measure()
+    result["seconds"] = time.perf_counter() - wall
+    result["cpu_seconds"] = time.process_time() - processor
+    write_result(path, result)
+    print(f"{path.name}: {result['seconds']:.0f} s", flush=True)
+
+
+def run_study(config: FidelityConfig) -> None:
+    """Make every missing part, seed by seed, so that what is there after a kill compares."""
+    if config.model is None or config.data is None or config.eval_data is None:
+        raise InputError("Something is missing; pass --model, --data and --eval-data (or --report-only).")
+    directory = Path(config.output_dir)
+    bench = Bench(config, config.model, config.data, config.eval_data)
+    directory.mkdir(parents=True, exist_ok=True)
+    settle_settings(directory, bench.settings)
+    bases = list(dict.fromkeys(cell.base for cell in config.cells))
+    rounds = [(seed, base) for seed in range(config.seeds) for base in bases]
+    for seed, base in rounds:
+        make_part(directory / f"base-{base}.json", partial(bench.measure_base, base))
+        for cell in (cell for cell in config.cells if cell.base == base):
+            name = run_name(cell, seed)
+            train = partial(bench.train_cell, cell, seed, directory / "adapters" / name)
+            make_part(directory / f"{name}.json", train)
+    for seed, base in rounds if bench.records else ():  # takes longest and says least, so it comes last
+        make_part(directory / f"answers-{base}.json", partial(bench.answer, base, None))
+        for cell in (cell for cell in config.cells if cell.base == base):
+            name = run_name(cell, seed)
+            answer = partial(bench.answer, base, directory / "adapters" / name)
+            make_part(directory / f"answers-{name}.json", answer)
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_args(FidelityConfig, "python -m benchmarks.fidelity", argv)
+    if not config.report_only:
+        run_study(config)
+    from benchmarks.fidelity_report import write_report
+
+    write_report(Path(config.output_dir), None if config.page is None else Path(config.page))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
