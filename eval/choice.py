@@ -246,8 +246,10 @@ def score_choices(
     max_length: int,
     budget: int,
     is_shown: bool = False,
-) -> list[list[float]]:
+) -> list[tuple[list[float], bool]]:
     """Log-likelihood of every continuation in nats; a context is computed once for all of its own.
+
+    With each question's: whether its context was too long and lost its beginning.
 
     Args:
         asked: (context, continuations) of each question.
@@ -257,7 +259,8 @@ def score_choices(
 
     requests = [encode_pairs(context, texts, tokenizer) for context, texts in asked]
     found = log_likelihoods(model, requests, max_length, budget, is_shown)
-    return [[log_p for log_p, _ in row] for row in found]
+    is_cut = [len(context) + max(map(len, texts)) > max_length + 1 for context, texts in requests]
+    return [([log_p for log_p, _ in row], cut) for row, cut in zip(found, is_cut, strict=True)]
 
 
 def grade(question: Question, log_likelihoods: Sequence[float], style: Style) -> dict[str, Any]:
@@ -314,17 +317,20 @@ def main(argv: Sequence[str]) -> None:
 
     max_length = longest_window(model, config.max_length)
 
-    def compute(mine: list[tuple[str, list[str]]]) -> list[list[float]]:
+    def compute(mine: list[tuple[str, list[str]]]) -> list[tuple[list[float], bool]]:
         budget, is_shown = config.batch_size * max_length, accelerator.is_main_process
         return score_choices(model, tokenizer, mine, max_length, budget, is_shown)
 
     found = share_out(accelerator, asked, compute, [len(context) for context, _ in asked])
     if not accelerator.is_main_process:
         return
-    rows = [grade(*row) for row in zip(questions, found, styles, strict=True)]
+    rows = [grade(q, nats, style) for q, (nats, _), style in zip(questions, found, styles, strict=True)]
     scores = choice_scores(rows, config.seed, config.confidence)
     pairing = {name: (name,) for name in ("acc", "acc_norm", "acc_bytes") if all(name in row for row in rows)}
     settings = {**asdict(config), "max_length": max_length}
     write_result(config.output, "choice", scores, settings, rows, pairing)
     shots = f", {config.shots} shots" if config.shots else ""
     print_scores(f"Multiple choice on {config.data}{shots}", scores)
+    num_cut = sum(is_cut for _, is_cut in found)
+    if num_cut:
+        print(f"{num_cut} of {len(found)} contexts were longer than {max_length} tokens and lost their beginning")

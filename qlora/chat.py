@@ -18,7 +18,9 @@ import difflib
 import io
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -165,8 +167,20 @@ class AnswerStream:
         self.tokenizer, self.write = tokenizer, write
         self.ids: list[int] | None = None  # before the prompt has come
         self.shown = ""
+        self.is_stopped = False
+
+    def stop(self, _number: int, _frame: Any) -> None:
+        """A handler of SIGINT: end at the next token; a second one at once.
+
+        Python's own handler raises wherever it is, and now and then that is where a library catches everything.
+        """
+        if self.is_stopped:
+            raise KeyboardInterrupt
+        self.is_stopped = True
 
     def put(self, value: Any) -> None:
+        if self.is_stopped:
+            raise KeyboardInterrupt
         if self.ids is None:
             self.ids = []
             return
@@ -242,9 +256,13 @@ class Chat:
         self.model.set_adapter(adapter)
         stream = AnswerStream(tokenizer, write)
         options = (num_tokens, self.options.temperature, self.options.top_p, self.seed + self._num_answers)
+        in_main = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(signal.SIGINT, stream.stop) if in_main else None
         try:
             answer = generate(self.model.model, tokenizer, [messages], *options, streamer=stream)[0]
         finally:
+            if in_main:
+                signal.signal(signal.SIGINT, previous)
             self.model.set_adapter(active)
         self._num_answers += 1
         write(answer[len(stream.shown) :] if answer.startswith(stream.shown) else f"\n{answer}")

@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -337,6 +338,30 @@ def test_a_stopped_answer_leaves_no_trace(tiny: Path, monkeypatch: pytest.Monkey
     chat.command("/retry")
     asked = [*from_turns("", before), {"role": "user", "content": "two"}]
     assert chat.turns[-1].answer == reference(tiny, "sql", asked, 0, max_new_tokens=8)
+
+
+def test_the_first_ctrl_c_stops_at_the_next_token_and_the_second_at_once(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The signal alone raises nothing: inside a library that catches everything it would be lost."""
+    chat = start(tiny)
+    put, raised = AnswerStream.put, []
+
+    def signalled(stream: AnswerStream, value: Any) -> None:
+        if stream.ids is not None and len(stream.ids) == 2:
+            for _ in range(presses):
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except KeyboardInterrupt:
+                    raised.append(True)
+        put(stream, value)
+
+    monkeypatch.setattr(AnswerStream, "put", signalled)
+    before = signal.getsignal(signal.SIGINT)
+    for presses in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            chat.ask("one")
+        assert (len(raised), chat.turns) == (presses - 1, []) and signal.getsignal(signal.SIGINT) is before
 
 
 # ---- the history file -------------------------------------------------------------------------------------

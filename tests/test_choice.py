@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,6 +261,17 @@ def test_two_processes_equal_one(directory: Path, tmp_path: Path) -> None:
             assert a.keys() == b.keys()
             for key in a:
                 assert a[key] == (pytest.approx(b[key], rel=1e-5) if isinstance(a[key], (float, list)) else b[key])
+
+
+def test_contexts_that_were_cut_are_counted(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_questions(tmp_path / "test.jsonl", "continued", 6)
+    run("--model", directory, "--data", data, "--max-length", 512)
+    assert "lost their beginning" not in capsys.readouterr().out
+    run("--model", directory, "--data", data, "--max-length", 70)
+    count = re.search(r"(\d) of 6 contexts were longer than 70 tokens and lost", capsys.readouterr().out)
+    assert count is not None and 0 < int(count[1]) <= 6
 
 
 def test_few_shot_takes_both_flags(capsys: pytest.CaptureFixture[str]) -> None:
