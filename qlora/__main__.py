@@ -184,13 +184,14 @@ class CheckDataConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        if self.chat_template is not None and self.model is None:
-            raise InputError("--chat-template needs a tokenizer; pass --model.")
-        self.column_names = DataConfig(max_length=self.max_length, columns=self.columns).column_names
+        DataConfig(max_length=self.max_length)  # the same range
 
 
 def check(argv: Sequence[str]) -> None:
     config = parse_args(CheckDataConfig, "python -m qlora check-data", argv)
+    if config.chat_template is not None and config.model is None:
+        raise InputError("--chat-template needs a tokenizer; pass --model.")
+    columns = DataConfig(columns=config.columns).column_names
     from qlora.check_data import check_data, print_check
     from qlora.model import load_tokenizer
     from qlora.tokenize import set_chat_template
@@ -198,7 +199,7 @@ def check(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(config.model) if config.model else None
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
-    options = (config.max_length, config.train_on, config.on_long, config.parse_special, config.column_names)
+    options = (config.max_length, config.train_on, config.on_long, config.parse_special, columns)
     found = check_data(config.data, tokenizer, *options)
     print_check(found)
     if found.bad_rows:

@@ -172,7 +172,7 @@ class AnswerStream:
     def stop(self, _number: int, _frame: Any) -> None:
         """A handler of SIGINT: end at the next token; a second one at once.
 
-        Python's own handler raises wherever it is, and now and then that is where a library catches everything.
+        Between two tokens nothing is half done; Python's own handler would raise anywhere.
         """
         if self.is_stopped:
             raise KeyboardInterrupt
