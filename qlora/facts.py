@@ -14,6 +14,7 @@ from torch import nn
 from qlora.device import describe_device
 from qlora.injection import count_parameters, count_trainable_parameters
 from qlora.memory import MemoryPlan
+from qlora.packing import lengths_of
 from qlora.tokenize import Example
 
 PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets")
@@ -34,9 +35,8 @@ def gather_facts(
         arguments: of train.py.
         plan: what memory should be taken, in bytes.
     """
-    known = {name: getattr(examples, name, None) for name in ("lengths", "num_targets")}
-    lengths = [int(n) for n in (map(len, examples) if known["lengths"] is None else known["lengths"])]
-    num_targets = known["num_targets"]
+    lengths = [int(length) for length in lengths_of(examples)]
+    num_targets = getattr(examples, "num_targets", None)  # of a plain list it is counted
     if num_targets is None:
         num_targets = sum(example.num_targets for example in examples)
     return {
