@@ -7,10 +7,11 @@ With nats_d = -log p(document d), and tokens, words or bytes of it counted,
 
 Models with different tokenizers are comparable per word or byte, not per token.
 
-A document (a .txt file, a "text" record, or any --text-column) is computed as lm-eval's loglikelihood_rolling
-does: its first token follows BOS (else EOS), and windows of --max-length tokens score disjoint parts of it. A
-conversation's assistant turns are scored as training would learn them, each with its end-of-turn token; a longer
-one goes on in further windows instead of being cut. Words and bytes are then those of the scored tokens' text.
+A document (a .txt or .md file, a "text" record, or any --text-column) is computed as lm-eval's
+loglikelihood_rolling does: its first token follows BOS (else EOS), and windows of --max-length tokens score
+disjoint parts of it. A conversation's assistant turns are scored as training would learn them, each with its
+end-of-turn token; a longer one goes on in further windows instead of being cut. Words and bytes are then those
+of the scored tokens' text.
 
 Intervals come from drawing documents again; a single one is drawn again by its windows, whose words and bytes are
 taken as its tokens' share.
@@ -73,8 +74,8 @@ class DocumentScore:
 
 
 def read_texts(source: str, text_column: str | None = None) -> list[Record]:
-    """The records of a data set, or a .txt file as a single document."""
-    if Path(source).suffix.lower() != ".txt":
+    """The records of a data set, or a .txt or .md file as a single document."""
+    if Path(source).suffix.lower() not in (".txt", ".md"):
         records = read_records(source)
         return records if text_column is None else [_column(record, text_column) for record in records]
     try:
