@@ -226,11 +226,12 @@ class RunOutput:
                 self.accelerator.print(f"{path} is later than the checkpoint resumed from; kept as {aside.name}")
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl, show it and pass it to the trackers."""
+        """Append one line to metrics.jsonl, show it, and pass it to the trackers and the page."""
         if self.accelerator.is_main_process:
             self._metrics.write(line)
             self.display.show(line)
             self.trackers.log(line)
+            self._page.notice(line)
 
     def write_samples(self, samples: Sequence[dict[str, Any]]) -> None:
         """Append one step's to samples.jsonl, a line each; show them and pass them to the trackers."""

@@ -229,13 +229,12 @@ def token_cache() -> Path:
 
 def _code() -> str:
     """Identity of the code that makes rows."""
-    from tokenizers import __version__ as tokenizers_version
-    from transformers import __version__ as transformers_version
+    from importlib.metadata import version
 
     names = ("rows", "tool_calls", "records", "template", "tokenize", "token_store")
     files = [Path(__file__).with_name(f"{name}.py") for name in names]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
-    return f"{digest} {transformers_version} {tokenizers_version}"
+    return " ".join([digest, version("transformers"), version("tokenizers")])
 
 
 def _evict(newest: Path) -> None:

@@ -146,7 +146,8 @@ def test_every_promised_flag(argv: list[str], section: str, name: str, value: An
     config = parse(*argv)
     actual = getattr(getattr(config, section), name)
     assert actual == value and type(actual) is type(value)
-    setattr(getattr(config, section), name, getattr(getattr(RunConfig(), section), name))
+    for field_name in {name} | {"data"} & {flag[2:] for flag in argv}:  # weights are of --data
+        setattr(getattr(config, section), field_name, getattr(getattr(RunConfig(), section), field_name))
     assert config == RunConfig()
 
 
