@@ -255,12 +255,20 @@ def test_a_second_run_in_the_same_directory_is_refused(job: list[str], tmp_path:
 # ---- memory -----------------------------------------------------------------------------------------------
 
 LIMITED = """
-import resource, sys
+import contextlib, json, resource, sys
 import numpy, psutil, torch
 import matplotlib.pyplot
 import qlora.trainer, train
 fit = qlora.trainer.fit
+def grow_stack():
+    # Where the stack itself cannot grow, the kernel sends SIGSEGV and no code of ours is asked.
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(9000)
+    with contextlib.suppress(RecursionError):
+        json.loads("[" * 8000 + "]" * 8000)
+    sys.setrecursionlimit(limit)
 def limited_fit(*arguments, **options):
+    grow_stack()
     torch.randn(512, 512) @ torch.randn(512, 512)  # buffers that stay
     numpy.ones((512, 512)) @ numpy.ones((512, 512))
     room = int(float(sys.argv[1]) * 2**20)
