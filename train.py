@@ -61,6 +61,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         from qlora.adalora import build_adapter_optimizer
         from qlora.adapter import load_adapter
         from qlora.dataset import load_examples
+        from qlora.distributed import arrange_ranks
         from qlora.facts import gather_facts
         from qlora.hub import check_destination, push_to_hub
         from qlora.initialize import initialize_adapter
@@ -83,6 +84,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         check_destination(t.push_to_hub)
     accelerator = start_accelerator(t.trackers, t.output_dir)
     say, device = accelerator.print, accelerator.device
+    ranks = arrange_ranks(config.parallel, accelerator)
     output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last, t.load_best)
     output.start_trackers(t.project_name, t.run_name)
 
@@ -113,7 +115,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     optim, budget = choose_optimizer(t.optim, device, say), t.memory_budget_bytes
     _, plan = settle_checkpointing(model, t.gradient_checkpointing, num_tokens, budget, accelerator, say, optim)
 
-    window = t.batch_size * t.grad_accum * accelerator.num_processes
+    window = t.batch_size * t.grad_accum * ranks.data_size
     total_steps = t.max_steps or t.epochs * WindowOrder(examples.sources, window, t.seed).steps_per_epoch
     settings = run_settings(model, lora, d, t, examples, window, total_steps, optim, tokenizer.chat_template)
     if config.generate.adapter is None and output.checkpoint is None:

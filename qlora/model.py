@@ -26,7 +26,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -80,6 +80,7 @@ SIZE_LIMITS = {  # of a model's config: many times today's largest
     "n_routed_experts": 2**14,
 }
 Source: TypeAlias = "SafetensorsSource | GGUFSource | _EmptySource"
+Cut: TypeAlias = Callable[[str, Tensor], Tensor]
 # Buffers that old checkpoints stored; today's modules compute them.
 STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -295,6 +296,7 @@ def load_base_model(
     compute_dtype: str = "auto",
     device: torch.device | str = "cpu",
     cache: bool = True,
+    cut: Cut | None = None,
 ) -> Any:
     """Load a frozen base model for training or generation.
 
@@ -303,6 +305,7 @@ def load_base_model(
         use_4bit: quantize the blocks' linear layers as `quant` says; False keeps them in bf16.
         compute_dtype: "auto" (measured on the device), "float32" or "bfloat16": dtype of activations.
         cache: keep the quantized weights on disk and read them from there the next time.
+        cut: takes each weight by name, as it is kept, and returns the part of it to keep here.
     Returns:
         A transformers causal LM in eval mode, nothing trainable, with three attributes more: `compute_dtype`,
         `source` (`model` as given), and `quantization`, the QuantConfig of its weights (None for a 16-bit base).
@@ -330,7 +333,7 @@ def load_base_model(
         except InputError as error:
             raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
     dtype = _settle_compute_dtype(compute_dtype, device, cache)
-    _finish(network, source, model, quant if use_4bit else None, dtype, device)
+    _finish(network, source, model, quant if use_4bit else None, dtype, device, cut)
     network.generation_config = _generation_config(network, metadata_directory(model))
     return network.eval()
 
@@ -398,10 +401,17 @@ def _declared_quantization(config: Any, model: str) -> QuantConfig | None:
 
 
 def _finish(
-    network: Any, source: Source, model: str, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+    network: Any,
+    source: Source,
+    model: str,
+    quant: QuantConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Cut | None = None,
 ) -> None:
     """Make of an `empty_model` the base that computes, in place."""
-    _fill(network, _stored_weights(network, source, quant, device), device)
+    weights = _stored_weights(network, source, quant, device)
+    _fill(network, weights if cut is None else ((name, cut(name, weight)) for name, weight in weights), device)
     _compute_in(network, dtype)
     fuse_blocks(network)
     network.compute_dtype = dtype
