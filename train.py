@@ -67,12 +67,13 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         from qlora.initialize import initialize_adapter
         from qlora.injection import freeze_base, inject_lora, parameter_summary, set_tokenizer
         from qlora.interrupt import StopRequest
-        from qlora.model import load_base_model, load_tokenizer
+        from qlora.model import load_tokenizer
         from qlora.optim import build_schedule, choose_optimizer
         from qlora.output import RunOutput, run_settings
         from qlora.packing import WindowOrder, lengths_of, most_tokens
         from qlora.quantize import QuantConfig
         from qlora.sampling import AnswerScore, Sampler, choose_prompts
+        from qlora.split import load_for_ranks
         from qlora.tokenize import set_chat_template
         from qlora.tracking import start_accelerator
         from qlora.trained import add_tokens
@@ -98,10 +99,10 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         parse_special=d.parse_special, num_workers=d.num_workers, weights=d.weights, columns=d.column_names,
         cache=d.token_cache,
     )  # fmt: skip
-    prompts = choose_prompts(held_out or examples, tokenizer, t.num_samples, t.sample_prompts, d.parse_special)
+    num_samples = 0 if ranks.is_split else t.num_samples  # one process alone cannot answer with a split base
+    prompts = choose_prompts(held_out or examples, tokenizer, num_samples, t.sample_prompts, d.parse_special)
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
-    with accelerator.main_process_first():  # the others find the quantized base in the cache
-        model = load_base_model(name, m.use_4bit, quant, dtype, device, m.cache)
+    model = load_for_ranks(name, ranks, accelerator, m.use_4bit, quant, dtype, m.cache)
     if config.generate.adapter is not None:
         lora = load_adapter(model, config.generate.adapter, name, say)
     else:
