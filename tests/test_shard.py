@@ -66,7 +66,7 @@ def test_an_adapter_of_a_sharded_run_is_any_other(proof: Any) -> None:
     load_adapter(model, folder / case.name, case.model)
     freeze_base(model)
     rows = make_examples(case.steps * 12, case.longest, model.config.vocab_size)[:1]
-    [batch] = make_batches(rows, 1, case.longest)
+    [batch] = make_batches(rows, 1, case.longest, True, "cpu")
     with torch.no_grad():
         loss, count = causal_lm_loss(model, batch)
     assert loss.item() / count == pytest.approx(results[case.name][0]["held_out"].item(), rel=1e-5)
