@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import resource
@@ -20,6 +21,13 @@ GIB = 2**30
 def cache_directory() -> Path:
     """$QLORA_CACHE, or ~/.cache/qlora."""
     return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
+
+
+def give_back_memory() -> None:
+    """Have the C library return what was freed to the system; glibc keeps the pieces between what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def best_device() -> torch.device:

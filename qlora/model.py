@@ -357,24 +357,32 @@ def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> So
     return _open_cache(cached) if cached is not None and cached.is_dir() else open_source(path)
 
 
-def load_block(
+def load_first_block(
     model: str, source: Source, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """The first decoder layer, whole, as `load_base_model` has it; nothing else of the model is read."""
+    """A model that can compute up to its first decoder layer, from given embeddings: to compare that layer with.
+
+    Of embeddings, head and the other layers nothing is read; they stay on the meta device.
+    """
     network = empty_model(model)
-    prefix = f"{first_block_name(network)}."
-    weights = _stored_weights(network, source, quant, device, prefix)
+    layers = [f"{name}." for name in block_names(network)]
+    ends = (network.get_input_embeddings(), network.get_output_embeddings())
+    left = (*layers[1:], *(f"{name}." for name, module in network.named_modules() if module in ends))
+    weights = _stored_weights(network, source, quant, device, lambda name: not name.startswith(left))
     _place(network, weights)
     _compute_in(network, dtype)
     fuse_blocks(network)
-    return network.get_submodule(prefix[:-1]).to(device).eval()
+    for module in network.modules():
+        module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
+    network.compute_dtype = dtype
+    return network.eval()
 
 
-def first_block_name(network: nn.Module) -> str:
-    """Qualified name of a network's first decoder layer."""
+def block_names(network: nn.Module) -> list[str]:
+    """Qualified names of a network's decoder layers, from the lowest up."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return next(name for name, m in network.named_modules() if isinstance(m, GradientCheckpointingLayer))
+    return [name for name, m in network.named_modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def plan_base_model(
@@ -647,13 +655,17 @@ def tied_names(network: Any) -> list[str]:
 
 
 def _stored_weights(
-    network: Any, source: Source, quant: QuantConfig | None, device: torch.device, prefix: str = ""
+    network: Any,
+    source: Source,
+    quant: QuantConfig | None,
+    device: torch.device,
+    is_wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, tied ones once, in the form that it is kept in; each is read when it is asked for.
 
     Args:
         quant: how to quantize the blocks' matrices; None leaves them in bf16.
-        prefix: only those whose names begin so.
+        is_wanted: which to read, by name.
     Returns:
         Params4bit for them; bf16 for embeddings, the head and other matrices; fp32 for norms, biases and routers.
     Raises:
@@ -677,7 +689,7 @@ def _stored_weights(
             return quantize_weight(dense.T if name in transposed else dense, quant)
         return dense.to(torch.bfloat16 if name in in_bf16 else torch.float32)
 
-    return ((name, read(name)) for name in stored if name.startswith(prefix))
+    return ((name, read(name)) for name in stored if is_wanted(name))
 
 
 def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:

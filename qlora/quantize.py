@@ -97,10 +97,18 @@ def quantize_weight(weight: Tensor, config: QuantConfig) -> Params4bit:
 
 def quantize_blocks(flat: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
     """(codes (n / 2, 1) uint8, scales (blocks,) fp32) of a flat weight, or of whole blocks of one."""
-    pieces = flat.split(PIECE) if flat.device.type == "cpu" else (flat,)
-    op = torch.ops.bitsandbytes.quantize_4bit.default
-    parts = [op(piece, config.block_size, config.quant_type, torch.uint8) for piece in pieces]
-    return torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts])
+    op, device = torch.ops.bitsandbytes.quantize_4bit.default, flat.device
+    if device.type != "cpu":
+        codes, scales = op(flat, config.block_size, config.quant_type, torch.uint8)
+        return codes, scales
+    codes = torch.empty(-(-flat.numel() // 2), 1, dtype=torch.uint8)
+    scales = torch.empty(-(-flat.numel() // config.block_size))
+    for start in range(0, flat.numel(), PIECE):
+        piece = flat[start : start + PIECE]
+        some, few = op(piece, config.block_size, config.quant_type, torch.uint8)
+        codes[start // 2 : start // 2 + len(some)] = some
+        scales[start // config.block_size :][: len(few)] = few
+    return codes, scales
 
 
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, QuantState]:

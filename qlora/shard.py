@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.device import give_back_memory
 from qlora.distributed import Ranks, as_bytes, describe_weight, sampled
 from qlora.errors import InputError
 from qlora.memory import decoder_layers
@@ -80,6 +81,7 @@ def load_sharded_model(
     for module in network.modules():
         if isinstance(module, ShardedLinear4bit):
             module.count_weights()
+    give_back_memory()
     return network.eval()
 
 
@@ -110,6 +112,9 @@ def _shard(network: Any, ranks: Ranks, device: torch.device) -> None:
     network.to_empty(device="cpu" if ranks.cpu_offload else device)
     if is_tied:
         head._parameters["weight"] = embeddings.weight
+
+
+PIECE = 1 << 23  # values of a dense weight that are read at a time
 
 
 class _Loader:
@@ -160,9 +165,10 @@ class _Loader:
         else:
             dense = self.source.view(key)
             flat = (dense.T if is_transposed else dense).reshape(-1)
-            mine = flat[blocks.start * block_size : blocks.stop * block_size].to(self.device, copy=True)
+            mine = flat[blocks.start * block_size : blocks.stop * block_size].to(self.device)
             del dense, flat
             codes = layer.take_dense(mine, blocks, self.chunk, self._gather_scales(size // block_size))
+            del mine
         first = blocks.start * block_size // 2
         self._sample(name, (size // 2, 1), codes, first, size // 2)
 
@@ -179,12 +185,14 @@ class _Loader:
 
     def _load_dense(self, name: str, key: str, parameter: Tensor) -> None:
         packed = read_packed_weight(self.source, key, torch.device("cpu"))
-        dense = self.source.view(key) if packed is None else dequantize_weight(packed, torch.float32)
-        rows = self.chunk(len(dense))
-        share = local(parameter)
-        share.copy_(dense[rows])
-        width = dense[0].numel()
-        self._sample(name, tuple(dense.shape), share.reshape(-1), rows.start * width, dense.numel())
+        dense = None if packed is None else dequantize_weight(packed, torch.float32)
+        shape, share, rows = tuple(parameter.shape), local(parameter), self.chunk(len(parameter))
+        size = parameter.numel()
+        width = size // len(parameter)
+        for part in share.split(max(1, PIECE // width)):  # pages of the file that were read are let go
+            first = rows.start + (part.storage_offset() - share.storage_offset()) // width
+            part.copy_((self.source.view(key) if dense is None else dense)[first : first + len(part)])
+        self._sample(name, shape, share.reshape(-1), rows.start * width, size)
 
     def _sample(self, name: str, shape: tuple[int, ...], mine: Tensor, first: int, size: int) -> None:
         """Note the sampled values that are in `mine`, the flat values of the weight from number `first` on."""

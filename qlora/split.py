@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import gc
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from qlora.attention import packed_arguments
+from qlora.device import give_back_memory
 from qlora.distributed import Ranks
 from qlora.errors import TrainingStopped
-from qlora.model import find_source, first_block_name, load_base_model, load_block, settle_compute_dtype
+from qlora.model import block_names, find_source, load_base_model, load_first_block, settle_compute_dtype
 from qlora.quantize import QuantConfig
 from qlora.shard import load_sharded_model
 
@@ -27,9 +30,12 @@ def load_for_ranks(
     quant: QuantConfig | None = None,
     compute_dtype: str = "auto",
     cache: bool = True,
+    check: bool = True,
 ) -> Any:
     """`load_base_model` as `ranks` split it; called on all processes, which compute in one dtype.
 
+    Args:
+        check: `check_split` a base that is split.
     Raises:
         InputError: as `load_base_model`; a model that cannot be split so.
         TrainingStopped: the split base computes other numbers than a whole one.
@@ -40,9 +46,8 @@ def load_for_ranks(
             return load_base_model(model, use_4bit, quant, compute_dtype, device, cache)
     dtype = agreed_dtype(compute_dtype, device)
     network = load_sharded_model(model, ranks, use_4bit, quant, dtype, device, cache)
-    source = find_source(model, quant if use_4bit else None, cache)
-    reference = load_block(model, source, network.quantization, network.compute_dtype, device)
-    check_block(network, reference, device)
+    if check:
+        check_split(network, cache)
     return network
 
 
@@ -55,41 +60,82 @@ def agreed_dtype(compute_dtype: str, device: torch.device) -> str:
     return str(found[0])
 
 
+def check_split(network: Any, cache: bool = True) -> float:
+    """Compare the first block of a split base, without adapters, with that of a whole one; called on all processes.
+
+    Returns:
+        as `check_block`.
+    Raises:
+        TrainingStopped: they compute different numbers.
+    """
+    model, quant, device = network.source, network.quantization, next(network.buffers()).device
+    source = find_source(model, quant, cache)
+    whole = load_first_block(model, source, quant, network.compute_dtype, device)
+    sample = sample_block(whole)
+    del whole
+    gc.collect()  # its modules refer to one another
+    give_back_memory()  # before the split one gathers its own
+    return check_block(network, sample)
+
+
+class _Seen(Exception):
+    """The first block has computed, which is all that was wanted."""
+
+
+class BlockSample(NamedTuple):
+    """What a model's first block was given, positionally and by name, and what it made of it, (1, N, D)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
 @torch.no_grad()
-def check_block(network: Any, reference: Any, device: torch.device) -> float:
-    """Compare what the split network's first block computes with a whole block; called on all processes.
+def check_block(network: Any, sample: BlockSample) -> float:
+    """Compare what the first block of a split network computes with a whole one; called on all processes.
 
     Args:
         network: without adapters.
-        reference: the same block, whole, as `load_block` gives it.
+        sample: of the whole model.
     Returns:
         the relative error of the block's change to its input.
     Raises:
         TrainingStopped: it is above rounding.
     """
-    seen: dict[str, Any] = {}
-
-    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        seen.update(args=args, kwargs=kwargs, output=output)
-
-    hook = network.get_submodule(first_block_name(network)).register_forward_hook(keep, with_kwargs=True)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, network.config.vocab_size, (1, sum(CHECKED_TOKENS)), generator=generator)
-    positions = torch.cat([torch.arange(length) for length in CHECKED_TOKENS])[None]
-    bounds = torch.tensor([0, *torch.tensor(CHECKED_TOKENS).cumsum(0)], dtype=torch.int32)
-    arguments = packed_arguments(bounds.to(device), max(CHECKED_TOKENS))
-    try:
-        network.base_model(
-            input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False, **arguments
-        )
-    finally:
-        hook.remove()
-    hidden = cast(Tensor, seen["args"][0] if seen["args"] else seen["kwargs"]["hidden_states"])
-    expected, found = reference(*seen["args"], **seen["kwargs"]), seen["output"]
-    error = ((found - expected).float().norm() / (expected - hidden).float().norm()).item()
+    block, (args, kwargs, expected) = network.get_submodule(block_names(network)[0]), sample
+    if hasattr(block, "unshard"):  # by itself: called as a module, it would take itself for the whole model
+        block.unshard()
+        found = block.forward(*args, **kwargs)
+        block.reshard()
+    else:
+        found = block(*args, **kwargs)
+    error = ((found - expected).float().norm() / (expected - args[0]).float().norm()).item()
     if not error <= TOLERANCE[network.compute_dtype]:
         raise TrainingStopped(
             f"the split base computes other numbers than the whole one (relative error {error:.1e} in its first "
             "block), so nothing was trained; train without --shard and --tensor-parallel, and report this"
         )
     return error
+
+
+@torch.no_grad()
+def sample_block(whole: Any) -> BlockSample:
+    """Let the first block of a model, from `load_first_block`, compute on two sequences of random numbers."""
+    generator, count = torch.Generator().manual_seed(0), sum(CHECKED_TOKENS)
+    block = whole.get_submodule(block_names(whole)[0])
+    device = next(block.parameters()).device
+    hidden = torch.randn(1, count, whole.config.hidden_size, generator=generator).to(device, whole.compute_dtype)
+    positions = torch.cat([torch.arange(length) for length in CHECKED_TOKENS])[None]
+    bounds = torch.tensor([0, *torch.tensor(CHECKED_TOKENS).cumsum(0)], dtype=torch.int32)
+    arguments = packed_arguments(bounds.to(device), max(CHECKED_TOKENS))
+    seen: list[BlockSample] = []
+
+    def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        seen.append(BlockSample(args, kwargs, output))
+        raise _Seen
+
+    hook = block.register_forward_hook(keep, with_kwargs=True)
+    with suppress(_Seen):
+        whole.base_model(inputs_embeds=hidden, position_ids=positions.to(device), use_cache=False, **arguments)
+    hook.remove()
+    return seen[0]

@@ -12,10 +12,10 @@ from torch import Tensor
 from qlora.adapter import load_adapter
 from qlora.errors import TrainingStopped
 from qlora.injection import freeze_base
-from qlora.model import find_source, load_base_model, load_block
+from qlora.model import find_source, load_base_model, load_first_block
 from qlora.packing import make_batches
 from qlora.quantize import QuantConfig
-from qlora.split import check_block
+from qlora.split import check_block, sample_block
 from qlora.trainer import causal_lm_loss
 from tests.proof import Case, check_case, make_examples, reference, run_cases, save_models
 
@@ -76,8 +76,8 @@ def test_a_split_base_that_computes_other_numbers_is_found(tmp_path: Path) -> No
     tiny, _ = save_models(tmp_path)
     model = load_base_model(tiny, compute_dtype="float32")
     quant = QuantConfig()
-    block = load_block(tiny, find_source(tiny, quant), quant, torch.float32, torch.device("cpu"))
-    assert check_block(model, block, torch.device("cpu")) == 0
-    block.self_attn.v_proj.weight.data[7] ^= 16  # one of 32,768 codes, by one level
+    whole = load_first_block(tiny, find_source(tiny, quant), quant, torch.float32, torch.device("cpu"))
+    assert check_block(model, sample_block(whole)) == 0
+    whole.model.layers[0].self_attn.v_proj.weight.data[7] ^= 16  # one of 32,768 codes, by one level
     with pytest.raises(TrainingStopped, match="computes other numbers than the whole one"):
-        check_block(model, block, torch.device("cpu"))
+        check_block(model, sample_block(whole))

@@ -1,0 +1,250 @@
+"""A base split over processes of this machine: memory, bytes that a step sends, seconds, beside the plan's.
+
+    python -m benchmarks.devices [--layers 24] [--train-layers 4] [--processes 2] [--steps 2] [--folder DIR]
+
+The model has LLaMA-7B's shape with --layers layers and random weights, written and deleted by the benchmark.
+
+    loading     one process with load_base_model (nothing cached), then --processes that each read and quantize
+                their share; memory is the peak of the resident set, with and without what Python and the
+                libraries take
+    training    the same shape with --train-layers: rank 8 on q_proj and v_proj, one row of --tokens random tokens
+                on each process, every layer recomputed; by data parallel, --shard fsdp and --tensor-parallel.
+                Bytes are those that the loopback carries from the second step on (gloo, all processes together,
+                headers included); peaks of the training are above what was resident before the model
+
+Each part is started by torchrun with one thread a process. 24 layers write 10 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.roofline import describe_machine
+from benchmarks.seven_b import GB, ROOT, write_config, write_weights
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a launch does: load alone, or train as well."""
+
+    name: str
+    processes: int
+    parallel: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int = 512
+    cache: bool = False
+
+
+def resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak() -> int:
+    """Bytes, the most that were resident since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def sent() -> int:
+    """Bytes that the loopback has carried."""
+    line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.partition(":")[2].split()[8])
+
+
+def work(part: Part, model_folder: Path) -> Result:
+    """What this process does of a part."""
+    from accelerate import Accelerator
+
+    from qlora.config import LoRAConfig, ParallelConfig
+    from qlora.distributed import arrange_ranks
+    from qlora.injection import freeze_base, inject_lora, lora_parameters
+    from qlora.memory import plan_memory
+    from qlora.optim import build_optimizer
+    from qlora.split import check_split, load_for_ranks
+    from qlora.tokenize import Example
+    from qlora.trainer import fit, settle_checkpointing
+
+    accelerator = Accelerator(cpu=True)
+    ranks = arrange_ranks(ParallelConfig(**part.parallel), accelerator)
+    import transformers.models.llama.modeling_llama  # noqa: F401  (before the libraries are measured)
+
+    result: Result = {"libraries": resident()}
+    forget_peak()
+    started = time.perf_counter()
+    model = load_for_ranks(
+        str(model_folder), ranks, accelerator, compute_dtype="float32", cache=part.cache, check=False
+    )
+    result |= {"load_seconds": time.perf_counter() - started, "load_peak": peak(), "check_peak": 0}
+    if ranks.is_split:
+        forget_peak()
+        check_split(model, part.cache)
+        result["check_peak"] = peak()
+    inject_lora(model, LoRAConfig(rank=8))
+    freeze_base(model)
+    result["base"] = plan_memory(model, 1, torch.float32).base
+    result["trainable"] = sum(p.numel() for p in lora_parameters(model))
+    if not part.steps:
+        return result
+    _, plan = settle_checkpointing(model, "on", part.tokens, None, accelerator, lambda line: None)
+    optimizer = build_optimizer(lora_parameters(model), "adamw")
+    generator = torch.Generator().manual_seed(0)
+    count = part.steps * ranks.data_size
+    rows = [torch.randint(model.config.vocab_size, (part.tokens + 1,), generator=generator) for _ in range(count)]
+    marks: list[tuple[float, int]] = []
+
+    def mark() -> None:
+        """In the place of "should the run stop?", which `fit` asks between steps."""
+        accelerator.wait_for_everyone()
+        marks.append((time.perf_counter(), sent()))
+
+    forget_peak()
+    lines: list[Result] = []
+    fit(
+        model, optimizer, lambda step: 1e-4, [Example(row[:-1], row[1:]) for row in rows], accelerator,
+        total_steps=part.steps, batch_size=1, grad_accum=1, max_length=part.tokens, log=lines.append, stop=mark,
+        say=lambda line: None,
+    )  # fmt: skip
+    (begun, before), (ended, after) = marks[1], marks[-1]
+    result |= {
+        "step_seconds": (ended - begun) / (part.steps - 1),
+        "step_bytes": (after - before) / (part.steps - 1),
+        "train_peak": peak(),
+        "planned": plan.total,
+        "losses": [line["loss"] for line in lines],
+    }
+    return result
+
+
+def run_part(part: Part, folder: Path) -> list[Result]:
+    """The results of each process of a part."""
+    plan = folder / "part.json"
+    plan.write_text(json.dumps(asdict(part)))
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(part.processes), "--rdzv_backend", "c10d"]
+    launch += ["--rdzv_endpoint", "localhost:0", "-m", "benchmarks.devices", "--worker", str(plan)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "QLORA_CACHE": str(folder / "cache")}
+    done = subprocess.run([sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"error: {part.name} ended with code {done.returncode}.\n{done.stderr[-3000:]}")
+    return [json.loads((folder / f"{part.name}.{rank}.json").read_text()) for rank in range(part.processes)]
+
+
+def write_model(folder: Path, layers: int) -> int:
+    """A model of random weights in folder/model; how many it has."""
+    from qlora.model import empty_model, weight_shapes
+
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    (folder / "model").mkdir()
+    write_config(folder / "model", layers)
+    shapes = weight_shapes(empty_model(str(folder / "model")))
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    free = shutil.disk_usage(folder).free
+    if free < 3 * count:
+        sys.exit(f"error: {folder} has {free / GB:.1f} GB free, {3 * count / GB:.1f} are needed; give --folder.")
+    print(f"writing {2 * count / GB:.1f} GB of random weights to {folder}", flush=True)
+    write_weights(folder / "model", shapes)
+    return count
+
+
+def report_loading(alone: Result, together: list[Result], weights: int) -> Table:
+    table = Table("loading", "one process", f"each of {len(together)}", "share")
+    table.title = f"{weights / 1e9:.2f} billion weights"
+
+    def show(what: str, one: float, each: list[float]) -> None:
+        table.add_row(
+            what, f"{one / GB:.3f} GB", ", ".join(f"{x / GB:.3f}" for x in each) + " GB", f"{max(each) / one:.2f}"
+        )
+
+    show("weights as stored", alone["base"], [r["base"] for r in together])
+    show("peak, libraries included", alone["load_peak"], [r["load_peak"] for r in together])
+    show(
+        "peak above the libraries",
+        alone["load_peak"] - alone["libraries"],
+        [r["load_peak"] - r["libraries"] for r in together],
+    )
+    checks = ", ".join(f"{r['check_peak'] / GB:.3f}" for r in together) + " GB"
+    table.add_row("peak of the check after it, libraries included", "", checks)
+    seconds = max(r["load_seconds"] for r in together)
+    share = f"{seconds / alone['load_seconds']:.2f}"
+    table.add_row("seconds", f"{alone['load_seconds']:.0f}", f"{seconds:.0f}", share)
+    return table
+
+
+def report_training(runs: dict[str, list[Result]], weights: int, tokens: int) -> Table:
+    table = Table("training", "loss of step 2", "s a step", "MB sent a step", "peak, GB", "planned, GB", "ratio")
+    table.title = f"{weights / 1e9:.2f} billion weights, {tokens} tokens a process"
+    for name, results in runs.items():
+        peaks = [r["train_peak"] - r["libraries"] for r in results]
+        planned = max(r["planned"] for r in results)
+        table.add_row(
+            name, f"{results[0]['losses'][1]:.6f}", f"{results[0]['step_seconds']:.1f}",
+            f"{results[0]['step_bytes'] / 1e6:.1f}", ", ".join(f"{p / GB:.3f}" for p in peaks),
+            f"{planned / GB:.3f}", f"{max(peaks) / planned:.2f}",
+        )  # fmt: skip
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A base split over processes of this machine.")
+    parser.add_argument("--layers", type=int, default=24, help="of the model that is loaded; 0 leaves that out")
+    parser.add_argument("--train-layers", type=int, default=4, help="of the one that trains; 0 leaves that out")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="2 or more; the first one is not timed")
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        part = Part(**json.loads(options.worker.read_text()))
+        result = work(part, options.worker.parent / "model")
+        rank = int(os.environ["RANK"])
+        (options.worker.parent / f"{part.name}.{rank}.json").write_text(json.dumps(result))
+        return
+    console, count = Console(width=115), options.processes
+    with tempfile.TemporaryDirectory(dir=options.folder, prefix="devices-") as name:
+        folder = Path(name)
+        if options.layers:
+            weights = write_model(folder, options.layers)
+            [alone] = run_part(Part("alone", 1), folder)
+            together = run_part(Part("fsdp", count, {"shard": "fsdp"}), folder)
+            console.print(report_loading(alone, together, weights))
+        if options.train_layers:
+            weights = write_model(folder, options.train_layers)
+            modes: dict[str, tuple[int, dict[str, Any]]] = {
+                "one process": (1, {}),
+                "data parallel": (count, {}),
+                "--shard fsdp": (count, {"shard": "fsdp"}),
+                f"--tensor-parallel {count}": (count, {"tensor_parallel": count}),
+                "the same --sequence-parallel": (count, {"tensor_parallel": count, "sequence_parallel": True}),
+            }
+            runs = {}
+            for mode, (processes, parallel) in modes.items():
+                part = Part(mode.replace(" ", "-"), processes, parallel, options.steps, options.tokens)
+                runs[mode] = run_part(part, folder)
+            console.print(report_training(runs, weights, options.tokens))
+    console.print(describe_machine())
+
+
+if __name__ == "__main__":
+    main()
