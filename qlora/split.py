@@ -9,11 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from qlora.attention import packed_arguments
+from qlora.block import ALONE
 from qlora.distributed import Ranks
 from qlora.errors import TrainingStopped
 from qlora.model import find_source, first_block_name, load_base_model, load_block, settle_compute_dtype
 from qlora.quantize import QuantConfig
 from qlora.shard import load_sharded_model
+from qlora.tensor_parallel import WeightCut, split_model
 
 CHECKED_TOKENS = (5, 11)  # lengths of the sequences that one block is compared on
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, of the block's change to its input
@@ -39,7 +41,13 @@ def load_for_ranks(
         with accelerator.main_process_first():  # the others find the quantized base in the cache
             return load_base_model(model, use_4bit, quant, compute_dtype, device, cache)
     dtype = agreed_dtype(compute_dtype, device)
-    network = load_sharded_model(model, ranks, use_4bit, quant, dtype, device, cache)
+    if ranks.shard_mesh is not None:
+        network = load_sharded_model(model, ranks, use_4bit, quant, dtype, device, cache)
+    else:
+        cut = WeightCut(model, ranks)
+        with accelerator.main_process_first():
+            network = load_base_model(model, use_4bit, quant, dtype, device, cache, cut)
+        split_model(network, cut)
     source = find_source(model, quant if use_4bit else None, cache)
     reference = load_block(model, source, network.quantization, network.compute_dtype, device)
     check_block(network, reference, device)
@@ -72,7 +80,8 @@ def check_block(network: Any, reference: Any, device: torch.device) -> float:
     def keep(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         seen.update(args=args, kwargs=kwargs, output=output)
 
-    hook = network.get_submodule(first_block_name(network)).register_forward_hook(keep, with_kwargs=True)
+    block = network.get_submodule(first_block_name(network))
+    hook = block.register_forward_hook(keep, with_kwargs=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, network.config.vocab_size, (1, sum(CHECKED_TOKENS)), generator=generator)
     positions = torch.cat([torch.arange(length) for length in CHECKED_TOKENS])[None]
@@ -85,7 +94,8 @@ def check_block(network: Any, reference: Any, device: torch.device) -> float:
     finally:
         hook.remove()
     hidden = cast(Tensor, seen["args"][0] if seen["args"] else seen["kwargs"]["hidden_states"])
-    expected, found = reference(*seen["args"], **seen["kwargs"]), seen["output"]
+    expected = reference(*seen["args"], **seen["kwargs"])
+    found = getattr(block, "exchange", ALONE).collect(seen["output"], hidden.shape[1])
     error = ((found - expected).float().norm() / (expected - hidden).float().norm()).item()
     if not error <= TOLERANCE[network.compute_dtype]:
         raise TrainingStopped(
