@@ -1,0 +1,276 @@
+"""How a run lies on many devices, and what each then holds: arithmetic on shapes, nothing is started.
+
+Letters: W ranks (processes, one a device), G of them on each node; K ranks hold one copy of the base between them;
+T ranks compute each layer together; P numbers train. For each rank:
+
+    adapters, gradients, optimizer    whole everywhere
+    data parallel                     the base whole
+    --shard fsdp, hsdp                of each frozen tensor of r rows ceil(r / K) rows: K is W under fsdp; under
+                                      hsdp the ranks of a node, or --shard-size, and W / K ranks hold the same
+    --tensor-parallel T               codes and 8-bit scales of q, k, v, o, gate, up, down: a T-th; the fp32 scales
+                                      of those (a 2000th of the base), biases of o and down, and all else whole
+
+A 4-bit weight's tensors are its codes (out x in / 2 bytes), a scale for each 64 weights (a byte, or 4 without
+double quantization) and an fp32 scale for each 256 of these. Its two tables and one offset (a KiB) are left out.
+
+A sharded base is gathered by units: the embeddings, each decoder block, what is left, and the head where it is a
+matrix of its own. Gathered, a tensor of r rows has K ceil(r / K), and a unit of those takes u bytes. torch's FSDP2
+receives a unit in one buffer, copies it out, and frees the buffer only after the next unit has been copied out:
+
+    communication = the largest, over the units in turn, of u(before) + 2 u
+
+With --cpu-offload the shares rest in main memory, and a unit's share, u / K, comes to the device to be sent.
+
+The gradients are summed when activations, logits and workspace are gone, from one fp32 copy into another: 8 P
+bytes, of which `communication` has what goes beyond the place of those three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from qlora.errors import InputError
+from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_layers
+from qlora.plan_flags import DevicesConfig, ParallelConfig
+from qlora.trained import replaced_parameters
+
+BLOCK = 64  # weights that share one scale; a slice of a 4-bit weight is a whole number of these wide
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which ranks there are and what they share: W, W / G nodes, and the flags; `arrange` makes one that can be.
+
+    Attributes:
+        ranks, nodes: W, and how many machines they are on.
+        base_ranks: K, ranks that hold one copy of a sharded base; 1 = not sharded.
+        tensor_parallel: T.
+    """
+
+    ranks: int = 1
+    nodes: int = 1
+    base_ranks: int = 1
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
+    cpu_offload: bool = False
+
+    @property
+    def node_ranks(self) -> int:
+        """G, ranks on each node."""
+        return self.ranks // self.nodes
+
+    @property
+    def data_parallel(self) -> int:
+        """How many different micro-batches are computed at a time."""
+        return self.ranks // self.tensor_parallel
+
+    def __str__(self) -> str:
+        where = f"{self.ranks:,} devices" if self.ranks > 1 else "1 device"
+        if self.nodes > 1:
+            where += f" on {self.nodes:,} nodes of {self.node_ranks}"
+        if self.tensor_parallel > 1:
+            split = f"each layer computed by {self.tensor_parallel} together"
+            split += ", norms divided by tokens" if self.sequence_parallel else ""
+            return f"{where}: {split}, {self.data_parallel:,} micro-batches at a time"
+        if self.base_ranks > 1:
+            copies = self.ranks // self.base_ranks
+            split = f"the base split over {self.base_ranks:,}" + (f", {copies:,} times" if copies > 1 else "")
+            return f"{where}: {split}" + (", its shares in main memory" if self.cpu_offload else "")
+        return f"{where}, the whole base on each" if self.ranks > 1 else where
+
+
+def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> Layout:
+    """The layout that the flags ask for.
+
+    Args:
+        device: "cuda" or "cpu".
+    Raises:
+        InputError: numbers that do not divide, or nothing to divide by.
+    """
+    ranks, nodes, tensor = devices.gpus or 1, devices.nodes, parallel.tensor_parallel
+    if ranks % nodes:
+        raise InputError(f"--gpus {ranks} are not the same number on each of --nodes {nodes}; give a multiple.")
+    if parallel.is_split and ranks == 1:
+        flag = f"--shard {parallel.shard}" if parallel.shard != "none" else f"--tensor-parallel {tensor}"
+        raise InputError(f"{flag} splits the base over several devices; give --gpus their number.")
+    if parallel.cpu_offload and device == "cpu":
+        raise InputError("--cpu-offload moves shares out of a GPU's memory; leave it out with --device cpu.")
+    if ranks % tensor:
+        raise InputError(f"--tensor-parallel {tensor} does not divide --gpus {ranks}; give a divisor of them.")
+    within = ranks // nodes
+    base_ranks = {"none": 1, "fsdp": ranks, "hsdp": parallel.shard_size or within}[parallel.shard]
+    if parallel.shard == "hsdp":
+        if not parallel.shard_size and nodes == 1:
+            raise InputError("--shard hsdp splits the base within a node; give --nodes, or --shard-size.")
+        if base_ranks < 2 or ranks % base_ranks:
+            raise InputError(
+                f"--shard hsdp cannot split the base over {base_ranks} of {ranks} devices each time; give "
+                "--shard-size a divisor of --gpus from 2 on."
+            )
+    for group, flag in ((tensor, "--tensor-parallel"), (base_ranks, "--shard-size")):
+        if within % group and group % within:
+            raise InputError(
+                f"{flag} {group} on nodes of {within} devices would cut nodes in pieces; give a divisor or a "
+                f"multiple of {within}."
+            )
+    return Layout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
+
+
+def tensor_parallel_choices(model: Any) -> list[int]:
+    """The numbers of ranks from 2 on that a model's layers can be split over; none where its layers are others."""
+    names = {name.removesuffix(".base_layer").rpartition(".")[2] for name, _ in model.named_modules()}
+    config = model.config
+    if not names.issuperset(COLUMN_PARALLEL + ROW_PARALLEL) or getattr(config, "num_experts_per_tok", None):
+        return []
+    heads, keys, widths = _widths(config)
+    return [n for n in range(2, keys + 1) if not (heads % n or keys % n or any(w % (BLOCK * n) for w in widths))]
+
+
+def _widths(config: Any) -> tuple[int, int, tuple[int, int, int]]:
+    """Heads, key/value heads, and the widths of q, of k and v, and of gate and up."""
+    heads = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, keys, (heads * head_dim, keys * head_dim, config.intermediate_size)
+
+
+def check_tensor_parallel(model: Any, ranks: int) -> None:
+    """Whether `ranks` can compute each layer of `model` together.
+
+    Raises:
+        InputError: heads or widths do not divide, with the numbers that do.
+    """
+    choices = tensor_parallel_choices(model)
+    if ranks == 1 or ranks in choices:
+        return
+    kind = model.config.model_type
+    if not choices and not hasattr(model.config, "intermediate_size"):
+        raise InputError(f"--tensor-parallel splits LLaMA's layers, which {kind} has not; use --shard fsdp.")
+    heads, keys, (q, kv, mlp) = _widths(model.config)
+    which = ", ".join(map(str, choices))
+    advice = f"give --tensor-parallel {which}" if choices else "no number does, use --shard fsdp"
+    raise InputError(
+        f"--tensor-parallel {ranks} does not divide this {kind}: {heads} heads, {keys} key/value heads, and "
+        f"widths {q} (q), {kv} (k, v) and {mlp} (gate, up) into multiples of {BLOCK}; {advice}."
+    )
+
+
+# ---- what a rank holds of the base ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is gathered at once.
+
+    Attributes:
+        kind: "embeddings", "block", "head" or "rest".
+        tensors: (rows, bytes of a row) of each frozen tensor.
+        gathers: times in a micro-batch.
+    """
+
+    kind: str
+    tensors: tuple[tuple[int, int], ...]
+    gathers: int = 1
+
+    def share(self, ranks: int) -> int:
+        """Bytes of each of `ranks` ranks, the padding of the last ones included."""
+        return sum(-(-rows // ranks) * size for rows, size in self.tensors)
+
+    def gathered(self, ranks: int) -> int:
+        """Bytes of the whole, with its padding."""
+        return ranks * self.share(ranks)
+
+
+def stored_tensors(parameter: Tensor) -> list[tuple[int, int]]:
+    """(rows, bytes of a row) of the tensors that a frozen parameter is stored in."""
+    state: Any = getattr(parameter, "quant_state", None)
+    if state is None:
+        rows = parameter.shape[0] if parameter.dim() else 1
+        return [(rows, parameter.numel() * parameter.itemsize // max(1, rows))]
+    tensors = [(parameter.numel(), parameter.itemsize), (state.absmax.numel(), state.absmax.itemsize)]
+    return tensors + ([(state.state2.absmax.numel(), 4)] if state.nested else [])
+
+
+def split_units(model: Any, first_trained: int) -> list[Unit]:
+    """What is gathered at once under --shard, in the order of the forward pass.
+
+    A block is gathered for the forward and again for the backward pass, below the first that trains only for the
+    forward; the head, and embeddings, for their one use; tied embeddings for both uses.
+
+    Args:
+        first_trained: number of decoder layers below the first that trains anything.
+    """
+    embeddings = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tied = head is None or head.weight is embeddings.weight
+    layers = decoder_layers(model)
+    seen: set[int] = set()
+
+    def unit(kind: str, module: nn.Module | None, gathers: int) -> Unit:
+        chosen = [p for p in module.parameters() if not p.requires_grad and id(p) not in seen] if module else []
+        seen.update(map(id, chosen))
+        return Unit(kind, tuple(t for p in chosen for t in stored_tensors(p)), gathers)
+
+    units = [unit("embeddings", embeddings, 2 if tied else 1)]
+    units += [unit("block", layer, 2 if number >= first_trained else 1) for number, layer in enumerate(layers)]
+    last = unit("head", None if tied else head, 1)
+    return [*units, unit("rest", model, 1), last]
+
+
+def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
+    """Bytes of gathered units at the worst moment, and of a share on its way from main memory."""
+    ranks, peak, before = layout.base_ranks, 0, 0
+    for unit in units:
+        size = unit.gathered(ranks)
+        peak = max(peak, before + 2 * size + (unit.share(ranks) if layout.cpu_offload else 0))
+        before = size
+    return peak
+
+
+def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
+    """Bytes of the frozen base on each of `ranks` that compute each layer together."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        module, _, kind = name.replace(".base_layer", "").rpartition(".")
+        by_rows, by_columns = module.endswith(COLUMN_PARALLEL), module.endswith(ROW_PARALLEL) and kind == "weight"
+        parts = [rows * size for rows, size in stored_tensors(parameter)]
+        if by_rows or by_columns:
+            parts[:2] = [-(-part // ranks) for part in parts[:2]]
+        total += sum(parts)
+    return total
+
+
+def divide_plans(plans: Sequence[MemoryPlan], model: Any, layout: Layout, first_trained: int) -> list[MemoryPlan]:
+    """A rank's plans from those with the whole base (`plan_recomputing` with the layout's T).
+
+    Args:
+        plans: with 0, 1, ... layers recomputed.
+        model: on the meta device, adapters in place; where some of its base is replaced by what trains, the
+            replaced weights stay whole on every rank.
+    """
+    base, gathered = plans[0].base, 0
+    if layout.tensor_parallel > 1:
+        base = tensor_parallel_base(model, layout.tensor_parallel) + _replaced(model)
+    elif layout.base_ranks > 1:
+        units = split_units(model, first_trained)
+        gathered = gathered_peak(units, layout)
+        base = _replaced(model)
+        if not layout.cpu_offload:
+            base += sum(unit.share(layout.base_ranks) for unit in units)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    summing = 8 * count if layout.ranks > 1 else 0
+    return [
+        replace(p, base=base, communication=max(gathered, summing - p.activations - p.logits - p.workspace))
+        for p in plans
+    ]
+
+
+def _replaced(model: nn.Module) -> int:
+    """Bytes of base parameters that an adapter's copies stand for."""
+    return sum(rows * size for p in replaced_parameters(model).values() for rows, size in stored_tensors(p))
