@@ -61,17 +61,19 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         from qlora.adalora import build_adapter_optimizer
         from qlora.adapter import load_adapter
         from qlora.dataset import load_examples
+        from qlora.distributed import arrange_ranks
         from qlora.facts import gather_facts
         from qlora.hub import check_destination, push_to_hub
         from qlora.initialize import initialize_adapter
         from qlora.injection import freeze_base, inject_lora, parameter_summary, set_tokenizer
         from qlora.interrupt import StopRequest
-        from qlora.model import load_base_model, load_tokenizer
+        from qlora.model import load_tokenizer
         from qlora.optim import build_schedule, choose_optimizer
         from qlora.output import RunOutput, run_settings
         from qlora.packing import WindowOrder, lengths_of, most_tokens
         from qlora.quantize import QuantConfig
         from qlora.sampling import AnswerScore, Sampler, choose_prompts
+        from qlora.split import load_for_ranks
         from qlora.tokenize import set_chat_template
         from qlora.tracking import start_accelerator
         from qlora.trained import add_tokens
@@ -83,6 +85,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         check_destination(t.push_to_hub)
     accelerator = start_accelerator(t.trackers, t.output_dir)
     say, device = accelerator.print, accelerator.device
+    ranks = arrange_ranks(config.parallel, accelerator)
     output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last, t.load_best)
     output.start_trackers(t.project_name, t.run_name)
 
@@ -96,10 +99,10 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         parse_special=d.parse_special, num_workers=d.num_workers, weights=d.weights, columns=d.column_names,
         cache=d.token_cache,
     )  # fmt: skip
-    prompts = choose_prompts(held_out or examples, tokenizer, t.num_samples, t.sample_prompts, d.parse_special)
+    num_samples = 0 if ranks.is_split else t.num_samples  # one process alone cannot answer with a split base
+    prompts = choose_prompts(held_out or examples, tokenizer, num_samples, t.sample_prompts, d.parse_special)
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
-    with accelerator.main_process_first():  # the others find the quantized base in the cache
-        model = load_base_model(name, m.use_4bit, quant, dtype, device, m.cache)
+    model = load_for_ranks(name, ranks, accelerator, m.use_4bit, quant, dtype, m.cache)
     if config.generate.adapter is not None:
         lora = load_adapter(model, config.generate.adapter, name, say)
     else:
@@ -113,7 +116,7 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     optim, budget = choose_optimizer(t.optim, device, say), t.memory_budget_bytes
     _, plan = settle_checkpointing(model, t.gradient_checkpointing, num_tokens, budget, accelerator, say, optim)
 
-    window = t.batch_size * t.grad_accum * accelerator.num_processes
+    window = t.batch_size * t.grad_accum * ranks.data_size
     total_steps = t.max_steps or t.epochs * WindowOrder(examples.sources, window, t.seed).steps_per_epoch
     settings = run_settings(model, lora, d, t, examples, window, total_steps, optim, tokenizer.chat_template)
     if config.generate.adapter is None and output.checkpoint is None:

@@ -16,7 +16,7 @@ import tyro
 from qlora.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig, parse_args, size_in_bytes
 from qlora.errors import InputError, run
 from qlora.imports import collection_paused, importing_transformers
-from qlora.plan_flags import DevicesConfig, ParallelConfig
+from qlora.plan_flags import DevicesConfig
 
 
 @dataclass
@@ -137,7 +137,6 @@ class PlanConfig(RunConfig):
     """Say what a run of train.py with the same flags would take, from the model's config alone: memory, and of
     many devices also what they send each other, and the time of a step."""
 
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     device: Literal["cuda", "cpu"] | None = None
     """What it would run on; by default what is here."""

@@ -104,8 +104,8 @@ def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     x, y = AddNorm.apply(x, None, first.weight, first.variance_epsilon)
     o = _attend(block.self_attn, y.view(hidden.shape), kwargs).reshape(x.shape)
     x, z = AddNorm.apply(x, o, second.weight, second.variance_epsilon)
-    x = x + mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
-    return x.view(hidden.shape)
+    out = mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
+    return x.view(hidden.shape) + out.view(hidden.shape)  # no view itself: FSDP2 hooks the output
 
 
 def _attend(attention: Any, y: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -453,6 +453,48 @@ def size_in_bytes(text: str) -> int | None:
 
 
 @dataclass
+class ParallelConfig:
+    """Several devices. Without these flags each holds the whole base and computes its own micro-batches."""
+
+    shard: Literal["none", "fsdp", "hsdp"] = "none"
+    """Split the base: over all devices (fsdp), or over those of a node, alike in every node (hsdp)."""
+    shard_size: int = 0
+    """Devices that hold one copy of the base between them under hsdp; 0 = those of a node."""
+    cpu_offload: bool = False
+    """Keep each GPU's share of a split base in main memory; slower, and nearly free of GPU memory."""
+    tensor_parallel: int = 1
+    """Devices that compute each layer together, on the same micro-batches; 1 = every one by itself."""
+    sequence_parallel: bool = False
+    """With --tensor-parallel: what lies between the split layers (norms) is divided by tokens."""
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel < 1:
+            raise InputError(f"tensor_parallel is {self.tensor_parallel}; give --tensor-parallel 1 or more.")
+        if self.shard_size < 0:
+            raise InputError(f"shard_size is {self.shard_size}; give --shard-size 0 or more.")
+        if self.shard_size and self.shard != "hsdp":
+            raise InputError(f"shard_size is {self.shard_size} without hsdp; pass --shard hsdp with it.")
+        if self.cpu_offload and self.shard == "none":
+            raise InputError("--cpu-offload is for a base that is split; pass --shard fsdp or hsdp with it.")
+        if self.tensor_parallel > 1 and self.shard != "none":
+            raise InputError(
+                f"--tensor-parallel {self.tensor_parallel} and --shard {self.shard} are not combined; choose one."
+            )
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise InputError("--sequence-parallel goes with tensor parallel; pass --tensor-parallel N with it.")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether no device holds the whole base."""
+        return self.shard != "none" or self.tensor_parallel > 1
+
+    @property
+    def flag(self) -> str:
+        """The flag that splits the base, for messages."""
+        return f"--shard {self.shard}" if self.shard != "none" else f"--tensor-parallel {self.tensor_parallel}"
+
+
+@dataclass
 class GenerateConfig:
     """Prompt mode."""
 
@@ -484,6 +526,7 @@ class RunConfig:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     debug: bool = False
     """Show the traceback of an error."""
@@ -507,8 +550,26 @@ class RunConfig:
             raise InputError(
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
+        self._check_split()
         if self.generate.adapter is not None and self.lora.added_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
+
+    def _check_split(self) -> None:
+        """Refuse what a base that is split cannot do."""
+        parallel, lora = self.parallel, self.lora
+        is_tensor = parallel.tensor_parallel > 1
+        unable = {
+            "--modules-to-save": bool(lora.trained_modules),
+            "--new-tokens": bool(lora.added_tokens),
+            f"--bias {lora.bias}": lora.bias != "none",
+            f"--init {lora.init}": lora.init in ("pissa", "loftq"),
+            "--use-dora": lora.use_dora and is_tensor,
+            "--use-adalora": lora.use_adalora and is_tensor,
+            "--no-4bit": not self.model.use_4bit and is_tensor,
+            "--best-metric exact_match": self.train.best_metric == "exact_match",
+        }
+        for other in (flag for flag, is_asked in unable.items() if is_asked and parallel.is_split):
+            raise InputError(f"{other} needs the whole base on every device; leave it out, or {parallel.flag}.")
 
 
 def parse_args(config_class: type[T], prog: str, argv: Sequence[str] | None = None) -> T:

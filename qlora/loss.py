@@ -23,8 +23,9 @@ mean probability that the router gave it, over E experts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -164,6 +165,20 @@ def output_head(model: Any) -> OutputHead:
     return OutputHead(head.weight, scale, getattr(config, "final_logit_softcapping", None))
 
 
+@contextmanager
+def gathered_head(model: Any) -> Iterator[OutputHead]:
+    """`output_head`, whole for the time of the block where the base is sharded (shard.py)."""
+    owner = model.get_input_embeddings() if model.config.tie_word_embeddings else model.get_output_embeddings()
+    if not hasattr(owner, "unshard"):
+        yield output_head(model)
+        return
+    owner.unshard()
+    try:
+        yield replace(output_head(model), weight=owner.weight)
+    finally:
+        owner.reshard()
+
+
 def target_log_likelihoods(
     hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE
 ) -> tuple[Tensor, Tensor]:
@@ -218,7 +233,6 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
         InputError: the model's head has a bias, which the chunked loss would miss.
     """
     config: Any = model.config
-    head = output_head(model)
     arguments = attention_arguments(model, batch)
     coefficient = getattr(config, "router_aux_loss_coef", None) if model.training else None
     if coefficient:
@@ -226,14 +240,11 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
     output = model.base_model(
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
     )
-    loss, num_targets = linear_cross_entropy(
-        output.last_hidden_state.flatten(0, 1),
-        head.weight,
-        batch.targets.flatten(),
-        chunk_size,
-        head.scale,
-        head.softcap,
-    )
+    hidden, targets = output.last_hidden_state.flatten(0, 1), batch.targets.flatten()
+    with gathered_head(model) as head:
+        loss, num_targets = linear_cross_entropy(
+            hidden, head.weight, targets, chunk_size, head.scale, head.softcap
+        )
     if coefficient and getattr(output, "router_logits", None):
         lengths = torch.tensor([len(example) for example in batch.examples], device=batch.input_ids.device)
         if batch.cu_seqlens is not None:  # one row, no padding

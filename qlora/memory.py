@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from qlora.block import is_fused
 from qlora.device import GIB
 from qlora.injection import lora_layers
-from qlora.quantize import logical_numel
+from qlora.quantize import local, logical_numel
 from qlora.trained import replaced_parameters
 
 FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
@@ -238,7 +238,7 @@ def plan_recomputing(
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
     largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
     plan = MemoryPlan(
-        base=sum(p.numel() * p.itemsize for p in frozen) + statistics,
+        base=sum(local(p).numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),
         gradients=4 * (count + head_size),
         optimizer=masters + sum(moment_bytes(p, optim) for p in trainable),

@@ -26,7 +26,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -80,6 +80,7 @@ SIZE_LIMITS = {  # of a model's config: many times today's largest
     "n_routed_experts": 2**14,
 }
 Source: TypeAlias = "SafetensorsSource | GGUFSource | _EmptySource"
+Cut: TypeAlias = Callable[[str, Tensor], Tensor]
 # Buffers that old checkpoints stored; today's modules compute them.
 STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -295,6 +296,7 @@ def load_base_model(
     compute_dtype: str = "auto",
     device: torch.device | str = "cpu",
     cache: bool = True,
+    cut: Cut | None = None,
 ) -> Any:
     """Load a frozen base model for training or generation.
 
@@ -303,6 +305,7 @@ def load_base_model(
         use_4bit: quantize the blocks' linear layers as `quant` says; False keeps them in bf16.
         compute_dtype: "auto" (measured on the device), "float32" or "bfloat16": dtype of activations.
         cache: keep the quantized weights on disk and read them from there the next time.
+        cut: takes each weight by name, as it is kept, and returns the part of it to keep here.
     Returns:
         A transformers causal LM in eval mode, nothing trainable, with three attributes more: `compute_dtype`,
         `source` (`model` as given), and `quantization`, the QuantConfig of its weights (None for a 16-bit base).
@@ -312,8 +315,7 @@ def load_base_model(
     quant = quant or QuantConfig()
     device = torch.device(device)
     path = resolve_model(model)
-    files = weight_files(path)
-    cached = cache_directory() / f"base-{_fingerprint(files, quant)}" if use_4bit and cache else None
+    cached = _cached_base(path, quant) if use_4bit and cache else None
     network = empty_model(model)
     source: Source
     if cached is None or not cached.is_dir():
@@ -325,14 +327,54 @@ def load_base_model(
         elif cached is not None:
             _write_cache(network, _stored_weights(network, source, quant, device), quant, cached)
     if cached is not None:
-        try:
-            source = SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
-        except InputError as error:
-            raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
-    dtype = _settle_compute_dtype(compute_dtype, device, cache)
-    _finish(network, source, model, quant if use_4bit else None, dtype, device)
-    network.generation_config = _generation_config(network, metadata_directory(model))
+        source = _open_cache(cached)
+    dtype = settle_compute_dtype(compute_dtype, device, cache)
+    _finish(network, source, model, quant if use_4bit else None, dtype, device, cut)
+    network.generation_config = generation_config_of(network, metadata_directory(model))
     return network.eval()
+
+
+def _cached_base(path: Path, quant: QuantConfig) -> Path:
+    """Where the quantized form of a model's files is kept."""
+    return cache_directory() / f"base-{_fingerprint(weight_files(path), quant)}"
+
+
+def _open_cache(cached: Path) -> SafetensorsSource:
+    try:
+        return SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
+    except InputError as error:
+        raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
+
+
+def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> Source:
+    """A model's weights: quantized ones from the cache where it has them, else its own files; nothing is written.
+
+    Args:
+        quant: how the base is quantized; None for a 16-bit one.
+    """
+    path = resolve_model(model)
+    cached = _cached_base(path, quant) if quant is not None and cache else None
+    return _open_cache(cached) if cached is not None and cached.is_dir() else open_source(path)
+
+
+def load_block(
+    model: str, source: Source, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """The first decoder layer, whole, as `load_base_model` has it; nothing else of the model is read."""
+    network = empty_model(model)
+    prefix = f"{first_block_name(network)}."
+    weights = _stored_weights(network, source, quant, device, prefix)
+    _place(network, weights)
+    _compute_in(network, dtype)
+    fuse_blocks(network)
+    return network.get_submodule(prefix[:-1]).to(device).eval()
+
+
+def first_block_name(network: nn.Module) -> str:
+    """Qualified name of a network's first decoder layer."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return next(name for name, m in network.named_modules() if isinstance(m, GradientCheckpointingLayer))
 
 
 def plan_base_model(
@@ -359,7 +401,7 @@ def plan_base_model(
     quant = (stored or quant or QuantConfig()) if use_4bit else None
     device, dtype = torch.device(device), torch.bfloat16
     if compute_dtype != "auto" or device.type == "cpu" or torch.cuda.is_available():
-        dtype = _settle_compute_dtype(compute_dtype, device, cache=True)
+        dtype = settle_compute_dtype(compute_dtype, device, cache=True)
     network = empty_model(model)
     _finish(network, _EmptySource(network), model, quant, dtype, torch.device("meta"))
     return network.eval()
@@ -382,6 +424,8 @@ class _EmptySource:
     def read(self, name: str) -> Tensor:
         return torch.empty(self._shapes[name], dtype=torch.bfloat16, device="meta")
 
+    view = read
+
 
 def _declared_quantization(config: Any, model: str) -> QuantConfig | None:
     """How a checkpoint's config says that its weights are quantized; None: they are not."""
@@ -398,10 +442,17 @@ def _declared_quantization(config: Any, model: str) -> QuantConfig | None:
 
 
 def _finish(
-    network: Any, source: Source, model: str, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
+    network: Any,
+    source: Source,
+    model: str,
+    quant: QuantConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    cut: Cut | None = None,
 ) -> None:
     """Make of an `empty_model` the base that computes, in place."""
-    _fill(network, _stored_weights(network, source, quant, device), device)
+    weights = _stored_weights(network, source, quant, device)
+    _fill(network, weights if cut is None else ((name, cut(name, weight)) for name, weight in weights), device)
     _compute_in(network, dtype)
     fuse_blocks(network)
     network.compute_dtype = dtype
@@ -409,7 +460,7 @@ def _finish(
     network.quantization = _quantization_of(network)
 
 
-def _settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:
+def settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:
     """`choose_compute_dtype`, measured once per machine: a second measurement on a busy one could differ."""
     if name != "auto" or device.type == "cuda" or not cache:
         return choose_compute_dtype(name, device, MEASURED_WIDTH)
@@ -433,7 +484,7 @@ def weight_shapes(network: Any) -> dict[str, tuple[int, ...]]:
 
 def _parameter_shapes(network: Any) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, tied ones once."""
-    tied = _tied_names(network)
+    tied = tied_names(network)
     return {name: tuple(p.shape) for name, p in network.named_parameters() if name not in tied}
 
 
@@ -456,12 +507,12 @@ def dequantized_weights(
     """
     source = open_source(resolve_model(model))
     network = empty_model(model)
-    stored = _match_names(network, source)
-    blocks = _names_to_quantize(network, source) if quant is not None else set()
-    transposed = _transposed_names(network)
+    stored = match_names(network, source)
+    blocks = names_to_quantize(network, source) if quant is not None else set()
+    transposed = transposed_names(network)
     kind = network.config.model_type
     for name in stored:
-        packed = _read_packed(source, stored[name], torch.device("cpu"))
+        packed = read_packed_weight(source, stored[name], torch.device("cpu"))
         if packed is not None and original:
             raise InputError(f"--model {model} is stored in 4 bits, so there is no original to merge onto.")
         layer = name.removesuffix(".weight")
@@ -491,10 +542,10 @@ def read_weights(model: str, layers: Iterable[str]) -> Iterator[tuple[str, Tenso
     Where the files hold 4-bit codes, what these stand for.
     """
     source, network = open_source(resolve_model(model)), empty_model(model)
-    stored, transposed = _match_names(network, source), _transposed_names(network)
+    stored, transposed = match_names(network, source), transposed_names(network)
     for layer in layers:
         name = f"{layer}.weight"
-        packed = _read_packed(source, stored[name], torch.device("cpu"))
+        packed = read_packed_weight(source, stored[name], torch.device("cpu"))
         if packed is not None:
             yield layer, dequantize_weight(packed, torch.float32)
         else:
@@ -517,7 +568,7 @@ def shifted_weight(weight: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([(rows.double() - part @ A).float() for rows, part in pieces])
 
 
-def _names_to_quantize(network: Any, source: Source) -> set[str]:
+def names_to_quantize(network: Any, source: Source) -> set[str]:
     """The weights to bring into 4 bits: linear layers, Conv1D and experts' matrices, the output head left out.
 
     None in a checkpoint that is quantized already: what it keeps in 16 bits it keeps on purpose.
@@ -539,18 +590,24 @@ def _matrix_layers(network: Any) -> dict[str, nn.Module]:
     return {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
 
 
-def _transposed_names(network: Any) -> set[str]:
+def transposed_names(network: Any) -> set[str]:
     """The weights that files hold as (in, out) and 4-bit layers as (out, in)."""
     from transformers.pytorch_utils import Conv1D
 
     return {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, Conv1D)}
 
 
-def _read_packed(source: Source, key: str, device: torch.device) -> Params4bit | None:
-    """The 4-bit weight stored under `key` and its companions, or None if it is stored dense."""
+def read_packed_weight(
+    source: Source, key: str, device: torch.device, as_views: bool = False
+) -> Params4bit | None:
+    """The 4-bit weight stored under `key` and its companions, or None if it is stored dense.
+
+    Args:
+        as_views: of the file's pages, let go with the weight; for the CPU.
+    """
     if not isinstance(source, SafetensorsSource) or key not in source.packed:
         return None
-    tensors = source.read_packed(key)
+    tensors = source.read_packed(key, as_views)
     try:
         return unpack_tensors(tensors, device)
     except ValueError as error:
@@ -582,7 +639,7 @@ def empty_model(model: str) -> Any:
     return network
 
 
-def _tied_names(network: Any) -> list[str]:
+def tied_names(network: Any) -> list[str]:
     """Parameters that are another one's alias (lm_head when embeddings are tied)."""
     if not network.config.tie_word_embeddings:
         return []
@@ -590,27 +647,28 @@ def _tied_names(network: Any) -> list[str]:
 
 
 def _stored_weights(
-    network: Any, source: Source, quant: QuantConfig | None, device: torch.device
+    network: Any, source: Source, quant: QuantConfig | None, device: torch.device, prefix: str = ""
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter by name, tied ones once, in the form that it is kept in; each is read when it is asked for.
 
     Args:
         quant: how to quantize the blocks' matrices; None leaves them in bf16.
+        prefix: only those whose names begin so.
     Returns:
         Params4bit for them; bf16 for embeddings, the head and other matrices; fp32 for norms, biases and routers.
     Raises:
         InputError: weights that do not fit the model, before any is read.
     """
-    stored = _match_names(network, source)
-    to_quantize = _names_to_quantize(network, source) if quant is not None else set()
-    transposed = _transposed_names(network)
+    stored = match_names(network, source)
+    to_quantize = names_to_quantize(network, source) if quant is not None else set()
+    transposed = transposed_names(network)
     matrices = _matrix_layers(network)
     embeddings = {name for name, module in network.named_modules() if isinstance(module, nn.Embedding)}
     in_bf16 = {f"{name}.weight" for name in embeddings.union(matrices)}
     head = network.get_output_embeddings()
 
     def read(name: str) -> Tensor:
-        packed = _read_packed(source, stored[name], device)
+        packed = read_packed_weight(source, stored[name], device)
         if packed is not None:  # of a head the loss needs the matrix, of an embedding the look-up its rows
             stays_packed = matrices.get(name.removesuffix(".weight"), head) is not head
             return packed if stays_packed else dequantize_weight(packed, torch.float32)
@@ -619,11 +677,25 @@ def _stored_weights(
             return quantize_weight(dense.T if name in transposed else dense, quant)
         return dense.to(torch.bfloat16 if name in in_bf16 else torch.float32)
 
-    return ((name, read(name)) for name in stored)
+    return ((name, read(name)) for name in stored if name.startswith(prefix))
 
 
 def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
-    """Put every parameter into its place, and our own linear layers into that of torch's."""
+    """Give an `empty_model` all its weights."""
+    matrices = _matrix_layers(network)
+    _place(network, weights)
+    embedding = network.get_input_embeddings()
+    for name in tied_names(network):
+        owner = name.removesuffix(".weight")
+        if owner in matrices:
+            tied = Linear16bit(embedding.weight.data, network.get_submodule(owner).bias)
+            tied.weight = embedding.weight
+            _set(network, owner, tied)
+    network.to(device)  # buffers: everything else lies there already
+
+
+def _place(network: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Put parameters into their places, and our own linear layers into that of torch's."""
     matrices = _matrix_layers(network)
     for name, weight in weights:
         owner, _, kind = name.rpartition(".")
@@ -640,19 +712,11 @@ def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.dev
             _set(network, owner, Linear16bit(weight, None))
         else:
             layer.weight = nn.Parameter(weight, requires_grad=False)
-    embedding = network.get_input_embeddings()
-    for name in _tied_names(network):
-        owner = name.removesuffix(".weight")
-        if owner in matrices:
-            tied = Linear16bit(embedding.weight.data, network.get_submodule(owner).bias)
-            tied.weight = embedding.weight
-            _set(network, owner, tied)
-    network.to(device)  # buffers: everything else lies there already
 
 
-def _match_names(network: Any, source: Source) -> dict[str, str]:
+def match_names(network: Any, source: Source) -> dict[str, str]:
     """Parameter name -> stored name, or one error that lists everything missing, extra or misshapen."""
-    expected, transposed = _parameter_shapes(network), _transposed_names(network)
+    expected, transposed = _parameter_shapes(network), transposed_names(network)
     prefix = network.base_model_prefix + "."
     bare = not any(name.startswith(prefix) for name in source.names)  # GPT-2's files leave the prefix out
     stored = {name: name.removeprefix(prefix) if bare else name for name in expected}
@@ -665,7 +729,7 @@ def _match_names(network: Any, source: Source) -> dict[str, str]:
             problems.append(f"{name} holds whole numbers or narrow floats, whose scales are not known")
     companions = [key + part for key in source.packed for part in (".absmax", ".quant_map")]
     problems += [f"missing {name}" for name in companions if name not in source.names]
-    known = set(stored.values()) | set(_tied_names(network))
+    known = set(stored.values()) | set(tied_names(network))
     for name in source.names - known:
         if name.partition(".weight.")[0] + ".weight" not in source.packed and not name.endswith(STORED_BUFFERS):
             problems.append(f"unexpected {name}")
@@ -710,7 +774,7 @@ def _compute_in(network: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def _generation_config(network: Any, directory: Path) -> Any:
+def generation_config_of(network: Any, directory: Path) -> Any:
     from transformers import GenerationConfig
 
     file = directory / "generation_config.json"

@@ -50,6 +50,7 @@ from qlora.checkpoint import (
 )
 from qlora.config import DataConfig, LoRAConfig, TrainConfig
 from qlora.device import GIB
+from qlora.distributed import sample_weight
 from qlora.errors import InputError, TrainingStopped
 from qlora.files import new_file, whole_lines
 from qlora.injection import lora_layers
@@ -444,16 +445,18 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from."""
+    """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from.
+
+    Of a base that is split, of the whole weights, as they were sampled while it was loaded (`weight_samples`).
+    """
+    samples: dict[str, bytes] | None = getattr(model, "weight_samples", None)
+    if samples is None:
+        replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
+        named = {base_name(n): replaced.get(base_name(n), p) for n, p in model.named_parameters()}
+        samples = {name: sample_weight(name, p) for name, p in named.items() if not p.requires_grad}
     digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
-    replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
-    for name, parameter in model.named_parameters():
-        parameter = replaced.get(base_name(name), parameter)
-        if not parameter.requires_grad:
-            flat = parameter.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)].contiguous().cpu()
-            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for _, sample in sorted(samples.items()):
+        digest.update(sample)
     return digest.hexdigest()[:16]
 
 

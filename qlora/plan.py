@@ -40,7 +40,7 @@ from qlora.memory import (
 from qlora.model import load_tokenizer, plan_base_model
 from qlora.optim import choose_optimizer
 from qlora.packing import CPU_TOKENS, most_tokens
-from qlora.plan_changes import CHANGES, Change, Job, parallel_of
+from qlora.plan_changes import CHANGES, Change, Job
 from qlora.plan_devices import (
     Layout,
     arrange,
@@ -130,7 +130,7 @@ class Planner:
         Raises:
             InputError: devices and flags that do not go together, or not with the model.
         """
-        layout = arrange(devices or DevicesConfig(), parallel_of(config), self.device.type)
+        layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
         t, d = config.train, config.data
         model = self._adapted_model(config)
         check_tensor_parallel(model, layout.tensor_parallel)

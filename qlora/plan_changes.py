@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
-from qlora.config import RunConfig
-from qlora.plan_flags import DevicesConfig, ParallelConfig
+from qlora.config import ParallelConfig, RunConfig
+from qlora.plan_flags import DevicesConfig
 
 SMALLEST_RANK, SHORTEST_LENGTH, MOST_DEVICES = 8, 128, 1024  # that are proposed
 USUAL_NODE = 8  # devices
@@ -32,18 +32,13 @@ class Job:
 
     @property
     def parallel(self) -> ParallelConfig:
-        return parallel_of(self.config)
+        return self.config.parallel
 
     def changed(self, part: str, **settings: Any) -> Job:
         """The same with other settings in one part of its config."""
         return replace(
             self, config=replace(self.config, **{part: replace(getattr(self.config, part), **settings)})
         )
-
-
-def parallel_of(config: RunConfig) -> ParallelConfig:
-    """What a run's config says of many devices."""
-    return getattr(config, "parallel", None) or ParallelConfig()
 
 
 Changed: TypeAlias = Iterator[tuple[str, Job]]

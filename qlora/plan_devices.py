@@ -33,9 +33,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlora.config import ParallelConfig
 from qlora.errors import InputError
 from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_layers
-from qlora.plan_flags import DevicesConfig, ParallelConfig
+from qlora.plan_flags import DevicesConfig
 from qlora.trained import replaced_parameters
 
 BLOCK = 64  # weights that share one scale; a slice of a 4-bit weight is a whole number of these wide

@@ -47,6 +47,7 @@ class SafetensorsSource:
         self.files = weight_files(directory)
         # name -> file, key in it, index in the tensor there
         self._places: dict[str, tuple[Any, str, tuple[Any, ...]]] = {}
+        self._file_of: dict[str, Path] = {}
         for file in self.files:
             try:
                 handle = safe_open(file, framework="pt", backend="mmap" if map_files else "pread")
@@ -57,6 +58,7 @@ class SafetensorsSource:
             for key in handle.keys():  # noqa: SIM118
                 for name, index in _names_of(key, handle).items():
                     self._places[name] = (handle, key, index)
+                    self._file_of[name] = file
         self.names = set(self._places)
         _check_names(self.names, directory)
         marker = ".quant_state.bitsandbytes__"
@@ -87,10 +89,19 @@ class SafetensorsSource:
         file, key, _ = self._places[name]
         return name in self.packed or file.get_slice(key).get_dtype() in FLOAT_DTYPES
 
+    def view(self, name: str) -> Tensor:
+        """`read`, but of pages that are fetched when they are touched, and let go with the tensor."""
+        from safetensors import safe_open
+
+        _, key, index = self._places[name]
+        return self._read(name, safe_open(self._file_of[name], framework="pt", backend="mmap"), key, index)
+
     def read(self, name: str) -> Tensor:
+        return self._read(name, *self._places[name])
+
+    def _read(self, name: str, file: Any, key: str, index: tuple[Any, ...]) -> Tensor:
         from safetensors import SafetensorError
 
-        file, key, index = self._places[name]
         try:
             return file.get_slice(key)[index] if index else file.get_tensor(key)
         # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
@@ -99,9 +110,10 @@ class SafetensorsSource:
                 raise
             raise InputError(f"{self.path}: {name} cannot be read ({explain(error)}); {self.remedy}.") from error
 
-    def read_packed(self, name: str) -> dict[str, Tensor]:
+    def read_packed(self, name: str, as_views: bool = False) -> dict[str, Tensor]:
         """The tensors of a 4-bit weight, by bitsandbytes' suffixes ("" for the codes)."""
-        return {part.removeprefix(name): self.read(part) for part in sorted(self._parts[name])}
+        read = self.view if as_views else self.read
+        return {part.removeprefix(name): read(part) for part in sorted(self._parts[name])}
 
 
 def _names_of(key: str, file: Any) -> dict[str, tuple[Any, ...]]:
@@ -239,6 +251,10 @@ class GGUFSource:
     def is_float(self, name: str) -> bool:
         """`read` gives fp32 of whatever it can read."""
         return name in self._tensors
+
+    def view(self, name: str) -> Tensor:
+        """As `read`: what a file holds in other blocks cannot be looked at."""
+        return self.read(name)
 
     def read(self, name: str) -> Tensor:
         """fp32, dequantized from GGUF's blocks. Read from the file, not mapped."""

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.checkpoint import Progress
 from qlora.device import GIB, available_memory, peak_memory_gib
+from qlora.distributed import Ranks, ranks_of
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
@@ -56,7 +57,7 @@ from qlora.packing import (
     sources_of,
     split_batch,
 )
-from qlora.tokenize import Example
+from qlora.tokenize import IGNORE_INDEX, Example
 
 
 class NonFiniteStep(TrainingStopped):
@@ -111,9 +112,10 @@ def train_step(
         NonFiniteStep, StepOutOfMemory: on all devices, before anything is changed.
     """
     optimizer.zero_grad()
-    device = accelerator.device
+    device, ranks = accelerator.device, ranks_of(model, accelerator)
     counts = torch.tensor([sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)], device=device)
-    num_tokens, num_targets = accelerator.reduce(counts, "sum").tolist()
+    num_tokens, num_targets = ranks.sum(counts).tolist()
+    batches = in_lockstep(batches, ranks, device)
     losses: list[Tensor] = []
     full = False
     try:
@@ -124,6 +126,11 @@ def train_step(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if ranks.is_split:  # the others wait in the middle of a layer, and cannot be asked
+            raise TrainingStopped(
+                "a micro-batch does not fit in memory, and a split base takes no smaller ones; lower --max-length "
+                "or --batch-size, or pass --gradient-checkpointing on"
+            ) from error
         full = True  # and leave this block: the error holds the activations
     if _any_device(full, accelerator):
         raise StepOutOfMemory(here=full)
@@ -133,7 +140,7 @@ def train_step(
         if parameter.grad is not None:
             parameter.grad.div_(max(1, num_targets))  # once, in fp32
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-    loss, norm = (accelerator.reduce(total, "sum") / max(1, num_targets)).item(), grad_norm.item()
+    loss, norm = (ranks.sum(total) / max(1, num_targets)).item(), grad_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [i for i, value in enumerate(losses) if not torch.isfinite(value)]
         where = f"micro-batch {bad[0] + 1} of {len(batches)}" if bad else "the gradient"
@@ -165,6 +172,15 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator)
         parameter.grad = part.view_as(parameter)
 
 
+def in_lockstep(batches: Sequence[Batch], ranks: Ranks, device: torch.device) -> Sequence[Batch]:
+    """As many micro-batches on every process where the base is split: empty ones, without a target, at the end."""
+    if not ranks.is_split:
+        return batches
+    missing = ranks.max(len(batches), device) - len(batches)
+    nothing = torch.tensor([0]), torch.tensor([IGNORE_INDEX])
+    return [*batches, *make_batches([Example(*nothing)] * missing, 1, 1, False, device.type)]
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -182,12 +198,13 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    lengths = lengths_of(examples)
-    mine = deal_examples(lengths, accelerator.num_processes)[accelerator.process_index]
+    lengths, ranks = lengths_of(examples), ranks_of(model, accelerator)
+    mine = deal_examples(lengths, ranks.data_size)[ranks.data_rank]
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     longest = max(lengths)
     rows, kind = max(1, budget // longest), accelerator.device.type
     waiting = make_batches([examples[i] for i in mine], rows, longest, packing, kind)
+    waiting = list(in_lockstep(waiting, ranks, accelerator.device))
     while waiting and not sums[2]:
         batch = waiting.pop()
         try:
@@ -196,12 +213,13 @@ def evaluate(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch.examples) == 1:
+            if len(batch.examples) == 1 or ranks.is_split:
                 raise TrainingStopped("a held-out example does not fit in memory; lower --max-length") from error
             waiting += split_batch(batch, batch.input_ids.numel() // 2)
-        sums[2] = stop() is not None
+        reason = stop() is not None
+        sums[2] = ranks.max(reason, accelerator.device) if ranks.is_split else reason
     model.train(was_training)
-    loss_sum, count, stopped = accelerator.reduce(sums, "sum").tolist()
+    loss_sum, count, stopped = ranks.sum(sums).tolist()
     return None if stopped else loss_sum / count
 
 
@@ -347,7 +365,8 @@ class _StepMaker:
     say: Callable[[str], object]
 
     def __post_init__(self) -> None:
-        window = self.batch_size * self.grad_accum * self.accelerator.num_processes
+        self.ranks = ranks_of(self.model, self.accelerator)
+        window = self.batch_size * self.grad_accum * self.ranks.data_size
         self.order = WindowOrder(sources_of(self.examples), window, self.seed)
         self.budget, self.checked = self.batch_size * self.max_length, False
 
@@ -359,7 +378,7 @@ class _StepMaker:
 
     def _make(self, step: int) -> bool:
         """Whether the step was made: one with a non-finite loss is skipped."""
-        rank, devices = self.accelerator.process_index, self.accelerator.num_processes
+        rank, devices = self.ranks.data_rank, self.ranks.data_size
         started = time.perf_counter()
         window = [self.examples[i] for i in self.order.window(step)]
         mine = [window[i] for i in deal_examples([len(e) for e in window], devices)[rank]]
