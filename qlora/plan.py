@@ -133,7 +133,7 @@ class Planner:
         layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
         t, d = config.train, config.data
         model = self._adapted_model(config)
-        check_tensor_parallel(model, layout.tensor_parallel)
+        check_tensor_parallel(model.config, layout.tensor_parallel)
         optim = choose_optimizer(t.optim, self.device)
         num_tokens = most_tokens(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
         counted = (
@@ -151,7 +151,7 @@ class Planner:
         first = num_layers - len(differentiated_layers(model))
         plans = self._counted[key]
         if layout.ranks > 1:
-            plans = divide_plans(plans, model, layout, first)
+            plans = divide_plans(plans, model, layout, first, num_tokens)
         limit, memory = t.memory_budget_bytes, self.memory_of(layout)
         if limit is None and memory is not None:
             free = max(0, memory - self.process - plans[0].base - plans[0].adapters)
@@ -234,7 +234,7 @@ class Planner:
             make it fit, None where all do not.
         """
         before = self.plan(config, devices).total
-        choices = tuple(tensor_parallel_choices(self._adapted_model(config))) if devices else ()
+        choices = tuple(tensor_parallel_choices(self._adapted_model(config).config)) if devices else ()
         job = Job(config, devices, self.device.type, choices)
         each = (self._try(job, change) for change in CHANGES)
         alone = [remedy for remedy in each if remedy is not None and remedy.plan.total < before]

@@ -10,14 +10,16 @@ T ranks compute each layer together; P numbers train. For each rank:
     --tensor-parallel T               codes and 8-bit scales of q, k, v, o, gate, up, down: a T-th; the fp32 scales
                                       of those (a 2000th of the base), biases of o and down, and all else whole
 
-A 4-bit weight's tensors are its codes (out x in / 2 bytes), a scale for each 64 weights (a byte, or 4 without
-double quantization) and an fp32 scale for each 256 of these. Its two tables and one offset (a KiB) are left out.
+A 4-bit weight's tensors are its codes (a row of 32 bytes for 64 weights), a scale for each row (a byte, or 4
+without double quantization) and an fp32 scale for each 256 of these. Its tables and offset (a KiB) are left out.
 
 A sharded base is gathered by units: the embeddings, each decoder block, what is left, and the head where it is a
 matrix of its own. Gathered, a tensor of r rows has K ceil(r / K), and a unit of those takes u bytes. torch's FSDP2
 receives a unit in one buffer, copies it out, and frees the buffer only after the next unit has been copied out:
 
     communication = the largest, over the units in turn, of u(before) + 2 u
+
+Tensor parallel has the outputs that it sums twice, c N D bytes for N tokens, with sequence parallel three times.
 
 With --cpu-offload the shares rest in main memory, and a unit's share, u / K, comes to the device to be sent.
 
@@ -39,6 +41,7 @@ from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_laye
 from qlora.plan_flags import DevicesConfig
 from qlora.trained import replaced_parameters
 
+SPLIT_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # kinds of models that tensor parallel computes
 BLOCK = 64  # weights that share one scale; a slice of a 4-bit weight is a whole number of these wide
 
 
@@ -121,42 +124,46 @@ def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> La
     return Layout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
 
 
-def tensor_parallel_choices(model: Any) -> list[int]:
-    """The numbers of ranks from 2 on that a model's layers can be split over; none where its layers are others."""
-    names = {name.removesuffix(".base_layer").rpartition(".")[2] for name, _ in model.named_modules()}
-    config = model.config
-    if not names.issuperset(COLUMN_PARALLEL + ROW_PARALLEL) or getattr(config, "num_experts_per_tok", None):
+def tensor_parallel_choices(config: Any) -> list[int]:
+    """The numbers of ranks from 2 on that a model's layers can be split over; none where its blocks are others.
+
+    Args:
+        config: the model's, of transformers.
+    """
+    if config.model_type not in SPLIT_TYPES or config.hidden_size % BLOCK:
         return []
     heads, keys, widths = _widths(config)
     return [n for n in range(2, keys + 1) if not (heads % n or keys % n or any(w % (BLOCK * n) for w in widths))]
 
 
-def _widths(config: Any) -> tuple[int, int, tuple[int, int, int]]:
-    """Heads, key/value heads, and the widths of q, of k and v, and of gate and up."""
+def _widths(config: Any) -> tuple[int, int, tuple[int, int]]:
+    """Heads, key/value heads, and the widths of q and of gate and up."""
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, keys, (heads * head_dim, keys * head_dim, config.intermediate_size)
+    return heads, keys, (heads * head_dim, config.intermediate_size)
 
 
-def check_tensor_parallel(model: Any, ranks: int) -> None:
-    """Whether `ranks` can compute each layer of `model` together.
+def check_tensor_parallel(config: Any, ranks: int) -> None:
+    """Whether `ranks` can compute each layer of a model together.
 
     Raises:
-        InputError: heads or widths do not divide, with the numbers that do.
+        InputError: other blocks; or heads or widths do not divide, with the numbers that do.
     """
-    choices = tensor_parallel_choices(model)
+    choices, kind = tensor_parallel_choices(config), config.model_type
     if ranks == 1 or ranks in choices:
         return
-    kind = model.config.model_type
-    if not choices and not hasattr(model.config, "intermediate_size"):
-        raise InputError(f"--tensor-parallel splits LLaMA's layers, which {kind} has not; use --shard fsdp.")
-    heads, keys, (q, kv, mlp) = _widths(model.config)
+    if kind not in SPLIT_TYPES:
+        raise InputError(
+            f"--tensor-parallel {ranks}: this model is of the kind {kind}; it is for {', '.join(SPLIT_TYPES)}. "
+            "Use --shard fsdp."
+        )
+    heads, keys, (queries, mlp) = _widths(config)
     which = ", ".join(map(str, choices))
-    advice = f"give --tensor-parallel {which}" if choices else "no number does, use --shard fsdp"
+    advice = f"These do: {which}; or use --shard fsdp" if choices else "No number does; use --shard fsdp"
     raise InputError(
-        f"--tensor-parallel {ranks} does not divide this {kind}: {heads} heads, {keys} key/value heads, and "
-        f"widths {q} (q), {kv} (k, v) and {mlp} (gate, up) into multiples of {BLOCK}; {advice}."
+        f"--tensor-parallel {ranks} does not divide this model's {heads} heads, {keys} key/value heads, and "
+        f"widths of {queries} (heads) and {mlp} (MLP) into multiples of {BLOCK}. {advice}."
     )
 
 
@@ -192,7 +199,8 @@ def stored_tensors(parameter: Tensor) -> list[tuple[int, int]]:
     if state is None:
         rows = parameter.shape[0] if parameter.dim() else 1
         return [(rows, parameter.numel() * parameter.itemsize // max(1, rows))]
-    tensors = [(parameter.numel(), parameter.itemsize), (state.absmax.numel(), state.absmax.itemsize)]
+    blocks, scale = state.absmax.numel(), state.absmax.itemsize
+    tensors = [(blocks, -(-parameter.numel() * parameter.itemsize // blocks)), (blocks, scale)]
     return tensors + ([(state.state2.absmax.numel(), 4)] if state.nested else [])
 
 
@@ -200,7 +208,8 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
     """What is gathered at once under --shard, in the order of the forward pass.
 
     A block is gathered for the forward and again for the backward pass, below the first that trains only for the
-    forward; the head, and embeddings, for their one use; tied embeddings for both uses.
+    forward; the head, and embeddings, for their one use; tied embeddings for both uses. What lies just below the
+    first that trains is fetched once more: FSDP2 does not know that the backward pass ends there.
 
     Args:
         first_trained: number of decoder layers below the first that trains anything.
@@ -216,10 +225,11 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
         seen.update(map(id, chosen))
         return Unit(kind, tuple(t for p in chosen for t in stored_tensors(p)), gathers)
 
-    units = [unit("embeddings", embeddings, 2 if tied else 1)]
-    units += [unit("block", layer, 2 if number >= first_trained else 1) for number, layer in enumerate(layers)]
+    units = [unit("embeddings", embeddings, (2 if tied else 1) + (first_trained == 0))]
+    for number, layer in enumerate(layers):
+        units.append(unit("block", layer, 2 if number >= first_trained - 1 else 1))
     last = unit("head", None if tied else head, 1)
-    return [*units, unit("rest", model, 1), last]
+    return [*units, unit("rest", model, 2), last]
 
 
 def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
@@ -247,27 +257,32 @@ def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
     return total
 
 
-def divide_plans(plans: Sequence[MemoryPlan], model: Any, layout: Layout, first_trained: int) -> list[MemoryPlan]:
+def divide_plans(
+    plans: Sequence[MemoryPlan], model: Any, layout: Layout, first_trained: int, num_tokens: int
+) -> list[MemoryPlan]:
     """A rank's plans from those with the whole base (`plan_recomputing` with the layout's T).
 
     Args:
         plans: with 0, 1, ... layers recomputed.
         model: on the meta device, adapters in place; where some of its base is replaced by what trains, the
             replaced weights stay whole on every rank.
+        num_tokens: N, the most that a micro-batch holds.
     """
-    base, gathered = plans[0].base, 0
+    base, held = plans[0].base, 0
     if layout.tensor_parallel > 1:
         base = tensor_parallel_base(model, layout.tensor_parallel) + _replaced(model)
+        output = num_tokens * model.config.hidden_size * model.compute_dtype.itemsize
+        held = output * (2 if layout.sequence_parallel else 1)  # the layer's own is in the workspace
     elif layout.base_ranks > 1:
         units = split_units(model, first_trained)
-        gathered = gathered_peak(units, layout)
+        held = gathered_peak(units, layout)
         base = _replaced(model)
         if not layout.cpu_offload:
             base += sum(unit.share(layout.base_ranks) for unit in units)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     summing = 8 * count if layout.ranks > 1 else 0
     return [
-        replace(p, base=base, communication=max(gathered, summing - p.activations - p.logits - p.workspace))
+        replace(p, base=base, communication=max(held, summing - p.activations - p.logits - p.workspace))
         for p in plans
     ]
 

@@ -13,7 +13,8 @@ twice that of what it sums):
                                                           recomputed, 2 where it is differentiated
     shares       M times      u / K, by unit              --cpu-offload: from main memory
 
-Sequence parallel sends the same: a gathering and a scattered sum of (T - 1) / T each instead of one sum. A ring
+The lowest differentiated layer wants no gradient of its input: one sum less. Sequence parallel sends the same, a
+gathering and a scattered sum of (T - 1) / T each instead of one sum, and gathers the last layer's output. A ring
 that spans nodes enters and leaves each of them once: what a rank sends passes that node's link to others, too.
 
 Operations of each rank, for a token, with w weights and a adapter numbers in a layer:
@@ -114,9 +115,13 @@ def step_traffic(
         if layout.cpu_offload:
             found.append(Traffic("shares", calls, size // ranks, 0, hidden=True))
     if layout.tensor_parallel > 1:
-        sums = 2 * (num_layers + work.recomputed + num_layers - work.first_trained)
-        size = 2 * sums * work.tokens * token_bytes
-        found.append(traffic("activations", sums * work.micro_batches, layout.tensor_parallel, size))
+        differentiated = num_layers - work.first_trained
+        sums = 2 * (num_layers + work.recomputed + differentiated) - (differentiated > 0)
+        halves = 2 * sums
+        if layout.sequence_parallel:
+            halves += (differentiated > 0) + 1 + (0 < work.recomputed == differentiated)
+        calls = work.micro_batches * (halves if layout.sequence_parallel else sums)
+        found.append(traffic("activations", calls, layout.tensor_parallel, halves * work.tokens * token_bytes))
     return found
 
 
