@@ -34,7 +34,6 @@ from qlora.memory import (
     choose_recomputed,
     decoder_layers,
     default_limit,
-    differentiated_layers,
     plan_recomputing,
 )
 from qlora.model import load_tokenizer, plan_base_model
@@ -42,11 +41,12 @@ from qlora.optim import choose_optimizer
 from qlora.packing import CPU_TOKENS, most_tokens
 from qlora.plan_changes import CHANGES, Change, Job
 from qlora.plan_devices import (
+    Census,
     Layout,
     arrange,
     check_tensor_parallel,
     divide_plans,
-    split_units,
+    take_census,
     tensor_parallel_choices,
 )
 from qlora.plan_flags import DevicesConfig
@@ -122,7 +122,8 @@ class Planner:
         self.device_memory, self.process, self.is_shared = device_memory, 0, False
         self._bases: dict[tuple[bool, QuantConfig, str], Any] = {}
         self._adapted, self._model = "", None
-        self._counted: dict[str, list[MemoryPlan]] = {}
+        self._counted: dict[str, tuple[list[MemoryPlan], ParameterSummary]] = {}
+        self._censuses: dict[str, Census] = {}
 
     def plan(self, config: RunConfig, devices: DevicesConfig | None = None) -> RunPlan:
         """The plan of a run with these settings; with `devices` also what a step computes and sends.
@@ -130,58 +131,55 @@ class Planner:
         Raises:
             InputError: devices and flags that do not go together, or not with the model.
         """
+        plan = self._memory_plan(config, devices)
+        if devices is None:
+            return plan
+        t, length, layout = config.train, config.data.max_length, plan.layout
+        model, census = self._adapted_model(config), self._census(layout.tensor_parallel)
+        tokens, batches = t.batch_size * t.grad_accum * length, t.grad_accum
+        if config.data.packing and self.device.type == "cpu":
+            batches = min(max(batches, -(-tokens // CPU_TOKENS)), t.batch_size * t.grad_accum)
+        work = Work(tokens, batches, length, plan.recomputed, census.first_trained)
+        shares = sum(unit.share(layout.base_ranks) for unit in census.units) if layout.cpu_offload else 0
+        return replace(
+            plan,
+            traffic=tuple(step_traffic(layout, census, work)),
+            flops=step_flops(model, work, layout),
+            main_memory=shares * layout.node_ranks,
+        )
+
+    def _memory_plan(self, config: RunConfig, devices: DevicesConfig | None) -> RunPlan:
         layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
         t, d = config.train, config.data
         model = self._adapted_model(config)
         check_tensor_parallel(model.config, layout.tensor_parallel)
         optim = choose_optimizer(t.optim, self.device)
         num_tokens = most_tokens(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
-        counted = (
-            num_tokens,
-            model.compute_dtype,
-            CHUNK_SIZE,
-            optim,
-            layout.tensor_parallel,
-            layout.sequence_parallel,
-        )
-        key = f"{self._adapted} {counted}"
+        together = layout.tensor_parallel, layout.sequence_parallel
+        settings = (num_tokens, model.compute_dtype, CHUNK_SIZE, optim, *together)
+        key = f"{self._adapted} {settings}"
         if key not in self._counted:
-            self._counted[key] = plan_recomputing(model, *counted)
-        num_layers = len(decoder_layers(model))
-        first = num_layers - len(differentiated_layers(model))
-        plans = self._counted[key]
+            self._counted[key] = plan_recomputing(model, *settings), parameter_summary(model)
+        plans, summary = self._counted[key]
         if layout.ranks > 1:
-            plans = divide_plans(plans, model, layout, first, num_tokens)
+            plans = divide_plans(plans, self._census(layout.tensor_parallel), layout, num_tokens)
         limit, memory = t.memory_budget_bytes, self.memory_of(layout)
         if limit is None and memory is not None:
             free = max(0, memory - self.process - plans[0].base - plans[0].adapters)
             limit = default_limit(plans[0], free)
         # Of a device that is not known, nothing is recomputed.
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
-        plan = RunPlan(
-            plans[number], parameter_summary(model), num_tokens, number, num_layers,
+        return RunPlan(
+            plans[number], summary, num_tokens, number, len(decoder_layers(model)),
             model.compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
         )  # fmt: skip
-        return plan if devices is None else self._with_step(plan, config, model, first)
 
-    def _with_step(self, plan: RunPlan, config: RunConfig, model: Any, first: int) -> RunPlan:
-        """The plan with what a step computes and sends."""
-        t, length, layout = config.train, config.data.max_length, plan.layout
-        tokens, batches = t.batch_size * t.grad_accum * length, t.grad_accum
-        if config.data.packing and self.device.type == "cpu":
-            batches = min(max(batches, -(-tokens // CPU_TOKENS)), t.batch_size * t.grad_accum)
-        work = Work(tokens, batches, length, plan.recomputed, first)
-        units = split_units(model, first) if layout.base_ranks > 1 else []
-        token_bytes = plan.dtype.itemsize * model.config.hidden_size
-        trained = plan.summary.trainable
-        traffic = step_traffic(layout, units, trained, work, plan.num_layers, token_bytes)
-        shares = sum(unit.share(layout.base_ranks) for unit in units) if layout.cpu_offload else 0
-        return replace(
-            plan,
-            traffic=tuple(traffic),
-            flops=step_flops(model, work, layout),
-            main_memory=shares * layout.node_ranks,
-        )
+    def _census(self, tensor_parallel: int) -> Census:
+        """Of the model with the adapter that is in it now."""
+        key = f"{self._adapted} {tensor_parallel}"
+        if key not in self._censuses:
+            self._censuses[key] = take_census(self._model, tensor_parallel)
+        return self._censuses[key]
 
     def _adapted_model(self, config: RunConfig) -> Any:
         """The model on the meta device with the adapter of these settings in it."""
@@ -198,7 +196,7 @@ class Planner:
         wrap_layers(model, adapter.layers)
         activate(model, adapter)
         freeze_base(model)
-        self._adapted = key
+        self._adapted, self._model = key, model
         return model
 
     def _base(self, m: ModelConfig) -> Any:
@@ -233,7 +231,7 @@ class Planner:
             each change alone, as far as it saves anything; and as many of them together, the mildest first, as
             make it fit, None where all do not.
         """
-        before = self.plan(config, devices).total
+        before = self._memory_plan(config, devices).total
         choices = tuple(tensor_parallel_choices(self._adapted_model(config).config)) if devices else ()
         job = Job(config, devices, self.device.type, choices)
         each = (self._try(job, change) for change in CHANGES)
@@ -251,7 +249,7 @@ class Planner:
         """The mildest form of a change that makes the run fit, else the strongest; None where there is none."""
         remedy = None
         for flags, changed in change(job):
-            remedy = Remedy(flags, changed, self.plan(changed.config, changed.devices))
+            remedy = Remedy(flags, changed, self._memory_plan(changed.config, changed.devices))
             if self.fits(remedy.plan):
                 break
         return remedy
@@ -272,7 +270,7 @@ def print_plan(
     console.print(
         f"on {planner.device.type}, computing in {dtype}, {plan.num_tokens:,} tokens a micro-batch at most"
     )
-    console.print(f"{plan.layout}; on each:\n" if plan.layout.ranks > 1 else "")
+    console.print(f"{plan.layout}\n" if plan.layout.ranks > 1 else "")
     meanings = {
         "base": "weights of the frozen model with their scales",
         "adapters": "A and B, and what trains beside them",
@@ -281,7 +279,7 @@ def print_plan(
         "activations": f"kept for the backward pass; {plan.recomputed} of {plan.num_layers} layers are recomputed",
         "logits": f"of {min(CHUNK_SIZE, plan.num_tokens)} positions at a time",
         "workspace": "of the layer that is differentiated: gradients, one weight dequantized",
-        "communication": "gathered pieces of the base" if plan.layout.base_ranks > 1 else "sums of gradients",
+        "communication": plan.layout.sent,
         "process": "Python and the libraries, as measured in this process",
     }
     sizes = vars(plan.memory) | ({"process": plan.process} if plan.process else {})
@@ -289,7 +287,8 @@ def print_plan(
         del sizes["communication"]
     rows = [(name, f"{size / GIB:.2f} GiB", meanings[name]) for name, size in sizes.items()]
     table = _table(*rows)
-    table.add_row("total", f"{plan.total / GIB:.2f} GiB", f"{plan.total / 1e9:.2f} GB", style="bold")
+    unit = "GB" if plan.layout.ranks == 1 else "GB, of each device"
+    table.add_row("total", f"{plan.total / GIB:.2f} GiB", f"{plan.total / 1e9:.2f} {unit}", style="bold")
     console.print(table)
     if plan.main_memory:
         console.print(f"and {plan.main_memory / GIB:.2f} GiB of each node's main memory for the base")

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from qlora.config import ParallelConfig
 from qlora.errors import InputError
-from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_layers
+from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_layers, differentiated_layers
 from qlora.plan_flags import DevicesConfig
 from qlora.trained import replaced_parameters
 
@@ -72,14 +72,21 @@ class Layout:
         """How many different micro-batches are computed at a time."""
         return self.ranks // self.tensor_parallel
 
+    @property
+    def sent(self) -> str:
+        """What takes memory because it is sent, in words."""
+        if self.base_ranks > 1:
+            return "the most of: gathered pieces of the base; the sum of gradients"
+        return f"the {'most of: outputs; the ' if self.tensor_parallel > 1 else ''}sum of gradients"
+
     def __str__(self) -> str:
         where = f"{self.ranks:,} devices" if self.ranks > 1 else "1 device"
         if self.nodes > 1:
             where += f" on {self.nodes:,} nodes of {self.node_ranks}"
         if self.tensor_parallel > 1:
-            split = f"each layer computed by {self.tensor_parallel} together"
-            split += ", norms divided by tokens" if self.sequence_parallel else ""
-            return f"{where}: {split}, {self.data_parallel:,} micro-batches at a time"
+            split = f"{self.tensor_parallel} compute each layer together"
+            split += ", norms by tokens" if self.sequence_parallel else ""
+            return f"{where}: {split}; {self.data_parallel:,} micro-batches at a time"
         if self.base_ranks > 1:
             copies = self.ranks // self.base_ranks
             split = f"the base split over {self.base_ranks:,}" + (f", {copies:,} times" if copies > 1 else "")
@@ -257,36 +264,62 @@ def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
     return total
 
 
-def divide_plans(
-    plans: Sequence[MemoryPlan], model: Any, layout: Layout, first_trained: int, num_tokens: int
-) -> list[MemoryPlan]:
+@dataclass(frozen=True)
+class Census:
+    """What of a model is counted once, for any number of ranks.
+
+    Attributes:
+        num_layers, first_trained: decoder layers, and those below the first that trains anything.
+        units: what is gathered at once under --shard.
+        trained: P.
+        replaced: bytes of base parameters that an adapter's copies stand for; they stay whole on every rank.
+        tensor_base: bytes of the rest of the base on each of T ranks.
+        token_bytes: c D, of one token's activations between two layers.
+    """
+
+    num_layers: int
+    first_trained: int
+    units: tuple[Unit, ...]
+    trained: int
+    replaced: int
+    tensor_base: int
+    token_bytes: int
+
+
+def take_census(model: Any, tensor_parallel: int) -> Census:
+    """Count a model on the meta device, adapters in place."""
+    num_layers = len(decoder_layers(model))
+    first_trained = num_layers - len(differentiated_layers(model))
+    replaced = replaced_parameters(model).values()
+    return Census(
+        num_layers,
+        first_trained,
+        tuple(split_units(model, first_trained)),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(rows * size for p in replaced for rows, size in stored_tensors(p)),
+        tensor_parallel_base(model, tensor_parallel),
+        model.compute_dtype.itemsize * model.config.hidden_size,
+    )
+
+
+def divide_plans(plans: Sequence[MemoryPlan], census: Census, layout: Layout, num_tokens: int) -> list[MemoryPlan]:
     """A rank's plans from those with the whole base (`plan_recomputing` with the layout's T).
 
     Args:
         plans: with 0, 1, ... layers recomputed.
-        model: on the meta device, adapters in place; where some of its base is replaced by what trains, the
-            replaced weights stay whole on every rank.
         num_tokens: N, the most that a micro-batch holds.
     """
     base, held = plans[0].base, 0
     if layout.tensor_parallel > 1:
-        base = tensor_parallel_base(model, layout.tensor_parallel) + _replaced(model)
-        output = num_tokens * model.config.hidden_size * model.compute_dtype.itemsize
-        held = output * (2 if layout.sequence_parallel else 1)  # the layer's own is in the workspace
+        base = census.replaced + census.tensor_base
+        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
     elif layout.base_ranks > 1:
-        units = split_units(model, first_trained)
-        held = gathered_peak(units, layout)
-        base = _replaced(model)
+        held = gathered_peak(census.units, layout)
+        base = census.replaced
         if not layout.cpu_offload:
-            base += sum(unit.share(layout.base_ranks) for unit in units)
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    summing = 8 * count if layout.ranks > 1 else 0
+            base += sum(unit.share(layout.base_ranks) for unit in census.units)
+    summing = 8 * census.trained if layout.ranks > 1 else 0
     return [
         replace(p, base=base, communication=max(held, summing - p.activations - p.logits - p.workspace))
         for p in plans
     ]
-
-
-def _replaced(model: nn.Module) -> int:
-    """Bytes of base parameters that an adapter's copies stand for."""
-    return sum(rows * size for p in replaced_parameters(model).values() for rows, size in stored_tensors(p))

@@ -45,7 +45,7 @@ import torch
 from torch import nn
 
 from qlora.memory import decoder_layers
-from qlora.plan_devices import Layout, Unit
+from qlora.plan_devices import Census, Layout
 from qlora.quantize import logical_numel
 
 
@@ -88,17 +88,8 @@ class Traffic:
         return max(self.inside / link_rate, self.between / node_link_rate)
 
 
-def step_traffic(
-    layout: Layout, units: Sequence[Unit], trained: int, work: Work, num_layers: int, token_bytes: int
-) -> list[Traffic]:
-    """All that travels in a step, by kind.
-
-    Args:
-        units: what is gathered at once; looked at where the base is sharded.
-        trained: P.
-        num_layers: decoder layers.
-        token_bytes: c D, of one token's activations between two layers.
-    """
+def step_traffic(layout: Layout, census: Census, work: Work) -> list[Traffic]:
+    """All that travels in a step, by kind."""
 
     def traffic(kind: str, calls: int, ring: int, size: int, hidden: bool = False) -> Traffic:
         sent = -(-(ring - 1) * size // ring)
@@ -106,22 +97,24 @@ def step_traffic(
 
     found = []
     if layout.ranks > 1:
-        found.append(traffic("gradients", 1, layout.ranks, 8 * trained))
+        found.append(traffic("gradients", 1, layout.ranks, 8 * census.trained))
     if layout.base_ranks > 1:
-        gathers = [(unit.gathers * work.micro_batches, unit) for unit in units if unit.tensors]
+        gathers = [(unit.gathers * work.micro_batches, unit) for unit in census.units if unit.tensors]
         calls, ranks = sum(count for count, _ in gathers), layout.base_ranks
         size = sum(count * unit.gathered(ranks) for count, unit in gathers)
         found.append(traffic("gathers", calls, ranks, size, hidden=True))
         if layout.cpu_offload:
             found.append(Traffic("shares", calls, size // ranks, 0, hidden=True))
     if layout.tensor_parallel > 1:
-        differentiated = num_layers - work.first_trained
-        sums = 2 * (num_layers + work.recomputed + differentiated) - (differentiated > 0)
+        differentiated = census.num_layers - work.first_trained
+        sums = 2 * (census.num_layers + work.recomputed + differentiated) - (differentiated > 0)
         halves = 2 * sums
         if layout.sequence_parallel:
             halves += (differentiated > 0) + 1 + (0 < work.recomputed == differentiated)
         calls = work.micro_batches * (halves if layout.sequence_parallel else sums)
-        found.append(traffic("activations", calls, layout.tensor_parallel, halves * work.tokens * token_bytes))
+        found.append(
+            traffic("activations", calls, layout.tensor_parallel, halves * work.tokens * census.token_bytes)
+        )
     return found
 
 
@@ -176,9 +169,9 @@ class StepTime:
 def step_time(
     flops: int,
     traffic: Sequence[Traffic],
-    rate: float | None,
-    link_rate: float | None,
-    node_link_rate: float | None,
+    rate: float | None = None,
+    link_rate: float | None = None,
+    node_link_rate: float | None = None,
 ) -> StepTime:
     """The time of a step by the module's two bounds, from operations a second and bytes a second."""
     computing = None if rate is None else flops / rate
