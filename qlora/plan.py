@@ -122,7 +122,7 @@ class Planner:
         self.device_memory, self.process, self.is_shared = device_memory, 0, False
         self._bases: dict[tuple[bool, QuantConfig, str], Any] = {}
         self._adapted, self._model = "", None
-        self._counted: dict[str, tuple[list[MemoryPlan], ParameterSummary]] = {}
+        self._counted: dict[str, tuple[list[MemoryPlan], ParameterSummary, int]] = {}
         self._censuses: dict[str, Census] = {}
 
     def plan(self, config: RunConfig, devices: DevicesConfig | None = None) -> RunPlan:
@@ -159,8 +159,9 @@ class Planner:
         settings = (num_tokens, model.compute_dtype, CHUNK_SIZE, optim, *together)
         key = f"{self._adapted} {settings}"
         if key not in self._counted:
-            self._counted[key] = plan_recomputing(model, *settings), parameter_summary(model)
-        plans, summary = self._counted[key]
+            counted = plan_recomputing(model, *settings), parameter_summary(model), len(decoder_layers(model))
+            self._counted[key] = counted
+        plans, summary, num_layers = self._counted[key]
         if layout.ranks > 1:
             plans = divide_plans(plans, self._census(layout.tensor_parallel), layout, num_tokens)
         limit, memory = t.memory_budget_bytes, self.memory_of(layout)
@@ -170,7 +171,7 @@ class Planner:
         # Of a device that is not known, nothing is recomputed.
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
         return RunPlan(
-            plans[number], summary, num_tokens, number, len(decoder_layers(model)),
+            plans[number], summary, num_tokens, number, num_layers,
             model.compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
         )  # fmt: skip
 
