@@ -20,6 +20,7 @@ from rich.table import Table
 
 from qlora.config import ModelConfig, RunConfig
 from qlora.device import GIB, available_memory, resident_memory
+from qlora.errors import InputError
 from qlora.injection import (
     ParameterSummary,
     activate,
@@ -149,6 +150,7 @@ class Planner:
         )
 
     def _memory_plan(self, config: RunConfig, devices: DevicesConfig | None) -> RunPlan:
+        config.check_split()
         layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
         t, d = config.train, config.data
         model = self._adapted_model(config)
@@ -250,6 +252,10 @@ class Planner:
         """The mildest form of a change that makes the run fit, else the strongest; None where there is none."""
         remedy = None
         for flags, changed in change(job):
+            try:
+                changed.config.check_split()
+            except InputError:  # no run to propose
+                continue
             remedy = Remedy(flags, changed, self._memory_plan(changed.config, changed.devices))
             if self.fits(remedy.plan):
                 break
@@ -356,7 +362,7 @@ def _print_step(
     if rate is None or timed.computing is None:
         console.print("; give --flops for its time")
         return
-    console.print(f", {_seconds(timed.computing)} at {rate / 1e12:,.3g} TFLOP/s ({source})")
+    console.print(f"\nthat takes {_seconds(timed.computing)} at {rate / 1e12:,.3g} TFLOP/s, {source}")
     if timed.least is None or timed.most is None:
         console.print("give --link-rate for the time of a step")
         return

@@ -67,14 +67,14 @@ def even(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The same with layers enough that the base, and not what is gathered of it, is most of the memory."""
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Planner:
+    """Of a model with layers enough that the base, and not what is gathered of it, is most of the memory."""
     config = tiny_llama_config(
-        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=48
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=16
     )
     path = tmp_path_factory.mktemp("deep")
     config.save_pretrained(path)
-    return str(path)
+    return Planner(str(path), "cuda", 1000)
 
 
 def run_config(
@@ -318,9 +318,7 @@ def test_a_measured_rate() -> None:
     [
         (("llama-7b", "--gpus", "2", "--shard", "fsdp"), {"base": 1.80, "communication": 0.78, "total": 5.67}),
         (("llama-7b", "--gpus", "8", "--tensor-parallel", "4"), {"base": 1.27, "total": 5.14}),
-        (("llama-65b", "--gpus", "8", "--shard", "fsdp"), {"base": 4.01, "gradients": 2.98, "optimizer": 8.94}),
-        (("llama-65b", "--gpus", "1024", "--nodes", "128", "--shard", "hsdp"), {"base": 4.01}),
-        (("llama-65b", "--gpus", "1024", "--nodes", "128", "--shard", "fsdp"), {"base": 0.03}),
+        (("llama-7b", "--gpus", "1024", "--nodes", "128", "--shard", "hsdp"), {"base": 0.45, "adapters": 0.30}),
     ],
 )
 def test_llama(flags: tuple[str, ...], gib: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -337,34 +335,38 @@ def test_llama(flags: tuple[str, ...], gib: dict[str, float], capsys: pytest.Cap
 # ---- what makes it fit ------------------------------------------------------------------------------------
 
 
-def test_remedies_of_many(deep: str) -> None:
-    """Splitting the base is named first, by nodes before over all; the least number of devices that fits."""
-    name, devices = deep, DevicesConfig(gpus=4)
-    recomputing = {"gradient_checkpointing": "on"}
-    config = run_config(name, train=recomputing, rank=1)
-    plain = Planner(name, "cuda")
-    split = run_config(name, {"shard": "fsdp"}, recomputing, rank=1)
-    sharded = plain.plan(split, devices).total
-    alone, together = Planner(name, "cuda", sharded).remedies(config, devices)
+def flags_that_help(planner: Planner, memory: int, config: RunConfig, devices: DevicesConfig | None) -> list[str]:
+    """Each change alone, with devices of so many bytes."""
+    planner.device_memory = memory
+    return [remedy.flags for remedy in planner.remedies(config, devices)[0]]
+
+
+def test_remedies_of_many(deep: Planner) -> None:
+    """Splitting the base is named first; then the least number of devices that fits."""
+    devices, recomputing = DevicesConfig(gpus=4), {"gradient_checkpointing": "on"}
+    split = run_config(deep.name, {"shard": "fsdp"}, recomputing, rank=1)
+    config = run_config(deep.name, train=recomputing, rank=1)
+    needed = {number: deep.plan(split, DevicesConfig(gpus=number)).total for number in (4, 5, 6)}
+    assert needed[4] > needed[5] > needed[6]
+    deep.device_memory = needed[4]
+    alone, together = deep.remedies(config, devices)
     flags = [remedy.flags for remedy in alone]
     assert flags[0] == "--shard fsdp" and "--shard fsdp --cpu-offload" in flags
     assert {"--tensor-parallel 2", "--tensor-parallel 4"} & set(flags)
-    assert together is not None and together.flags == "--shard fsdp" and together.plan.total == sharded
-    totals = {number: plain.plan(split, DevicesConfig(gpus=number)) for number in (5, 6)}
-    alone, _ = Planner(name, "cuda", totals[6].total).remedies(split, devices)
-    assert "--gpus 6" in [remedy.flags for remedy in alone] and totals[5].total > totals[6].total
-    nodes = Planner(name, "cuda", 1000).remedies(config, DevicesConfig(gpus=4, nodes=2))[0]
-    flags = [remedy.flags for remedy in nodes]
-    assert flags[0] == "--shard fsdp" and "--gpus 1024 --nodes 512 --shard fsdp" in flags
+    assert together is not None and together.flags == "--shard fsdp" and together.plan.total == needed[4]
+    assert "--gpus 6" in flags_that_help(deep, needed[6], split, devices)
+    over_nodes = flags_that_help(deep, 1000, config, DevicesConfig(gpus=4, nodes=2))
+    assert over_nodes[0] == "--shard fsdp" and "--gpus 1024 --nodes 512 --shard fsdp" in over_nodes
 
 
-def test_one_device_is_asked_nothing_more(deep: str) -> None:
-    """Without --gpus no remedy speaks of more; with it, of the split over the least number."""
-    planner = Planner(deep, "cuda", 1000)
-    alone, _ = planner.remedies(run_config(deep))
-    assert alone and not [r for r in alone if "--gpus" in r.flags or "--shard" in r.flags]
-    alone, _ = planner.remedies(run_config(deep), DevicesConfig(gpus=1))
-    assert "--gpus 1024 --nodes 128 --shard fsdp" in [r.flags for r in alone]
+def test_one_device_is_asked_nothing_more(deep: Planner) -> None:
+    """Without --gpus no remedy speaks of more; with it, of the split over more, where a run can have one."""
+    one = flags_that_help(deep, 1000, run_config(deep.name), None)
+    assert one and not [flags for flags in one if "--gpus" in flags or "--shard" in flags]
+    more = flags_that_help(deep, 1000, run_config(deep.name), DevicesConfig(gpus=1))
+    assert "--gpus 1024 --nodes 128 --shard fsdp" in more
+    biased = flags_that_help(deep, 1000, run_config(deep.name, bias="all"), DevicesConfig(gpus=4))
+    assert biased and not [flags for flags in biased if "--shard" in flags or "--tensor-parallel" in flags]
 
 
 # ---- the command ------------------------------------------------------------------------------------------
@@ -434,6 +436,7 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
         ("--gpus 8 --shard fsdp --shard-size 4", "without hsdp"),
         ("--gpus 8 --cpu-offload", "--cpu-offload is for a base that is split"),
         ("--gpus 8 --shard fsdp --cpu-offload --device cpu", "leave it out with --device cpu"),
+        ("--gpus 8 --shard fsdp --bias all", "--bias all needs the whole base on every device"),
         ("--gpus 8 --sequence-parallel", "--sequence-parallel goes with tensor parallel"),
         ("--gpus 8 --flops 0", "give --flops operations a second"),
         ("--gpus 8 --flops nan", "give --flops operations a second"),
