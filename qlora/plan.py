@@ -368,14 +368,14 @@ def _print_step(
         return
     least, most = _seconds(timed.least), _seconds(timed.most)
     tokens *= layout.data_parallel
-    speed = f"{tokens / timed.most:,.0f}"
-    if least == most:
-        console.print(f"a step takes {most}: {speed} tokens/s")
-    else:
-        console.print(
-            f"a step takes {least} (gathers behind computing) to {most} (one after another): {speed} to "
-            f"{tokens / timed.least:,.0f} tokens/s"
-        )
+    slow, fast = f"{tokens / timed.most:,.0f}", f"{tokens / timed.least:,.0f}"
+    if (least, slow) == (most, fast):
+        console.print(f"a step takes {most}: {slow} tokens/s")
+        return
+    speed = slow if slow == fast else f"{slow} to {fast}"
+    console.print(
+        f"a step takes {least} (gathers behind computing) to {most} (one after another): {speed} tokens/s"
+    )
 
 
 def _seconds(seconds: float) -> str:
