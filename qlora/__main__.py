@@ -16,6 +16,7 @@ import tyro
 from qlora.config import DataConfig, GenerateConfig, ModelConfig, RunConfig, TrainConfig, parse_args, size_in_bytes
 from qlora.errors import InputError, run
 from qlora.imports import collection_paused, importing_transformers
+from qlora.plan_flags import DevicesConfig
 
 
 @dataclass
@@ -133,12 +134,14 @@ def chat(argv: Sequence[str]) -> None:
 
 @dataclass
 class PlanConfig(RunConfig):
-    """Say what memory a run of train.py with the same flags would take, from the model's config alone."""
+    """Say what a run of train.py with the same flags would take, from the model's config alone: memory, and of
+    many devices also what they send each other, and the time of a step."""
 
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     device: Literal["cuda", "cpu"] | None = None
     """What it would run on; by default what is here."""
-    device_memory: str | None = None
-    """Memory of that device, as 24GiB or 24GB: whether the run fits, and if not what would make it."""
+    device_memory: Annotated[str | None, tyro.conf.arg(aliases=["--gpu-memory"])] = None
+    """Memory of each device, as 24GiB or 24GB: whether the run fits, and if not what would make it."""
 
 
 def plan(argv: Sequence[str]) -> None:
@@ -157,7 +160,9 @@ def plan(argv: Sequence[str]) -> None:
     from qlora.device import best_device
     from qlora.plan import Planner, print_plan
 
-    print_plan(Planner(config.model.model, config.device or best_device().type, size), config)
+    asked = config.devices.is_given or config.parallel.is_split
+    planner = Planner(config.model.model, config.device or best_device().type, size)
+    print_plan(planner, config, config.devices if asked else None)
 
 
 @dataclass

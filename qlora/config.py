@@ -550,12 +550,16 @@ class RunConfig:
             raise InputError(
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
-        self._check_split()
+        self.check_split()
         if self.generate.adapter is not None and self.lora.added_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
 
-    def _check_split(self) -> None:
-        """Refuse what a base that is split cannot do."""
+    def check_split(self) -> None:
+        """Whether a base that is split can do what is asked.
+
+        Raises:
+            InputError: it cannot.
+        """
         parallel, lora = self.parallel, self.lora
         is_tensor = parallel.tensor_parallel > 1
         unable = {

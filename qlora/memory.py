@@ -17,6 +17,10 @@ outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwe
 attention and MLP (Gemma 2 and 3) 8 D. Scores that are written out (Gemma 2's soft-capped attention) are not
 counted: a few times c x heads x the length of the token's sequence.
 
+Where T ranks compute each layer together (tensor parallel), Q, K and F are those of one rank, a T-th; where they
+divide the norms by tokens, too (sequence parallel), so is what the norms and a recomputed layer keep. What reads
+their outputs, A of q, k, v, gate and up, keeps all of them.
+
 Layers below the first one that trains anything keep nothing. A recomputed layer keeps only its input, c D. The
 lowest are recomputed: the backward pass comes to them when the others' activations are gone, so that the one layer
 it then holds in full takes no memory of its own. Beside all this, one layer at a time is differentiated: the
@@ -44,6 +48,8 @@ from qlora.trained import replaced_parameters
 FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
 HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
 POST_NORMS = ("gemma2", "gemma3_text")
+# What tensor parallel splits in a decoder layer: by rows, and by columns.
+COLUMN_PARALLEL, ROW_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
 @dataclass
@@ -55,6 +61,7 @@ class MemoryPlan:
         activations: what the backward pass keeps.
         logits: a chunk's, with their gradient, and the output head in the compute dtype.
         workspace: of the layer that is being differentiated.
+        communication: what other ranks' parts need beside this (plan_devices.py); none on one device.
     """
 
     base: int
@@ -64,24 +71,32 @@ class MemoryPlan:
     activations: int
     logits: int
     workspace: int
+    communication: int = 0
 
     @property
     def total(self) -> int:
         return sum(vars(self).values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in vars(self).items())
+        shown = {name: size for name, size in vars(self).items() if size or name != "communication"}
+        parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in shown.items())
         return f"{self.total / GIB:.2f} GiB planned ({parts})"
 
 
 def layer_bytes(
-    config: Any, dtype: torch.dtype, adapted: Collection[str] = ("q_proj", "v_proj"), fused: bool = False
+    config: Any,
+    dtype: torch.dtype,
+    adapted: Collection[str] = ("q_proj", "v_proj"),
+    fused: bool = False,
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
 ) -> int:
     """Bytes that one decoder layer keeps of one token, by the module's formula.
 
     Args:
         adapted: last names of the layers with an adapter.
         fused: whether the layer computes as block.py.
+        tensor_parallel, sequence_parallel: T, and whether the norms' tokens are divided by it, too.
     """
     hidden, heads, c = config.hidden_size, config.num_attention_heads, dtype.itemsize
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -89,26 +104,29 @@ def layer_bytes(
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     inputs = hidden * (not {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}.isdisjoint(adapted))
     inputs += hidden * (not {"gate_proj", "up_proj", "gate_up_proj", "c_fc"}.isdisjoint(adapted))
-    inputs += mlp * (not {"down_proj", "c_proj"}.isdisjoint(adapted))
+    inputs += mlp // tensor_parallel * (not {"down_proj", "c_proj"}.isdisjoint(adapted))
     experts = getattr(config, "num_experts_per_tok", None) or 0  # a token's
     if experts:
         shared = getattr(config, "shared_expert_intermediate_size", None) or 0
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp) + shared
+    queries, keys, mlp = queries // tensor_parallel, keys // tensor_parallel, mlp // tensor_parallel
+    stream = hidden // tensor_parallel if sequence_parallel else hidden
     norms = 4 * (queries + keys) * (config.model_type in HEAD_NORMS)
     inputs += queries * ("o_proj" in adapted)
     if fused:
-        return norms + c * (inputs + 2 * hidden + queries + 2 * keys + 2 * mlp)
-    norms += 8 * hidden * (2 if config.model_type in POST_NORMS else 1)
+        return norms + c * (inputs + 2 * stream + queries + 2 * keys + 2 * mlp)
+    norms += 8 * stream * (2 if config.model_type in POST_NORMS else 1)
     if config.model_type == "gpt2":  # its GELU is written out in torch, and keeps one step more
         mlp = mlp * 4 // 3
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 
 
-def adapter_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1) -> int:
     """Bytes that all adapted layers keep of one token, beside their inputs: h, dropout's mask and DoRA's z."""
     kept = 0
-    for layer in lora_layers(model).values():
-        kept += layer.rank * dtype.itemsize + layer.in_features * (layer.dropout > 0)
+    for name, layer in lora_layers(model).items():
+        ranks = tensor_parallel if name.endswith(ROW_PARALLEL) else 1
+        kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
         kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
     return kept
 
@@ -186,9 +204,20 @@ def plan_memory(
 
 
 def plan_recomputing(
-    model: nn.Module, num_tokens: int, dtype: torch.dtype, chunk_size: int = 256, optim: str = "adamw"
+    model: nn.Module,
+    num_tokens: int,
+    dtype: torch.dtype,
+    chunk_size: int = 256,
+    optim: str = "adamw",
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
 ) -> list[MemoryPlan]:
-    """`plan_memory` with 0, 1, ... all layers recomputed."""
+    """`plan_memory` with 0, 1, ... all layers recomputed.
+
+    Args:
+        tensor_parallel, sequence_parallel: as for `layer_bytes`. The base is counted whole all the same, and so is
+            the model expected to be (plan_devices.py divides its plan).
+    """
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
     replaced = {id(p): p for p in replaced_parameters(model).values()}
@@ -202,9 +231,10 @@ def plan_recomputing(
     masters = sum(4 * p.numel() for p in trainable if p.dtype != torch.float32)
     config: Any = model.config
     layers = differentiated_layers(model)
-    layer = layer_bytes(config, dtype, adapted, fused=bool(layers) and is_fused(layers[0]))
-    layer += -(-adapter_bytes(model, dtype) // max(1, len(layers)))
-    layer_input = dtype.itemsize * config.hidden_size
+    fused = bool(layers) and is_fused(layers[0])
+    layer = layer_bytes(config, dtype, adapted, fused, tensor_parallel, sequence_parallel)
+    layer += -(-adapter_bytes(model, dtype, tensor_parallel) // max(1, len(layers)))
+    layer_input = dtype.itemsize * config.hidden_size // (tensor_parallel if sequence_parallel else 1)
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
     largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
     plan = MemoryPlan(
@@ -214,7 +244,7 @@ def plan_recomputing(
         optimizer=masters + sum(moment_bytes(p, optim) for p in trainable),
         activations=0,
         logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize) + head_copy,
-        workspace=num_tokens * layer + largest * dtype.itemsize,
+        workspace=num_tokens * layer + largest // tensor_parallel * dtype.itemsize,
     )
     kept = [activation_bytes(layer, layer_input, num_tokens, len(layers), n) for n in range(len(layers) + 1)]
     return [replace(plan, activations=number) for number in kept]

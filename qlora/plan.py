@@ -1,8 +1,9 @@
-"""The memory of a run on one device from the model's config alone: no weights are read or downloaded.
+"""The memory of a run from the model's config alone, on one device or many: no weights are read or downloaded.
 
 The modules are made on the meta device, the base in the form it would be loaded in and the adapter in it, and
 counted by `plan_recomputing`, as every run counts its own model before the first step. What the device's memory
-decides in a run (how many layers are recomputed) is decided here by the same rule from the size given.
+decides in a run (how many layers are recomputed) is decided here by the same rule from the size given. How a run
+lies on many devices is in plan_devices.py, what they send each other and how long a step takes in plan_step.py.
 
 Where a run does not fit, changes to its settings are tried one by one, those that change no result first, and
 then together until it does.
@@ -10,9 +11,8 @@ then together until it does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from qlora.config import ModelConfig, RunConfig
 from qlora.device import GIB, available_memory, resident_memory
+from qlora.errors import InputError
 from qlora.injection import (
     ParameterSummary,
     activate,
@@ -29,15 +30,32 @@ from qlora.injection import (
     wrap_layers,
 )
 from qlora.loss import CHUNK_SIZE
-from qlora.memory import MemoryPlan, choose_recomputed, decoder_layers, default_limit, plan_recomputing
+from qlora.memory import (
+    MemoryPlan,
+    choose_recomputed,
+    decoder_layers,
+    default_limit,
+    plan_recomputing,
+)
 from qlora.model import load_tokenizer, plan_base_model
 from qlora.optim import choose_optimizer
-from qlora.packing import most_tokens
+from qlora.packing import CPU_TOKENS, most_tokens
+from qlora.plan_changes import CHANGES, Change, Job
+from qlora.plan_devices import (
+    Census,
+    Layout,
+    arrange,
+    check_tensor_parallel,
+    divide_plans,
+    take_census,
+    tensor_parallel_choices,
+)
+from qlora.plan_flags import DevicesConfig
+from qlora.plan_step import Traffic, Work, measure_flops, step_flops, step_time, step_traffic
 from qlora.quantize import QuantConfig
 from qlora.trained import add_tokens
 
 WIDTH = 115
-SMALLEST_RANK, SHORTEST_LENGTH = 8, 128  # that are proposed
 NOT_COUNTED = {
     "cpu": "Not counted: what the C library keeps of freed memory.",
     "cuda": "Not counted: the CUDA context and the allocator's rounding. Paged moments may move to main memory.",
@@ -46,7 +64,7 @@ NOT_COUNTED = {
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would take.
+    """What a run would take of each device.
 
     Attributes:
         num_tokens: the most that a micro-batch holds.
@@ -54,6 +72,8 @@ class RunPlan:
         process: bytes of Python and the libraries, which share a CPU's memory with the run; 0 on a GPU.
         all_recomputed: bytes in all with every layer recomputed.
         optim: kind of optimizer.
+        main_memory: bytes of each node's main memory that hold shares of the base.
+        traffic, flops: of a step, by kind; operations of each device in it.
     """
 
     memory: MemoryPlan
@@ -65,6 +85,10 @@ class RunPlan:
     process: int
     all_recomputed: int
     optim: str
+    layout: Layout = field(default_factory=Layout)
+    main_memory: int = 0
+    traffic: tuple[Traffic, ...] = ()
+    flops: int = 0
 
     @property
     def total(self) -> int:
@@ -73,15 +97,15 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change to a run: its flags, the settings with it, what the run would then take."""
+    """A change to a run: its flags, the job with it, what the run would then take."""
 
     flags: str
-    config: RunConfig
+    job: Job
     plan: RunPlan
 
-
-Changed: TypeAlias = Iterator[tuple[str, RunConfig]]
-Change: TypeAlias = Callable[[RunConfig], Changed]
+    @property
+    def config(self) -> RunConfig:
+        return self.job.config
 
 
 class Planner:
@@ -90,40 +114,93 @@ class Planner:
     Args:
         name: directory, hub id or .gguf file.
         device: "cuda" or "cpu", whether or not it is there.
-        device_memory: bytes of the device; None = what is free on this machine's, where it has one.
+        device_memory: bytes of each device; None = what is free on this machine's, where it has one. Processes on
+            this CPU then share it.
     """
 
     def __init__(self, name: str, device: str, device_memory: int | None = None) -> None:
         self.name, self.device = name, torch.device(device)
-        self.device_memory, self.process = device_memory, 0
+        self.device_memory, self.process, self.is_shared = device_memory, 0, False
         self._bases: dict[tuple[bool, QuantConfig, str], Any] = {}
+        self._adapted, self._model = "", None
+        self._counted: dict[str, tuple[list[MemoryPlan], ParameterSummary, int]] = {}
+        self._censuses: dict[str, Census] = {}
 
-    def plan(self, config: RunConfig) -> RunPlan:
-        """The plan of a run with these settings."""
+    def plan(self, config: RunConfig, devices: DevicesConfig | None = None) -> RunPlan:
+        """The plan of a run with these settings; with `devices` also what a step computes and sends.
+
+        Raises:
+            InputError: devices and flags that do not go together, or not with the model.
+        """
+        plan = self._memory_plan(config, devices)
+        if devices is None:
+            return plan
+        t, length, layout = config.train, config.data.max_length, plan.layout
+        model, census = self._adapted_model(config), self._census(layout.tensor_parallel)
+        tokens, batches = t.batch_size * t.grad_accum * length, t.grad_accum
+        if config.data.packing and self.device.type == "cpu":
+            batches = min(max(batches, -(-tokens // CPU_TOKENS)), t.batch_size * t.grad_accum)
+        work = Work(tokens, batches, length, plan.recomputed, census.first_trained)
+        shares = sum(unit.share(layout.base_ranks) for unit in census.units) if layout.cpu_offload else 0
+        return replace(
+            plan,
+            traffic=tuple(step_traffic(layout, census, work)),
+            flops=step_flops(model, work, layout),
+            main_memory=shares * layout.node_ranks,
+        )
+
+    def _memory_plan(self, config: RunConfig, devices: DevicesConfig | None) -> RunPlan:
+        config.check_split()
+        layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
         t, d = config.train, config.data
-        model, tokenizer = self._base(config.model), None
-        if config.lora.added_tokens:
-            tokenizer = load_tokenizer(self.name)
-            add_tokens(tokenizer, config.lora.added_tokens)
-        activate(model, None)
-        adapter = create_adapter(model, config.lora, t.seed, tokenizer)
-        wrap_layers(model, adapter.layers)
-        activate(model, adapter)
-        freeze_base(model)
-
+        model = self._adapted_model(config)
+        check_tensor_parallel(model.config, layout.tensor_parallel)
         optim = choose_optimizer(t.optim, self.device)
         num_tokens = most_tokens(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
-        plans = plan_recomputing(model, num_tokens, model.compute_dtype, CHUNK_SIZE, optim)
-        limit = t.memory_budget_bytes
-        if limit is None and self.device_memory is not None:
-            free = max(0, self.device_memory - self.process - plans[0].base - plans[0].adapters)
+        together = layout.tensor_parallel, layout.sequence_parallel
+        settings = (num_tokens, model.compute_dtype, CHUNK_SIZE, optim, *together)
+        key = f"{self._adapted} {settings}"
+        if key not in self._counted:
+            counted = plan_recomputing(model, *settings), parameter_summary(model), len(decoder_layers(model))
+            self._counted[key] = counted
+        plans, summary, num_layers = self._counted[key]
+        if layout.ranks > 1:
+            plans = divide_plans(plans, self._census(layout.tensor_parallel), layout, num_tokens)
+        limit, memory = t.memory_budget_bytes, self.memory_of(layout)
+        if limit is None and memory is not None:
+            free = max(0, memory - self.process - plans[0].base - plans[0].adapters)
             limit = default_limit(plans[0], free)
         # Of a device that is not known, nothing is recomputed.
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
         return RunPlan(
-            plans[number], parameter_summary(model), num_tokens, number, len(decoder_layers(model)),
-            model.compute_dtype, self.process, plans[-1].total + self.process, optim,
+            plans[number], summary, num_tokens, number, num_layers,
+            model.compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
         )  # fmt: skip
+
+    def _census(self, tensor_parallel: int) -> Census:
+        """Of the model with the adapter that is in it now."""
+        key = f"{self._adapted} {tensor_parallel}"
+        if key not in self._censuses:
+            self._censuses[key] = take_census(self._model, tensor_parallel)
+        return self._censuses[key]
+
+    def _adapted_model(self, config: RunConfig) -> Any:
+        """The model on the meta device with the adapter of these settings in it."""
+        model = self._base(config.model)
+        key = repr((config.model, config.lora, config.train.seed))
+        if self._adapted == key:
+            return model
+        tokenizer = None
+        if config.lora.added_tokens:
+            tokenizer = load_tokenizer(self.name)
+            add_tokens(tokenizer, config.lora.added_tokens)
+        activate(model, None)
+        adapter = create_adapter(model, config.lora, config.train.seed, tokenizer)
+        wrap_layers(model, adapter.layers)
+        activate(model, adapter)
+        freeze_base(model)
+        self._adapted, self._model = key, model
+        return model
 
     def _base(self, m: ModelConfig) -> Any:
         """The model on the meta device; with the first, what this process takes, now that all is imported."""
@@ -134,105 +211,73 @@ class Planner:
             self.process = resident_memory()
         if self.device_memory is None and (self.device.type == "cpu" or torch.cuda.is_available()):
             self.device_memory = available_memory(self.device) + self.process
+            self.is_shared = self.device.type == "cpu"
         return self._bases[settings]
+
+    def memory_of(self, layout: Layout) -> int | None:
+        """Bytes of each device; None: not known."""
+        if self.device_memory is None or not self.is_shared:
+            return self.device_memory
+        return self.device_memory // layout.node_ranks
 
     def fits(self, plan: RunPlan) -> bool:
         """Whether the plan is within the device's memory; True where that is not known."""
-        return self.device_memory is None or plan.total <= self.device_memory
+        memory = self.memory_of(plan.layout)
+        return memory is None or plan.total <= memory
 
-    def remedies(self, config: RunConfig) -> tuple[list[Remedy], Remedy | None]:
+    def remedies(
+        self, config: RunConfig, devices: DevicesConfig | None = None
+    ) -> tuple[list[Remedy], Remedy | None]:
         """What would make a run fit that does not.
 
         Returns:
             each change alone, as far as it saves anything; and as many of them together, the mildest first, as
             make it fit, None where all do not.
         """
-        before = self.plan(config).total
-        each = (self._try(config, change) for change in CHANGES)
+        before = self._memory_plan(config, devices).total
+        choices = tuple(tensor_parallel_choices(self._adapted_model(config).config)) if devices else ()
+        job = Job(config, devices, self.device.type, choices)
+        each = (self._try(job, change) for change in CHANGES)
         alone = [remedy for remedy in each if remedy is not None and remedy.plan.total < before]
         flags: list[str] = []
         for change in CHANGES:
-            remedy = self._try(config, change)
-            if remedy is not None and remedy.plan.total < self.plan(config).total:
-                flags, config = [*flags, remedy.flags], remedy.config
+            remedy = self._try(job, change)
+            if remedy is not None and remedy.plan.total < before:
+                flags, job, before = [*flags, remedy.flags], remedy.job, remedy.plan.total
                 if self.fits(remedy.plan):
                     return alone, replace(remedy, flags=" ".join(flags))
         return alone, None
 
-    def _try(self, config: RunConfig, change: Change) -> Remedy | None:
+    def _try(self, job: Job, change: Change) -> Remedy | None:
         """The mildest form of a change that makes the run fit, else the strongest; None where there is none."""
         remedy = None
-        for flags, changed in change(config):
-            remedy = Remedy(flags, changed, self.plan(changed))
+        for flags, changed in change(job):
+            try:
+                changed.config.check_split()
+            except InputError:  # no run to propose
+                continue
+            remedy = Remedy(flags, changed, self._memory_plan(changed.config, changed.devices))
             if self.fits(remedy.plan):
                 break
         return remedy
 
 
-# ---- changes to a run, each from its mildest form to its strongest -----------------------------------------
-
-
-def _recompute(config: RunConfig) -> Changed:
-    yield "--gradient-checkpointing on", _changed(config, "train", gradient_checkpointing="on")
-
-
-def _smaller_batches(config: RunConfig) -> Changed:
-    """With the same examples in a step, and so the same losses."""
-    size, accumulated = config.train.batch_size, config.train.grad_accum
-    for part in range(size - 1, 0, -1):
-        if size % part == 0:
-            steps = accumulated * (size // part)
-            changed = _changed(config, "train", batch_size=part, grad_accum=steps)
-            yield f"--batch-size {part} --grad-accum {steps}", changed
-
-
-def _small_moments(config: RunConfig) -> Changed:
-    yield "--optim paged_adamw_8bit", _changed(config, "train", optim="paged_adamw_8bit")
-
-
-def _four_bits(config: RunConfig) -> Changed:
-    if not config.model.use_4bit:
-        yield "--use-4bit", _changed(config, "model", use_4bit=True)
-
-
-def _lower_rank(config: RunConfig) -> Changed:
-    rank = config.lora.rank // 2
-    while rank >= SMALLEST_RANK and not config.lora.use_adalora:
-        yield f"--rank {rank}", _changed(config, "lora", rank=rank)
-        rank //= 2
-
-
-def _shorter_examples(config: RunConfig) -> Changed:
-    length = config.data.max_length // 2
-    while length >= SHORTEST_LENGTH:
-        yield f"--max-length {length}", _changed(config, "data", max_length=length)
-        length //= 2
-
-
-def _changed(config: RunConfig, part: str, **settings: Any) -> RunConfig:
-    return replace(config, **{part: replace(getattr(config, part), **settings)})
-
-
-CHANGES = (_recompute, _smaller_batches, _small_moments, _four_bits, _lower_rank, _shorter_examples)
-
-
 # ---- printing ---------------------------------------------------------------------------------------------
 
 
-def print_plan(planner: Planner, config: RunConfig, console: Console | None = None) -> None:
-    """The plan by component, whether it fits, and if not what would make it."""
+def print_plan(
+    planner: Planner, config: RunConfig, devices: DevicesConfig | None = None, console: Console | None = None
+) -> None:
+    """The plan by component, whether it fits, and if not what would make it; of many devices also a step's."""
     if console is None:
         console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=WIDTH)
-    plan = planner.plan(config)
+    plan = planner.plan(config, devices)
     dtype = str(plan.dtype).removeprefix("torch.")
     console.print(f"{plan.summary}")
     console.print(
-        f"on {planner.device.type}, computing in {dtype}, {plan.num_tokens:,} tokens a micro-batch at most\n"
+        f"on {planner.device.type}, computing in {dtype}, {plan.num_tokens:,} tokens a micro-batch at most"
     )
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column()
+    console.print(f"{plan.layout}\n" if plan.layout.ranks > 1 else "")
     meanings = {
         "base": "weights of the frozen model with their scales",
         "adapters": "A and B, and what trains beside them",
@@ -241,15 +286,25 @@ def print_plan(planner: Planner, config: RunConfig, console: Console | None = No
         "activations": f"kept for the backward pass; {plan.recomputed} of {plan.num_layers} layers are recomputed",
         "logits": f"of {min(CHUNK_SIZE, plan.num_tokens)} positions at a time",
         "workspace": "of the layer that is differentiated: gradients, one weight dequantized",
+        "communication": plan.layout.sent,
         "process": "Python and the libraries, as measured in this process",
     }
     sizes = vars(plan.memory) | ({"process": plan.process} if plan.process else {})
-    for name, size in sizes.items():
-        table.add_row(name, f"{size / GIB:.2f} GiB", meanings[name])
-    table.add_row("total", f"{plan.total / GIB:.2f} GiB", f"{plan.total / 1e9:.2f} GB", style="bold")
+    if plan.layout.ranks == 1:
+        del sizes["communication"]
+    rows = [(name, f"{size / GIB:.2f} GiB", meanings[name]) for name, size in sizes.items()]
+    table = _table(*rows)
+    unit = "GB" if plan.layout.ranks == 1 else "GB, of each device"
+    table.add_row("total", f"{plan.total / GIB:.2f} GiB", f"{plan.total / 1e9:.2f} {unit}", style="bold")
     console.print(table)
+    if plan.main_memory:
+        console.print(f"and {plan.main_memory / GIB:.2f} GiB of each node's main memory for the base")
     console.print(f"\n{NOT_COUNTED[planner.device.type]}")
-    memory = planner.device_memory
+    if plan.layout.ranks > 1:
+        console.print("Nor the buffers of the library that sends, nor its latency.")
+    if devices is not None:
+        _print_step(plan, config, devices, planner.device, console)
+    memory = planner.memory_of(plan.layout)
     if memory is None:
         if config.train.gradient_checkpointing == "auto":
             least = f"{plan.all_recomputed / GIB:.2f} GiB with all layers recomputed"
@@ -258,13 +313,79 @@ def print_plan(planner: Planner, config: RunConfig, console: Console | None = No
         console.print(f"fits {memory / GIB:.2f} GiB, {(memory - plan.total) / GIB:.2f} to spare")
     else:
         console.print(f"does not fit {memory / GIB:.2f} GiB, {(plan.total - memory) / GIB:.2f} too much")
-        _print_remedies(*planner.remedies(config), memory, console)
+        _print_remedies(planner, *planner.remedies(config, devices), console)
 
 
-def _print_remedies(alone: list[Remedy], together: Remedy | None, memory: int, console: Console) -> None:
+def _table(*rows: tuple[str, str, str]) -> Table:
+    """Names, figures to the right, and what they are."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _print_step(
+    plan: RunPlan, config: RunConfig, devices: DevicesConfig, device: torch.device, console: Console
+) -> None:
+    """What a step sends and computes, and its time as far as rates are known."""
+    layout, (link_rate, node_link_rate) = plan.layout, devices.rates
+    rate, source = devices.flops, "as given"
+    if rate is None and device.type == "cpu":
+        rate = measure_flops(plan.dtype) / layout.node_ranks
+        source = "a plain product on this machine" + (", shared by its processes" if layout.node_ranks > 1 else "")
+    timed = step_time(plan.flops, plan.traffic, rate, link_rate, node_link_rate)
+    meanings = {
+        "gradients": "one fp32 sum over all devices, in a ring",
+        "gathers": "of the sharded base: {calls:,} pieces",
+        "activations": "{calls:,} sums of a layer's output",
+        "shares": "from main memory, {calls:,} times",
+    }
+    if plan.traffic:
+        console.print("\nsent by each device in a step, and received:")
+    rows = []
+    for t in plan.traffic:
+        text = meanings[t.kind].format(calls=t.calls)
+        if layout.nodes > 1:
+            text += f"; {t.between / GIB:.2f} GiB from node to node" if t.between else "; none between nodes"
+        if t.kind in timed.sending:
+            text += f"; {_seconds(timed.sending[t.kind])}"
+        rows.append((t.kind, f"{t.inside / GIB:.2f} GiB", text))
+    if rows:
+        console.print(_table(*rows))
+    tokens = config.train.batch_size * config.train.grad_accum * config.data.max_length
+    console.print(
+        f"\ncomputed by each device in a step of {tokens:,} tokens: {plan.flops / 1e12:,.3g} TFLOP", end=""
+    )
+    if rate is None or timed.computing is None:
+        console.print("; give --flops for its time")
+        return
+    console.print(f"\nthat takes {_seconds(timed.computing)} at {rate / 1e12:,.3g} TFLOP/s, {source}")
+    if timed.least is None or timed.most is None:
+        console.print("give --link-rate for the time of a step")
+        return
+    least, most = _seconds(timed.least), _seconds(timed.most)
+    tokens *= layout.data_parallel
+    slow, fast = f"{tokens / timed.most:,.0f}", f"{tokens / timed.least:,.0f}"
+    if (least, slow) == (most, fast):
+        console.print(f"a step takes {most}: {slow} tokens/s")
+        return
+    speed = slow if slow == fast else f"{slow} to {fast}"
+    console.print(
+        f"a step takes {least} (gathers behind computing) to {most} (one after another): {speed} tokens/s"
+    )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
+def _print_remedies(planner: Planner, alone: list[Remedy], together: Remedy | None, console: Console) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for remedy in alone:
-        verdict = "fits" if remedy.plan.total <= memory else "too much still"
+        verdict = "fits" if planner.fits(remedy.plan) else "too much still"
         table.add_row(f"  {remedy.flags}", f"{remedy.plan.total / GIB:.2f} GiB", verdict)
     if alone:
         console.print("each change alone:")
