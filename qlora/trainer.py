@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from torch.utils.checkpoint import checkpoint
 from qlora.checkpoint import Progress
 from qlora.device import GIB, available_memory, peak_memory_gib
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
+from qlora.files import explain
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
 from qlora.memory import (
@@ -499,7 +501,7 @@ def fit(
     Raises:
         StoppedOnRequest: `stop` gave a reason.
         TrainingStopped: too many non-finite steps, an example that does not fit in memory, adapters without a
-            gradient, another process that died. The state before it is saved.
+            gradient, another process that died. The state before it is saved, or the error says why it is not.
     """
     progress = progress or Progress()
     steps = _StepMaker(
@@ -545,8 +547,13 @@ def fit(
         lost_peer = not isinstance(error, TrainingStopped)
         if lost_peer and not (accelerator.num_processes > 1 and _LOST_PEER.search(str(error))):
             raise
-        save_if_new()
+        clear_frames(error.__traceback__)  # with what a step in need of memory held
+        optimizer.zero_grad()
         cause = f"another process of this run has died ({error})" if lost_peer else str(error)
-        raise TrainingStopped(
-            f"Training stopped at step {progress.step + 1}: {cause}; the state before it is saved."
-        ) from error
+        state = "the state before it is saved"
+        try:
+            save_if_new()
+        except Exception as failure:  # which must not hide why training stopped
+            last = f"that after step {saved.step} is the last saved" if saved.step else "none was saved before"
+            state = f"the state before it could not be saved ({explain(failure)}); {last}"
+        raise TrainingStopped(f"Training stopped at step {progress.step + 1}: {cause}; {state}.") from error
