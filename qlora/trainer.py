@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -58,6 +59,7 @@ from qlora.packing import (
     sources_of,
     split_batch,
 )
+from qlora.peers import watch_peers
 from qlora.tokenize import Example
 
 
@@ -523,6 +525,7 @@ def fit(
             save(progress)
             saved = replace(progress)
 
+    peers = watch_peers(accelerator)
     try:
         while True:
             is_pending, is_best = watcher.evaluate_if_due(steps.budget)
@@ -544,12 +547,13 @@ def fit(
                 )
             steps.make()
     except RuntimeError as error:
+        peers.stand_down()
         lost_peer = not isinstance(error, TrainingStopped)
         if lost_peer and not (accelerator.num_processes > 1 and _LOST_PEER.search(str(error))):
             raise
         clear_frames(error.__traceback__)  # with what a step in need of memory held
         optimizer.zero_grad()
-        cause = f"another process of this run has died ({error})" if lost_peer else str(error)
+        cause = peers.describe(error) if lost_peer else str(error)
         state = "the state before it is saved"
         try:
             save_if_new()
@@ -557,3 +561,5 @@ def fit(
             last = f"that after step {saved.step} is the last saved" if saved.step else "none was saved before"
             state = f"the state before it could not be saved ({explain(failure)}); {last}"
         raise TrainingStopped(f"Training stopped at step {progress.step + 1}: {cause}; {state}.") from error
+    finally:
+        peers.leave(sys.exc_info()[1])
