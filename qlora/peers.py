@@ -128,9 +128,12 @@ class PeerWatch:
                 break
             time.sleep(0.1)
         is_fresh = self._view.alarm > before
-        unknown = "another process of this run has died, or its machine is gone"
-        unbroken = "the connection to another process broke, though all of them answer"
-        lost = self._lost(is_fresh) or (unbroken if is_fresh else unknown)
+        lost = self._lost(is_fresh)
+        if not lost:
+            suspects = [p for p in self.others if p not in self.near and p.rank not in self._view.left]
+            lost = f"{'one of ' * (len(suspects) > 1)}{_names(suspects)} died, or cannot be reached"
+            if is_fresh or not suspects:
+                lost = "the connection to another process broke, though all of them answer"
         return f"{lost} ({explain(error)})"
 
     def leave(self, error: BaseException | None = None) -> None:

@@ -133,12 +133,14 @@ def test_a_store_that_is_gone_ends_nothing_and_is_no_error(ends: list[tuple[int,
         def add(self, _key: str, _amount: int) -> int:
             raise RuntimeError("Broken pipe")
 
-    watch = PeerWatch(0, [far(0), far(1)], Gone()).start()
-    time.sleep(peers.SILENCE + peers.GRACE)
-    began = time.monotonic()
-    assert watch.describe(LOST).startswith("another process of this run has died, or its machine is gone (")
-    watch.leave()
-    assert time.monotonic() - began < peers.CALL + 1 and ends == []
+    for count, named in ((2, "rank 1 (host host1, process 1001)"), (3, "one of rank 1 (")):
+        watch = PeerWatch(0, [far(rank) for rank in range(count)], Gone()).start()
+        time.sleep(peers.SILENCE + peers.GRACE if count == 2 else 0.5)
+        began = time.monotonic()
+        text = watch.describe(LOST)
+        assert text.startswith(named) and text.endswith(" died, or cannot be reached (Connection closed by peer)")
+        watch.leave()
+        assert time.monotonic() - began < peers.CALL + 1 and ends == []
 
 
 def test_a_store_that_hangs_ends_who_waits(ends: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch) -> None:
