@@ -45,15 +45,7 @@ def free_port() -> int:
 
 
 def processes(count: int, *more: str) -> list[str]:
-    return [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(count),
-        "--master_port",
-        str(free_port()),
-        *more,
-    ]
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *more]
 
 
 @contextlib.contextmanager
@@ -142,6 +134,7 @@ def test_a_run_of_two_goes_on_with_three_and_with_one(job: list[str], tmp_path: 
 
 
 def test_a_launcher_that_may_restart_goes_on_by_itself(job: list[str], tmp_path: Path) -> None:
+    """With --standalone: the store of a static rendezvous still holds the dead ranks' addresses."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3", "--batch-size", "4"]
     restarts = processes(2, "--max-restarts", "1")

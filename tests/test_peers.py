@@ -23,7 +23,7 @@ LOST = RuntimeError("Connection closed by peer")
 
 @pytest.fixture(autouse=True)
 def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in dict(PERIOD=0.1, SILENCE=1.5, CALL=1.0, GRACE=1.0).items():
+    for name, seconds in dict(PERIOD=0.1, SILENCE=1.0, CALL=0.8, GRACE=0.8).items():
         monkeypatch.setattr(peers, name, seconds)
 
 
@@ -148,8 +148,8 @@ def test_a_store_that_hangs_ends_who_waits(ends: list[tuple[int, str]], monkeypa
 
     class Hangs:
         def add(self, _key: str, _amount: int) -> int:
-            time.sleep(6)
-            return 0
+            time.sleep(4)
+            raise RuntimeError("Connection reset by peer")
 
     monkeypatch.setenv("MASTER_ADDR", "host1")
     watch = PeerWatch(0, [far(0), far(1)], Hangs()).start()
