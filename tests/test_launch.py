@@ -1,4 +1,4 @@
-"""Launching: docs/distributed.md's commands are read by the launchers' own parsers, and one of them runs."""
+"""Launching: docs/distributed.md's commands are read by the launchers' own parsers; one runs with -m full."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_page_shows_every_config_and_script() -> None:
         assert name in page
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_accelerate_trains_with_the_cpu_config(tmp_path: Path) -> None:
     """The page's first command as it stands, shortened."""
     save_tiny_llama(tmp_path / "M", tokenizer=tiny_tokenizer())
