@@ -184,9 +184,12 @@ static long longest(const int32_t *bounds, long n) {
     return whole(length);
 }
 
-/* Each (sequence, key-value head) by itself; K^T and V^T are there so that all products read along rows. */
+/* Each (sequence, key-value head) by itself; K^T and V^T are there so that all products read along rows.
+   A thread that gets no memory for K does nothing; the function then returns 1, and its result is not whole. */
+#define THREADS _Pragma("omp parallel reduction(| : failed)")
 #define HEADS                                                                                                      \
-    _Pragma("omp for schedule(dynamic)") for (long unit = 0; unit < n * kv_heads; unit++)
+    failed = !K;                                                                                                   \
+    _Pragma("omp for schedule(dynamic)") for (long unit = 0; unit < n * kv_heads; unit++) if (K)
 #define UNIT                                                                                                       \
     const long head = unit % kv_heads, start = bounds[unit / kv_heads], length = bounds[unit / kv_heads + 1] - start; \
     const long group = heads / kv_heads, row = whole(length), wide = heads * d, narrow = kv_heads * d;             \
@@ -204,11 +207,11 @@ static long longest(const int32_t *bounds, long n) {
     multiply(size, columns, d, Q, d, 1, KT + begin, row, P, columns, 0);                                           \
     softmax(P, scale, size, first, begin, columns, window);
 
-void attention(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds, T *out,
-               float scale, long n, long heads, long kv_heads, long d, long window) {
+int attention(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds, T *out,
+              float scale, long n, long heads, long kv_heads, long d, long window) {
     const long most = longest(bounds, n);
-#pragma omp parallel
-    {
+    int failed = 0;
+    THREADS {
         float *K = calloc(3 * most * d + QUERIES * (2 * d + most), sizeof(float)), *W = K + most * d, *KT = W + most * d;
         float *Q = KT + most * d, *O = Q + QUERIES * d, *P = O + QUERIES * d;
         HEADS {
@@ -220,14 +223,15 @@ void attention(const T *q, const T *k, const T *v, const T *cosine, const T *sin
         }
         free(K);
     }
+    return failed;
 }
 
-void attention_backward(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds,
-                        const T *dout, T *dq, T *dk, T *dv, float scale, long n, long heads, long kv_heads, long d,
-                        long window) {
+int attention_backward(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds,
+                       const T *dout, T *dq, T *dk, T *dv, float scale, long n, long heads, long kv_heads, long d,
+                       long window) {
     const long most = longest(bounds, n);
-#pragma omp parallel
-    {
+    int failed = 0;
+    THREADS {
         float *K = calloc(6 * most * d + QUERIES * (3 * d + 2 * most), sizeof(float)), *W = K + most * d;
         float *KT = W + most * d, *VT = KT + most * d, *DK = VT + most * d, *DV = DK + most * d, *Q = DV + most * d;
         float *DO = Q + QUERIES * d, *DQ = DO + QUERIES * d, *P = DQ + QUERIES * d, *DP = P + QUERIES * most;
@@ -255,6 +259,7 @@ void attention_backward(const T *q, const T *k, const T *v, const T *cosine, con
         }
         free(K);
     }
+    return failed;
 }
 
 /* loss = log sum e^z - z[target]; the gradient softmax(z) - onehot(target) in place of z */

@@ -27,6 +27,7 @@ from torch import Tensor
 from qlora.native import compile_c
 
 SOURCE = Path(__file__).with_name("kernels.c")
+NO_SCRATCH = "out of memory in the attention kernel"
 
 
 # ---- the library ------------------------------------------------------------------------------------------
@@ -39,18 +40,18 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     return compile_c(SOURCE, *(["-DBF16"] if dtype == torch.bfloat16 else []))
 
 
-def kernel(name: str, x: Tensor) -> Callable[..., None] | None:
+def kernel(name: str, x: Tensor) -> Callable[..., int] | None:
     """The C function for tensors like `x`, or None where the plain version has to do.
 
-    Tensors are passed by address (None as null), ints as C long, floats as C float.
+    Tensors are passed by address (None as null), ints as C long, floats as C float; the result is a C int.
     """
     compiled = library(x.dtype) if x.device.type == "cpu" else None
     if compiled is None:
         return None
     function = getattr(compiled, name)
 
-    def call(*arguments: Any) -> None:
-        function(*(_as_c(argument) for argument in arguments))
+    def call(*arguments: Any) -> int:
+        return int(function(*(_as_c(argument) for argument in arguments)))
 
     return call
 
@@ -211,6 +212,8 @@ class PackedAttention(torch.autograd.Function):
         cosine, sine: (N, d) in the query's dtype.
         bounds: (S + 1,) int32, where sequences begin and end.
         window: how many tokens back, itself included, a token sees.
+    Raises:
+        MemoryError: for a head of the longest sequence and its scores, which each thread holds in fp32.
     """
 
     @staticmethod
@@ -230,7 +233,8 @@ class PackedAttention(torch.autograd.Function):
         assert run is not None
         heads = (x.shape[1] // head_dim for x in (query, key))
         settings = scaling, len(bounds) - 1, *heads, head_dim, window
-        run(query, key, value, cosine, sine, bounds, out, *settings)
+        if run(query, key, value, cosine, sine, bounds, out, *settings):
+            raise MemoryError(NO_SCRATCH)
         ctx.save_for_backward(query, key, value, cosine, sine, bounds)
         ctx.settings = settings
         return out
@@ -241,5 +245,6 @@ class PackedAttention(torch.autograd.Function):
         gradients = [torch.empty_like(x) for x in saved[:3]]
         run = kernel("attention_backward", dout)
         assert run is not None
-        run(*saved, dout.contiguous(), *gradients, *ctx.settings)
+        if run(*saved, dout.contiguous(), *gradients, *ctx.settings):
+            raise MemoryError(NO_SCRATCH)
         return *gradients, None, None, None, None, None, None

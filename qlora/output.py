@@ -51,8 +51,8 @@ from qlora.checkpoint import (
 from qlora.config import DataConfig, LoRAConfig, TrainConfig
 from qlora.device import GIB
 from qlora.distributed import sample_weight
-from qlora.errors import InputError, TrainingStopped
-from qlora.files import new_file, whole_lines
+from qlora.errors import InputError, StoppedOnRequest, TrainingStopped
+from qlora.files import explain, new_file, whole_lines
 from qlora.injection import lora_layers
 from qlora.live_report import LiveReport
 from qlora.optim import MasterOptimizer
@@ -214,8 +214,15 @@ class RunOutput:
     def __enter__(self) -> RunOutput:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
-        self.close(is_done=kind is None)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        try:
+            self.close(is_done=kind is None)
+        except Exception as failure:
+            if error is None or isinstance(error, StoppedOnRequest):
+                raise
+            if isinstance(error, TrainingStopped):
+                raise TrainingStopped(f"{error} {explain(failure)}.") from failure
+            # Any other error says more of the end than what it brought about.
 
     def _set_aside_later_checkpoints(self) -> None:
         """Hide checkpoints later than the one resumed from: --resume auto must not go back to their past."""

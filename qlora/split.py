@@ -117,7 +117,7 @@ def check_block(network: Any, sample: BlockSample) -> float:
         block.reshard()
     else:
         found = block(*args, **kwargs)
-        found = getattr(block, "exchange", ALONE).collect(found, expected.shape[1])
+    found = getattr(block, "exchange", ALONE).collect(found, expected.shape[1])
     error = ((found - expected).float().norm() / (expected - args[0]).float().norm()).item()
     if not error <= TOLERANCE[network.compute_dtype]:
         raise TrainingStopped(

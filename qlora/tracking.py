@@ -6,6 +6,7 @@ Training does not depend on them: one that fails is said once and left out.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
         InputError: as `check_trackers`.
     """
     from accelerate import Accelerator
-    from accelerate.utils import ProjectConfiguration
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 
     from qlora.device import best_device
 
@@ -32,7 +33,13 @@ def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
     project = ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
     # Without cpu=True, several processes on a machine without a GPU would each train alone.
     is_cpu = best_device().type == "cpu"
-    return Accelerator(cpu=is_cpu, mixed_precision="no", log_with=list(trackers) or None, project_config=project)
+    # The others wait while the main process reads, tokenises and quantizes: NCCL's ten minutes are too few for it.
+    # Deaths need no limit: qlora.peers notices them.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return Accelerator(
+        cpu=is_cpu, mixed_precision="no", log_with=list(trackers) or None, project_config=project,
+        kwargs_handlers=[waiting],
+    )  # fmt: skip
 
 
 def check_trackers(names: Sequence[str]) -> None:

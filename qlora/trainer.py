@@ -22,10 +22,12 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from traceback import clear_frames
 from typing import Any
 
 import torch
@@ -37,6 +39,7 @@ from qlora.checkpoint import Progress
 from qlora.device import GIB, available_memory, peak_memory_gib
 from qlora.distributed import Ranks, ranks_of
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
+from qlora.files import explain
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
 from qlora.memory import (
@@ -57,6 +60,7 @@ from qlora.packing import (
     sources_of,
     split_batch,
 )
+from qlora.peers import watch_peers
 from qlora.tokenize import IGNORE_INDEX, Example
 
 
@@ -518,7 +522,7 @@ def fit(
     Raises:
         StoppedOnRequest: `stop` gave a reason.
         TrainingStopped: too many non-finite steps, an example that does not fit in memory, adapters without a
-            gradient, another process that died. The state before it is saved.
+            gradient, another process that died. The state before it is saved, or the error says why it is not.
     """
     progress = progress or Progress()
     steps = _StepMaker(
@@ -540,6 +544,7 @@ def fit(
             save(progress)
             saved = replace(progress)
 
+    peers = watch_peers(accelerator)
     try:
         while True:
             is_pending, is_best = watcher.evaluate_if_due(steps.budget)
@@ -561,11 +566,19 @@ def fit(
                 )
             steps.make()
     except RuntimeError as error:
+        peers.stand_down()
         lost_peer = not isinstance(error, TrainingStopped)
         if lost_peer and not (accelerator.num_processes > 1 and _LOST_PEER.search(str(error))):
             raise
-        save_if_new()
-        cause = f"another process of this run has died ({error})" if lost_peer else str(error)
-        raise TrainingStopped(
-            f"Training stopped at step {progress.step + 1}: {cause}; the state before it is saved."
-        ) from error
+        clear_frames(error.__traceback__)  # with what a step in need of memory held
+        optimizer.zero_grad()
+        cause = peers.describe(error) if lost_peer else str(error)
+        state = "the state before it is saved"
+        try:
+            save_if_new()
+        except Exception as failure:  # which must not hide why training stopped
+            last = f"that after step {saved.step} is the last saved" if saved.step else "none was saved before"
+            state = f"the state before it could not be saved ({explain(failure)}); {last}"
+        raise TrainingStopped(f"Training stopped at step {progress.step + 1}: {cause}; {state}.") from error
+    finally:
+        peers.leave(sys.exc_info()[1])

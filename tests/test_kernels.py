@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,22 @@ def test_packed_attention_is_rotation_and_sdpa(case: str, dtype: torch.dtype) ->
             torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-5)
         else:  # scores are rounded to bf16, as transformers' eager attention rounds them
             assert (ours.double() - right).norm() < 1e-2 * right.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_without_memory_is_an_error(dtype: torch.dtype) -> None:
+    """Threads wrote to a null pointer where calloc gave them none: about one run in thirty near a memory limit.
+
+    A head of 2^31 tokens and 65,536 features takes a petabyte, more than any address space.
+    """
+    d, most = 2**16, 2**31 - 1
+    bounds, x = torch.tensor([0, most], dtype=torch.int32), torch.zeros(1, d, dtype=dtype, requires_grad=True)
+    settings = (1.0, 1, 1, 1, d, most)
+    with pytest.raises(MemoryError, match="out of memory in the attention kernel"):
+        kernels.PackedAttention.apply(x, x, x, x, x, bounds, d, 1.0, most)
+    context = SimpleNamespace(saved_tensors=(x, x, x, x, x, bounds), settings=settings)
+    with pytest.raises(MemoryError, match="out of memory in the attention kernel"):
+        kernels.PackedAttention.backward(context, x)
 
 
 def test_without_a_compiler_the_plain_versions_run(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
