@@ -21,7 +21,7 @@ from tests.tiny import tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
 PROCESSES = {"cpu": (1, 2), "gpus-2": (1, 2), "gpus-8": (1, 8), "nodes-2x8": (2, 16)}  # machines, processes
-COMMANDS = commands(ROOT / "docs" / "distributed.md")
+COMMANDS = [line for line in commands(ROOT / "docs" / "distributed.md") if not line.startswith("export ")]
 
 
 def launched(words: list[str]) -> tuple[Any, list[str]]:
