@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 import qlora
-from qlora.config import DataConfig, GenerateConfig, LoRAConfig, ModelConfig, RunConfig, TrainConfig
+from qlora.config import (
+    DataConfig,
+    GenerateConfig,
+    LoRAConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from qlora.records import Record, to_messages
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +28,7 @@ def test_the_table_of_flags_is_complete_and_its_defaults_are_the_code_s() -> Non
     table = README.partition("## Flags of train.py")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `--([a-z0-9-]+)`[^|]*\| ([^|]+) \|", table, flags=re.MULTILINE))
     expected = {"config": "—"}
-    for config in (ModelConfig, LoRAConfig, DataConfig, TrainConfig, GenerateConfig, RunConfig):
+    for config in (ModelConfig, LoRAConfig, DataConfig, TrainConfig, ParallelConfig, GenerateConfig, RunConfig):
         for field in dataclasses.fields(config):
             if field.default is dataclasses.MISSING:
                 continue
