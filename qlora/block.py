@@ -13,6 +13,10 @@ Each step is an autograd function that keeps what it needs and recomputes the re
 one number a row, attention q, k and v, SwiGLU gate and up. Their formulas, forward and backward, stand in
 kernels.py, those of the products in lora.py. y, z and the activation are kept where an adapted layer reads them.
 
+Where several processes compute a block together (tensor_parallel.py), each has some heads and some columns of the
+MLP, o and the MLP's output are summands of theirs, and what lies between may be divided by tokens. What they then
+exchange stands in the block's `exchange`.
+
 transformers' own block computes the same for every model; `fuse_blocks` puts this one in its place where it is
 known to be right: while whole sequences are computed. With a key-value cache transformers' own runs.
 """
@@ -26,10 +30,41 @@ import torch
 from torch import Tensor, nn
 
 from qlora import kernels
+from qlora.errors import InputError
 from qlora.kernels import PackedAttention
 
 # Blocks whose forward is the one above; Qwen 3 norms q and k of each head as well.
 FUSED_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+
+
+class Exchange:
+    """What the processes that compute a block together tell each other. This one is alone: nothing.
+
+    Tensors are (B, T, D). "Own tokens" are all, or with sequence parallelism those of this process.
+    """
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """What the block gets -> own tokens."""
+        return hidden
+
+    def enter(self, y: Tensor, length: int) -> Tensor:
+        """Own tokens -> all, for layers split by rows; `length` is T of all."""
+        return y
+
+    def leave(self, o: Tensor) -> Tensor:
+        """A summand of all tokens, from a layer split by columns -> the sum of own tokens."""
+        return o
+
+    def end(self, x: Tensor, length: int) -> Tensor:
+        """Own tokens -> what the block gives out."""
+        return x
+
+    def collect(self, x: Tensor, length: int) -> Tensor:
+        """What the block gives out, of all tokens."""
+        return x
+
+
+ALONE = Exchange()
 
 
 class AddNorm(torch.autograd.Function):
@@ -90,6 +125,8 @@ def _is_plain(block: Any) -> bool:
 def _fused_class(plain: Any) -> Any:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs.get("past_key_values") is not None:
+            if getattr(self, "exchange", ALONE) is not ALONE:
+                raise InputError("A model split by --tensor-parallel only trains; answer with the whole one.")
             return plain.forward(self, hidden_states, *args, **kwargs)
         return block_forward(self, hidden_states, kwargs)
 
@@ -99,13 +136,20 @@ def _fused_class(plain: Any) -> Any:
 
 def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(B, T, D) -> (B, T, D); `kwargs` as transformers passes them to its block."""
-    x = hidden.reshape(-1, hidden.shape[-1])
+    exchange: Exchange = getattr(block, "exchange", ALONE)
     first, second, mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
+    batch, length = hidden.shape[0], kwargs["position_embeddings"][0].shape[1]
+    hidden = exchange.begin(hidden)
+    own = hidden.shape
+    x = hidden.reshape(-1, own[-1])
     x, y = AddNorm.apply(x, None, first.weight, first.variance_epsilon)
-    o = _attend(block.self_attn, y.view(hidden.shape), kwargs).reshape(x.shape)
-    x, z = AddNorm.apply(x, o, second.weight, second.variance_epsilon)
-    out = mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
-    return x.view(hidden.shape) + out.view(hidden.shape)  # no view itself: FSDP2 hooks the output
+    o = _attend(block.self_attn, exchange.enter(y.view(own), length), kwargs)
+    o = exchange.leave(o.reshape(batch, -1, own[-1]))
+    x, z = AddNorm.apply(x, o.reshape(x.shape), second.weight, second.variance_epsilon)
+    z = exchange.enter(z.view(own), length).flatten(0, 1)
+    down = mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
+    x = x.view(own) + exchange.leave(down.view(batch, -1, own[-1]))  # no view itself: FSDP2 hooks the output
+    return exchange.end(x, length)
 
 
 def _attend(attention: Any, y: Tensor, kwargs: dict[str, Any]) -> Tensor:

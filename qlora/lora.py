@@ -31,6 +31,10 @@ one-byte mask, and z under DoRA. W is dequantized twice (under DoRA a third time
 gradient; dx is computed only if something below wants it, so the first adapted layer stops the backward pass. A
 and B are bf16 but their gradients leave in fp32 (`grad_dtype`), so that accumulating micro-batches loses nothing.
 
+A layer of which a process holds a part (tensor_parallel.py) has A and B whole, and takes of them what belongs to
+its rows (of B) or columns (of A, and of the dropout mask, which is that of the unsplit layer). Gradients leave
+whole too, with zeros for what other processes find. Where columns are split, y and h are summands of the layer's.
+
 The adapted model is the base model until the first step.
 """
 
@@ -44,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.errors import InputError
-from qlora.quantize import borrow_weight, dense_weight, layer_bias, logical_shape
+from qlora.quantize import Part, borrow_weight, dense_weight, layer_bias, logical_shape, part_of
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -71,11 +75,11 @@ class LoRAFunction(torch.autograd.Function):
         dropout: float,
     ) -> Tensor:
         x2 = x.reshape(-1, x.shape[-1])
-        A, B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        A, B = (factor.to(x.dtype) for factor in own_factors(lora_A, lora_B, part_of(layer)))
         mask = None
         dropped = x2
         if dropout > 0:
-            dropped, mask = torch.native_dropout(x2, dropout, True)
+            dropped, mask = drop(x2, dropout, part_of(layer))
         h = dropped @ A.T
         offset = None if bias is None else bias.to(x.dtype)
         y = F.linear(x2, borrow_weight(layer, x.dtype), offset if scale is None else None)
@@ -92,6 +96,8 @@ class LoRAFunction(torch.autograd.Function):
         x2, h, mask, lora_A, lora_B, scale, z = ctx.saved_tensors
         dy2 = dy.reshape(-1, dy.shape[-1])
         wants_dx, wants_dA, wants_dB, wants_dc, wants_db = ctx.needs_input_grad[:5]
+        part = part_of(ctx.layer)
+        lora_A, lora_B = own_factors(lora_A, lora_B, part)
         g = dy2 if scale is None else rescale(dy2, dy2, scale)
         u = ctx.scaling * (g @ lora_B.to(dy.dtype))
         dx = dA = dB = None
@@ -99,9 +105,11 @@ class LoRAFunction(torch.autograd.Function):
         db = dy2.sum(0, dtype=torch.float32) if wants_db else None
         if wants_dB:
             dB = (g.T @ h).float() * ctx.scaling
+            dB = dB if part is None or part.dim == 1 else part.among_zeros(dB)
         if wants_dA:
             dropped = x2 if mask is None else x2 * mask / ctx.keep
             dA = (u.T @ dropped).float()
+            dA = dA if part is None or part.dim == 0 else part.among_zeros(dA)
         if wants_dx:
             dx = g @ borrow_weight(ctx.layer, dy.dtype)
             if mask is None:
@@ -110,6 +118,22 @@ class LoRAFunction(torch.autograd.Function):
                 dx += (u @ lora_A.to(dy.dtype)) * mask / ctx.keep
             dx = dx.view(*dy.shape[:-1], dx.shape[-1])
         return dx, dA, dB, dc, db, None, None, None
+
+
+def own_factors(lora_A: Tensor, lora_B: Tensor, part: Part | None) -> tuple[Tensor, Tensor]:
+    """What a layer that holds a part of its weight computes with: rows of B or columns of A, the other whole."""
+    if part is None:
+        return lora_A, lora_B
+    return (lora_A, part.of(lora_B)) if part.dim == 0 else (part.of(lora_A), lora_B)
+
+
+def drop(x: Tensor, dropout: float, part: Part | None) -> tuple[Tensor, Tensor]:
+    """(x * m, the bool mask (N, I)); of an input of which a part is here, that part of the mask of all of it."""
+    if part is None or part.dim == 0:
+        return torch.native_dropout(x, dropout, True)
+    _, mask = torch.native_dropout(x.new_empty(part.whole_shape(x.shape)), dropout, True)
+    mask = part.of(mask).contiguous()
+    return x * mask / (1 - dropout), mask
 
 
 class ScaledRows(torch.autograd.Function):
@@ -327,7 +351,8 @@ class LoRALinear(nn.Module):
         scale = self.output_scale(x.dtype) if self.fixed_scale is None else self.fixed_scale
         if not torch.is_grad_enabled() and dropout == 0:
             x2 = x.reshape(-1, x.shape[-1])
-            y = self.base_layer(x2).addmm_(x2 @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
+            own_A, own_B = (f.to(x.dtype) for f in own_factors(A, B, part_of(self.base_layer)))
+            y = self.base_layer(x2).addmm_(x2 @ own_A.T, own_B.T, alpha=s)
             if scale is not None:
                 y = rescale(y if bias is None else y - bias.to(x.dtype), y, scale)
             return y.view(*x.shape[:-1], y.shape[-1])

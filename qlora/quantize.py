@@ -20,7 +20,7 @@ import copy
 import ctypes
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -138,10 +138,91 @@ def quantization_of(weight: Params4bit) -> QuantConfig:
     return QuantConfig(state.quant_type, state.nested, state.blocksize)
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts of a weight (out, in): of its rows (dim 0) or of its columns (dim 1)."""
+
+    dim: int
+    index: int
+    count: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of a tensor with the weight's rows or columns; a view."""
+        size = whole.shape[self.dim] // self.count
+        return whole.narrow(self.dim, self.index * size, size)
+
+    def among_zeros(self, part: Tensor) -> Tensor:
+        """The whole tensor with `part` in its place and zeros in that of the others."""
+        whole = part.new_zeros(self.whole_shape(part.shape))
+        self.of(whole).copy_(part)
+        return whole
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what a tensor of this shape is a part of."""
+        return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(shape))
+
+
+def part_of(layer: nn.Module) -> Part | None:
+    """Which part of its weight a layer holds (tensor_parallel.py); None: all of it."""
+    part: Part | None = getattr(layer, "part", None)
+    return part
+
+
+class PartState(QuantState):
+    """Statistics of a part of a quantized weight: its own blocks' scales, in 8 bits where they were.
+
+    Double quantization's groups of scales run over the whole weight, so their fp32 scales and the offset, two
+    thousandths of it, are kept whole, and the group of a block follows from its place there.
+    """
+
+    def __init__(self, whole: QuantState, part: Part) -> None:
+        rows, columns = whole.shape
+        scales = part.of(whole.absmax.view(rows, -1)).clone(memory_format=torch.contiguous_format)
+        shape = [rows, columns]
+        shape[part.dim] //= part.count
+        super().__init__(
+            scales.view(-1), torch.Size(shape), whole.code, whole.blocksize, whole.quant_type, whole.dtype,
+            whole.offset, whole.state2,
+        )  # fmt: skip
+        self.part = part
+
+    def groups(self) -> Tensor:
+        """(blocks,) int64: in which group of scales each block's scale was quantized."""
+        (rows, columns), part, device = self.shape, self.part, self.absmax.device
+        row, block = torch.arange(rows, device=device), torch.arange(columns // self.blocksize, device=device)
+        row_blocks = part.whole_shape(self.shape)[1] // self.blocksize
+        if part.dim == 0:
+            row += part.index * rows
+        else:
+            block += part.index * len(block)
+        return ((row * row_blocks)[:, None] + block).view(-1) // self.state2.blocksize
+
+
+def cut_weight(weight: Params4bit, part: Part) -> Params4bit:
+    """A part of a quantized weight as one of its own, copied; it stands for the same numbers bit for bit.
+
+    Raises:
+        ValueError: the parts are no whole numbers of blocks.
+    """
+    rows, columns = weight.quant_state.shape
+    block_size = weight.quant_state.blocksize
+    width = columns // part.count if part.dim == 1 else columns
+    if (rows, columns)[part.dim] % part.count or width % block_size:
+        raise ValueError(
+            f"{rows} x {columns} in {part.count} parts of {'columns' if part.dim else 'rows'}, where every row "
+            f"has to be a whole number of blocks of {block_size}"
+        )
+    codes = part.of(weight.data.view(rows, -1)).clone(memory_format=torch.contiguous_format)
+    return _params4bit(codes.view(-1, 1), PartState(weight.quant_state, part))
+
+
 def block_scales(state: QuantState) -> Tensor:
     """(blocks,) fp32 absmax of each block, double quantization undone."""
     if not state.nested:
         return state.absmax.float()
+    if isinstance(state, PartState):
+        nested = state.state2
+        return nested.code[state.absmax.int()] * nested.absmax[state.groups()] + state.offset
     return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
@@ -426,7 +507,8 @@ def decode_in_place(layer: Linear4bit | Linear16bit, dtype: torch.dtype) -> Deco
     """
     weight, bias = layer.weight, layer_bias(layer, dtype)
     if isinstance(weight, Params4bit):
-        return product_4bit(weight.data, weight.quant_state, bias, dtype)
+        whole = not isinstance(weight.quant_state, PartState)  # the kernel finds a scale's group by itself
+        return product_4bit(weight.data, weight.quant_state, bias, dtype) if whole else None
     return product_16bit(weight, bias)
 
 
@@ -438,7 +520,7 @@ def decode_copy(layer: Linear4bit | Linear16bit, dtype: torch.dtype, dense: bool
             for bitsandbytes' AVX512-BF16 kernel (activations and scales rounded to bf16) where it applies.
     """
     weight, bias = layer.weight, layer_bias(layer, dtype)
-    if isinstance(weight, Params4bit):
+    if isinstance(weight, Params4bit) and not isinstance(weight.quant_state, PartState):
         rows, columns = weight.quant_state.shape
         if weight.is_cuda:
             return lambda x: bnb.matmul_4bit(x, weight.data.t(), quant_state=weight.quant_state, bias=bias)
@@ -469,17 +551,21 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def logical_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear4bit, Linear or Conv1D, whatever its storage."""
+    """(out, in) of a Linear4bit, Linear or Conv1D, whatever its storage; of the whole where it is a part."""
     if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features
-    weight: Any = layer.weight
-    return tuple(weight.quant_state.shape) if isinstance(weight, Params4bit) else tuple(weight.shape[::-1])
+        rows, columns = layer.out_features, layer.in_features
+    else:
+        weight: Any = layer.weight
+        rows, columns = weight.quant_state.shape if isinstance(weight, Params4bit) else weight.shape[::-1]
+    part = part_of(layer)
+    return (rows, columns) if part is None else part.whole_shape((rows, columns))  # type: ignore[return-value]
 
 
 def logical_numel(parameter: Tensor) -> int:
-    """Number of weights a parameter stands for: a packed 4-bit tensor holds two per byte."""
+    """Number of weights a parameter stands for: a packed 4-bit tensor holds two per byte, a part them all."""
     if isinstance(parameter, Params4bit):
-        return math.prod(parameter.quant_state.shape)
+        state = parameter.quant_state
+        return math.prod(state.shape) * (state.part.count if isinstance(state, PartState) else 1)
     return int(getattr(parameter, "logical_numel", parameter.numel()))
 
 

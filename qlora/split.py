@@ -11,12 +11,14 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from qlora.attention import packed_arguments
+from qlora.block import ALONE
 from qlora.device import give_back_memory
 from qlora.distributed import Ranks
 from qlora.errors import TrainingStopped
 from qlora.model import block_names, find_source, load_base_model, load_first_block, settle_compute_dtype
 from qlora.quantize import QuantConfig
 from qlora.shard import load_sharded_model
+from qlora.tensor_parallel import WeightCut, split_model
 
 CHECKED_TOKENS = (5, 11)  # lengths of the sequences that one block is compared on
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, of the block's change to its input
@@ -45,7 +47,13 @@ def load_for_ranks(
         with accelerator.main_process_first():  # the others find the quantized base in the cache
             return load_base_model(model, use_4bit, quant, compute_dtype, device, cache)
     dtype = agreed_dtype(compute_dtype, device)
-    network = load_sharded_model(model, ranks, use_4bit, quant, dtype, device, cache)
+    if ranks.shard_mesh is not None:
+        network = load_sharded_model(model, ranks, use_4bit, quant, dtype, device, cache)
+    else:
+        cut = WeightCut(model, ranks)
+        with accelerator.main_process_first():
+            network = load_base_model(model, use_4bit, quant, dtype, device, cache, cut)
+        split_model(network, cut)
     if check:
         check_split(network, cache)
     return network
@@ -109,6 +117,7 @@ def check_block(network: Any, sample: BlockSample) -> float:
         block.reshard()
     else:
         found = block(*args, **kwargs)
+    found = getattr(block, "exchange", ALONE).collect(found, expected.shape[1])
     error = ((found - expected).float().norm() / (expected - args[0]).float().norm()).item()
     if not error <= TOLERANCE[network.compute_dtype]:
         raise TrainingStopped(
