@@ -36,7 +36,7 @@ from qlora.quantize import (
     logical_shape,
     quantize_weight,
 )
-from qlora.tensor_parallel import GroupExchange, WeightCut, check_widths, split_of
+from qlora.tensor_parallel import GroupExchange, WeightCut, check_widths, split_model, split_of
 from qlora.trainer import evaluate
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
@@ -88,6 +88,20 @@ def test_a_weight_is_not_cut_through_blocks() -> None:
         InputError, match=r"--tensor-parallel 2 does not divide m.layers.1.self_attn.o_proj.weight"
     ):
         cut("m.layers.1.self_attn.o_proj.weight", whole)
+
+
+def test_dense_weights_and_biases_are_cut_alike() -> None:
+    """A weight that a 4-bit checkpoint keeps in 16 bits; the bias behind a sum counts once."""
+    weight, bias = torch.randn(64, 128), torch.randn(64)
+    for index in range(2):
+        cut = WeightCut.__new__(WeightCut)
+        cut.ranks, cut.samples = Ranks(index, 2, 2), {}
+        q, o = "m.layers.0.self_attn.q_proj", "m.layers.0.self_attn.o_proj"
+        assert torch.equal(cut(f"{q}.weight", weight), weight.chunk(2)[index])
+        assert torch.equal(cut(f"{q}.bias", bias), bias.chunk(2)[index])
+        assert torch.equal(cut(f"{o}.weight", weight), weight.chunk(2, 1)[index])
+        assert torch.equal(cut(f"{o}.bias", bias), bias * (index == 0))
+        assert cut("m.norm.weight", bias) is bias and len(cut.samples) == 4
 
 
 # ---- one layer --------------------------------------------------------------------------------------------
@@ -188,6 +202,23 @@ def test_what_divides_and_what_is_not_split() -> None:
     assert split_of("model.layers.1.mlp.down_proj", ranks) == Part(1, 1, 4)
     assert split_of("model.layers.1.self_attn.q_proj", ranks) == Part(0, 1, 4)
     assert split_of("model.layers.1.input_layernorm", ranks) is None and split_of("lm_head", ranks) is None
+
+
+def test_blocks_that_are_computed_otherwise_are_refused(tmp_path: Path) -> None:
+    model = str(save_tiny_llama(tmp_path / "gelu", hidden_act="gelu", **DIVISIBLE))
+    cut = WeightCut(model, Ranks(0, 2, 2))
+    network = load_base_model(model, compute_dtype="float32", cut=cut)
+    with pytest.raises(InputError, match="LlamaDecoderLayer of this model have another activation"):
+        split_model(network, cut)
+
+
+def test_a_split_model_only_trains(tmp_path: Path) -> None:
+    model = str(save_tiny_llama(tmp_path / "llama", **DIVISIBLE))
+    cut = WeightCut(model, Ranks(0, 2, 2))
+    network = load_base_model(model, compute_dtype="float32", cut=cut)
+    split_model(network, cut)
+    with pytest.raises(InputError, match="only trains"):
+        network(input_ids=torch.arange(5)[None], use_cache=True)
 
 
 # ---- runs -------------------------------------------------------------------------------------------------
