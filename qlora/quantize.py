@@ -187,9 +187,10 @@ class PartState(QuantState):
         self.part = part
 
     def groups(self) -> Tensor:
-        """(blocks,) int64: in which group of scales each block's scale was quantized."""
-        (rows, columns), part, device = self.shape, self.part, self.absmax.device
-        row, block = torch.arange(rows, device=device), torch.arange(columns // self.blocksize, device=device)
+        """(blocks,) int32: in which group of scales each block's scale was quantized."""
+        (rows, columns), part = self.shape, self.part
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.absmax.device}
+        row, block = torch.arange(rows, **kind), torch.arange(columns // self.blocksize, **kind)
         row_blocks = part.whole_shape(self.shape)[1] // self.blocksize
         if part.dim == 0:
             row += part.index * rows
@@ -222,7 +223,8 @@ def block_scales(state: QuantState) -> Tensor:
         return state.absmax.float()
     if isinstance(state, PartState):
         nested = state.state2
-        return nested.code[state.absmax.int()] * nested.absmax[state.groups()] + state.offset
+        scales = nested.code.index_select(0, state.absmax.int())
+        return scales * nested.absmax.index_select(0, state.groups()) + state.offset
     return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
 
 
