@@ -202,9 +202,16 @@ def check_widths(config: Any, count: int, block_size: int = BLOCK_SIZES[0], mode
         )
     problems = _indivisible(config, count, block_size)
     if problems:
-        possible = [n for n in range(2, config.num_attention_heads + 1) if not _indivisible(config, n, block_size)]
+        possible = possible_counts(config, block_size)
         remedy = f"Its blocks divide into {_listed(possible)}" if possible else "It divides into none"
         raise InputError(f"{named} has {'; '.join(problems)}. {remedy}; or use --shard fsdp.")
+
+
+def possible_counts(config: Any, block_size: int = BLOCK_SIZES[0]) -> list[int]:
+    """The numbers of processes, 2 or more, that a model's blocks divide into."""
+    if config.model_type not in MODEL_TYPES:
+        return []
+    return [n for n in range(2, config.num_attention_heads + 1) if not _indivisible(config, n, block_size)]
 
 
 def _indivisible(config: Any, count: int, block_size: int) -> list[str]:
