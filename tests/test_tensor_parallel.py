@@ -323,17 +323,20 @@ def test_ten_steps_of_the_real_model(tmp_path: Path, smollm2: str) -> None:
     cases = [
         Case("qv", smollm2, 3, steps=10),
         Case("all", smollm2, 3, True, "all-linear", "on", steps=10),
-        Case("bf16", smollm2, 3, adapter_dtype="bfloat16", compute_dtype="bfloat16", steps=10),
+        Case("bf16", smollm2, 3, adapter_dtype="bfloat16", compute_dtype="bfloat16", steps=1),
     ]
     found = run_split(cases, tmp_path, 3)
+    expected = {case.name: in_one_process(case) for case in cases}
     for case in cases:
-        expected = in_one_process(case)
-        show(f"SmolLM2 TP 3, {case.name}", found[case.name], expected)
-        assert 3 * found[case.name]["block bytes"] == expected["block bytes"]
-        if case.name == "bf16":
-            torch.testing.assert_close(found["bf16"]["losses"], expected["losses"], rtol=2e-3, atol=0)
-        else:
-            compare(found[case.name], expected, 10)
+        assert 3 * found[case.name]["block bytes"] == expected[case.name]["block bytes"]
+        show(f"SmolLM2 TP 3, {case.name}", found[case.name], expected[case.name])
+    compare(found["qv"], expected["qv"], 10)
+    compare(found["all"], expected["all"], 10)
+    # In bf16 three processes' sums are rounded otherwise than one's: both are as far from fp32.
+    first = "gradient of step 0"
+    split, alone = (relative_error(run["bf16"][first], expected["qv"][first]) for run in (found, expected))
+    print(f"bf16's first gradient: {split:.3f} from that in fp32 by three processes, {alone:.3f} by one")
+    assert split < 1.5 * alone
 
 
 def show(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
