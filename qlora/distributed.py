@@ -53,6 +53,11 @@ class Ranks:
         return self.rank % self.tensor_size
 
     @property
+    def base_size(self) -> int:
+        """Processes that hold a sharded base between them."""
+        return 1 if self.shard_mesh is None else int(self.shard_mesh.size(self.shard_mesh.ndim - 1))
+
+    @property
     def data_size(self) -> int:
         """How many different micro-batches are computed at a time."""
         return self.size // self.tensor_size

@@ -249,6 +249,12 @@ def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
     return peak
 
 
+def gathered_bytes(model: Any, base_ranks: int) -> int:
+    """`gathered_peak` of a model whose base is sharded, adapters in place."""
+    first_trained = len(decoder_layers(model)) - len(differentiated_layers(model))
+    return gathered_peak(split_units(model, first_trained), Layout(ranks=base_ranks, base_ranks=base_ranks))
+
+
 def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
     """Bytes of the frozen base on each of `ranks` that compute each layer together."""
     total = 0

@@ -61,6 +61,7 @@ from qlora.packing import (
     split_batch,
 )
 from qlora.peers import watch_peers
+from qlora.plan_devices import gathered_bytes
 from qlora.tokenize import IGNORE_INDEX, Example
 
 
@@ -251,7 +252,12 @@ def settle_checkpointing(
     """
     dtype, device = model.compute_dtype, next(model.parameters()).device
     layers = differentiated_layers(model)
-    plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim)
+    ranks = getattr(model, "ranks", None) or Ranks()
+    divided = ranks.tensor_size, ranks.sequence_parallel
+    plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
+    if ranks.shard_mesh is not None:
+        gathered = gathered_bytes(model, ranks.base_size)
+        plans = [replace(plan, communication=gathered) for plan in plans]
     limit, source = memory_budget, "--memory-budget"
     if limit is None:
         free = _free_memory(device, accelerator)

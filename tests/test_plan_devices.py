@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from qlora.plan_flags import DevicesConfig
 from qlora.plan_step import Traffic, measure_flops, step_time
 from qlora.quantize import local
 from qlora.shard import load_sharded_model
+from qlora.tensor_parallel import possible_counts
 from qlora.tokenize import Example
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.tiny import tiny_tokenizer
@@ -255,6 +257,9 @@ def test_what_divides(even: str) -> None:
     config.num_key_value_heads = 2
     assert tensor_parallel_choices(config) == [2]
     assert tensor_parallel_choices(tiny_llama_config()) == []
+    for kv_heads, width in itertools.product((2, 3, 8, 32), (11008, 12288, 1536)):  # what training accepts
+        config.num_key_value_heads, config.intermediate_size = kv_heads, width
+        assert tensor_parallel_choices(config) == possible_counts(config)
 
 
 # ---- a step -----------------------------------------------------------------------------------------------
