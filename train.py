@@ -22,6 +22,8 @@ def main(argv: Sequence[str]) -> None:
     if config.model.model is None:
         raise InputError("No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file.")
     if config.generate.prompt is not None:
+        if config.parallel.is_split:
+            raise InputError(f"{config.parallel.flag} is for training; leave it out to answer a --prompt.")
         answer(config, config.model.model)
     elif config.data.data is not None:
         train(config, config.model.model, config.data.data, argv)
