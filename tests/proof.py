@@ -40,7 +40,7 @@ from qlora.trainer import fit, settle_checkpointing
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-5  # relative: fp32 sums in another order
-EXAMPLES_PER_STEP, LEARNING_RATE = 12, 2e-4
+EXAMPLES_PER_STEP, LEARNING_RATE = 16, 2e-4
 
 
 @dataclass(frozen=True)

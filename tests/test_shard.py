@@ -17,7 +17,7 @@ from qlora.packing import make_batches
 from qlora.quantize import QuantConfig
 from qlora.split import check_block, sample_block
 from qlora.trainer import causal_lm_loss
-from tests.proof import Case, check_case, make_examples, reference, run_cases, save_models
+from tests.proof import EXAMPLES_PER_STEP, Case, check_case, make_examples, reference, run_cases, save_models
 
 EVERYTHING = {"target_modules": "all-linear"}
 FSDP = {"shard": "fsdp"}
@@ -65,7 +65,7 @@ def test_an_adapter_of_a_sharded_run_is_any_other(proof: Any) -> None:
     model = load_base_model(case.model, compute_dtype="float32")
     load_adapter(model, folder / case.name, case.model)
     freeze_base(model)
-    rows = make_examples(case.steps * 12, case.longest, model.config.vocab_size)[:1]
+    rows = make_examples(case.steps * EXAMPLES_PER_STEP, case.longest, model.config.vocab_size)[:1]
     [batch] = make_batches(rows, 1, case.longest, True, "cpu")
     with torch.no_grad():
         loss, count = causal_lm_loss(model, batch)
