@@ -26,6 +26,7 @@ from tests.test_faults import (
     check_whole,
     command,
     finish,
+    free_port,
     job,
     start,
     torchrun,
@@ -35,12 +36,6 @@ from tests.test_faults import (
 __all__ = ["job"]
 pytestmark = pytest.mark.full
 HOST = socket.gethostname()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def processes(count: int, *more: str) -> list[str]:
@@ -119,7 +114,7 @@ def test_a_run_of_two_goes_on_with_three_and_with_one(job: list[str], tmp_path: 
     """24 examples a step each time."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3"]
-    process = start(*flags, *ENDLESS, "--batch-size", "12", launcher=torchrun(free_port()))
+    process = start(*flags, *ENDLESS, "--batch-size", "12", launcher=torchrun())
     await_steps(process, out, 3)
     training_processes(process)[1].kill()
     finish(process)

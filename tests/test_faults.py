@@ -385,15 +385,22 @@ def training_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Proc
     return ranks
 
 
-def torchrun(port: int) -> list[str]:
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+def torchrun() -> list[str]:
+    """Two processes."""
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
 
 
 @pytest.mark.slow
 def test_two_processes_stop_together(job: list[str], tmp_path: Path) -> None:
     """Ctrl-C reaches launcher and processes, some of them twice; the state of the last step is saved."""
     out = tmp_path / "out"
-    process = start(*job, *ENDLESS, "--batch-size", "4", "--output-dir", str(out), launcher=torchrun(29649))
+    process = start(*job, *ENDLESS, "--batch-size", "4", "--output-dir", str(out), launcher=torchrun())
     await_steps(process, out, 2)
     os.killpg(process.pid, signal.SIGINT)
     _, _, err = finish(process)
@@ -408,7 +415,7 @@ def test_a_dead_process_ends_the_others_with_the_cause(job: list[str], tmp_path:
     """SIGKILL for one of two; the other names it within 30 s, and one process goes on with the same windows."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3"]
-    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun(29650 + victim))
+    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun())
     await_steps(process, out, 3)
     ranks = training_processes(process)
     assert sorted(ranks) == [0, 1]
