@@ -104,10 +104,7 @@ def arrange_ranks(config: ParallelConfig, accelerator: Accelerator) -> Ranks:
     rank, size, device = accelerator.process_index, accelerator.num_processes, accelerator.device.type
     launch = "start it with accelerate launch --num_processes N or torchrun"
     if config.is_split and size == 1:
-        flag = (
-            f"--shard {config.shard}" if config.shard != "none" else f"--tensor-parallel {config.tensor_parallel}"
-        )
-        raise InputError(f"{flag} splits the base over several processes, but this is one; {launch}.")
+        raise InputError(f"{config.flag} splits the base over several processes, but this is one; {launch}.")
     if config.cpu_offload and device == "cpu":
         raise InputError(
             "--cpu-offload moves shares out of a GPU's memory, but this run has no GPU; leave it out."

@@ -516,7 +516,7 @@ def dequantized_weights(
     source = open_source(resolve_model(model))
     network = empty_model(model)
     stored = match_names(network, source)
-    blocks = names_to_quantize(network, source) if quant is not None else set()
+    blocks = _names_to_quantize(network, source) if quant is not None else set()
     transposed = transposed_names(network)
     kind = network.config.model_type
     for name in stored:
@@ -576,7 +576,7 @@ def shifted_weight(weight: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([(rows.double() - part @ A).float() for rows, part in pieces])
 
 
-def names_to_quantize(network: Any, source: Source) -> set[str]:
+def _names_to_quantize(network: Any, source: Source) -> set[str]:
     """The weights to bring into 4 bits: linear layers, Conv1D and experts' matrices, the output head left out.
 
     None in a checkpoint that is quantized already: what it keeps in 16 bits it keeps on purpose.
@@ -672,7 +672,7 @@ def _stored_weights(
         InputError: weights that do not fit the model, before any is read.
     """
     stored = match_names(network, source)
-    to_quantize = names_to_quantize(network, source) if quant is not None else set()
+    to_quantize = _names_to_quantize(network, source) if quant is not None else set()
     transposed = transposed_names(network)
     matrices = _matrix_layers(network)
     embeddings = {name for name, module in network.named_modules() if isinstance(module, nn.Embedding)}

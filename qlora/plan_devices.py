@@ -106,8 +106,7 @@ def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> La
     if ranks % nodes:
         raise InputError(f"--gpus {ranks} are not the same number on each of --nodes {nodes}; give a multiple.")
     if parallel.is_split and ranks == 1:
-        flag = f"--shard {parallel.shard}" if parallel.shard != "none" else f"--tensor-parallel {tensor}"
-        raise InputError(f"{flag} splits the base over several devices; give --gpus their number.")
+        raise InputError(f"{parallel.flag} splits the base over several devices; give --gpus their number.")
     if parallel.cpu_offload and device == "cpu":
         raise InputError("--cpu-offload moves shares out of a GPU's memory; leave it out with --device cpu.")
     if ranks % tensor:
