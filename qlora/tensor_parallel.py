@@ -50,14 +50,10 @@ from torch.nn import functional as F
 from qlora.block import Exchange, is_fused
 from qlora.distributed import Ranks, sample_weight
 from qlora.errors import InputError
-from qlora.memory import decoder_layers
+from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, decoder_layers
 from qlora.model import load_config
+from qlora.plan_devices import SPLIT_TYPES
 from qlora.quantize import BLOCK_SIZES, Linear4bit, Linear16bit, Params4bit, Part, cut_weight
-
-ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-COLUMNS = ("o_proj", "down_proj")
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # whose blocks block.py computes
-
 
 # ---- what is exchanged ------------------------------------------------------------------------------------
 
@@ -195,9 +191,9 @@ def check_widths(config: Any, count: int, block_size: int = BLOCK_SIZES[0], mode
         InputError: names every number that does not divide, and the counts that would do.
     """
     named = f"--tensor-parallel {count}: the model {model}".rstrip()
-    if config.model_type not in MODEL_TYPES:
+    if config.model_type not in SPLIT_TYPES:
         raise InputError(
-            f"{named} is of the kind {config.model_type}; tensor parallel is for {', '.join(MODEL_TYPES)}. "
+            f"{named} is of the kind {config.model_type}; tensor parallel is for {', '.join(SPLIT_TYPES)}. "
             "Use --shard fsdp."
         )
     problems = _indivisible(config, count, block_size)
@@ -209,7 +205,7 @@ def check_widths(config: Any, count: int, block_size: int = BLOCK_SIZES[0], mode
 
 def possible_counts(config: Any, block_size: int = BLOCK_SIZES[0]) -> list[int]:
     """The numbers of processes, 2 or more, that a model's blocks divide into."""
-    if config.model_type not in MODEL_TYPES:
+    if config.model_type not in SPLIT_TYPES:
         return []
     return [n for n in range(2, config.num_attention_heads + 1) if not _indivisible(config, n, block_size)]
 
@@ -271,9 +267,9 @@ class WeightCut:
 def split_of(name: str, ranks: Ranks) -> Part | None:
     """The part of the layer `name` that a process holds; None: all of it."""
     last = name.rpartition(".")[2]
-    if ".layers." not in name or last not in ROWS + COLUMNS:
+    if ".layers." not in name or last not in COLUMN_PARALLEL + ROW_PARALLEL:
         return None
-    return Part(int(last in COLUMNS), ranks.tensor_rank, ranks.tensor_size)
+    return Part(int(last in ROW_PARALLEL), ranks.tensor_rank, ranks.tensor_size)
 
 
 def split_model(network: Any, cut: WeightCut) -> None:
