@@ -1,4 +1,4 @@
-"""A base split over processes of this machine: memory, bytes that a step sends, seconds, beside the plan's.
+"""A base split over processes of this machine: memory, bytes that a step sends, seconds, each beside the plan's.
 
     python -m benchmarks.devices [--layers 24] [--train-layers 4] [--processes 2] [--steps 2] [--folder DIR]
 
@@ -8,9 +8,10 @@ The model has LLaMA-7B's shape with --layers layers and random weights, written 
                 their share; memory is the peak of the resident set, with and without what Python and the
                 libraries take
     training    the same shape with --train-layers: rank 8 on q_proj and v_proj, one row of --tokens random tokens
-                on each process, every layer recomputed; by data parallel, --shard fsdp and --tensor-parallel.
-                Bytes are those that the loopback carries from the second step on (gloo, all processes together,
-                headers included); peaks of the training are above what was resident before the model
+                on each process, every layer recomputed; in every mode. Planned is what `qlora.plan` says from the
+                config; its rates are those of a plain product and of a sum over the processes just before the
+                first step. Bytes are those that the loopback carries from the second step on (gloo, headers
+                included), for each process; peaks are above what was resident before the model
 
 Each part is started by torchrun with one thread a process. 24 layers write 10 GB.
 """
@@ -21,11 +22,12 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ from rich.table import Table
 
 from benchmarks.roofline import describe_machine
 from benchmarks.seven_b import GB, ROOT, write_config, write_weights
+from qlora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from qlora.plan_flags import DevicesConfig
 
 Result = dict[str, Any]
 
@@ -45,10 +49,23 @@ class Part:
 
     name: str
     processes: int
-    parallel: dict[str, Any] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict, hash=False)
     steps: int = 0
     tokens: int = 512
     cache: bool = False
+
+    def result(self, folder: Path, rank: int) -> Path:
+        return folder / f"{self.name.replace(' ', '-')}.{rank}.json"
+
+    def config(self, model: Path) -> RunConfig:
+        """The run that it is."""
+        return RunConfig(
+            model=ModelConfig(model=str(model), compute_dtype="float32"),
+            lora=LoRAConfig(rank=8),
+            data=DataConfig(max_length=self.tokens),
+            train=TrainConfig(batch_size=1, grad_accum=1, gradient_checkpointing="on", optim="adamw"),
+            parallel=ParallelConfig(**self.parallel),
+        )
 
 
 def resident() -> int:
@@ -73,11 +90,28 @@ def sent() -> int:
     return int(line.partition(":")[2].split()[8])
 
 
+def measure_rates(processes: int) -> Result:
+    """What one of so many processes computes and sends in a second, all at once."""
+    from qlora.plan_step import measure_flops
+
+    if processes == 1:
+        return {"flops": measure_flops(torch.float32), "link": None}
+    torch.distributed.barrier()
+    rates: Result = {"flops": measure_flops(torch.float32)}
+    values = torch.zeros(1 << 22)
+    seconds = []
+    for _ in range(4):
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        torch.distributed.all_reduce(values)
+        seconds.append(time.perf_counter() - start)
+    return rates | {"link": 2 * (processes - 1) / processes * values.nbytes / statistics.median(seconds[1:])}
+
+
 def work(part: Part, model_folder: Path) -> Result:
     """What this process does of a part."""
     from accelerate import Accelerator
 
-    from qlora.config import LoRAConfig, ParallelConfig
     from qlora.distributed import arrange_ranks
     from qlora.injection import freeze_base, inject_lora, lora_parameters
     from qlora.memory import plan_memory
@@ -86,8 +120,8 @@ def work(part: Part, model_folder: Path) -> Result:
     from qlora.tokenize import Example
     from qlora.trainer import fit, settle_checkpointing
 
-    accelerator = Accelerator(cpu=True)
-    ranks = arrange_ranks(ParallelConfig(**part.parallel), accelerator)
+    accelerator, config = Accelerator(cpu=True), part.config(model_folder)
+    ranks = arrange_ranks(config.parallel, accelerator)
     import transformers.models.llama.modeling_llama  # noqa: F401  (before the libraries are measured)
 
     result: Result = {"libraries": resident()}
@@ -101,14 +135,15 @@ def work(part: Part, model_folder: Path) -> Result:
         forget_peak()
         check_split(model, part.cache)
         result["check_peak"] = peak()
-    inject_lora(model, LoRAConfig(rank=8))
+    inject_lora(model, config.lora)
     freeze_base(model)
     result["base"] = plan_memory(model, 1, torch.float32).base
     result["trainable"] = sum(p.numel() for p in lora_parameters(model))
     if not part.steps:
         return result
-    _, plan = settle_checkpointing(model, "on", part.tokens, None, accelerator, lambda line: None)
-    optimizer = build_optimizer(lora_parameters(model), "adamw")
+    t = config.train
+    settle_checkpointing(model, t.gradient_checkpointing, part.tokens, None, accelerator, lambda line: None)
+    optimizer = build_optimizer(lora_parameters(model), t.optim)
     generator = torch.Generator().manual_seed(0)
     count = part.steps * ranks.data_size
     rows = [torch.randint(model.config.vocab_size, (part.tokens + 1,), generator=generator) for _ in range(count)]
@@ -119,19 +154,19 @@ def work(part: Part, model_folder: Path) -> Result:
         accelerator.wait_for_everyone()
         marks.append((time.perf_counter(), sent()))
 
+    result["rates"] = measure_rates(part.processes)
     forget_peak()
     lines: list[Result] = []
     fit(
         model, optimizer, lambda step: 1e-4, [Example(row[:-1], row[1:]) for row in rows], accelerator,
-        total_steps=part.steps, batch_size=1, grad_accum=1, max_length=part.tokens, log=lines.append, stop=mark,
-        say=lambda line: None,
+        total_steps=part.steps, batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=part.tokens,
+        log=lines.append, stop=mark, say=lambda line: None,
     )  # fmt: skip
     (begun, before), (ended, after) = marks[1], marks[-1]
     result |= {
         "step_seconds": (ended - begun) / (part.steps - 1),
         "step_bytes": (after - before) / (part.steps - 1),
         "train_peak": peak(),
-        "planned": plan.total,
         "losses": [line["loss"] for line in lines],
     }
     return result
@@ -147,7 +182,7 @@ def run_part(part: Part, folder: Path) -> list[Result]:
     done = subprocess.run([sys.executable, *launch], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"error: {part.name} ended with code {done.returncode}.\n{done.stderr[-3000:]}")
-    return [json.loads((folder / f"{part.name}.{rank}.json").read_text()) for rank in range(part.processes)]
+    return [json.loads(part.result(folder, rank).read_text()) for rank in range(part.processes)]
 
 
 def write_model(folder: Path, layers: int) -> int:
@@ -191,16 +226,24 @@ def report_loading(alone: Result, together: list[Result], weights: int) -> Table
     return table
 
 
-def report_training(runs: dict[str, list[Result]], weights: int, tokens: int) -> Table:
-    table = Table("training", "loss of step 2", "s a step", "MB sent a step", "peak, GB", "planned, GB", "ratio")
-    table.title = f"{weights / 1e9:.2f} billion weights, {tokens} tokens a process"
-    for name, results in runs.items():
+def report_training(runs: dict[Part, list[Result]], model: Path, weights: int) -> Table:
+    from qlora.plan import Planner
+    from qlora.plan_step import step_time
+
+    table = Table("training", "loss, step 2", "peak, GB", "planned", "MB sent", "planned", "s a step", "planned")
+    planner = Planner(str(model), "cpu")
+    for part, results in runs.items():
+        plan = planner.plan(part.config(model), DevicesConfig(gpus=part.processes))
+        table.title = f"{weights / 1e9:.2f} billion weights, {part.tokens} tokens a process"
         peaks = [r["train_peak"] - r["libraries"] for r in results]
-        planned = max(r["planned"] for r in results)
+        rates, sent_bytes = results[0]["rates"], results[0]["step_bytes"] / part.processes
+        planned_bytes = sum(t.inside for t in plan.traffic)
+        timed = step_time(plan.flops, plan.traffic, rates["flops"], rates["link"])
+        bounds = " to ".join(dict.fromkeys(f"{bound:.1f}" for bound in (timed.least, timed.most) if bound))
         table.add_row(
-            name, f"{results[0]['losses'][1]:.6f}", f"{results[0]['step_seconds']:.1f}",
-            f"{results[0]['step_bytes'] / 1e6:.1f}", ", ".join(f"{p / GB:.3f}" for p in peaks),
-            f"{planned / GB:.3f}", f"{max(peaks) / planned:.2f}",
+            part.name, f"{results[0]['losses'][1]:.6f}", f"{max(peaks) / GB:.3f}",
+            f"{plan.memory.total / GB:.3f}", f"{sent_bytes / 1e6:.2f}", f"{planned_bytes / 1e6:.2f}",
+            f"{results[0]['step_seconds']:.1f}", bounds,
         )  # fmt: skip
     return table
 
@@ -219,7 +262,7 @@ def main() -> None:
         part = Part(**json.loads(options.worker.read_text()))
         result = work(part, options.worker.parent / "model")
         rank = int(os.environ["RANK"])
-        (options.worker.parent / f"{part.name}.{rank}.json").write_text(json.dumps(result))
+        part.result(options.worker.parent, rank).write_text(json.dumps(result))
         return
     console, count = Console(width=115), options.processes
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="devices-") as name:
@@ -231,18 +274,22 @@ def main() -> None:
             console.print(report_loading(alone, together, weights))
         if options.train_layers:
             weights = write_model(folder, options.train_layers)
-            modes: dict[str, tuple[int, dict[str, Any]]] = {
-                "one process": (1, {}),
-                "data parallel": (count, {}),
-                "--shard fsdp": (count, {"shard": "fsdp"}),
-                f"--tensor-parallel {count}": (count, {"tensor_parallel": count}),
-                "the same --sequence-parallel": (count, {"tensor_parallel": count, "sequence_parallel": True}),
-            }
+            parts = [Part("one process", 1)] + [
+                Part(name, count, parallel)
+                for name, parallel in {
+                    "data parallel": {},
+                    "--shard fsdp": {"shard": "fsdp"},
+                    "--shard hsdp": {"shard": "hsdp", "shard_size": count // 2},
+                    "--tensor-parallel": {"tensor_parallel": count},
+                    "the same, --sequence-parallel": {"tensor_parallel": count, "sequence_parallel": True},
+                }.items()
+                if parallel.get("shard_size", 2) > 1
+            ]
             runs = {}
-            for mode, (processes, parallel) in modes.items():
-                part = Part(mode.replace(" ", "-"), processes, parallel, options.steps, options.tokens)
-                runs[mode] = run_part(part, folder)
-            console.print(report_training(runs, weights, options.tokens))
+            for part in parts:
+                part = replace(part, steps=options.steps, tokens=options.tokens)
+                runs[part] = run_part(part, folder)
+            console.print(report_training(runs, folder / "model", weights))
     console.print(describe_machine())
 
 
