@@ -9,13 +9,15 @@ twice that of what it sums):
     gradients    once         2 (W - 1) / W x 4 P         in every mode: one fp32 sum over all ranks
     gathers      M times      (K - 1) / K x u, by unit    --shard: a block twice, below the first adapted layer
                                                           once; embeddings and head once, tied ones twice
-    activations  by layer     2 (T - 1) / T x n D c       --tensor-parallel: 2 sums forward, 2 where the layer is
-                                                          recomputed, 2 where it is differentiated
+    activations  by layer     2 (T - 1) / T x n D c       --tensor-parallel: 2 sums forward, 1 where the layer is
+                                                          recomputed (torch leaves off before the last one), 2
+                                                          where it is differentiated
     shares       M times      u / K, by unit              --cpu-offload: from main memory
 
-The lowest differentiated layer wants no gradient of its input: one sum less. Sequence parallel sends the same, a
-gathering and a scattered sum of (T - 1) / T each instead of one sum, and gathers the last layer's output. A ring
-that spans nodes enters and leaves each of them once: what a rank sends passes that node's link to others, too.
+The lowest differentiated layer wants no gradient of its input: one sum less. Sequence parallel has gatherings and
+scattered sums of (T - 1) / T each instead: 4 forward, 3 recomputed, 4 back, one less in the lowest, one more for
+the last layer's output. (Gloo makes a scattered sum of a whole one, and sends twice as much.) A ring that spans
+nodes enters and leaves each of them once: what a rank sends passes that node's link to others, too.
 
 Operations of each rank, for a token, with w weights and a adapter numbers in a layer:
 
@@ -107,14 +109,13 @@ def step_traffic(layout: Layout, census: Census, work: Work) -> list[Traffic]:
             found.append(Traffic("shares", calls, size // ranks, 0, hidden=True))
     if layout.tensor_parallel > 1:
         differentiated = census.num_layers - work.first_trained
-        sums = 2 * (census.num_layers + work.recomputed + differentiated) - (differentiated > 0)
-        halves = 2 * sums
+        wants_none = int(differentiated > 0)
         if layout.sequence_parallel:
-            halves += (differentiated > 0) + 1 + (0 < work.recomputed == differentiated)
-        calls = work.micro_batches * (halves if layout.sequence_parallel else sums)
-        found.append(
-            traffic("activations", calls, layout.tensor_parallel, halves * work.tokens * census.token_bytes)
-        )
+            calls = 4 * census.num_layers + 3 * work.recomputed + 4 * differentiated - wants_none + 1
+        else:
+            calls = 2 * census.num_layers + work.recomputed + 2 * differentiated - wants_none
+        size = calls * work.tokens * census.token_bytes * (1 if layout.sequence_parallel else 2)
+        found.append(traffic("activations", calls * work.micro_batches, layout.tensor_parallel, size))
     return found
 
 

@@ -269,6 +269,11 @@ def borrow_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return buffer[: count * dtype.itemsize].view(dtype).view(state.shape)
 
 
+def forget_buffer() -> None:
+    """Let go of this thread's buffer, where what follows needs a smaller one."""
+    _buffers.bytes = None
+
+
 _buffers = threading.local()
 
 

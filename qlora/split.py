@@ -16,7 +16,7 @@ from qlora.device import give_back_memory
 from qlora.distributed import Ranks
 from qlora.errors import TrainingStopped
 from qlora.model import block_names, find_source, load_base_model, load_first_block, settle_compute_dtype
-from qlora.quantize import QuantConfig
+from qlora.quantize import QuantConfig, forget_buffer
 from qlora.shard import load_sharded_model
 from qlora.tensor_parallel import WeightCut, split_model
 
@@ -45,7 +45,9 @@ def load_for_ranks(
     quant, device = quant or QuantConfig(), accelerator.device
     if not ranks.is_split:
         with accelerator.main_process_first():  # the others find the quantized base in the cache
-            return load_base_model(model, use_4bit, quant, compute_dtype, device, cache)
+            network = load_base_model(model, use_4bit, quant, compute_dtype, device, cache)
+        give_back_memory()
+        return network
     dtype = agreed_dtype(compute_dtype, device)
     if ranks.shard_mesh is not None:
         network = load_sharded_model(model, ranks, use_4bit, quant, dtype, device, cache)
@@ -56,6 +58,7 @@ def load_for_ranks(
         split_model(network, cut)
     if check:
         check_split(network, cache)
+    give_back_memory()
     return network
 
 
@@ -81,6 +84,7 @@ def check_split(network: Any, cache: bool = True) -> float:
     whole = load_first_block(model, source, quant, network.compute_dtype, device)
     sample = sample_block(whole)
     del whole
+    forget_buffer()  # as large as a whole weight
     gc.collect()  # its modules refer to one another
     give_back_memory()  # before the split one gathers its own
     return check_block(network, sample)

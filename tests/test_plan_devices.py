@@ -27,6 +27,7 @@ from qlora.errors import InputError
 from qlora.injection import base_parameters, freeze_base, inject_lora
 from qlora.loss import causal_lm_loss
 from qlora.memory import layer_bytes
+from qlora.model import load_base_model
 from qlora.packing import collate_packed
 from qlora.plan import Planner
 from qlora.plan_devices import Layout, Unit, gathered_peak, tensor_parallel_choices
@@ -34,8 +35,9 @@ from qlora.plan_flags import DevicesConfig
 from qlora.plan_step import Traffic, measure_flops, step_time
 from qlora.quantize import local
 from qlora.shard import load_sharded_model
-from qlora.tensor_parallel import possible_counts
+from qlora.tensor_parallel import WeightCut, possible_counts, split_model
 from qlora.tokenize import Example
+from qlora.trainer import settle_checkpointing
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.tiny import tiny_tokenizer
 
@@ -235,10 +237,10 @@ def test_activations_of_a_part_written_out() -> None:
 
 
 def test_sums_of_a_part(even: str) -> None:
-    """Two a layer forward, two more recomputed, two back but for the lowest, which wants no gradient below."""
+    """Two a layer forward, one more recomputed, two back but for the lowest, which wants no gradient below."""
     planner, devices = Planner(even, "cuda"), DevicesConfig(gpus=4)
     one = LENGTH * 256 * 4  # N D c
-    for train, sums in (({}, 4 + 4 - 1), ({"gradient_checkpointing": "on"}, 4 + 4 + 4 - 1)):
+    for train, sums in (({}, 4 + 4 - 1), ({"gradient_checkpointing": "on"}, 4 + 2 + 4 - 1)):
         traffic = planner.plan(run_config(even, {"tensor_parallel": 2}, train), devices).traffic
         assert traffic[1] == Traffic("activations", sums, sums * one, 0)  # 2 (T - 1) / T is 1
     flags = {"tensor_parallel": 2, "sequence_parallel": True}
@@ -248,6 +250,49 @@ def test_sums_of_a_part(even: str) -> None:
     assert upper.calls == 4 + 2 - 1
     accumulated = run_config(even, {"tensor_parallel": 2}, {"grad_accum": 3})
     assert planner.plan(accumulated, devices).traffic[1].inside == 3 * 7 * one
+
+
+class Exchanges(TorchDispatchMode):
+    """Bytes of every sum, gathering and scattered sum, the whole of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("c10d."):
+            whole = args[1] if "scatter" in str(func) else args[0]
+            self.sizes.append(sum(part.nbytes for parts in whole for part in flattened(parts)))
+        return func(*args, **(kwargs or {}))
+
+
+def flattened(parts: Any) -> list[Tensor]:
+    return [parts] if isinstance(parts, Tensor) else list(parts)
+
+
+@pytest.mark.parametrize("mode", ["off", "on"])
+@pytest.mark.parametrize("layers", ["", "1"])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_exchanges_of_a_pass(tmp_path: Path, sequence: bool, layers: str, mode: str) -> None:
+    """Number and bytes of what a split model's pass forward and back exchanges."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 4}
+    name = str(save_tiny_llama(tmp_path, tokenizer=tiny_tokenizer(), **sizes))
+    with fake_ranks(4) as mesh:
+        cut = WeightCut(name, Ranks(0, 4, 4, mesh.get_group(), sequence_parallel=sequence))
+        model = load_base_model(name, compute_dtype="float32", cut=cut)
+        split_model(model, cut)
+        inject_lora(model, LoRAConfig(layers=layers))
+        freeze_base(model)
+        settle_checkpointing(model, mode, LENGTH, say=lambda line: None)
+        tokens = torch.arange(LENGTH)
+        with Exchanges() as seen:
+            causal_lm_loss(model.train(), collate_packed([Example(tokens, tokens)]))[0].backward()
+    flags = {"tensor_parallel": 4, "sequence_parallel": sequence}
+    config = run_config(name, flags, {"gradient_checkpointing": mode, "grad_accum": 1}, layers=layers)
+    activations = Planner(name, "cpu").plan(config, DevicesConfig(gpus=4)).traffic[1]
+    assert activations.calls == len(seen.sizes) > 4
+    ring = 1 if sequence else 2  # a sum is a scattered sum and a gathering
+    assert activations.inside == ring * sum(seen.sizes) * 3 // 4
 
 
 def test_what_divides(even: str) -> None:
