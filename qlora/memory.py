@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from qlora.block import is_fused
 from qlora.device import GIB
+from qlora.division import split_axis
 from qlora.injection import lora_layers
 from qlora.quantize import local, logical_numel
 from qlora.trained import replaced_parameters
@@ -48,8 +49,6 @@ from qlora.trained import replaced_parameters
 FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
 HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
 POST_NORMS = ("gemma2", "gemma3_text")
-# What tensor parallel splits in a decoder layer: by rows, and by columns.
-COLUMN_PARALLEL, ROW_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
 @dataclass
@@ -125,7 +124,7 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
     """Bytes that all adapted layers keep of one token, beside their inputs: h, dropout's mask and DoRA's z."""
     kept = 0
     for name, layer in lora_layers(model).items():
-        ranks = tensor_parallel if name.endswith(ROW_PARALLEL) else 1
+        ranks = tensor_parallel if split_axis(name) == 1 else 1
         kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
         kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
     return kept

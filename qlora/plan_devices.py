@@ -36,13 +36,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora.config import ParallelConfig
+from qlora.division import split_axis
 from qlora.errors import InputError
-from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_layers, differentiated_layers
+from qlora.memory import MemoryPlan, decoder_layers, differentiated_layers
 from qlora.plan_flags import DevicesConfig
 from qlora.trained import replaced_parameters
-
-SPLIT_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # kinds of models that tensor parallel computes
-BLOCK = 64  # weights that share one scale; a slice of a 4-bit weight is a whole number of these wide
 
 
 @dataclass(frozen=True)
@@ -128,49 +126,6 @@ def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> La
                 f"multiple of {within}."
             )
     return Layout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
-
-
-def tensor_parallel_choices(config: Any) -> list[int]:
-    """The numbers of ranks from 2 on that a model's layers can be split over; none where its blocks are others.
-
-    Args:
-        config: the model's, of transformers.
-    """
-    if config.model_type not in SPLIT_TYPES or config.hidden_size % BLOCK:
-        return []
-    heads, keys, widths = _widths(config)
-    return [n for n in range(2, keys + 1) if not (heads % n or keys % n or any(w % (BLOCK * n) for w in widths))]
-
-
-def _widths(config: Any) -> tuple[int, int, tuple[int, int]]:
-    """Heads, key/value heads, and the widths of q and of gate and up."""
-    heads = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, keys, (heads * head_dim, config.intermediate_size)
-
-
-def check_tensor_parallel(config: Any, ranks: int) -> None:
-    """Whether `ranks` can compute each layer of a model together.
-
-    Raises:
-        InputError: other blocks; or heads or widths do not divide, with the numbers that do.
-    """
-    choices, kind = tensor_parallel_choices(config), config.model_type
-    if ranks == 1 or ranks in choices:
-        return
-    if kind not in SPLIT_TYPES:
-        raise InputError(
-            f"--tensor-parallel {ranks}: this model is of the kind {kind}; it is for {', '.join(SPLIT_TYPES)}. "
-            "Use --shard fsdp."
-        )
-    heads, keys, (queries, mlp) = _widths(config)
-    which = ", ".join(map(str, choices))
-    advice = f"These do: {which}; or use --shard fsdp" if choices else "No number does; use --shard fsdp"
-    raise InputError(
-        f"--tensor-parallel {ranks} does not divide this model's {heads} heads, {keys} key/value heads, and "
-        f"widths of {queries} (heads) and {mlp} (MLP) into multiples of {BLOCK}. {advice}."
-    )
 
 
 # ---- what a rank holds of the base ------------------------------------------------------------------------
@@ -260,10 +215,10 @@ def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
-        module, _, kind = name.replace(".base_layer", "").rpartition(".")
-        by_rows, by_columns = module.endswith(COLUMN_PARALLEL), module.endswith(ROW_PARALLEL) and kind == "weight"
+        layer, _, kind = name.replace(".base_layer", "").rpartition(".")
+        axis = split_axis(layer)
         parts = [rows * size for rows, size in stored_tensors(parameter)]
-        if by_rows or by_columns:
+        if axis == 0 or (axis == 1 and kind == "weight"):
             parts[:2] = [-(-part // ranks) for part in parts[:2]]
         total += sum(parts)
     return total

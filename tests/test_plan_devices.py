@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +28,11 @@ from qlora.loss import causal_lm_loss
 from qlora.memory import layer_bytes
 from qlora.packing import collate_packed
 from qlora.plan import Planner
-from qlora.plan_devices import Layout, Unit, gathered_peak, tensor_parallel_choices
+from qlora.plan_devices import Layout, Unit, gathered_peak
 from qlora.plan_flags import DevicesConfig
 from qlora.plan_step import Traffic, measure_flops, step_time
 from qlora.quantize import local
 from qlora.shard import load_sharded_model
-from qlora.tensor_parallel import possible_counts
 from qlora.tokenize import Example
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.tiny import tiny_tokenizer
@@ -250,18 +248,6 @@ def test_sums_of_a_part(even: str) -> None:
     assert planner.plan(accumulated, devices).traffic[1].inside == 3 * 7 * one
 
 
-def test_what_divides(even: str) -> None:
-    config = tiny_llama_config(hidden_size=4096, intermediate_size=11008, num_attention_heads=32)
-    config.num_key_value_heads = 32  # LLaMA 7B: 11008 is 4 x 43 x 64
-    assert tensor_parallel_choices(config) == [2, 4]
-    config.num_key_value_heads = 2
-    assert tensor_parallel_choices(config) == [2]
-    assert tensor_parallel_choices(tiny_llama_config()) == []
-    for kv_heads, width in itertools.product((2, 3, 8, 32), (11008, 12288, 1536)):  # what training accepts
-        config.num_key_value_heads, config.intermediate_size = kv_heads, width
-        assert tensor_parallel_choices(config) == possible_counts(config)
-
-
 # ---- a step -----------------------------------------------------------------------------------------------
 
 
@@ -427,7 +413,7 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
         ("--gpus 6 --tensor-parallel 4", "--tensor-parallel 4 does not divide --gpus 6"),
         (
             "--gpus 6 --tensor-parallel 3",
-            r"3 does not divide this model's 4 heads, .*These do: 2, 4; or use --shard",
+            r"--tensor-parallel 3: the model \S+ has 4 heads; .*Its layers divide into 2 or 4; or use --shard",
         ),
         ("--gpus 4 --tensor-parallel 2 --shard fsdp", "are not combined; choose one"),
         ("--gpus 12 --nodes 2 --tensor-parallel 4", "--tensor-parallel 4 on nodes of 6 devices would cut nodes"),
@@ -465,5 +451,5 @@ def test_other_blocks_are_not_computed_together(tmp_path: Path) -> None:
 
     GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=300).save_pretrained(tmp_path)
     flags = ("--gpus", "2", "--tensor-parallel", "2", "--target-modules", "c_attn")
-    with pytest.raises(InputError, match="of the kind gpt2; it is for llama, mistral, qwen2, qwen3"):
+    with pytest.raises(InputError, match="of the kind gpt2; tensor parallel is for llama, mistral, qwen2, qwen3"):
         main(["plan", "--model", str(tmp_path), "--device", "cuda", *flags])
