@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.block import is_fused
+from qlora.block import decoder_layers, is_fused
 from qlora.device import GIB
 from qlora.division import split_axis
 from qlora.injection import lora_layers
@@ -138,13 +138,6 @@ def activation_bytes(layer: int, layer_input: int, num_tokens: int, num_layers: 
         num_layers: layers that keep anything, of which the lowest `recomputed` keep their input alone.
     """
     return num_tokens * (recomputed * layer_input + max(num_layers - recomputed, 1) * layer)
-
-
-def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers that transformers can recompute, from the lowest up."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def differentiated_layers(model: nn.Module) -> list[Any]:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qlora.block import decoder_layers
 from qlora.config import ModelConfig, RunConfig
 from qlora.device import GIB, available_memory, resident_memory
 from qlora.division import check_widths, possible_counts
@@ -31,13 +32,7 @@ from qlora.injection import (
     wrap_layers,
 )
 from qlora.loss import CHUNK_SIZE
-from qlora.memory import (
-    MemoryPlan,
-    choose_recomputed,
-    decoder_layers,
-    default_limit,
-    plan_recomputing,
-)
+from qlora.memory import MemoryPlan, choose_recomputed, default_limit, plan_recomputing
 from qlora.model import load_tokenizer, plan_base_model
 from qlora.optim import choose_optimizer
 from qlora.packing import CPU_TOKENS, most_tokens

@@ -35,10 +35,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlora.block import decoder_layers
 from qlora.config import ParallelConfig
 from qlora.division import split_axis
 from qlora.errors import InputError
-from qlora.memory import MemoryPlan, decoder_layers, differentiated_layers
+from qlora.memory import MemoryPlan, differentiated_layers
 from qlora.plan_flags import DevicesConfig
 from qlora.trained import replaced_parameters
 

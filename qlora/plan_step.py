@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.memory import decoder_layers
+from qlora.block import decoder_layers
 from qlora.plan_devices import Census, Layout
 from qlora.quantize import logical_numel
 

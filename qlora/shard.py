@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.block import decoder_layers
 from qlora.device import give_back_memory
 from qlora.distributed import Ranks, as_bytes, describe_weight, sampled
 from qlora.errors import InputError
-from qlora.memory import decoder_layers
 from qlora.model import (
     Source,
     empty_model,

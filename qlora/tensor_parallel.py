@@ -46,11 +46,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.block import Exchange, is_fused
+from qlora.block import Exchange, decoder_layers, is_fused
 from qlora.distributed import Ranks, sample_weight
 from qlora.division import check_widths, split_axis
 from qlora.errors import InputError
-from qlora.memory import decoder_layers
 from qlora.model import load_config
 from qlora.quantize import Linear4bit, Linear16bit, Params4bit, Part, cut_weight
 

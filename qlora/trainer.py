@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora.block import decoder_layers
 from qlora.checkpoint import Progress
 from qlora.device import GIB, available_memory, peak_memory_gib
 from qlora.distributed import Ranks, ranks_of
@@ -42,14 +43,7 @@ from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.files import explain
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
-from qlora.memory import (
-    MemoryPlan,
-    choose_recomputed,
-    decoder_layers,
-    default_limit,
-    differentiated_layers,
-    plan_recomputing,
-)
+from qlora.memory import MemoryPlan, choose_recomputed, default_limit, differentiated_layers, plan_recomputing
 from qlora.optim import MasterOptimizer
 from qlora.packing import (
     Batch,

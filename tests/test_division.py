@@ -83,7 +83,9 @@ def is_cut(config: Any, count: int) -> bool:
 
 def test_what_divides_can_be_cut() -> None:
     found = set()
-    for heads, keys, head_dim, hidden, mlp in itertools.product((4, 6), (2, 3, 6), (32, 64), (192, 96), (256, 384)):
+    for heads, keys, head_dim, hidden, mlp in itertools.product(
+        (4, 6), (2, 3, 6), (32, 64), (192, 96), (256, 384)
+    ):
         config = tiny_llama_config(
             num_attention_heads=heads, num_key_value_heads=keys, head_dim=head_dim, hidden_size=hidden,
             intermediate_size=mlp,

@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from qlora import packing, trainer
+from qlora.block import decoder_layers
 from qlora.checkpoint import Progress
 from qlora.config import LoRAConfig
 from qlora.errors import StoppedOnRequest, TrainingStopped
 from qlora.injection import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
 from qlora.loss import CHUNK_SIZE
-from qlora.memory import decoder_layers, plan_memory
+from qlora.memory import plan_memory
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer, build_schedule
 from qlora.packing import WindowOrder, make_batches
