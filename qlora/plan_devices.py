@@ -23,8 +23,8 @@ Tensor parallel has the outputs that it sums twice, c N D bytes for N tokens, wi
 
 With --cpu-offload the shares rest in main memory, and a unit's share, u / K, comes to the device to be sent.
 
-The gradients are summed when activations, logits and workspace are gone, from one fp32 copy into another: 8 P
-bytes, of which `communication` has what goes beyond the place of those three.
+The gradients are summed when activations, logits and workspace are gone. They are moved into one fp32 tensor, and
+beside them this takes 4 P bytes, of which `communication` has what goes beyond the place of those three.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from qlora.block import decoder_layers
 from qlora.config import ParallelConfig
+from qlora.distributed import Ranks
 from qlora.division import split_axis
 from qlora.errors import InputError
 from qlora.memory import MemoryPlan, differentiated_layers
@@ -91,6 +92,11 @@ class Layout:
             split = f"the base split over {self.base_ranks:,}" + (f", {copies:,} times" if copies > 1 else "")
             return f"{where}: {split}" + (", its shares in main memory" if self.cpu_offload else "")
         return f"{where}, the whole base on each" if self.ranks > 1 else where
+
+
+def layout_of(ranks: Ranks) -> Layout:
+    """The layout of a run, as far as memory asks for it: on however many nodes."""
+    return Layout(ranks.size, 1, ranks.base_size, ranks.tensor_size, ranks.sequence_parallel, ranks.cpu_offload)
 
 
 def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> Layout:
@@ -204,12 +210,6 @@ def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
     return peak
 
 
-def gathered_bytes(model: Any, base_ranks: int) -> int:
-    """`gathered_peak` of a model whose base is sharded, adapters in place."""
-    first_trained = len(decoder_layers(model)) - len(differentiated_layers(model))
-    return gathered_peak(split_units(model, first_trained), Layout(ranks=base_ranks, base_ranks=base_ranks))
-
-
 def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
     """Bytes of the frozen base on each of `ranks` that compute each layer together."""
     total = 0
@@ -247,8 +247,12 @@ class Census:
     token_bytes: int
 
 
-def take_census(model: Any, tensor_parallel: int) -> Census:
-    """Count a model on the meta device, adapters in place."""
+def take_census(model: Any, tensor_parallel: int = 1) -> Census:
+    """Count a model, adapters in place: on the meta device, or as a run has loaded it.
+
+    Args:
+        tensor_parallel: T; 1 where the layers are split already.
+    """
     num_layers = len(decoder_layers(model))
     first_trained = num_layers - len(differentiated_layers(model))
     replaced = replaced_parameters(model).values()
@@ -270,17 +274,29 @@ def divide_plans(plans: Sequence[MemoryPlan], census: Census, layout: Layout, nu
         plans: with 0, 1, ... layers recomputed.
         num_tokens: N, the most that a micro-batch holds.
     """
-    base, held = plans[0].base, 0
+    base = plans[0].base
     if layout.tensor_parallel > 1:
         base = census.replaced + census.tensor_base
-        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
     elif layout.base_ranks > 1:
-        held = gathered_peak(census.units, layout)
         base = census.replaced
         if not layout.cpu_offload:
             base += sum(unit.share(layout.base_ranks) for unit in census.units)
-    summing = 8 * census.trained if layout.ranks > 1 else 0
-    return [
-        replace(p, base=base, communication=max(held, summing - p.activations - p.logits - p.workspace))
-        for p in plans
-    ]
+    return add_communication([replace(p, base=base) for p in plans], census, layout, num_tokens)
+
+
+def add_communication(
+    plans: Sequence[MemoryPlan], census: Census, layout: Layout, num_tokens: int
+) -> list[MemoryPlan]:
+    """A rank's plans with what is held to be sent or received, in the passes and where gradients are summed.
+
+    Args:
+        plans: with the base as the rank holds it.
+        Others as `divide_plans`.
+    """
+    held = 0
+    if layout.tensor_parallel > 1:
+        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
+    elif layout.base_ranks > 1:
+        held = gathered_peak(census.units, layout)
+    summing = 4 * census.trained if layout.ranks > 1 else 0
+    return [replace(p, communication=max(held, summing - p.activations - p.logits - p.workspace)) for p in plans]

@@ -55,7 +55,7 @@ from qlora.packing import (
     split_batch,
 )
 from qlora.peers import watch_peers
-from qlora.plan_devices import gathered_bytes
+from qlora.plan_devices import add_communication, layout_of, take_census
 from qlora.tokenize import IGNORE_INDEX, Example
 
 
@@ -134,7 +134,7 @@ def train_step(
     if _any_device(full, accelerator):
         raise StepOutOfMemory(here=full)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
-    _sum_gradients(optimizer.parameters, accelerator)
+    _sum_gradients(optimizer.parameters, ranks)
     for parameter in optimizer.parameters:
         if parameter.grad is not None:
             parameter.grad.div_(max(1, num_targets))  # once, in fp32
@@ -161,14 +161,24 @@ def _any_device(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
 
 
-def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add the devices' gradients, in place, as one flat fp32 all-reduce."""
-    if accelerator.num_processes == 1:
+def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Add the processes' gradients as one flat fp32 all-reduce.
+
+    They are moved into a tensor that is summed in place, so that beside them there is one copy at most, and while
+    it is sent none.
+    """
+    if ranks.size == 1:
         return
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    summed = accelerator.reduce(flat.float(), "sum")
-    for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    parts = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is not None:
+            part.copy_(parameter.grad)
+            parameter.grad = None
+    ranks.sum_in_place(flat)
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part
 
 
 def in_lockstep(batches: Sequence[Batch], ranks: Ranks, device: torch.device) -> Sequence[Batch]:
@@ -246,12 +256,11 @@ def settle_checkpointing(
     """
     dtype, device = model.compute_dtype, next(model.parameters()).device
     layers = differentiated_layers(model)
-    ranks = getattr(model, "ranks", None) or Ranks()
+    ranks = ranks_of(model, accelerator)
     divided = ranks.tensor_size, ranks.sequence_parallel
     plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
-    if ranks.shard_mesh is not None:
-        gathered = gathered_bytes(model, ranks.base_size)
-        plans = [replace(plan, communication=gathered) for plan in plans]
+    if ranks.size > 1:
+        plans = add_communication(plans, take_census(model), layout_of(ranks), num_tokens)
     limit, source = memory_budget, "--memory-budget"
     if limit is None:
         free = _free_memory(device, accelerator)

@@ -182,7 +182,7 @@ def test_processes_agree_on_what_to_recompute(
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(trainer, "available_memory", lambda device: 2**40)
-    two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
+    two: Any = SimpleNamespace(process_index=0, num_processes=2, device=torch.device("cpu"), gather=gather)
     share, _ = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
     assert share == (0 if others_free else 1) and asked == [2**39]
 
