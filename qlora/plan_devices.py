@@ -176,8 +176,7 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
     """What is gathered at once under --shard, in the order of the forward pass.
 
     A block is gathered for the forward and again for the backward pass, below the first that trains only for the
-    forward; the head, and embeddings, for their one use; tied embeddings for both uses. What lies just below the
-    first that trains is fetched once more: FSDP2 does not know that the backward pass ends there.
+    forward; the head, and embeddings, for their one use; tied embeddings for both uses.
 
     Args:
         first_trained: number of decoder layers below the first that trains anything.
@@ -193,9 +192,9 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
         seen.update(map(id, chosen))
         return Unit(kind, tuple(t for p in chosen for t in stored_tensors(p)), gathers)
 
-    units = [unit("embeddings", embeddings, (2 if tied else 1) + (first_trained == 0))]
+    units = [unit("embeddings", embeddings, 2 if tied else 1)]
     for number, layer in enumerate(layers):
-        units.append(unit("block", layer, 2 if number >= first_trained - 1 else 1))
+        units.append(unit("block", layer, 2 if number >= first_trained else 1))
     last = unit("head", None if tied else head, 1)
     return [*units, unit("rest", model, 2), last]
 

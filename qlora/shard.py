@@ -114,6 +114,15 @@ def _shard(network: Any, ranks: Ranks, device: torch.device) -> None:
         head._parameters["weight"] = embeddings.weight
 
 
+def end_backward_at(layer: Any) -> None:
+    """Have nothing gathered for the backward pass below a decoder layer, the first that trains.
+
+    FSDP2 fetches in advance what computed before a layer, unless told of other modules: here, of the layer itself,
+    which is there already.
+    """
+    layer.set_modules_to_backward_prefetch([layer])
+
+
 PIECE = 1 << 23  # values of a dense weight that are read at a time
 
 

@@ -56,6 +56,7 @@ from qlora.packing import (
 )
 from qlora.peers import watch_peers
 from qlora.plan_devices import add_communication, layout_of, take_census
+from qlora.shard import end_backward_at
 from qlora.tokenize import IGNORE_INDEX, Example
 
 
@@ -243,7 +244,8 @@ def settle_checkpointing(
 ) -> tuple[float, MemoryPlan]:
     """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
 
-    Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings.
+    Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings. A sharded base is gathered
+    for the backward pass no lower than it goes.
 
     Args:
         mode: "on" all layers, "off" none, "auto" as few as make the plan fit the budget.
@@ -266,6 +268,8 @@ def settle_checkpointing(
         free = _free_memory(device, accelerator)
         limit, source = default_limit(plans[0], free), "what is loaded and half of what is free"
     number = choose_recomputed(mode, [plan.total for plan in plans], limit)
+    if ranks.shard_mesh is not None and layers:
+        end_backward_at(layers[0])
     for index, layer in enumerate(layers):
         # What transformers' own switch does, but for making the embeddings' output want a gradient: layers below
         # the first adapted one would then be differentiated for nothing.
