@@ -251,18 +251,22 @@ def settle_checkpointing(
         mode: "on" all layers, "off" none, "auto" as few as make the plan fit the budget.
         num_tokens: the most that a micro-batch holds.
         memory_budget: bytes for all that is planned; None = the base and half of the free memory.
-        accelerator: of a run in several processes: they share the device's memory, and decide alike.
+        accelerator: names the device that computes; its processes share a CPU's memory, and decide alike.
         optim: kind of optimizer.
     Returns:
         (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
     """
-    dtype, device = model.compute_dtype, next(model.parameters()).device
+    dtype = model.compute_dtype
+    device = next(model.parameters()).device if accelerator is None else accelerator.device
     layers = differentiated_layers(model)
     ranks = ranks_of(model, accelerator)
     divided = ranks.tensor_size, ranks.sequence_parallel
     plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
     if ranks.size > 1:
-        plans = add_communication(plans, take_census(model), layout_of(ranks), num_tokens)
+        census = take_census(model)
+        if ranks.cpu_offload:  # the shares are in main memory
+            plans = [replace(plan, base=census.replaced) for plan in plans]
+        plans = add_communication(plans, census, layout_of(ranks), num_tokens)
     limit, source = memory_budget, "--memory-budget"
     if limit is None:
         free = _free_memory(device, accelerator)

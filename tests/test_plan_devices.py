@@ -296,6 +296,7 @@ def test_sums_take_the_place_of_activations(even: str) -> None:
     [
         {},
         {"shard": "fsdp"},
+        {"shard": "fsdp", "cpu_offload": True},
         {"shard": "hsdp", "shard_size": 2},
         {"tensor_parallel": 2},
         {"tensor_parallel": 4, "sequence_parallel": True},
@@ -304,16 +305,17 @@ def test_sums_take_the_place_of_activations(even: str) -> None:
 )
 def test_a_run_plans_what_the_plan_says(even_model: str, parallel: dict[str, Any], rank: int) -> None:
     """Every component, of the model as a process loads it; with a rank of 256 the sum of gradients is the most."""
-    config = run_config(even_model, parallel, rank=rank, target_modules="all-linear")
-    planner, size = Planner(even_model, "cpu"), 4
+    config = run_config(even_model, parallel, {"optim": "adamw"}, rank=rank, target_modules="all-linear")
+    planner, size, offload = Planner(even_model, "cuda"), 4, config.parallel.cpu_offload
     here: Any = SimpleNamespace(
         process_index=0, num_processes=size, device=torch.device("cpu"), main_process_first=nullcontext
     )
     with fake_ranks(size):
-        ranks = arrange_ranks(config.parallel, here)
+        ranks = arrange_ranks(replace(config.parallel, cpu_offload=False), here)
         model = load_for_ranks(even_model, ranks, here, compute_dtype="float32", cache=False, check=False)
         inject_lora(model, config.lora)
         freeze_base(model)
+        model.ranks = replace(ranks, cpu_offload=offload)  # without a GPU FSDP2 refuses to do it
         for mode in ("off", "on"):
             train = replace(config.train, gradient_checkpointing=mode)
             plan = planner.plan(replace(config, train=train), DevicesConfig(gpus=size))

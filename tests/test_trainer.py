@@ -187,6 +187,20 @@ def test_processes_agree_on_what_to_recompute(
     assert share == (0 if others_free else 1) and asked == [2**39]
 
 
+def test_the_memory_is_that_of_the_device_that_computes(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cpu-offload the base is in main memory, which was asked for its free bytes in the GPU's place."""
+    asked: list[torch.device] = []
+
+    def available_memory(device: torch.device) -> int:
+        asked.append(device)
+        return 2**40
+
+    monkeypatch.setattr(trainer, "available_memory", available_memory)
+    one: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda"))
+    settle_checkpointing(adapted(tiny), "auto", 256, accelerator=one, say=lambda line: None)
+    assert asked == [torch.device("cuda")]
+
+
 def test_what_is_said_of_the_memory(tiny: str) -> None:
     model, said = adapted(tiny), []
     plans = [plan_memory(model, 256, torch.float32, number, CHUNK_SIZE) for number in range(3)]
