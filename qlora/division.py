@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qlora.attention import head_counts
 from qlora.errors import InputError
 from qlora.quantize import BLOCK_SIZES
 
@@ -67,13 +68,11 @@ def possible_counts(config: Any) -> list[int]:
 
 def _indivisible(config: Any, count: int) -> list[str]:
     """What of a model does not divide into `count` parts, in words."""
-    heads, hidden, mlp = config.num_attention_heads, config.hidden_size, config.intermediate_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    queries = heads * (getattr(config, "head_dim", None) or hidden // heads)
+    (heads, kv_heads, head_dim), hidden = head_counts(config), config.hidden_size
     problems = [f"{n} {what}" for n, what in ((heads, "heads"), (kv_heads, "key-value heads")) if n % count]
     if hidden % BLOCK_SIZE:
         problems.append(f"a hidden size of {hidden}, no multiple of {BLOCK_SIZE}")
-    for width, what in ((queries, "a heads' width"), (mlp, "an MLP width")):
+    for width, what in ((heads * head_dim, "a heads' width"), (config.intermediate_size, "an MLP width")):
         if width % (count * BLOCK_SIZE):
             problems.append(f"{what} of {width}, no {count} x a multiple of {BLOCK_SIZE}")
     return problems

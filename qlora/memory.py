@@ -39,6 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.attention import head_counts
 from qlora.block import decoder_layers, is_fused
 from qlora.device import GIB
 from qlora.division import split_axis
@@ -97,9 +98,8 @@ def layer_bytes(
         fused: whether the layer computes as block.py.
         tensor_parallel, sequence_parallel: T, and whether the norms' tokens are divided by it, too.
     """
-    hidden, heads, c = config.hidden_size, config.num_attention_heads, dtype.itemsize
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
+    queries, keys = heads * head_dim, kv_heads * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     inputs = hidden * (not {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}.isdisjoint(adapted))
     inputs += hidden * (not {"gate_proj", "up_proj", "gate_up_proj", "c_fc"}.isdisjoint(adapted))
