@@ -25,6 +25,13 @@ ATTENTION_NAME = "qlora_packed"
 UPCAST_BELOW = 256
 
 
+def head_counts(config: Any) -> tuple[int, int, int]:
+    """(heads, key-value heads, width of each) by a model's config, of transformers."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
 def register_attention() -> None:
     """Make `attn_implementation="qlora_packed"` known to transformers; safe to call again."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -102,6 +102,13 @@ class SwiGLU(torch.autograd.Function):
         return kernels.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
+def decoder_layers(model: nn.Module) -> list[Any]:
+    """The layers that transformers can recompute, from the lowest up."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def fuse_blocks(network: nn.Module) -> None:
     """Give a transformers model's decoder blocks the forward above, where their own computes the same."""
     for module in list(network.modules()):

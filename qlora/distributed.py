@@ -78,6 +78,11 @@ class Ranks:
         total = self._reduced(values, torch.distributed.ReduceOp.SUM)
         return total if self.tensor_size == 1 else (total / self.tensor_size).to(values.dtype)
 
+    def sum_in_place(self, values: Tensor) -> None:
+        """Make of `values` their sum over all processes, with no copy."""
+        if self.size > 1:
+            torch.distributed.all_reduce(values)
+
     def max(self, value: int, device: torch.device) -> int:
         """The largest of all processes' numbers."""
         if self.size == 1:
@@ -90,9 +95,10 @@ class Ranks:
         return result
 
 
-def ranks_of(model: Any, accelerator: Accelerator) -> Ranks:
-    """How the processes share the work on a model: as its base was split, else data parallel."""
-    return getattr(model, "ranks", None) or Ranks(accelerator.process_index, accelerator.num_processes)
+def ranks_of(model: Any, accelerator: Accelerator | None) -> Ranks:
+    """How the processes share the work on a model: as its base was split, else data parallel; None: one alone."""
+    whole = Ranks() if accelerator is None else Ranks(accelerator.process_index, accelerator.num_processes)
+    return getattr(model, "ranks", None) or whole
 
 
 def arrange_ranks(config: ParallelConfig, accelerator: Accelerator) -> Ranks:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from qlora.adapter import check_adapter, read_adapter
+from qlora.attention import head_counts
 from qlora.errors import InputError
 from qlora.files import new_file
 from qlora.gguf_vocabulary import add_vocabulary
@@ -212,7 +213,7 @@ def _add_metadata(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    *_, head_dim = head_counts(config)
     writer.add_rope_dimension_count(head_dim)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qlora.attention import head_counts
 from qlora.errors import InputError
 from qlora.files import read_json, read_tensors
 from qlora.redact import redact
@@ -202,10 +203,9 @@ def _read_torchtune(
 
 def _unpermute(rows: Tensor, layer: str, config: Any) -> Tensor:
     """Put the rows (O, ...) of q or k from neighbours (2i, 2i + 1) into Hugging Face's halves (i, i + half)."""
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, kv_heads, head_dim = head_counts(config)
     if layer.endswith(".k_proj"):
-        heads = getattr(config, "num_key_value_heads", None) or heads
+        heads = kv_heads
     if rows.shape[0] != heads * head_dim or head_dim % 2:
         raise InputError(
             f"The adapter has {rows.shape[0]} rows for {layer}, but --model {heads} heads of {head_dim} there; "

@@ -39,8 +39,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.block import is_fused
+from qlora.attention import head_counts
+from qlora.block import decoder_layers, is_fused
 from qlora.device import GIB
+from qlora.division import split_axis
 from qlora.injection import lora_layers
 from qlora.quantize import local, logical_numel
 from qlora.trained import replaced_parameters
@@ -48,8 +50,6 @@ from qlora.trained import replaced_parameters
 FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
 HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
 POST_NORMS = ("gemma2", "gemma3_text")
-# What tensor parallel splits in a decoder layer: by rows, and by columns.
-COLUMN_PARALLEL, ROW_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 
 
 @dataclass
@@ -98,9 +98,8 @@ def layer_bytes(
         fused: whether the layer computes as block.py.
         tensor_parallel, sequence_parallel: T, and whether the norms' tokens are divided by it, too.
     """
-    hidden, heads, c = config.hidden_size, config.num_attention_heads, dtype.itemsize
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
+    queries, keys = heads * head_dim, kv_heads * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
     inputs = hidden * (not {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}.isdisjoint(adapted))
     inputs += hidden * (not {"gate_proj", "up_proj", "gate_up_proj", "c_fc"}.isdisjoint(adapted))
@@ -125,7 +124,7 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
     """Bytes that all adapted layers keep of one token, beside their inputs: h, dropout's mask and DoRA's z."""
     kept = 0
     for name, layer in lora_layers(model).items():
-        ranks = tensor_parallel if name.endswith(ROW_PARALLEL) else 1
+        ranks = tensor_parallel if split_axis(name) == 1 else 1
         kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
         kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
     return kept
@@ -139,13 +138,6 @@ def activation_bytes(layer: int, layer_input: int, num_tokens: int, num_layers: 
         num_layers: layers that keep anything, of which the lowest `recomputed` keep their input alone.
     """
     return num_tokens * (recomputed * layer_input + max(num_layers - recomputed, 1) * layer)
-
-
-def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers that transformers can recompute, from the lowest up."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def differentiated_layers(model: nn.Module) -> list[Any]:

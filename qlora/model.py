@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.block import fuse_blocks
+from qlora.block import decoder_layers, fuse_blocks
 from qlora.device import cache_directory, choose_compute_dtype
 from qlora.errors import InputError
 from qlora.experts import separate_experts
@@ -365,9 +365,8 @@ def load_first_block(
     Of embeddings, head and the other layers nothing is read; they stay on the meta device.
     """
     network = empty_model(model)
-    layers = [f"{name}." for name in block_names(network)]
-    ends = (network.get_input_embeddings(), network.get_output_embeddings())
-    left = (*layers[1:], *(f"{name}." for name, module in network.named_modules() if module in ends))
+    out = {network.get_input_embeddings(), network.get_output_embeddings(), *decoder_layers(network)[1:]}
+    left = tuple(f"{name}." for name, module in network.named_modules() if module in out)
     weights = _stored_weights(network, source, quant, device, lambda name: not name.startswith(left))
     _place(network, weights)
     _compute_in(network, dtype)
@@ -376,13 +375,6 @@ def load_first_block(
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
     network.compute_dtype = dtype
     return network.eval()
-
-
-def block_names(network: nn.Module) -> list[str]:
-    """Qualified names of a network's decoder layers, from the lowest up."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [name for name, m in network.named_modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def plan_base_model(

@@ -18,8 +18,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qlora.block import decoder_layers
 from qlora.config import ModelConfig, RunConfig
 from qlora.device import GIB, available_memory, resident_memory
+from qlora.division import check_widths, possible_counts
 from qlora.errors import InputError
 from qlora.injection import (
     ParameterSummary,
@@ -30,13 +32,7 @@ from qlora.injection import (
     wrap_layers,
 )
 from qlora.loss import CHUNK_SIZE
-from qlora.memory import (
-    MemoryPlan,
-    choose_recomputed,
-    decoder_layers,
-    default_limit,
-    plan_recomputing,
-)
+from qlora.memory import MemoryPlan, choose_recomputed, default_limit, plan_recomputing
 from qlora.model import load_tokenizer, plan_base_model
 from qlora.optim import choose_optimizer
 from qlora.packing import CPU_TOKENS, most_tokens
@@ -45,10 +41,8 @@ from qlora.plan_devices import (
     Census,
     Layout,
     arrange,
-    check_tensor_parallel,
     divide_plans,
     take_census,
-    tensor_parallel_choices,
 )
 from qlora.plan_flags import DevicesConfig
 from qlora.plan_step import Traffic, Work, measure_flops, step_flops, step_time, step_traffic
@@ -154,7 +148,7 @@ class Planner:
         layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
         t, d = config.train, config.data
         model = self._adapted_model(config)
-        check_tensor_parallel(model.config, layout.tensor_parallel)
+        check_widths(model.config, layout.tensor_parallel, self.name)
         optim = choose_optimizer(t.optim, self.device)
         num_tokens = most_tokens(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
         together = layout.tensor_parallel, layout.sequence_parallel
@@ -235,7 +229,7 @@ class Planner:
             make it fit, None where all do not.
         """
         before = self._memory_plan(config, devices).total
-        choices = tuple(tensor_parallel_choices(self._adapted_model(config).config)) if devices else ()
+        choices = tuple(possible_counts(self._adapted_model(config).config)) if devices else ()
         job = Job(config, devices, self.device.type, choices)
         each = (self._try(job, change) for change in CHANGES)
         alone = [remedy for remedy in each if remedy is not None and remedy.plan.total < before]

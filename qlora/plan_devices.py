@@ -23,8 +23,8 @@ Tensor parallel has the outputs that it sums twice, c N D bytes for N tokens, wi
 
 With --cpu-offload the shares rest in main memory, and a unit's share, u / K, comes to the device to be sent.
 
-The gradients are summed when activations, logits and workspace are gone, from one fp32 copy into another: 8 P
-bytes, of which `communication` has what goes beyond the place of those three.
+The gradients are summed when activations, logits and workspace are gone. They are moved into one fp32 tensor, and
+beside them this takes 4 P bytes, of which `communication` has what goes beyond the place of those three.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qlora.block import decoder_layers
 from qlora.config import ParallelConfig
+from qlora.distributed import Ranks
+from qlora.division import split_axis
 from qlora.errors import InputError
-from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, MemoryPlan, decoder_layers, differentiated_layers
+from qlora.memory import MemoryPlan, differentiated_layers
 from qlora.plan_flags import DevicesConfig
 from qlora.trained import replaced_parameters
-
-SPLIT_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # kinds of models that tensor parallel computes
-BLOCK = 64  # weights that share one scale; a slice of a 4-bit weight is a whole number of these wide
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,11 @@ class Layout:
         return f"{where}, the whole base on each" if self.ranks > 1 else where
 
 
+def layout_of(ranks: Ranks) -> Layout:
+    """The layout of a run, as far as memory asks for it: on however many nodes."""
+    return Layout(ranks.size, 1, ranks.base_size, ranks.tensor_size, ranks.sequence_parallel, ranks.cpu_offload)
+
+
 def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> Layout:
     """The layout that the flags ask for.
 
@@ -128,49 +133,6 @@ def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> La
                 f"multiple of {within}."
             )
     return Layout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
-
-
-def tensor_parallel_choices(config: Any) -> list[int]:
-    """The numbers of ranks from 2 on that a model's layers can be split over; none where its blocks are others.
-
-    Args:
-        config: the model's, of transformers.
-    """
-    if config.model_type not in SPLIT_TYPES or config.hidden_size % BLOCK:
-        return []
-    heads, keys, widths = _widths(config)
-    return [n for n in range(2, keys + 1) if not (heads % n or keys % n or any(w % (BLOCK * n) for w in widths))]
-
-
-def _widths(config: Any) -> tuple[int, int, tuple[int, int]]:
-    """Heads, key/value heads, and the widths of q and of gate and up."""
-    heads = config.num_attention_heads
-    keys = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, keys, (heads * head_dim, config.intermediate_size)
-
-
-def check_tensor_parallel(config: Any, ranks: int) -> None:
-    """Whether `ranks` can compute each layer of a model together.
-
-    Raises:
-        InputError: other blocks; or heads or widths do not divide, with the numbers that do.
-    """
-    choices, kind = tensor_parallel_choices(config), config.model_type
-    if ranks == 1 or ranks in choices:
-        return
-    if kind not in SPLIT_TYPES:
-        raise InputError(
-            f"--tensor-parallel {ranks}: this model is of the kind {kind}; it is for {', '.join(SPLIT_TYPES)}. "
-            "Use --shard fsdp."
-        )
-    heads, keys, (queries, mlp) = _widths(config)
-    which = ", ".join(map(str, choices))
-    advice = f"These do: {which}; or use --shard fsdp" if choices else "No number does; use --shard fsdp"
-    raise InputError(
-        f"--tensor-parallel {ranks} does not divide this model's {heads} heads, {keys} key/value heads, and "
-        f"widths of {queries} (heads) and {mlp} (MLP) into multiples of {BLOCK}. {advice}."
-    )
 
 
 # ---- what a rank holds of the base ------------------------------------------------------------------------
@@ -214,8 +176,7 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
     """What is gathered at once under --shard, in the order of the forward pass.
 
     A block is gathered for the forward and again for the backward pass, below the first that trains only for the
-    forward; the head, and embeddings, for their one use; tied embeddings for both uses. What lies just below the
-    first that trains is fetched once more: FSDP2 does not know that the backward pass ends there.
+    forward; the head, and embeddings, for their one use; tied embeddings for both uses.
 
     Args:
         first_trained: number of decoder layers below the first that trains anything.
@@ -231,9 +192,9 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
         seen.update(map(id, chosen))
         return Unit(kind, tuple(t for p in chosen for t in stored_tensors(p)), gathers)
 
-    units = [unit("embeddings", embeddings, (2 if tied else 1) + (first_trained == 0))]
+    units = [unit("embeddings", embeddings, 2 if tied else 1)]
     for number, layer in enumerate(layers):
-        units.append(unit("block", layer, 2 if number >= first_trained - 1 else 1))
+        units.append(unit("block", layer, 2 if number >= first_trained else 1))
     last = unit("head", None if tied else head, 1)
     return [*units, unit("rest", model, 2), last]
 
@@ -248,22 +209,16 @@ def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
     return peak
 
 
-def gathered_bytes(model: Any, base_ranks: int) -> int:
-    """`gathered_peak` of a model whose base is sharded, adapters in place."""
-    first_trained = len(decoder_layers(model)) - len(differentiated_layers(model))
-    return gathered_peak(split_units(model, first_trained), Layout(ranks=base_ranks, base_ranks=base_ranks))
-
-
 def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
     """Bytes of the frozen base on each of `ranks` that compute each layer together."""
     total = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
-        module, _, kind = name.replace(".base_layer", "").rpartition(".")
-        by_rows, by_columns = module.endswith(COLUMN_PARALLEL), module.endswith(ROW_PARALLEL) and kind == "weight"
+        layer, _, kind = name.replace(".base_layer", "").rpartition(".")
+        axis = split_axis(layer)
         parts = [rows * size for rows, size in stored_tensors(parameter)]
-        if by_rows or by_columns:
+        if axis == 0 or (axis == 1 and kind == "weight"):
             parts[:2] = [-(-part // ranks) for part in parts[:2]]
         total += sum(parts)
     return total
@@ -291,8 +246,12 @@ class Census:
     token_bytes: int
 
 
-def take_census(model: Any, tensor_parallel: int) -> Census:
-    """Count a model on the meta device, adapters in place."""
+def take_census(model: Any, tensor_parallel: int = 1) -> Census:
+    """Count a model, adapters in place: on the meta device, or as a run has loaded it.
+
+    Args:
+        tensor_parallel: T; 1 where the layers are split already.
+    """
     num_layers = len(decoder_layers(model))
     first_trained = num_layers - len(differentiated_layers(model))
     replaced = replaced_parameters(model).values()
@@ -314,17 +273,29 @@ def divide_plans(plans: Sequence[MemoryPlan], census: Census, layout: Layout, nu
         plans: with 0, 1, ... layers recomputed.
         num_tokens: N, the most that a micro-batch holds.
     """
-    base, held = plans[0].base, 0
+    base = plans[0].base
     if layout.tensor_parallel > 1:
         base = census.replaced + census.tensor_base
-        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
     elif layout.base_ranks > 1:
-        held = gathered_peak(census.units, layout)
         base = census.replaced
         if not layout.cpu_offload:
             base += sum(unit.share(layout.base_ranks) for unit in census.units)
-    summing = 8 * census.trained if layout.ranks > 1 else 0
-    return [
-        replace(p, base=base, communication=max(held, summing - p.activations - p.logits - p.workspace))
-        for p in plans
-    ]
+    return add_communication([replace(p, base=base) for p in plans], census, layout, num_tokens)
+
+
+def add_communication(
+    plans: Sequence[MemoryPlan], census: Census, layout: Layout, num_tokens: int
+) -> list[MemoryPlan]:
+    """A rank's plans with what is held to be sent or received, in the passes and where gradients are summed.
+
+    Args:
+        plans: with the base as the rank holds it.
+        Others as `divide_plans`.
+    """
+    held = 0
+    if layout.tensor_parallel > 1:
+        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
+    elif layout.base_ranks > 1:
+        held = gathered_peak(census.units, layout)
+    summing = 4 * census.trained if layout.ranks > 1 else 0
+    return [replace(p, communication=max(held, summing - p.activations - p.logits - p.workspace)) for p in plans]

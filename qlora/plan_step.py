@@ -46,7 +46,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.memory import decoder_layers
+from qlora.attention import head_counts
+from qlora.block import decoder_layers
 from qlora.plan_devices import Census, Layout
 from qlora.quantize import logical_numel
 
@@ -122,8 +123,8 @@ def step_traffic(layout: Layout, census: Census, work: Work) -> list[Traffic]:
 def step_flops(model: Any, work: Work, layout: Layout) -> int:
     """Floating-point operations of each rank in a step; `model` on the meta device, adapters in place."""
     config, ranks = model.config, layout.tensor_parallel
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    scores = config.num_attention_heads * head_dim * work.length
+    heads, _, head_dim = head_counts(config)
+    scores = heads * head_dim * work.length
     total = 0
     for number, layer in enumerate(decoder_layers(model)):
         w, a = _weights(layer, config)

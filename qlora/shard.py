@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.block import decoder_layers
 from qlora.device import give_back_memory
 from qlora.distributed import Ranks, as_bytes, describe_weight, sampled
 from qlora.errors import InputError
-from qlora.memory import decoder_layers
 from qlora.model import (
     Source,
     empty_model,
@@ -112,6 +112,15 @@ def _shard(network: Any, ranks: Ranks, device: torch.device) -> None:
     network.to_empty(device="cpu" if ranks.cpu_offload else device)
     if is_tied:
         head._parameters["weight"] = embeddings.weight
+
+
+def end_backward_at(layer: Any) -> None:
+    """Have nothing gathered for the backward pass below a decoder layer, the first that trains.
+
+    FSDP2 fetches in advance what computed before a layer, unless told of other modules: here, of the layer itself,
+    which is there already.
+    """
+    layer.set_modules_to_backward_prefetch([layer])
 
 
 PIECE = 1 << 23  # values of a dense weight that are read at a time

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from qlora.attention import packed_arguments
-from qlora.block import ALONE
+from qlora.block import ALONE, decoder_layers
 from qlora.device import give_back_memory
 from qlora.distributed import Ranks
 from qlora.errors import TrainingStopped
-from qlora.model import block_names, find_source, load_base_model, load_first_block, settle_compute_dtype
+from qlora.model import find_source, load_base_model, load_first_block, settle_compute_dtype
 from qlora.quantize import QuantConfig, forget_buffer
 from qlora.shard import load_sharded_model
 from qlora.tensor_parallel import WeightCut, split_model
@@ -114,7 +114,7 @@ def check_block(network: Any, sample: BlockSample) -> float:
     Raises:
         TrainingStopped: it is above rounding.
     """
-    block, (args, kwargs, expected) = network.get_submodule(block_names(network)[0]), sample
+    block, (args, kwargs, expected) = decoder_layers(network)[0], sample
     if hasattr(block, "unshard"):  # by itself: called as a module, it would take itself for the whole model
         block.unshard()
         found = block.forward(*args, **kwargs)
@@ -135,7 +135,7 @@ def check_block(network: Any, sample: BlockSample) -> float:
 def sample_block(whole: Any) -> BlockSample:
     """Let the first block of a model, from `load_first_block`, compute on two sequences of random numbers."""
     generator, count = torch.Generator().manual_seed(0), sum(CHECKED_TOKENS)
-    block = whole.get_submodule(block_names(whole)[0])
+    block = decoder_layers(whole)[0]
     device = next(block.parameters()).device
     hidden = torch.randn(1, count, whole.config.hidden_size, generator=generator).to(device, whole.compute_dtype)
     positions = torch.cat([torch.arange(length) for length in CHECKED_TOKENS])[None]

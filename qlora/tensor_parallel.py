@@ -39,7 +39,6 @@ inputs of adapted layers, all tokens, stay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +46,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from qlora.block import Exchange, is_fused
+from qlora.block import Exchange, decoder_layers, is_fused
 from qlora.distributed import Ranks, sample_weight
+from qlora.division import check_widths, split_axis
 from qlora.errors import InputError
-from qlora.memory import COLUMN_PARALLEL, ROW_PARALLEL, decoder_layers
 from qlora.model import load_config
-from qlora.plan_devices import SPLIT_TYPES
-from qlora.quantize import BLOCK_SIZES, Linear4bit, Linear16bit, Params4bit, Part, cut_weight
+from qlora.quantize import Linear4bit, Linear16bit, Params4bit, Part, cut_weight
 
 # ---- what is exchanged ------------------------------------------------------------------------------------
 
@@ -181,52 +179,10 @@ class GroupExchange(Exchange):
 # ---- cutting weights --------------------------------------------------------------------------------------
 
 
-def check_widths(config: Any, count: int, block_size: int = BLOCK_SIZES[0], model: str = "") -> None:
-    """Refuse a model whose blocks do not divide into `count` parts.
-
-    Args:
-        config: the model's, of transformers.
-        model: its name, for the message.
-    Raises:
-        InputError: names every number that does not divide, and the counts that would do.
-    """
-    named = f"--tensor-parallel {count}: the model {model}".rstrip()
-    if config.model_type not in SPLIT_TYPES:
-        raise InputError(
-            f"{named} is of the kind {config.model_type}; tensor parallel is for {', '.join(SPLIT_TYPES)}. "
-            "Use --shard fsdp."
-        )
-    problems = _indivisible(config, count, block_size)
-    if problems:
-        possible = possible_counts(config, block_size)
-        remedy = f"Its blocks divide into {_listed(possible)}" if possible else "It divides into none"
-        raise InputError(f"{named} has {'; '.join(problems)}. {remedy}; or use --shard fsdp.")
-
-
-def possible_counts(config: Any, block_size: int = BLOCK_SIZES[0]) -> list[int]:
-    """The numbers of processes, 2 or more, that a model's blocks divide into."""
-    if config.model_type not in SPLIT_TYPES:
-        return []
-    return [n for n in range(2, config.num_attention_heads + 1) if not _indivisible(config, n, block_size)]
-
-
-def _indivisible(config: Any, count: int, block_size: int) -> list[str]:
-    """What of a model does not divide into `count` parts, in words."""
-    heads, hidden, mlp = config.num_attention_heads, config.hidden_size, config.intermediate_size
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    queries = heads * (getattr(config, "head_dim", None) or hidden // heads)
-    problems = [f"{n} {what}" for n, what in ((heads, "heads"), (kv_heads, "key-value heads")) if n % count]
-    if hidden % block_size:
-        problems.append(f"a hidden size of {hidden}, no multiple of {block_size}")
-    for width, what in ((queries, "heads' width"), (mlp, "MLP width")):
-        if width % (count * block_size):
-            problems.append(f"a {what} of {width}, no {count} x a multiple of {block_size}")
-    return problems
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    words = [str(number) for number in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+def split_of(layer: str, ranks: Ranks) -> Part | None:
+    """The part of a layer, given by its qualified name, that a process holds; None: all of it."""
+    axis = split_axis(layer)
+    return None if axis is None else Part(axis, ranks.tensor_rank, ranks.tensor_size)
 
 
 class WeightCut:
@@ -239,11 +195,11 @@ class WeightCut:
     Attributes:
         samples: what stands in the base's fingerprint for each weight that was cut.
     Raises:
-        InputError: a model whose blocks do not divide (`check_widths`).
+        InputError: a model whose layers do not divide (`check_widths`).
     """
 
     def __init__(self, model: str, ranks: Ranks) -> None:
-        check_widths(load_config(model), ranks.tensor_size, model=model)
+        check_widths(load_config(model), ranks.tensor_size, model)
         self.ranks = ranks
         self.samples: dict[str, bytes] = {}
 
@@ -262,14 +218,6 @@ class WeightCut:
             return cut_weight(weight, part)
         except ValueError as error:
             raise InputError(f"--tensor-parallel {part.count} does not divide {name} ({error}).") from error
-
-
-def split_of(name: str, ranks: Ranks) -> Part | None:
-    """The part of the layer `name` that a process holds; None: all of it."""
-    last = name.rpartition(".")[2]
-    if ".layers." not in name or last not in COLUMN_PARALLEL + ROW_PARALLEL:
-        return None
-    return Part(int(last in ROW_PARALLEL), ranks.tensor_rank, ranks.tensor_size)
 
 
 def split_model(network: Any, cut: WeightCut) -> None:

@@ -35,6 +35,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qlora.block import decoder_layers
 from qlora.checkpoint import Progress
 from qlora.device import GIB, available_memory, peak_memory_gib
 from qlora.distributed import Ranks, ranks_of
@@ -42,14 +43,7 @@ from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.files import explain
 from qlora.injection import active_adapter, lora_layers, lora_parameters
 from qlora.loss import CHUNK_SIZE, causal_lm_loss
-from qlora.memory import (
-    MemoryPlan,
-    choose_recomputed,
-    decoder_layers,
-    default_limit,
-    differentiated_layers,
-    plan_recomputing,
-)
+from qlora.memory import MemoryPlan, choose_recomputed, default_limit, differentiated_layers, plan_recomputing
 from qlora.optim import MasterOptimizer
 from qlora.packing import (
     Batch,
@@ -61,7 +55,8 @@ from qlora.packing import (
     split_batch,
 )
 from qlora.peers import watch_peers
-from qlora.plan_devices import gathered_bytes
+from qlora.plan_devices import add_communication, layout_of, take_census
+from qlora.shard import end_backward_at
 from qlora.tokenize import IGNORE_INDEX, Example
 
 
@@ -140,7 +135,7 @@ def train_step(
     if _any_device(full, accelerator):
         raise StepOutOfMemory(here=full)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
-    _sum_gradients(optimizer.parameters, accelerator)
+    _sum_gradients(optimizer.parameters, ranks)
     for parameter in optimizer.parameters:
         if parameter.grad is not None:
             parameter.grad.div_(max(1, num_targets))  # once, in fp32
@@ -167,14 +162,24 @@ def _any_device(flag: bool, accelerator: Accelerator) -> bool:
     return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
 
 
-def _sum_gradients(parameters: Sequence[nn.Parameter], accelerator: Accelerator) -> None:
-    """Add the devices' gradients, in place, as one flat fp32 all-reduce."""
-    if accelerator.num_processes == 1:
+def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Add the processes' gradients as one flat fp32 all-reduce.
+
+    They are moved into a tensor that is summed in place, so that beside them there is one copy at most, and while
+    it is sent none.
+    """
+    if ranks.size == 1:
         return
-    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
-    summed = accelerator.reduce(flat.float(), "sum")
-    for parameter, part in zip(parameters, summed.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    parts = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is not None:
+            part.copy_(parameter.grad)
+            parameter.grad = None
+    ranks.sum_in_place(flat)
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part
 
 
 def in_lockstep(batches: Sequence[Batch], ranks: Ranks, device: torch.device) -> Sequence[Batch]:
@@ -239,30 +244,36 @@ def settle_checkpointing(
 ) -> tuple[float, MemoryPlan]:
     """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
 
-    Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings.
+    Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings. A sharded base is gathered
+    for the backward pass no lower than it goes.
 
     Args:
         mode: "on" all layers, "off" none, "auto" as few as make the plan fit the budget.
         num_tokens: the most that a micro-batch holds.
         memory_budget: bytes for all that is planned; None = the base and half of the free memory.
-        accelerator: of a run in several processes: they share the device's memory, and decide alike.
+        accelerator: names the device that computes; its processes share a CPU's memory, and decide alike.
         optim: kind of optimizer.
     Returns:
         (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
     """
-    dtype, device = model.compute_dtype, next(model.parameters()).device
+    dtype = model.compute_dtype
+    device = next(model.parameters()).device if accelerator is None else accelerator.device
     layers = differentiated_layers(model)
-    ranks = getattr(model, "ranks", None) or Ranks()
+    ranks = ranks_of(model, accelerator)
     divided = ranks.tensor_size, ranks.sequence_parallel
     plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
-    if ranks.shard_mesh is not None:
-        gathered = gathered_bytes(model, ranks.base_size)
-        plans = [replace(plan, communication=gathered) for plan in plans]
+    if ranks.size > 1:
+        census = take_census(model)
+        if ranks.cpu_offload:  # the shares are in main memory
+            plans = [replace(plan, base=census.replaced) for plan in plans]
+        plans = add_communication(plans, census, layout_of(ranks), num_tokens)
     limit, source = memory_budget, "--memory-budget"
     if limit is None:
         free = _free_memory(device, accelerator)
         limit, source = default_limit(plans[0], free), "what is loaded and half of what is free"
     number = choose_recomputed(mode, [plan.total for plan in plans], limit)
+    if ranks.shard_mesh is not None and layers:
+        end_backward_at(layers[0])
     for index, layer in enumerate(layers):
         # What transformers' own switch does, but for making the embeddings' output want a gradient: layers below
         # the first adapted one would then be differentiated for nothing.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qlora import device
 from qlora.attention import packed_arguments
-from qlora.block import is_fused
+from qlora.block import decoder_layers, is_fused
 from qlora.config import LoRAConfig, TrainConfig
 from qlora.device import GIB, available_memory, best_device, choose_compute_dtype, peak_memory_gib
 from qlora.errors import InputError
@@ -24,7 +24,6 @@ from qlora.memory import (
     activation_bytes,
     adapter_bytes,
     choose_recomputed,
-    decoder_layers,
     differentiated_layers,
     layer_bytes,
     plan_memory,

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ from qlora.quantize import (
     logical_shape,
     quantize_weight,
 )
-from qlora.tensor_parallel import GroupExchange, WeightCut, check_widths, split_model, split_of
+from qlora.tensor_parallel import GroupExchange, WeightCut, split_model, split_of
 from qlora.trainer import evaluate
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
@@ -169,35 +168,7 @@ def test_every_process_has_its_tokens() -> None:
     assert torch.equal(torch.cat(own, 1)[:, :7], x) and not torch.cat(own, 1)[:, 7:].any()
 
 
-# ---- what divides -----------------------------------------------------------------------------------------
-
-
-def smollm2_config() -> Any:
-    return tiny_llama_config(
-        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, head_dim=64
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "count", "said"),
-    [
-        ({}, 4, "2 key-value heads; a heads' width of 64, no 4 x .*; a MLP width of 160, .*It divides into none"),
-        (DIVISIBLE, 3, "8 heads; 4 key-value heads; .*Its blocks divide into 2 or 4"),
-        (DIVISIBLE | {"intermediate_size": 384}, 4, "has a MLP width of 384, no 4 x a multiple of 64. .* into 2;"),
-        (smollm2_config().to_dict(), 2, "9 heads; 3 key-value heads; .* into 3; or"),
-    ],
-)
-def test_widths_that_do_not_divide(settings: dict[str, Any], count: int, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        check_widths(tiny_llama_config(**settings), count)
-
-
-def test_what_divides_and_what_is_not_split() -> None:
-    check_widths(smollm2_config(), 3)
-    check_widths(tiny_llama_config(**DIVISIBLE), 4)
-    config = SimpleNamespace(model_type="gemma2", **DIVISIBLE)
-    with pytest.raises(InputError, match=r"model m is of the kind gemma2; .*llama, mistral, qwen2, qwen3"):
-        check_widths(config, 2, model="m")
+def test_what_a_process_holds_of_a_layer() -> None:
     ranks = Ranks(5, 8, 4)
     assert split_of("model.layers.1.mlp.down_proj", ranks) == Part(1, 1, 4)
     assert split_of("model.layers.1.self_attn.q_proj", ranks) == Part(0, 1, 4)

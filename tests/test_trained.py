@@ -253,10 +253,11 @@ def test_micro_batches_and_processes_give_one_gradient(bases: dict[str, Path]) -
     whole, accumulated, others = gradients(batch_of(examples)), gradients(first, second), gradients(first)
 
     class Both:  # this process holds the second half's gradients, the other one the first's
-        num_processes = 2
+        size = 2
 
-        def reduce(self, flat: Tensor, how: str) -> Tensor:
-            return flat + torch.cat([gradient.flatten() for gradient in others])
+        def sum_in_place(self, flat: Tensor) -> None:
+            assert all(parameter.grad is None for parameter in parameters)  # no second copy while it is sent
+            flat += torch.cat([gradient.flatten() for gradient in others])
 
     gradients(second)
     _sum_gradients(parameters, Both())  # type: ignore[arg-type]

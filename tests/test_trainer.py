@@ -12,12 +12,13 @@ import torch
 from accelerate import Accelerator
 
 from qlora import packing, trainer
+from qlora.block import decoder_layers
 from qlora.checkpoint import Progress
 from qlora.config import LoRAConfig
 from qlora.errors import StoppedOnRequest, TrainingStopped
 from qlora.injection import freeze_base, inject_lora, lora_layers, lora_parameters, lora_state_dict
 from qlora.loss import CHUNK_SIZE
-from qlora.memory import decoder_layers, plan_memory
+from qlora.memory import plan_memory
 from qlora.model import load_base_model
 from qlora.optim import build_optimizer, build_schedule
 from qlora.packing import WindowOrder, make_batches
@@ -181,9 +182,23 @@ def test_processes_agree_on_what_to_recompute(
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(trainer, "available_memory", lambda device: 2**40)
-    two: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"), gather=gather)
+    two: Any = SimpleNamespace(process_index=0, num_processes=2, device=torch.device("cpu"), gather=gather)
     share, _ = settle_checkpointing(adapted(tiny), "auto", 256, accelerator=two, say=lambda line: None)
     assert share == (0 if others_free else 1) and asked == [2**39]
+
+
+def test_the_memory_is_that_of_the_device_that_computes(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --cpu-offload the base is in main memory, which was asked for its free bytes in the GPU's place."""
+    asked: list[torch.device] = []
+
+    def available_memory(device: torch.device) -> int:
+        asked.append(device)
+        return 2**40
+
+    monkeypatch.setattr(trainer, "available_memory", available_memory)
+    one: Any = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda"))
+    settle_checkpointing(adapted(tiny), "auto", 256, accelerator=one, say=lambda line: None)
+    assert asked == [torch.device("cuda")]
 
 
 def test_what_is_said_of_the_memory(tiny: str) -> None:
