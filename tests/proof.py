@@ -46,6 +46,7 @@ with collection_paused(), importing_transformers():
     from qlora.distributed import arrange_ranks, ranks_of
     from qlora.errors import TrainingStopped
     from qlora.injection import (
+        activate,
         base_parameters,
         freeze_base,
         inject_lora,
@@ -209,9 +210,9 @@ def held_out_losses(model: Any, case: Case, accelerator: Accelerator) -> Tensor:
 
 def load_adapters(case: Case, others: Sequence[Case], folder: Path, accelerator: Accelerator) -> Tensor:
     """(others, 2): the held-out losses of the adapter that each of them saved, on the base as `case` splits it."""
-    losses = []
+    losses, model = [], load(case, accelerator)
     for other in others:
-        model = load(case, accelerator)
+        activate(model, None)
         load_adapter(model, folder / other.name, case.model)
         losses.append(held_out_losses(model, other, accelerator))
     return torch.stack(losses)
@@ -238,7 +239,7 @@ def base_bytes(model: Any) -> int:
         if isinstance(module, ShardedLinear4bit):
             held += module.table.nbytes + module.nested_table.nbytes
         elif isinstance(module, Linear4bit):
-            state: Any = module.weight.quant_state
+            state = cast(Any, module.weight).quant_state
             held += sum(
                 tensor.nbytes for tensor in (state.absmax, state.code, state.state2.absmax, state.state2.code)
             )
@@ -283,6 +284,7 @@ def run_processes(size: int, work: Callable[..., object], *arguments: Any, timeo
 
 def _enter(rank: int, size: int, port: int, work: Callable[..., object], arguments: Sequence[Any]) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
     if size > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         for name in ("RANK", "LOCAL_RANK"):
@@ -397,6 +399,7 @@ class Proof:
         case, expected = self.cases[name], self.expected(name)
         errors = []
         for result in self.found(name):
+            assert "refused" not in result, f"{name}: the base was found damaged"
             assert result["losses"].shape == expected["losses"].shape == (case.steps,)
             assert len(result["gradients"]) == case.steps
             errors.append(worst_errors(result, expected))
@@ -465,6 +468,7 @@ def save_model(directory: Path) -> str:
 
 
 def _save_models(directories: Sequence[Path]) -> None:
+    transformers.utils.logging.disable_progress_bar()
     for directory in directories:
         save_model(directory)
 
@@ -613,7 +617,8 @@ def print_table(proof: Proof) -> None:
     show("the largest", {kind: max(errors[kind] for errors in found) for kind in found[0]})
     exchanged = proof.check_exchange()
     if exchanged:
-        print(f"\n{'the adapters of all of these, loaded in each':{WIDTH}}{'adapters':>20}{'held-out':>10}")
+        title = "all of their adapters, loaded in each (alone: on one process)"
+        print(f"\n{title:{WIDTH}}{'adapters':>20}{'held-out':>10}")
     for name, (count, error) in exchanged.items():
         print(f"{name:{WIDTH}}{count:20}{error:10.1e}")
 
