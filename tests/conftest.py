@@ -49,7 +49,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
     proof = Proof(folder, short_cases(folder))
     with FileLock(root / "proof.lock"):
         if not done.exists():
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
             proof.run_apart()
             done.touch()
     return proof
