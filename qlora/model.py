@@ -461,12 +461,18 @@ def _finish(
 
 
 def settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:
-    """`choose_compute_dtype`, measured once per machine: a second measurement on a busy one could differ."""
-    if name != "auto" or device.type == "cuda" or not cache:
+    """`choose_compute_dtype`, measured once per machine: a second measurement on a busy one could differ.
+
+    Args:
+        cache: remember a measurement; one that was remembered counts in any case.
+    """
+    if name != "auto" or device.type == "cuda":
         return choose_compute_dtype(name, device, MEASURED_WIDTH)
     machine = f"{platform.node()}-{platform.machine()}-{torch.__version__}-{torch.get_num_threads()}"
     remembered = cache_directory() / f"compute-dtype-{machine}"
     if not remembered.is_file():
+        if not cache:
+            return choose_compute_dtype(name, device, MEASURED_WIDTH)
         remembered.parent.mkdir(parents=True, exist_ok=True)
         with new_file(remembered) as file:
             file.write_text(str(choose_compute_dtype(name, device, MEASURED_WIDTH)).removeprefix("torch."))

@@ -35,15 +35,15 @@ def losses(output_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_task(tmp_path_factory.mktemp("orders"), num_train=24, num_test=4)[0]
+    return write_task(tmp_path_factory.mktemp("orders"), num_train=16, num_test=4)[0]
 
 
 @pytest.fixture(scope="module")
 def real_run(smollm2: str, orders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """Six steps on the real model with dropout, over an epoch's end (24 examples, windows of 6)."""
+    """Six steps on the real model with dropout, over an epoch's end (16 examples, windows of 4)."""
     output_dir = tmp_path_factory.mktemp("real") / "out"
     flags = ["--use-4bit", "--model", smollm2, "--data", str(orders), "--dropout", "0.05"]
-    flags += ["--batch-size", "3", "--grad-accum", "2", "--max-length", "256", "--max-steps", "6"]
+    flags += ["--batch-size", "2", "--grad-accum", "2", "--max-length", "256", "--max-steps", "6"]
     flags += ["--learning-rate", "2e-3", "--warmup-steps", "1", "--save-every", "2"]
     train.main([*flags, "--output-dir", str(output_dir)])
     return output_dir, flags
@@ -166,7 +166,7 @@ def test_twenty_steps_equal_peft(
     save_adapter(model, start, config)
     model.train()
     examples, _ = load_examples(str(orders), load_tokenizer(smollm2), 128, say=lambda line: None)
-    windows = [[examples[(2 * step) % 24], examples[(2 * step + 1) % 24]] for step in range(20)]
+    windows = [[examples[(2 * step) % 16], examples[(2 * step + 1) % 16]] for step in range(20)]
 
     optimizer, ours = build_optimizer(lora_parameters(model), "adamw"), []
     for window in windows:
