@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from tests.proof import Proof
 
 
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's own directory, the same for all of pytest's workers."""
+    root = tmp_path_factory.getbasetemp()
+    return root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Quantized models of the tests go to a directory that is removed with the run."""
-    directory = tmp_path_factory.mktemp("qlora-cache")
+    """Quantized models of the tests go to one directory of all of pytest's workers, removed with the run."""
+    directory = shared_folder(tmp_path_factory) / "qlora-cache"
+    directory.mkdir(exist_ok=True)
     os.environ["QLORA_CACHE"] = str(directory)
     return directory
 
@@ -43,8 +50,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
 
     from tests.proof import Proof, short_cases
 
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    root = shared_folder(tmp_path_factory)
     folder, done = root / "proof", root / "proof.done"
     proof = Proof(folder, short_cases(folder))
     with FileLock(root / "proof.lock"):

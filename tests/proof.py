@@ -18,11 +18,9 @@ import argparse
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -35,7 +33,6 @@ from qlora.imports import collection_paused, importing_transformers
 with collection_paused(), importing_transformers():
     import torch
     import torch.distributed.fsdp  # load_sharded_model needs it
-    import torch.multiprocessing
     import transformers.models.llama.modeling_llama  # load_base_model needs it, or most of it
     from accelerate import Accelerator, InitProcessGroupKwargs
     from safetensors.torch import load_file, save_file
@@ -62,6 +59,7 @@ with collection_paused(), importing_transformers():
     from qlora.tokenize import IGNORE_INDEX, Example
     from qlora.trainer import evaluate, fit, settle_checkpointing
     from tests.models import save_tiny_llama, smollm2_path, tiny_llama_config
+    from tests.processes import run_processes
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-5  # relative: fp32 sums in another order, a step's rounding carried on by the next
@@ -262,47 +260,6 @@ def block_bytes(model: Any) -> int:
 
 
 # ---- processes --------------------------------------------------------------------------------------------
-
-
-def run_processes(size: int, work: Callable[..., object], *arguments: Any, timeout: float = 1800) -> None:
-    """Call work(*arguments) in so many processes, each of which knows its rank as torchrun would tell it.
-
-    This process must not have computed with more than one thread: a forked one has no others.
-
-    Raises:
-        ProcessRaisedException, ProcessExitedException: the first that failed, with its traceback; the others are
-            ended.
-        TimeoutError: they are not done after so many seconds, and are ended.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.start_processes(
-        _enter, (size, port, work, arguments), nprocs=size, join=False, start_method="fork"
-    )
-    try:
-        end = time.monotonic() + timeout
-        while not context.join(max(0, end - time.monotonic()), grace_period=2):
-            if time.monotonic() >= end:
-                raise TimeoutError(f"{size} processes were not done after {timeout:g} seconds")
-    finally:
-        for process in context.processes:
-            process.kill()
-            process.join()
-
-
-def _enter(rank: int, size: int, port: int, work: Callable[..., object], arguments: Sequence[Any]) -> None:
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    if size > 1:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        for name in ("RANK", "LOCAL_RANK"):
-            os.environ[name] = str(rank)
-        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
-            os.environ[name] = str(size)
-    work(*arguments)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def _accelerator() -> Accelerator:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from eval.choice import build_context, choice_scores, choose_shots, grade, read_
 from qlora.errors import InputError
 from qlora.records import Record
 from tests.lm_eval_models import evaluate_by_lm_eval, load_lm_eval, save_rounded_llama, write_choice_task
+from tests.processes import launch
 
 WORDS = "the cat and a hen in the barn ate bread over there".split()
 ROOT = Path(__file__).parent.parent
@@ -241,18 +239,13 @@ def test_adapters_and_merged_models(directory: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(directory: Path, tmp_path: Path) -> None:
-    """Under accelerate launch: the same rows in the same order, to fp32 rounding; one writer, one table."""
+    """The same rows in the same order, to fp32 rounding; one writer, one table."""
     data = write_questions(tmp_path / "test.jsonl", "text", 9)
     for command in ("choice", "perplexity"):
         column = ["--text-column", "question"] if command == "perplexity" else []
         flags = [command, "--model", str(directory), "--compute-dtype", "float32", "--data", data, *column]
         main([*flags, "--output", str(tmp_path / "one.json")])
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-        launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "eval"]
-        result = subprocess.run(
-            [*launch, *flags, "--output", str(tmp_path / "two.json")],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        result = launch(2, "-m", "eval", *flags, "--output", str(tmp_path / "two.json"))
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("95 % interval") == 1
         one, two = read(tmp_path / "one.json"), read(tmp_path / "two.json")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from qlora.export import export_model
 from qlora.model import load_tokenizer
 from qlora.tokenize import encode_prompt
 from tests.models import save_tiny_llama
+from tests.processes import launch
 from tests.test_template import HERMES, PARIS, TOOLS, conversation
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -190,16 +188,12 @@ def test_check_data_reads_the_same(folder: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_two_processes_end_alike(run: Path, folder: Path, tmp_path: Path) -> None:
+def test_two_processes_end_alike(run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tokenises or maps by itself; one of them writes the cache. Losses are equal to rounding."""
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(root / "train.py")]
     flags = flags_of(folder)
     flags[flags.index("--batch-size") + 1] = "2"
-    environment = dict(os.environ, OMP_NUM_THREADS="1", QLORA_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(root))
-    done = subprocess.run(
-        [*command, *flags, "--output-dir", str(tmp_path / "out")], env=environment, capture_output=True, text=True
-    )
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    done = launch(2, "train.py", *flags, "--output-dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     ours, theirs = state_of(run), state_of(tmp_path / "out")
     assert len(ours[0]) == len(theirs[0]) and ours[2] == theirs[2]

@@ -20,6 +20,7 @@ from examples.orders import write_task
 from qlora.__main__ import main as qlora_main
 from qlora.errors import InputError
 from tests.models import save_tiny_llama
+from tests.processes import launch
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,7 @@ def test_evaluating_changes_no_training_loss(
     output_dir, flags = real_run
     few = tmp_path / "held_out.jsonl"
     few.write_text("".join(orders.read_text().splitlines(keepends=True)[:2]))
-    evaluate = ["--eval-every", "2", "--eval-data", str(few), "--max-steps", "6"]
+    evaluate = ["--eval-every", "2", "--eval-data", str(few), "--num-samples", "1", "--sample-tokens", "4"]
     train.main([*flags, *evaluate, "--output-dir", str(tmp_path / "out")])
     assert losses(tmp_path / "out") == losses(output_dir)
     seen = [line["eval_loss"] for line in read_lines(tmp_path / "out") if "eval_loss" in line]
@@ -134,9 +135,7 @@ def test_merge_and_prompt(
 
 
 @pytest.mark.slow
-def test_twenty_steps_equal_peft(
-    smollm2: str, orders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same 4-bit base, initial adapter and batches, fp32: PEFT on bitsandbytes' own layers gives our losses.
 
     Both run AdamW in fp32 over 20 steps; what differs is the order of additions (packed against single rows,
@@ -165,7 +164,10 @@ def test_twenty_steps_equal_peft(
     start = tmp_path / "initial-adapter"
     save_adapter(model, start, config)
     model.train()
-    examples, _ = load_examples(str(orders), load_tokenizer(smollm2), 128, say=lambda line: None)
+    rows = tmp_path / "sums.jsonl"
+    sums = ({"prompt": f"{n} + {n * n}", "completion": str(n + n * n)} for n in range(1, 17))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in sums))
+    examples, _ = load_examples(str(rows), load_tokenizer(smollm2), 128, say=lambda line: None)
     windows = [[examples[(2 * step) % 16], examples[(2 * step + 1) % 16]] for step in range(20)]
 
     optimizer, ours = build_optimizer(lora_parameters(model), "adamw"), []
@@ -222,7 +224,7 @@ def test_prompt_mode_prints_the_answer_and_nothing_else(tmp_path: Path) -> None:
     assert len(result.stdout.strip()) > 0
 
 
-def launch(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+def launch_by_accelerate(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable,
         "-m",
@@ -255,7 +257,7 @@ def test_two_processes_sample_score_and_stop_early(tmp_path: Path, capsys: pytes
         "50",
     ]
     flags += ["--early-stopping-patience", "2", "--report-to", "tensorboard", "--output-dir", str(out)]
-    result = launch(2, [*flags, "--batch-size", "2"])
+    result = launch(2, "train.py", *flags, "--batch-size", "2")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("stopped early after step 2 of 50") == 1
     evaluations = [line for line in read_lines(out) if "eval_loss" in line]
@@ -291,7 +293,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         ("accumulated", ["--batch-size", "4", "--grad-accum", "2"]),
     ):
         train.main([*common, *flags, "--output-dir", str(tmp_path / name)])
-    result = launch(2, [*common, "--batch-size", "4", "--output-dir", str(tmp_path / "two")])
+    result = launch_by_accelerate(2, [*common, "--batch-size", "4", "--output-dir", str(tmp_path / "two")])
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("trainable of") == 1
     one, accumulated, two = (read_lines(tmp_path / name) for name in ("one", "accumulated", "two"))
@@ -318,9 +320,9 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tmp_path: Path) -> None:
     train.main([*common, "--batch-size", "8", "--output-dir", one, "--max-steps", "8"])
     train.main([*common, "--batch-size", "8", "--output-dir", mixed, "--max-steps", "2"])
     resume = [*common, "--output-dir", mixed, "--resume", "auto"]
-    result = launch(2, [*resume, "--batch-size", "8", "--max-steps", "5"])
+    result = launch(2, "train.py", *resume, "--batch-size", "8", "--max-steps", "5")
     assert result.returncode != 0 and "examples_per_step was 8, is 16" in result.stderr
-    result = launch(2, [*resume, "--batch-size", "4", "--max-steps", "5", "--shard", "fsdp"])
+    result = launch(2, "train.py", *resume, "--batch-size", "4", "--max-steps", "5", "--shard", "fsdp")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("resumed from") == 1
     train.main([*resume, "--batch-size", "8", "--max-steps", "8"])

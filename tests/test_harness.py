@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,8 @@ from tests.lm_eval_models import (
     save_rounded_llama,
     write_choice_task,
 )
-from tests.test_choice import ROOT, write_questions
+from tests.processes import launch
+from tests.test_choice import write_questions
 
 pytest.importorskip("lm_eval")
 
@@ -144,12 +143,7 @@ def test_two_processes_equal_one(directory: Path, tasks: Path, tmp_path: Path) -
     flags = ["harness", "--model", str(directory), "--compute-dtype", "float32", "--tasks"]
     flags += [str(tasks / f"local_{kind}.yaml") + "," + str(tasks / "local_generated.yaml") for kind in ("text",)]
     main([*flags, "--output", str(tmp_path / "one.json")])
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "eval"]
-    result = subprocess.run(
-        [*launch, *flags, "--output", str(tmp_path / "two.json")],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+    result = launch(2, "-m", "eval", *flags, "--output", str(tmp_path / "two.json"))
     assert result.returncode == 0, result.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert len(one["rows"]) == 16 and [row["id"] for row in one["rows"]] == [row["id"] for row in two["rows"]]
