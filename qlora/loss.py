@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from qlora.attention import packed_arguments
+from qlora.device import give_back_memory
 from qlora.errors import InputError
 from qlora.kernels import cross_entropy
 from qlora.packing import Batch
@@ -241,6 +242,8 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
     )
     hidden, targets = output.last_hidden_state.flatten(0, 1), batch.targets.flatten()
+    if hidden.device.type == "cpu":
+        give_back_memory()  # of the layers' temporaries: the head in the compute dtype comes on top
     with gathered_head(model) as head:
         loss, num_targets = linear_cross_entropy(
             hidden, head.weight, targets, chunk_size, head.scale, head.softcap
