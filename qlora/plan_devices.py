@@ -17,7 +17,11 @@ A sharded base is gathered by units: the embeddings, each decoder block, what is
 matrix of its own. Gathered, a tensor of r rows has K ceil(r / K), and a unit of those takes u bytes. torch's FSDP2
 receives a unit in one buffer, copies it out, and frees the buffer only after the next unit has been copied out:
 
-    communication = the largest, over the units in turn, of u(before) + 2 u
+    g = the largest, over the units in turn, of u(before) + 2 u
+
+The unit with the head is there together with the logits; the others come and go without those, so that of g
+
+    communication = the larger of u(head) and g - logits
 
 Tensor parallel has the outputs that it sums twice, c N D bytes for N tokens, with sequence parallel three times.
 
@@ -292,10 +296,16 @@ def add_communication(
         plans: with the base as the rank holds it.
         Others as `divide_plans`.
     """
-    held = 0
+    held = gathered = 0
     if layout.tensor_parallel > 1:
         held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
     elif layout.base_ranks > 1:
-        held = gathered_peak(census.units, layout)
+        *_, head = census.units
+        held = (head if head.tensors else census.units[0]).gathered(layout.base_ranks)
+        gathered = gathered_peak(census.units, layout)
     summing = 4 * census.trained if layout.ranks > 1 else 0
-    return [replace(p, communication=max(held, summing - p.activations - p.logits - p.workspace)) for p in plans]
+
+    def communication(p: MemoryPlan) -> int:
+        return max(held, gathered - p.logits, summing - p.activations - p.logits - p.workspace)
+
+    return [replace(p, communication=communication(p)) for p in plans]
