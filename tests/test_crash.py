@@ -19,10 +19,10 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.mark.slow
 def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path) -> None:
-    kinds = ["writing", "training", "start-up"]
+    kinds = ["writing", "training", "start-up", "writing"]
     summary = run_crash_test(tmp_path, num_kills=len(kinds), seed=1, num_steps=16, kinds=kinds)
     assert summary.problems == [], "\n".join(summary.problems)
-    assert len(summary.kills) == 3 and summary.runs >= 1
+    assert len(summary.kills) == 4 and summary.runs >= 1
     assert summary.count("writing") >= 1 and max(kill.saved for kill in summary.kills) > 0
 
 
