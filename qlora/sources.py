@@ -9,6 +9,7 @@ matrices in a mixture of experts, the tensors of a .gguf) the names are translat
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from functools import cache as _cache
@@ -26,6 +27,8 @@ REMEDY = "download the model again"
 GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # a narrower one needs scales, which no plain weight has
 MAX_STACKED = 2**14  # experts in one tensor
+MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a longer one
+SMALL = 2**16  # bytes: more than a norm has, or any part of a 4-bit weight but its codes and scales
 # Mixtral's files keep the names of its first release; today's modules have those of other mixtures of experts.
 MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -50,6 +53,8 @@ class SafetensorsSource:
         self._file_of: dict[str, Path] = {}
         for file in self.files:
             try:
+                if map_files:
+                    _fetch_beginnings(file)
                 handle = safe_open(file, framework="pt", backend="mmap" if map_files else "pread")
             except (SafetensorError, OSError) as error:
                 raise InputError(
@@ -114,6 +119,29 @@ class SafetensorsSource:
         """The tensors of a 4-bit weight, by bitsandbytes' suffixes ("" for the codes)."""
         read = self.view if as_views else self.read
         return {part.removeprefix(name): read(part) for part in sorted(self._parts[name])}
+
+
+def _fetch_beginnings(file: Path) -> None:
+    """Read from the disk what loading looks into in a mapped file: small tensors, and the start of large ones.
+
+    Through the mapping, a page that is missing comes with its surroundings, as far as the system reads ahead:
+    where that is megabytes, some hundred looks bring in most of a 7B model. The start: torch (2.13) looks at the
+    first byte of every tensor that safetensors makes.
+    """
+    from safetensors import safe_open
+
+    with open(file, "rb", buffering=0) as raw:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+        size = int.from_bytes(raw.read(8), "little")
+        header = raw.read(min(size, MAX_HEADER))
+        with safe_open(file, framework="pt"):  # refuses a header that is none
+            tensors = json.loads(header)
+        tensors.pop("__metadata__", None)
+        for tensor in tensors.values():
+            start, end = tensor["data_offsets"]
+            raw.seek(8 + size + start)
+            raw.read(end - start if end - start <= SMALL else 1)
 
 
 def _names_of(key: str, file: Any) -> dict[str, tuple[Any, ...]]:

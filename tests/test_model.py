@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -1059,6 +1061,11 @@ def mappings(directory: Path) -> list[tuple[range, dict[str, int]]]:
     return found
 
 
+def bytes_read() -> int:
+    """What this process has had read from disks."""
+    return int(re.findall(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)[0])
+
+
 def large_tensors(model: Any) -> list[Tensor]:
     """Every parameter and the scales of the 4-bit ones."""
     parameters = list(model.parameters())
@@ -1090,6 +1097,34 @@ def test_the_cache_is_mapped_and_never_written_to(tmp_path: Path, fresh_cache: P
     with torch.no_grad():  # guard: a write does show
         model.model.embed_tokens.weight[0] = 1
     assert any(sizes["Anonymous"] > 0 for _, sizes in mappings(fresh_cache))
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="reads /proc/self/io")
+def test_a_cold_start_reads_little_of_the_cache(tmp_path: Path, fresh_cache: Path) -> None:
+    """It read most of it: each tensor was looked into, each look brought in what the system reads ahead."""
+    wide = save_tiny_llama(tmp_path / "llama", hidden_size=1024, intermediate_size=2816)
+
+    def from_disk() -> tuple[int, int]:
+        """Bytes that the start reads, and that then reading all weights does."""
+        gc.collect()
+        for file in fresh_cache.glob("*/*.safetensors"):
+            with open(file, "rb") as handle:
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        counts = [bytes_read()]
+        model = load_base_model(str(wide), compute_dtype="bfloat16")  # norms are read for it
+        counts.append(bytes_read())
+        for tensor in large_tensors(model):
+            tensor.view(torch.uint8).sum()
+        counts.append(bytes_read())
+        return counts[1] - counts[0], counts[2] - counts[1]
+
+    from_disk()  # makes the cache
+    size = sum(file.stat().st_size for file in fresh_cache.glob("*/*.safetensors"))
+    start, rest = from_disk()
+    assert size > 12e6
+    if start + rest < size / 2:
+        pytest.skip("files stay in memory here")
+    assert start < 0.08 * size, f"{start / 1e6:.1f} MB of {size / 1e6:.1f}"
 
 
 def test_the_compute_dtype_is_measured_once(
