@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 
 from qlora.adapter import load_adapter
 from qlora.config import LoRAConfig
+from qlora.errors import run
 from qlora.injection import wrapped_layers
 from qlora.lora_model import LoRAModel
 from qlora.model import load_base_model
@@ -73,13 +75,13 @@ def measure(path: str, targets: str, count: int, rank: int, rounds: int) -> str:
     return sizes + f"| {switch * 1e6:.0f} µs | {reread * 1e3:.0f} ms | {reload:.2f} s |"
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("model")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=200, help="times that each adapter is switched to")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     load_base_model(options.model)  # fills the cache
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes"))
@@ -94,4 +96,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

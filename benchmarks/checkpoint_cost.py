@@ -11,23 +11,26 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import train
+from qlora.errors import run
 from qlora.output import RunOutput
 from qlora.report import read_metrics
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--save-every", type=int, default=50, help="the interval to scale to")
-    options, others = parser.parse_known_args()
+    options, others = parser.parse_known_args(argv)
 
     waits: list[float] = []
     writes: list[float] = []
@@ -61,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

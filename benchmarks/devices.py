@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from rich.table import Table
 from benchmarks.roofline import describe_machine
 from benchmarks.seven_b import GB, ROOT, write_config, write_weights
 from qlora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from qlora.errors import InputError, run
 from qlora.plan_flags import DevicesConfig
 
 Result = dict[str, Any]
@@ -196,7 +198,7 @@ def write_model(folder: Path, layers: int) -> int:
     count = sum(torch.Size(shape).numel() for shape in shapes.values())
     free = shutil.disk_usage(folder).free
     if free < 3 * count:
-        sys.exit(f"error: {folder} has {free / GB:.1f} GB free, {3 * count / GB:.1f} are needed; give --folder.")
+        raise InputError(f"{folder} has {free / GB:.1f} GB free, {3 * count / GB:.1f} are needed; give --folder.")
     print(f"writing {2 * count / GB:.1f} GB of random weights to {folder}", flush=True)
     write_weights(folder / "model", shapes)
     return count
@@ -248,7 +250,7 @@ def report_training(runs: dict[Part, list[Result]], model: Path, weights: int) -
     return table
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="A base split over processes of this machine.")
     parser.add_argument("--layers", type=int, default=24, help="of the model that is loaded; 0 leaves that out")
     parser.add_argument("--train-layers", type=int, default=4, help="of the one that trains; 0 leaves that out")
@@ -257,7 +259,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.worker is not None:
         part = Part(**json.loads(options.worker.read_text()))
         result = work(part, options.worker.parent / "model")
@@ -294,4 +296,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -22,8 +22,10 @@ import argparse
 import multiprocessing
 import platform
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from datetime import date
 from importlib.metadata import version
@@ -33,6 +35,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from qlora.errors import run
 
 OURS = ("ours + LoRA", "ours")
 THEIRS = ("bnb, training", "bf16")
@@ -53,6 +57,9 @@ def write_dense(model: Path, folder: Path) -> Path:
     """A .gguf model as a dense Hugging Face directory, for transformers; others stay as they are."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
+    from qlora.sources import resolve_model
+
+    model = resolve_model(str(model))
     if model.suffix != ".gguf":
         return model
     where: dict[str, Any] = {"gguf_file": model.name, "quantization_config": GgufConfig(dequantize=True)}
@@ -136,6 +143,7 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, list[tuple[fl
         pipes[side], theirs = processes.Pipe()
         arguments = (side, str(model), options.prompt, options.tokens, theirs)
         processes.Process(target=serve, args=arguments, daemon=True).start()
+        theirs.close()  # so that a side that dies is noticed
         pipes[side].recv()
     results: dict[str, list[tuple[float, float, float]]] = {side: [] for side in pipes}
     for number in range(options.rounds):
@@ -161,14 +169,14 @@ def table_of(title: str, results: dict[str, list[tuple[float, float, float]]]) -
     return table
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare generation with transformers'.")
     parser.add_argument("--model", type=Path, help="a Hugging Face directory or .gguf file; none: the stack alone")
     parser.add_argument("--layers", type=int, default=4, help="of the stack of LLaMA-7B's shape; 0: none")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     console = Console(width=100)
     with tempfile.TemporaryDirectory() as folder:
         models = {}
@@ -187,4 +195,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from rich.table import Table
 
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from examples.demo import packaged_model
+from qlora.errors import run
 
 ROOT = Path(__file__).resolve().parent.parent
 Point = tuple[int, int]  # tokens of the micro-batch, tokens of each of its sequences
@@ -110,6 +112,8 @@ def run_point(options: argparse.Namespace, point: Point) -> dict[str, float]:
     done = subprocess.run(
         [*command, "--point", *map(str, point)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )
+    if done.returncode == 2:  # bad input, and it has said so
+        sys.exit(2)
     if done.returncode != 0:
         sys.exit(
             f"error: the process for {point[0]} tokens in sequences of {point[1]} ended with {done.returncode}."
@@ -194,7 +198,7 @@ def plot(results: dict[Point, list[dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a Hugging Face directory or .gguf file; SmolLM2-135M-Instruct by default")
     parser.add_argument("--dtype", default="auto", help="compute dtype")
@@ -202,7 +206,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=8192, help="leave out longer sequences (minutes each)")
     parser.add_argument("--plot", type=Path, help="write the figure to this .png")
     parser.add_argument("--point", type=int, nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.model = options.model or str(packaged_model())
     if options.point:
         print(json.dumps(measure_point(options.model, options.dtype, tuple(options.point))))
@@ -225,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -17,8 +17,10 @@ match is of greedy answers to the first --max-examples of --data. Seconds are th
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +32,7 @@ from rich.table import Table
 from eval.exact_match import exact_match
 from qlora.device import best_device
 from qlora.drift import load_drift_texts
+from qlora.errors import run
 from qlora.merge import adapter_quantization, measure_merged, merge_adapter, read_mixture
 from qlora.model import load_base_model, load_tokenizer
 from qlora.quantize import Params4bit, quantization_of, quantize_weight
@@ -42,7 +45,7 @@ def round_to_nearest(target: torch.Tensor, base: Params4bit, moment: torch.Tenso
     return quantize_weight(target, quantization_of(base))
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", required=True)
@@ -51,7 +54,7 @@ def main() -> None:
     parser.add_argument("--match", choices=("text", "json"), default="text")
     parser.add_argument("--max-examples", type=int, default=30)
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
 
     tokenizer, mixture = load_tokenizer(options.model), read_mixture([options.adapter])
     quant = adapter_quantization(options.adapter)
@@ -96,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

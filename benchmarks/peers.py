@@ -30,7 +30,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from rich.table import Table
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from benchmarks.word_problems import write_problems
 from examples.demo import packaged_model
+from qlora.errors import InputError, run
 from qlora.tokenize import IGNORE_INDEX, Example
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokenizer = load_tokenizer(options.model)
     examples, _ = load_examples(data, tokenizer, options.max_length, on_long="drop")
     if len(examples) < count:
-        sys.exit(f"error: {data} has {len(examples)} rows, too few for {options.steps} steps.")
+        raise InputError(f"{data} has {len(examples)} rows, too few for {options.steps} steps; lower --steps.")
     rows = []
     for example in random.Random(0).sample(examples, count):
         ids = [*example.input_ids.tolist(), max(0, int(example.targets[-1]))]
@@ -158,7 +159,7 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
     return dict(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare training with PEFT + TRL's.")
     parser.add_argument("--model", help="a Hugging Face directory or .gguf file (SmolLM2-135M-Instruct)")
     parser.add_argument("--data", help="rows as train.py takes them (generated word problems)")
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--peers", default=",".join(PEERS), help="which of them to run")
     parser.add_argument("--peer-python", default=str(ROOT / "benchmarks/.venv/bin/python"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.job:
         print(json.dumps(train_ours(json.loads(Path(options.job).read_text()))))
         return
@@ -190,17 +191,17 @@ def main() -> None:
         folder = Path(name_of_folder)
         job = write_job(options, folder)
 
-        def run(name: str, **settings: Any) -> Run:
+        def measure(name: str, **settings: Any) -> Run:
             result = run_side(name, job | settings, folder, options.peer_python)
             print(f"{name}: {', '.join(f'{seconds:.2f}' for seconds in result['seconds'])} s", flush=True)
             return result
 
         for number in range(options.rounds):
             for name in runs if number % 2 == 0 else reversed(runs):
-                runs[name].append(run(name, **PEERS.get(name, {"dtype": options.dtype})))
+                runs[name].append(measure(name, **PEERS.get(name, {"dtype": options.dtype})))
         same = {runs["ours"][0]["dtype"]: runs["ours"]}  # our runs by compute dtype
         for dtype in {PEERS[name]["dtype"] for name in peers} - set(same):
-            same[dtype] = [run(f"ours in {dtype}", dtype=dtype)]
+            same[dtype] = [measure(f"ours in {dtype}", dtype=dtype)]
     Console(width=115).print(report(job, runs, same), *describe_runs(runs), sep="\n")
 
 
@@ -282,4 +283,4 @@ def describe_runs(runs: dict[str, list[Run]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from rich.table import Table
 
 from benchmarks.peers import judge
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
+from qlora.errors import InputError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TOKENS = 1024
@@ -174,14 +175,14 @@ def forget(files: Iterable[Path]) -> None:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Load and train a model of LLaMA-7B's shape.")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2, help="training steps; 0 leaves training out")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--memory-budget", type=float, help="GB: recompute as few layers as fit into it")
     parser.add_argument("--part", choices=("start", "train"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.part == "start":
         print(json.dumps(start(options.folder)[1]))
     elif options.part == "train":
@@ -195,7 +196,7 @@ def measure_all(options: argparse.Namespace) -> None:
     from qlora.model import empty_model, weight_shapes
 
     if not options.folder.is_dir():
-        sys.exit(f"error: --folder {options.folder} does not exist; make it, or choose another.")
+        raise InputError(f"--folder {options.folder} does not exist; make it, or choose another.")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="seven_b-") as name:
         folder = Path(name)
         (folder / "model").mkdir()
@@ -204,8 +205,8 @@ def measure_all(options: argparse.Namespace) -> None:
         sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
         needed, free = 1.3 * sum(sizes.values()), shutil.disk_usage(folder).free  # 4 bits of 16, embeddings whole
         if free < needed:
-            sys.exit(
-                f"error: {options.folder} has {free / GB:.1f} GB free and the benchmark writes {needed / GB:.1f}; "
+            raise InputError(
+                f"{options.folder} has {free / GB:.1f} GB free and the benchmark writes {needed / GB:.1f}; "
                 "choose another --folder, or fewer --layers."
             )
         print(f"writing {sum(sizes.values()) / GB:.1f} GB of random weights to {folder}", flush=True)
@@ -243,10 +244,11 @@ def report(
     show("first start: load, quantize, write the cache", f"{first['seconds']:.0f} s")
     show("first start: peak above the libraries", f"{above:.2f} GB", above, "<=", limit)
     show("first start: resident after it, libraries included", f"{first['resident'] / GB:.2f} GB")
-    for kind, run in (("cold", cold), ("warm", warm)):
-        show(f"second start, {kind}: ready after", f"{run['ready']:.2f} s", run["ready"], "<=", READY_SECONDS)
-        show(f"second start, {kind}: load_base_model alone", f"{run['seconds']:.2f} s")
-        show(f"second start, {kind}: resident, libraries included", f"{run['resident'] / GB:.2f} GB")
+    for kind, second in (("cold", cold), ("warm", warm)):
+        ready = second["ready"]
+        show(f"second start, {kind}: ready after", f"{ready:.2f} s", ready, "<=", READY_SECONDS)
+        show(f"second start, {kind}: load_base_model alone", f"{second['seconds']:.2f} s")
+        show(f"second start, {kind}: resident, libraries included", f"{second['resident'] / GB:.2f} GB")
     if trained is not None:
         seconds = ", ".join(f"{second:.1f}" for second in trained["step_seconds"])
         peak, share = trained["peak"] / GB, max(trained["shares"])
@@ -260,4 +262,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ from rich.table import Table
 
 from examples.demo import QUESTION, packaged_model
 from examples.orders import write_task
+from qlora.errors import InputError, run
 
 ROOT = Path(__file__).resolve().parent.parent
 YARDSTICK = 'python -c "import torch, transformers"'
@@ -56,16 +57,18 @@ def measure(arguments: list[str], cache: Path, is_done: Callable[[bytes], bool])
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode > 0:
             complaint = os.pread(complaints.fileno(), 1 << 16, 0).decode(errors="replace")
+            if process.returncode == 2:  # bad input
+                raise InputError(complaint.strip().rpartition("\n")[2].removeprefix("error: "))
             sys.exit(f"error: {' '.join(arguments)} failed:\n{complaint}")
     return seconds, usage.ru_utime + usage.ru_stime
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", help="by default the demo's")
     parser.add_argument("--config", default=str(ROOT / "configs/demo.yaml"), help="of the training run")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     model = options.model or str(packaged_model())
 
     with tempfile.TemporaryDirectory() as folder:
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main, sys.argv[1:]))

@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from examples.orders import CITIES, COLORS, DAYS, ITEMS, NAMES
+from qlora.errors import run
 
 
 def make_problem(rng: random.Random) -> dict[str, str]:
@@ -48,10 +51,14 @@ def write_problems(path: Path, count: int = 100, seed: int = 0) -> Path:
     return path
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Write word problems of GSM8K's lengths.")
     parser.add_argument("path", type=Path)
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     write_problems(options.path, options.count, options.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

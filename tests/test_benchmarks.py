@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import runpy
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,42 @@ def make_example(length: int, num_targets: int) -> Example:
     targets = torch.full((length,), IGNORE_INDEX)
     targets[length - num_targets :] = 7
     return Example(torch.full((length,), 5), targets)
+
+
+# ---- bad input --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "said"),
+    [
+        ("adapter_switch", "./missing", "--model ./missing does not exist"),
+        ("checkpoint_cost", "--model ./missing --data ./missing.jsonl", "missing"),
+        ("devices", "--folder ./missing", "missing"),
+        ("generation", "--model ./missing.gguf", "--model missing.gguf does not exist"),
+        ("merge_drift", "--model ./missing --adapter a --data b --calibration c", "--model ./missing does"),
+        ("peers", "--model {model} --data missing.jsonl --peer-python {python}", "missing.jsonl does not exist"),
+        ("seven_b", "--folder ./missing", "--folder missing does not exist"),
+        ("word_problems", "./missing/rows.jsonl", "missing/rows.jsonl"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    name: str,
+    flags: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was a traceback where a module of qlora/ had found it."""
+    model = save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer())
+    argv = flags.format(model=model, python=sys.executable).split()
+    monkeypatch.setattr(sys, "argv", [name, *argv])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(peers.__file__.replace("peers", name), run_name="__main__")
+    shown = capsys.readouterr().err
+    assert end.value.code == 2
+    assert shown.startswith("error: ") and said in shown and shown.count("\n") == 1
 
 
 # ---- the limit --------------------------------------------------------------------------------------------
@@ -119,7 +157,7 @@ def test_too_few_rows(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer())
     data = write_problems(tmp_path / "rows.jsonl", 5)
     options = argparse.Namespace(model=str(model), data=str(data), steps=2, batch_size=3, max_length=2048)
-    with pytest.raises(SystemExit, match="has 5 rows, too few for 2 steps"):
+    with pytest.raises(InputError, match="has 5 rows, too few for 2 steps"):
         peers.write_job(options, tmp_path)
 
 
