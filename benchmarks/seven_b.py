@@ -122,7 +122,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     inject_lora(model, LoRAConfig(rank=8))
     freeze_base(model)
     budget = None if memory_budget is None else int(memory_budget * GB)
-    recomputed = settle_checkpointing(model, "on" if budget is None else "auto", NUM_TOKENS, budget)
+    recomputed, _ = settle_checkpointing(model, "on" if budget is None else "auto", NUM_TOKENS, budget)
     optimizer = build_optimizer(lora_parameters(model), choose_optimizer("auto", device))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(model.config.vocab_size, (NUM_TOKENS + 1,), generator=generator) for _ in range(steps)]
@@ -139,7 +139,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
         total_steps=steps, batch_size=1, grad_accum=1, max_length=NUM_TOKENS, log=lines.append, stop=measure,
     )  # fmt: skip
     seconds = [line["num_tokens"] / line["tokens_per_second"] for line in lines]
-    work = useful_flops(model, examples[:1], recomputed / model.config.num_hidden_layers)
+    work = useful_flops(model, examples[:1], recomputed)
     limits = [work / ((a + b) / 2) for a, b in itertools.pairwise(rates)]
     return {
         "step_seconds": seconds,
@@ -253,7 +253,7 @@ def report(
         seconds = ", ".join(f"{second:.1f}" for second in trained["step_seconds"])
         peak, share = trained["peak"] / GB, max(trained["shares"])
         shares = ", ".join(f"{share:.2f}" for share in trained["shares"])
-        show("training: computed in, layers recomputed", f"{trained['dtype']}, {trained['recomputed']}")
+        show("training: computed in, layers recomputed", f"{trained['dtype']}, {trained['recomputed']:.0%}")
         show("training: seconds per step of 1,024 tokens", seconds)
         show("training: peak, all included", f"{peak:.2f} GB", peak, "<=", TRAINING_PEAK)
         show("training: share of the limit, each step", shares, share, ">=", LIMIT_SHARE)

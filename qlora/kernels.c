@@ -5,29 +5,9 @@
    formulas, shapes and the test that the two agree. All arrays are contiguous; rows are spread over the threads. */
 
 #include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#ifdef BF16
-typedef uint16_t T;
-static inline float get(T x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-static inline T put(float f) { /* round to nearest, ties to even; a NaN stays one */
-    uint32_t bits;
-    memcpy(&bits, &f, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return f == f ? rounded : 0x7fc0;
-}
-#else
-typedef float T;
-static inline float get(T x) { return x; }
-static inline T put(float f) { return f; }
-#endif
+#include "tiles.h"
 
 #define ROWS _Pragma("omp parallel for schedule(static)") for (long i = 0; i < n; i++)
 #define SIMD _Pragma("omp simd")
@@ -91,56 +71,25 @@ void swiglu_backward(const T *dy, const T *gate, const T *up, T *dgate, T *dup, 
 
 /* ---- attention over packed sequences ---- */
 
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias)); /* 16 floats, in several where need be */
-#define INLINE static inline __attribute__((always_inline))
-#define QUERIES 48 /* whose scores exist at a time, a multiple of 4 */
-static inline long whole(long n) { return (n + 15) / 16 * 16; }
+#define QUERIES 48 /* whose scores exist at a time: a multiple of a tile's rows, and even */
+static inline long whole(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* `rows` x 16 `vectors` numbers of C = A B, or of C + A B, out of registers */
-INLINE void tile(const int rows, const int vectors, long k, const float *a, long a_row, long a_column, const float *b,
-                 long b_row, float *c, long c_row, int add) {
-    V sum[4][4];
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vectors; j++) sum[r][j] = add ? *(V *)(c + r * c_row + 16 * j) : (V){0};
-    for (long i = 0; i < k; i++) {
-        V bi[4];
-        for (int j = 0; j < vectors; j++) bi[j] = *(const V *)(b + i * b_row + 16 * j);
-        for (int r = 0; r < rows; r++) {
-            const V air = a[r * a_row + i * a_column] - (V){0};
-            for (int j = 0; j < vectors; j++) sum[r][j] += air * bi[j];
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int j = 0; j < vectors; j++) *(V *)(c + r * c_row + 16 * j) = sum[r][j];
-}
+/* A number as it is multiplied, after one rounding to the tensors' dtype */
+#if PAIR == 2
+static inline N number(float f) { return put(f); }
+#else
+static inline N number(float f) { return get(put(f)); }
+#endif
 
-/* C (m, n) = A (m, k) B (k, n), or C + A B; n is a multiple of 16, and A may be transposed by its strides */
-static void multiply(long m, long n, long k, const float *a, long a_row, long a_column, const float *b, long b_row,
-                     float *c, long c_row, int add) {
-    for (long j = 0; j < n;) {
-        const int wide = n - j >= 64;
-        for (long i = 0; i < m;) {
-            const int high = m - i >= 4;
-#define TILE(rows, vectors) tile(rows, vectors, k, a + i * a_row, a_row, a_column, b + j, b_row, c + i * c_row + j, c_row, add)
-            if (high && wide) TILE(4, 4);
-            else if (high) TILE(4, 1);
-            else if (wide) TILE(1, 4);
-            else TILE(1, 1);
-            i += high ? 4 : 1;
-        }
-        j += wide ? 64 : 16;
-    }
-}
-
-/* Rows x + i stride (n, d) as floats, rotated by the angles whose cosines and sines are given (null: as they are) */
-static void load(const T *x, long stride, const T *cosine, const T *sine, float *out, long n, long d) {
+/* Rows x + i stride (n, d), rotated by the angles whose cosines and sines are given (null: as they are) */
+static void load(const T *x, long stride, const T *cosine, const T *sine, N *out, long n, long d) {
     const long half = d / 2;
     for (long i = 0; i < n; i++, x += stride, out += d) {
-        if (!cosine) SIMD for (long j = 0; j < d; j++) out[j] = get(x[j]);
+        if (!cosine) SIMD for (long j = 0; j < d; j++) out[j] = number(get(x[j]));
         else SIMD for (long j = 0; j < half; j++) {
             const float low = get(x[j]), high = get(x[j + half]);
-            out[j] = get(put(low * get(cosine[i * d + j]) - high * get(sine[i * d + j])));
-            out[j + half] = get(put(high * get(cosine[i * d + j + half]) + low * get(sine[i * d + j + half])));
+            out[j] = number(low * get(cosine[i * d + j]) - high * get(sine[i * d + j]));
+            out[j + half] = number(high * get(cosine[i * d + j + half]) + low * get(sine[i * d + j + half]));
         }
     }
 }
@@ -158,11 +107,41 @@ static void store(const float *x, const T *cosine, const T *sine, T *out, long s
     }
 }
 
-static void transpose(const float *x, float *out, long n, long d, long row) {
-    for (long i = 0; i < n; i++)
-        for (long j = 0; j < d; j++) out[j * row + i] = x[i * d + j];
-    for (long j = 0; j < d; j++) memset(out + j * row + n, 0, (row - n) * sizeof(float));
+/* Rows (n, d) -> lanes along d: (d / PAIR, row), zeros from column n on */
+static void transpose(const N *x, uint32_t *out, long n, long d, long row) {
+    const uint32_t *lane = (const uint32_t *)x;
+    const long lanes = d / PAIR;
+    for (long j = 0; j < lanes; j++) {
+        SIMD for (long i = 0; i < n; i++) out[j * row + i] = lane[i * lanes + j];
+        memset(out + j * row + n, 0, (row - n) * sizeof *out);
+    }
 }
+
+/* Rows (n, d) -> lanes along n, (lanes(n), d); rows of floats -> rows of lanes, and lanes along n. The last lane of an
+   odd n is half empty. Where a lane is one float, they are there already. */
+static inline long lanes(long n) { return (n + PAIR - 1) / PAIR; }
+#if PAIR == 2
+static const uint32_t *interleave(const N *x, uint32_t *out, long n, long d) {
+    for (long i = 0; i < n; i += 2, x += 2 * d) SIMD for (long j = 0; j < d; j++)
+        out[i / 2 * d + j] = x[j] | (i + 1 < n ? (uint32_t)x[d + j] << 16 : 0);
+    return out;
+}
+static const uint32_t *as_rows(const float *x, uint32_t *out, long n, long d) {
+    for (long i = 0; i < n * d; i += LANES)
+        _mm256_storeu_si256((__m256i *)(out + i / PAIR), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+    return out;
+}
+static const uint32_t *as_pairs(const float *x, uint32_t *out, long n, long d) {
+    for (long i = 0; i < n; i += 2, x += 2 * d)
+        for (long j = 0; j < d; j += LANES)
+            *(U *)(out + i / 2 * d + j) = rounded(*(V *)(x + j)) | (i + 1 < n ? rounded(*(V *)(x + d + j)) << 16 : (U){0});
+    return out;
+}
+#else
+#define interleave(x, out, n, d) ((const uint32_t *)(x))
+#define as_rows(x, out, n, d) ((const uint32_t *)(x))
+#define as_pairs(x, out, n, d) ((const uint32_t *)(x))
+#endif
 
 /* Scores (n queries from `first` on, columns from `begin` on) -> probabilities; what a query does not see is zero */
 static void softmax(float *p, float scale, long n, long first, long begin, long columns, long window) {
@@ -184,8 +163,9 @@ static long longest(const int32_t *bounds, long n) {
     return whole(length);
 }
 
-/* Each (sequence, key-value head) by itself; K^T and V^T are there so that all products read along rows.
-   A thread that gets no memory for K does nothing; the function then returns 1, and its result is not whole. */
+/* Each (sequence, key-value head) by itself. K, V, Q and dO are kept as rows, with T behind the name as lanes along d and
+   columns, with R as lanes along the rows. A thread that gets no memory for K does nothing; the function then
+   returns 1, and its result is not whole. */
 #define THREADS _Pragma("omp parallel reduction(| : failed)")
 #define HEADS                                                                                                      \
     failed = !K;                                                                                                   \
@@ -194,17 +174,18 @@ static long longest(const int32_t *bounds, long n) {
     const long head = unit % kv_heads, start = bounds[unit / kv_heads], length = bounds[unit / kv_heads + 1] - start; \
     const long group = heads / kv_heads, row = whole(length), wide = heads * d, narrow = kv_heads * d;             \
     const T *c = cosine + start * d, *s = sine + start * d;                                                        \
-    load(k + start * narrow + head * d, narrow, c, s, K, length, d);                                               \
-    load(v + start * narrow + head * d, narrow, 0, 0, W, length, d);                                               \
-    transpose(K, KT, length, d, row);
+    load(k + start * narrow + head * d, narrow, c, s, (N *)K, length, d);                                          \
+    load(v + start * narrow + head * d, narrow, 0, 0, (N *)W, length, d);                                          \
+    transpose((N *)K, KT, length, d, row);
 #define BLOCKS                                                                                                     \
     for (long h = head * group; h < head * group + group; h++)                                                     \
         for (long first = 0; first < length; first += QUERIES)
 #define BLOCK                                                                                                      \
     const long size = length - first < QUERIES ? length - first : QUERIES, at = (start + first) * wide + h * d;    \
     const long begin = first + 1 > window ? (first + 1 - window) / 16 * 16 : 0, columns = whole(first + size) - begin; \
-    load(q + at, wide, c + first * d, s + first * d, Q, size, d);                                                  \
-    multiply(size, columns, d, Q, d, 1, KT + begin, row, P, columns, 0);                                           \
+    const long seen = first + size - begin;                                                                        \
+    load(q + at, wide, c + first * d, s + first * d, (N *)Q, size, d);                                             \
+    multiply(size, columns, d / PAIR, Q, d / PAIR, 1, KT + begin, row, P, columns, 0);                             \
     softmax(P, scale, size, first, begin, columns, window);
 
 int attention(const T *q, const T *k, const T *v, const T *cosine, const T *sine, const int32_t *bounds, T *out,
@@ -212,12 +193,16 @@ int attention(const T *q, const T *k, const T *v, const T *cosine, const T *sine
     const long most = longest(bounds, n);
     int failed = 0;
     THREADS {
-        float *K = calloc(3 * most * d + QUERIES * (2 * d + most), sizeof(float)), *W = K + most * d, *KT = W + most * d;
-        float *Q = KT + most * d, *O = Q + QUERIES * d, *P = O + QUERIES * d;
+        uint32_t *K = calloc(4 * most * d + QUERIES * (2 * d + 2 * most), sizeof *K), *W = K + most * d, *KT = W + most * d;
+        uint32_t *VR = KT + most * d, *Q = VR + most * d, *R = Q + QUERIES * d;
+        float *P = (float *)(R + QUERIES * most), *O = P + QUERIES * most;
         HEADS {
-            UNIT BLOCKS {
+            UNIT
+            const uint32_t *rows = interleave((N *)W, VR, length, d);
+            BLOCKS {
                 BLOCK
-                multiply(size, d, first + size - begin, P, columns, 1, W + begin * d, d, O, d, 0);
+                multiply(size, d, lanes(seen), as_rows(P, R, size, columns), columns / PAIR, 1, rows + begin / PAIR * d, d, O,
+                         d, 0);
                 store(O, 0, 0, out + at, wide, size, d);
             }
         }
@@ -232,26 +217,31 @@ int attention_backward(const T *q, const T *k, const T *v, const T *cosine, cons
     const long most = longest(bounds, n);
     int failed = 0;
     THREADS {
-        float *K = calloc(6 * most * d + QUERIES * (3 * d + 2 * most), sizeof(float)), *W = K + most * d;
-        float *KT = W + most * d, *VT = KT + most * d, *DK = VT + most * d, *DV = DK + most * d, *Q = DV + most * d;
-        float *DO = Q + QUERIES * d, *DQ = DO + QUERIES * d, *P = DQ + QUERIES * d, *DP = P + QUERIES * most;
+        uint32_t *K = calloc(7 * most * d + QUERIES * (4 * d + 3 * most), sizeof *K), *W = K + most * d, *KT = W + most * d;
+        uint32_t *VT = KT + most * d, *KR = VT + most * d, *Q = KR + most * d, *DO = Q + QUERIES * d;
+        uint32_t *R = DO + QUERIES * d, *DR = R + QUERIES * most;
+        float *P = (float *)(DR + QUERIES * d), *DP = P + QUERIES * most, *DQ = DP + QUERIES * most;
+        float *DK = DQ + QUERIES * d, *DV = DK + most * d;
         HEADS {
-            UNIT transpose(W, VT, length, d, row);
+            UNIT transpose((N *)W, VT, length, d, row);
+            const uint32_t *rows = interleave((N *)K, KR, length, d);
             memset(DK, 0, length * d * sizeof(float));
             memset(DV, 0, length * d * sizeof(float));
             BLOCKS {
                 BLOCK
-                const long seen = first + size - begin;
-                load(dout + at, wide, 0, 0, DO, size, d);
-                multiply(size, columns, d, DO, d, 1, VT + begin, row, DP, columns, 0);
-                multiply(seen, d, size, P, 1, columns, DO, d, DV + begin * d, d, 1);
+                load(dout + at, wide, 0, 0, (N *)DO, size, d);
+                multiply(size, columns, d / PAIR, DO, d / PAIR, 1, VT + begin, row, DP, columns, 0);
+                multiply(seen, d, lanes(size), as_pairs(P, R, size, columns), 1, columns, interleave((N *)DO, DR, size, d), d,
+                         DV + begin * d, d, 1);
                 for (long i = 0; i < size; i++) {
                     float dot = 0, *dp = DP + i * columns, *p = P + i * columns;
                     SUM(omp simd reduction(+ : dot)) for (long j = 0; j < columns; j++) dot += p[j] * dp[j];
                     SIMD for (long j = 0; j < columns; j++) dp[j] = scale * p[j] * (dp[j] - dot);
                 }
-                multiply(size, d, seen, DP, columns, 1, K + begin * d, d, DQ, d, 0);
-                multiply(seen, d, size, DP, 1, columns, Q, d, DK + begin * d, d, 1);
+                multiply(size, d, lanes(seen), as_rows(DP, R, size, columns), columns / PAIR, 1, rows + begin / PAIR * d, d, DQ,
+                         d, 0);
+                multiply(seen, d, lanes(size), as_pairs(DP, R, size, columns), 1, columns,
+                         interleave((N *)Q, DR, size, d), d, DK + begin * d, d, 1);
                 store(DQ, c + first * d, s + first * d, dq + at, wide, size, d);
             }
             store(DK, c, s, dk + start * narrow + head * d, narrow, length, d);

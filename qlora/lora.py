@@ -48,7 +48,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.errors import InputError
-from qlora.quantize import Part, borrow_weight, dense_weight, layer_bias, logical_shape, part_of
+from qlora.quantize import Part, borrow_weight, dense_weight, layer_bias, logical_shape, multiply, part_of
 
 SMALLEST = torch.finfo(torch.float32).tiny
 
@@ -82,7 +82,7 @@ class LoRAFunction(torch.autograd.Function):
             dropped, mask = drop(x2, dropout, part_of(layer))
         h = dropped @ A.T
         offset = None if bias is None else bias.to(x.dtype)
-        y = F.linear(x2, borrow_weight(layer, x.dtype), offset if scale is None else None)
+        y = multiply(x2, layer, offset if scale is None else None)
         y.addmm_(h, B.T, alpha=scaling)
         z = None
         if scale is not None:
@@ -111,7 +111,7 @@ class LoRAFunction(torch.autograd.Function):
             dA = (u.T @ dropped).float()
             dA = dA if part is None or part.dim == 0 else part.among_zeros(dA)
         if wants_dx:
-            dx = g @ borrow_weight(ctx.layer, dy.dtype)
+            dx = multiply(g, ctx.layer, backward=True)
             if mask is None:
                 dx.addmm_(u, lora_A.to(dy.dtype))
             else:

@@ -35,6 +35,7 @@ from qlora.attention import packed_arguments
 from qlora.device import give_back_memory
 from qlora.errors import InputError
 from qlora.kernels import cross_entropy
+from qlora.many_rows import multiply_16bit
 from qlora.packing import Batch
 from qlora.tokenize import IGNORE_INDEX
 
@@ -57,16 +58,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        weight = head.to(hidden.dtype)
+        weight = head.detach()
         buffer = hidden.new_empty(min(chunk_size, len(targets)), len(weight))  # one for all chunks
+
+        def times_head(rows: Tensor, out: Tensor, backward: bool = False) -> Tensor:
+            nonlocal weight
+            product = multiply_16bit(rows, weight, None, backward, out)
+            if product is None:
+                if weight.dtype != hidden.dtype:
+                    if weight.device.type == "cpu":
+                        give_back_memory()  # of the layers' temporaries: a copy of the head comes on top
+                    weight = weight.to(hidden.dtype)
+                product = torch.mm(rows, weight if backward else weight.T, out=out)
+            return product
+
         for start in range(0, len(targets), chunk_size):
             rows = slice(start, start + chunk_size)
-            logits = torch.mm(hidden[rows], weight.T, out=buffer[: len(targets[rows])])
+            logits = times_head(hidden[rows], buffer[: len(targets[rows])])
             if dhead is None and scale == 1 and softcap is None:
                 losses, g = cross_entropy(logits, targets[rows])
                 loss += losses.sum()
                 if dhidden is not None:
-                    torch.mm(g, weight, out=dhidden[rows])
+                    times_head(g, dhidden[rows], backward=True)
                 continue
             if scale != 1:
                 logits *= scale
@@ -84,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if scale != 1:
                 g *= scale
             if dhidden is not None:
-                torch.mm(g.to(hidden.dtype), weight, out=dhidden[rows])
+                times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
             if dhead is not None:
                 dhead.addmm_(g.T, hidden[rows].float())
         ctx.dhidden, ctx.dhead = dhidden, dhead
@@ -242,8 +255,6 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
         input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
     )
     hidden, targets = output.last_hidden_state.flatten(0, 1), batch.targets.flatten()
-    if hidden.device.type == "cpu":
-        give_back_memory()  # of the layers' temporaries: the head in the compute dtype comes on top
     with gathered_head(model) as head:
         loss, num_targets = linear_cross_entropy(
             hidden, head.weight, targets, chunk_size, head.scale, head.softcap

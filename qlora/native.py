@@ -29,7 +29,8 @@ def compile_c(source: Path, *more_flags: str) -> ctypes.CDLL | None:
     flags, processor = [*FLAGS, *more_flags], Path("/proc/cpuinfo")
     lines = processor.read_text().splitlines() if processor.is_file() else []
     features = next((line for line in lines if line.startswith("flags")), platform.processor())
-    identity = repr((source.read_text(), compiler, flags, platform.machine(), features))
+    headers = [header.read_text() for header in sorted(source.parent.glob("*.h"))]
+    identity = repr((source.read_text(), headers, compiler, flags, platform.machine(), features))
     target = cache_directory() / f"{source.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     try:
         if not target.is_file():

@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from qlora.errors import InputError
 from qlora.few_rows import product_4bit, product_16bit
 from qlora.imports import importing_bitsandbytes
+from qlora.many_rows import multiply_4bit, multiply_16bit
 
 with importing_bitsandbytes():
     import bitsandbytes as bnb
@@ -267,6 +268,24 @@ def borrow_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     numbers = (ctypes.c_longlong(number) for number in (block_size, count // block_size, block_size))
     run(get_ptr(weight.data), get_ptr(scales), get_ptr(buffer), *numbers)
     return buffer[: count * dtype.itemsize].view(dtype).view(state.shape)
+
+
+def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None, backward: bool = False) -> Tensor:
+    """x W^T + b, (..., in) -> (..., out), or x W, (..., out) -> (..., in), for a frozen layer's W.
+
+    From W as it is stored where there is a kernel for that (many_rows.py), else W is dequantized.
+    """
+    weight: Any = layer.weight
+    rows, product = x.reshape(-1, x.shape[-1]), None
+    if x.device.type == "cpu" and isinstance(weight, Params4bit):
+        state = weight.quant_state
+        product = multiply_4bit(rows, weight.data, block_scales(state), state, bias, backward)
+    elif x.device.type == "cpu" and _is_upright(layer):
+        product = multiply_16bit(rows, weight.detach(), bias, backward)
+    if product is None:
+        weight = borrow_weight(layer, x.dtype)
+        return x @ weight if backward else F.linear(x, weight, bias)
+    return product.view(*x.shape[:-1], product.shape[-1])
 
 
 def forget_buffer() -> None:
@@ -588,12 +607,12 @@ class FrozenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: nn.Module) -> Tensor:  # type: ignore[override]
         ctx.layer = layer
-        return F.linear(x, borrow_weight(layer, x.dtype), None if bias is None else bias.to(x.dtype))
+        return multiply(x, layer, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         wants_dx, wants_db = ctx.needs_input_grad[:2]
-        dx = dy @ borrow_weight(ctx.layer, dy.dtype) if wants_dx else None
+        dx = multiply(dy, ctx.layer, backward=True) if wants_dx else None
         db = dy.flatten(0, -2).sum(dim=0, dtype=torch.float32) if wants_db else None
         return dx, db, None
 
