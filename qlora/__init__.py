@@ -7,8 +7,8 @@ import os
 from importlib import import_module
 from typing import Any
 
-# Threads that compute together wait for each other by spinning, for a millisecond where nothing else is said. Where
-# another program has one of the cores they so keep each other from theirs: training took 25 times as long, not twice.
+# Threads that compute together wait for each other by spinning, for a millisecond where nothing else is said.
+# Where another program has one of the cores, they so keep each other from theirs: training took 25 times as long.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read where torch is imported, so not if that came first
 
