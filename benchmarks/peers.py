@@ -153,6 +153,8 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
     ours = [sys.executable, "-m", "benchmarks.peers", "--job", str(file)]
     command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS else ours
     environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # the user's own keeps no throw-away model
+    if name in PEERS:
+        environment.pop("GOMP_SPINCOUNT", None)  # qlora/__init__.py sets it, for the threads of this project
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         sys.exit(f"error: {name} ended with code {done.returncode}:\n{done.stderr[-3000:]}")
@@ -202,7 +204,7 @@ def main(argv: Sequence[str]) -> None:
         same = {runs["ours"][0]["dtype"]: runs["ours"]}  # our runs by compute dtype
         for dtype in {PEERS[name]["dtype"] for name in peers} - set(same):
             same[dtype] = [measure(f"ours in {dtype}", dtype=dtype)]
-    Console(width=115).print(report(job, runs, same), *describe_runs(runs), sep="\n")
+    Console(width=115).print(report(job, runs, same), *describe_runs(runs, same), sep="\n")
 
 
 def report(job: dict[str, Any], runs: dict[str, list[Run]], same: dict[str, list[Run]]) -> Table:
@@ -243,12 +245,7 @@ def report(job: dict[str, Any], runs: dict[str, list[Run]], same: dict[str, list
             continue
         kind = {DEFAULT: ", its default", best: ", its best here"}.get(name, "")
         goal = {DEFAULT: FASTER_THAN_DEFAULT, best: FASTER_THAN_BEST}.get(name)
-        gap = max(
-            abs(x - y)
-            for a in same[PEERS[name]["dtype"]]
-            for b in results
-            for x, y in zip(a["losses"], b["losses"], strict=True)
-        )
+        gap = loss_gap(same[PEERS[name]["dtype"]], results)
         faster, smaller = ratio(results, speed), ratio(results, peak)
         table.add_row(
             f"PEFT + {name}{kind}",
@@ -263,6 +260,12 @@ def report(job: dict[str, Any], runs: dict[str, list[Run]], same: dict[str, list
     return table
 
 
+def loss_gap(some: list[Run], others: list[Run]) -> float:
+    """The largest difference of a step's losses between any two runs."""
+    pairs = ((a, b) for a in some for b in others)
+    return max(abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=True))
+
+
 def judge(text: str, value: float, sign: str, goal: float | None) -> str:
     """`text`, followed by the goal, if there is one, and whether `value` reaches it."""
     if goal is None:
@@ -271,10 +274,17 @@ def judge(text: str, value: float, sign: str, goal: float | None) -> str:
     return f"{text} ({sign} {goal:g}: {'yes' if holds else 'NO'})"
 
 
-def describe_runs(runs: dict[str, list[Run]]) -> list[str]:
-    """Lines for below the table: what `ours` settled on, each side's versions and threads, machine and date."""
+def describe_runs(runs: dict[str, list[Run]], same: dict[str, list[Run]]) -> list[str]:
+    """Lines for below the table: what `ours` settled on, what bf16 itself does to each side's losses, each side's
+    versions and threads, machine and date.
+    """
     chosen = runs["ours"][0]
     lines = [f"ours: {chosen['dtype']}, {chosen['recomputed']:.0%} of the layers recomputed"]
+    peers = {PEERS[name]["dtype"]: results for name, results in runs.items() if name in PEERS}
+    for side, by_dtype in (("ours", same), ("peers", peers)):
+        if {"bfloat16", "float32"} <= by_dtype.keys():
+            gap = loss_gap(by_dtype["bfloat16"], by_dtype["float32"])
+            lines.append(f"{side}: losses in bf16 differ from those in fp32 by {gap:.1e} at most")
     for name, side in [("ours", "ours"), ("peers", next(name for name in runs if name != "ours"))]:
         first = runs[side][0]
         versions = ", ".join(f"{package} {number}" for package, number in first["versions"].items())

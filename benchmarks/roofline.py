@@ -12,8 +12,9 @@ So a block's matrices cost 2 P per token, 2 times without checkpointing and 3 ti
 norms, softmax, dequantization and the optimizer are left out, and so is attention that is computed again: an
 implementation that reaches 1.0 would have spent no time on any of these.
 
-The rate is that of a square product in the compute dtype, timed before and after each step in the step's own
-process, for shared machines drift from minute to minute.
+The rate is that of torch's square product in the compute dtype, timed before and after each step in the step's
+own process, for shared machines drift from minute to minute. Products of this project's own (qlora/many_rows.py)
+may run faster than that one, so a share of more than 1 is possible.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 /* What torch needs several passes over memory for, in one: the elementwise work of a LLaMA block on a CPU.
 
-   Compiled twice, for bf16 (-DBF16) and for fp32 tensors; sums and products are in fp32 in both, and each result
-   is rounded once. kernels.py compiles and calls it, and holds the same functions in plain torch, with their
-   formulas, shapes and the test that the two agree. All arrays are contiguous; rows are spread over the threads. */
+   Compiled twice, for bf16 (-DBF16) and for fp32 tensors; sums are in fp32 in both, and each result is rounded once.
+   kernels.py compiles and calls it, and holds the same functions in plain torch, with their formulas, shapes and the
+   test that the two agree. All arrays are contiguous; rows are spread over the threads. */
 
 #include <math.h>
 #include <stdlib.h>

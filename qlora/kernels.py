@@ -198,14 +198,15 @@ class PackedAttention(torch.autograd.Function):
     """Rotary embedding and causal attention over packed sequences, on a CPU; nothing but its inputs is kept.
 
     For one sequence and head, with R queries of a block, C keys that the last of them sees, d = head_dim, s the
-    scaling and P the causal softmax by rows, all in fp32 whatever the tensors' dtype:
+    scaling and P the causal softmax by rows; sums and softmax are in fp32 whatever the tensors' dtype:
 
         forward    S = Q K^T               (R, C)       backward    dP = dO V^T                       (R, C)
                    P = softmax(s S)                                 dS = s P * (dP - rowsum(P * dP))
                    O = P V                 (R, d)                   dQ = dS K      dK = dS^T Q      dV = P^T dO
 
     P is computed again in the backward pass. Scores exist for a block of queries at a time, and what is above the
-    diagonal is left out: half of the work of whole matrices.
+    diagonal is left out: half of the work of whole matrices. A processor that multiplies pairs of bf16 gets P and
+    dS rounded to bf16 for bf16 tensors, as flash attention does; elsewhere they stay in fp32.
 
     Args:
         query: (N, heads d); key, value: (N, kv_heads d): before rotation. d a multiple of 16.

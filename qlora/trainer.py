@@ -37,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.block import decoder_layers
 from qlora.checkpoint import Progress
-from qlora.device import GIB, available_memory, peak_memory_gib
+from qlora.device import GIB, available_memory, give_back_at_once, peak_memory_gib
 from qlora.distributed import Ranks, ranks_of
 from qlora.errors import StoppedOnRequest, TrainingStopped, is_out_of_memory
 from qlora.files import explain
@@ -279,6 +279,8 @@ def settle_checkpointing(
         # the first adapted one would then be differentiated for nothing.
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = index < number
+    if number and device.type == "cpu":  # memory is short
+        give_back_at_once()
     reason = f"--gradient-checkpointing {mode}"
     if mode == "auto":
         reason = f"keeping all would take {plans[0].total / GIB:.2f} of at most {limit / GIB:.2f} GiB, {source}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -356,6 +357,29 @@ def test_peak_is_of_this_process_alone() -> None:
     reported, actual = map(float, result.stdout.split())
     assert ballast.nbytes / GIB == 1 > actual > 0
     assert reported == pytest.approx(actual, rel=0.05)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what glibc does with freed memory")
+def test_freed_tensors_go_back_at_once() -> None:
+    """Fifty tensors of 4 MB are freed, with something that stays behind each; glibc would keep them all."""
+    command = (
+        "import sys, psutil, torch; from qlora.device import give_back_at_once\n"
+        "torch.ones(7 * 2**20)  # glibc learns from it to take the next ones from the heap\n"
+        "if sys.argv[1] == 'at once': give_back_at_once()\n"
+        "large = []; stay = []\n"
+        "for _ in range(50): large.append(torch.ones(2**20)); stay.append(torch.ones(2000))\n"
+        "before = psutil.Process().memory_info().rss; del large[:]\n"
+        "print((before - psutil.Process().memory_info().rss) // 2**20)"
+    )
+
+    def freed(how: str) -> int:
+        return int(
+            subprocess.run(
+                [sys.executable, "-c", command, how], cwd=REPOSITORY, capture_output=True, check=True
+            ).stdout
+        )
+
+    assert freed("later") < 20 and freed("at once") > 180
 
 
 def test_dense_model_needs_no_quant_state() -> None:
