@@ -1,46 +1,48 @@
 /* y = x W^T for a few rows x (n, columns) fp32, from W (rows, columns) as the model stores it: 4-bit codes or bf16.
 
-   Each weight is the one that training multiplies by, to the last bit, and sums are in fp32. A vector of 16 floats
-   is the compiler's: on a CPU with narrower ones it takes several. */
+   Each weight is the one that training multiplies by, to the last bit, and sums are in fp32. */
 
-#include <stdint.h>
-#include <string.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "tiles.h"
 
-typedef float V __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t U __attribute__((vector_size(64)));
 #define TILE 4 /* rows of W and rows of x that are multiplied with each other out of registers */
-#define INLINE static inline __attribute__((always_inline))
+#define TABLE (16 / LANES) /* vectors of the 16 values */
 
-/* 16 bytes of codes -> the values of their high halves and of their low halves */
-static inline void look_up(const uint8_t *codes, V table, V *high, V *low) {
+/* LANES bytes of codes -> the values of their high halves and of their low halves */
+INLINE void look_up(const uint8_t *codes, const V *table, V *high, V *low) {
 #ifdef __AVX512F__
     const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
-    *high = (V)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)table);
-    *low = (V)_mm512_permutexvar_ps(both, (__m512)table); /* it looks at the low 4 bits of an index alone */
+    *high = (V)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)table[0]);
+    *low = (V)_mm512_permutexvar_ps(both, (__m512)table[0]); /* it looks at the low 4 bits of an index alone */
+#elif defined(__AVX2__)
+    const __m256i low_half = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
+    const __m256i high_half = _mm256_srli_epi32(low_half, 4);
+    const __m256 first = (__m256)table[0], second = (__m256)table[1]; /* the fourth bit says which */
+#define CHOOSE(index)                                                                                       \
+    (V) _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index),   \
+                         _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)))
+    *high = CHOOSE(high_half), *low = CHOOSE(low_half);
 #else
-    for (int j = 0; j < 16; j++) (*high)[j] = table[codes[j] >> 4], (*low)[j] = table[codes[j] & 15];
+    const float *values = (const float *)table;
+    for (int j = 0; j < LANES; j++) (*high)[j] = values[codes[j] >> 4], (*low)[j] = values[codes[j] & 15];
 #endif
 }
 
-/* 16 bf16 numbers as floats: their high halves */
-static inline V widen(const uint16_t *x) {
+/* LANES bf16 numbers as floats: their high halves */
+INLINE V widen(const uint16_t *x) {
 #ifdef __AVX512F__
     return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
+#elif defined(__AVX2__)
+    return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)), 16);
 #else
-    uint32_t bits[16];
-    V v;
-    for (int j = 0; j < 16; j++) bits[j] = (uint32_t)x[j] << 16;
-    memcpy(&v, bits, sizeof v);
-    return v;
+    U bits;
+    for (int j = 0; j < LANES; j++) bits[j] = (uint32_t)x[j] << 16;
+    return (V)bits;
 #endif
 }
 
-static inline float total(V v) {
+INLINE float total(V v) {
     float sum = 0;
-    for (int j = 0; j < 16; j++) sum += v[j];
+    for (int j = 0; j < LANES; j++) sum += v[j];
     return sum;
 }
 
@@ -59,29 +61,32 @@ INLINE float scale(const struct weight *w, long block) {
 }
 
 /* What the 16 codes stand for in a block */
-INLINE V block_values(const struct weight *w, long block) {
-    const V values = *(const V *)w->table * scale(w, block);
-    const U bits = (U)values;
-    return w->bf16 ? (V)((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000) : values; /* to nearest, ties to even */
+INLINE void block_values(const struct weight *w, long block, V *values) {
+    for (int i = 0; i < TABLE; i++) {
+        values[i] = *(const V *)(w->table + i * LANES) * scale(w, block);
+        const U bits = (U)values[i], nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000; /* ties to even */
+        values[i] = (V)(w->bf16 ? nearest : bits);
+    }
 }
 
 /* `height` rows of W, 4 bits, from `row` on, times `n` rows of x */
 INLINE void tile4(const int height, const int n, const struct weight *w, const float *x, float *y, long row, long rows,
                   long columns) {
-    V sum[TILE][TILE], even, odd;
+    V sum[TILE][TILE], values[TABLE], even, odd;
     memset(sum, 0, sizeof sum);
     for (long k = 0; k < columns; k += 64) /* the smallest block */
         for (int r = 0; r < height; r++) {
             const long first = (row + r) * columns + k;
-            const V values = block_values(w, first >> w->block);
-            for (int half = 0; half < 64; half += 32) {
-                look_up(w->codes + (first + half) / 2, values, &even, &odd);
-                for (int m = 0; m < n; m++) {
-                    const V *xm = (const V *)(x + m * columns + k + half);
-                    sum[r][m] += even * xm[0];
-                    sum[r][m] += odd * xm[1];
+            block_values(w, first >> w->block, values);
+            for (int half = 0; half < 64; half += 32)
+                for (int piece = 0; piece < 16; piece += LANES) {
+                    look_up(w->codes + (first + half) / 2 + piece, values, &even, &odd);
+                    for (int m = 0; m < n; m++) {
+                        const float *xm = x + m * columns + k + half + piece;
+                        sum[r][m] += even * *(const V *)xm;
+                        sum[r][m] += odd * *(const V *)(xm + 16);
+                    }
                 }
-            }
         }
     for (int r = 0; r < height; r++)
         for (int m = 0; m < n; m++) y[m * rows + row + r] = total(sum[r][m]);
@@ -92,7 +97,7 @@ INLINE void tile16(const int height, const int n, const uint16_t *w, const float
                    long columns) {
     V sum[TILE][TILE];
     memset(sum, 0, sizeof sum);
-    for (long k = 0; k < columns; k += 16)
+    for (long k = 0; k < columns; k += LANES)
         for (int r = 0; r < height; r++) {
             const V values = widen(w + (row + r) * columns + k);
             for (int m = 0; m < n; m++) sum[r][m] += values * *(const V *)(x + m * columns + k);

@@ -124,6 +124,7 @@ int product(const struct weight *w, const T *x, const T *bias, T *out, long n, l
     const long inner = backward ? w->rows : w->columns, outer = backward ? w->columns : w->rows, stride = inner / PAIR;
     const long panels = (outer + COLUMNS - 1) / COLUMNS, threads = omp_get_max_threads();
     long parts = (n + ROWS - 1) / ROWS; /* of the rows; more where the threads would not get equally much */
+    if (!n) return 0;
     while (parts * panels % threads && n > 96 * parts) parts++;
     const long most = ((n + parts - 1) / parts + HIGH - 1) / HIGH * HIGH;
     int failed = 0;

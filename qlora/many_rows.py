@@ -12,6 +12,7 @@ AMX, for which torch has faster ones.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,25 @@ def library(x: Tensor) -> ctypes.CDLL | None:
 
 
 def multiply_4bit(
-    x: Tensor, codes: Tensor, scales: Tensor, state: Any, bias: Tensor | None, backward: bool
+    x: Tensor, codes: Tensor, scales: Callable[[Any], Tensor], state: Any, bias: Tensor | None, backward: bool
 ) -> Tensor | None:
     """x W^T + b, (N, columns) -> (N, rows), or backward x W, (N, rows) -> (N, columns).
 
     Args:
         x: bf16 or fp32; b (rows,) in its dtype, or None.
-        codes, scales: of W, two codes a byte and (blocks,) fp32.
-        state: its QuantState, of which the table, block size and shape are read.
+        codes: of W, two a byte.
+        scales: makes (blocks,) fp32 of its QuantState.
+        state: that state, of which the table, block size and shape are read.
     Returns:
         None where there is no such kernel.
     """
     rows, columns = state.shape
     size = state.blocksize
-    if columns % size or size & (size - 1):  # a row has to be a whole number of blocks
+    if library(x) is None or columns % size or size & (size - 1):  # a row has to be a whole number of blocks
         return None
+    every = scales(state).contiguous()
     weight = _Weight(
-        codes.data_ptr(), None, scales.data_ptr(), state.code.data_ptr(), rows, columns, size.bit_length() - 1
+        codes.data_ptr(), None, every.data_ptr(), state.code.data_ptr(), rows, columns, size.bit_length() - 1
     )
     return _multiply(x, weight, bias, backward)
 

@@ -277,10 +277,9 @@ def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None, backward: 
     """
     weight: Any = layer.weight
     rows, product = x.reshape(-1, x.shape[-1]), None
-    if x.device.type == "cpu" and isinstance(weight, Params4bit):
-        state = weight.quant_state
-        product = multiply_4bit(rows, weight.data, block_scales(state), state, bias, backward)
-    elif x.device.type == "cpu" and _is_upright(layer):
+    if isinstance(weight, Params4bit):
+        product = multiply_4bit(rows, weight.data, block_scales, weight.quant_state, bias, backward)
+    elif _is_upright(layer):
         product = multiply_16bit(rows, weight.detach(), bias, backward)
     if product is None:
         weight = borrow_weight(layer, x.dtype)

@@ -1,12 +1,12 @@
 /* Products of matrices out of registers, for kernels.c and many_rows.c.
 
    A lane is 32 bits along the dimension that is summed over: two bf16 numbers where the processor multiplies such
-   pairs (PAIR 2), one float elsewhere. Sums are in fp32. A vector of 16 lanes is the compiler's: on a CPU with
-   narrower ones it takes several. */
+   pairs (PAIR 2), one float elsewhere. Sums are in fp32. Vectors are as wide as the processor's: of wider ones
+   compilers make code that is tens of times slower. */
 
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -31,12 +31,18 @@ static inline T put(float f) { return f; }
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16 /* of a vector */
-#define HIGH 6   /* rows of a tile */
+#define HIGH 6 /* rows of a tile */
 #ifdef __AVX512F__
+#define LANES 16 /* of a vector */
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
 #define WIDE 4 /* vectors of a tile's row: its HIGH x WIDE sums, WIDE of B and one of A fill the registers */
 #else
-#define WIDE 1
+#define WIDE 2
 #endif
 typedef float V __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -52,7 +58,7 @@ typedef float N;
 INLINE V multiply_add(V sum, U a, U b) { return sum + (V)a * (V)b; }
 #endif
 
-/* `rows` x 16 `vectors` numbers of C = A B, or of C + A B; row r, lane i of A lies at a[r a_row + i a_lane] */
+/* `rows` x LANES `vectors` numbers of C = A B, or of C + A B; row r, lane i of A lies at a[r a_row + i a_lane] */
 INLINE void tile(const int rows, const int vectors, long lanes, const uint32_t *a, long a_row, long a_lane,
                  const uint32_t *b, long b_row, float *c, long c_row, int add) {
     V sum[HIGH][WIDE] = {0};
@@ -81,12 +87,12 @@ INLINE void multiply(long m, long n, long lanes, const uint32_t *a, long a_row, 
         const int wide = n - j >= WIDE * LANES;
         for (long i = 0; i < m;) {
             const int high = m - i >= HIGH;
-#define TILE(rows, vectors) \
+#define PRODUCT(rows, vectors) \
     tile(rows, vectors, lanes, a + i * a_row, a_row, a_lane, b + j, b_row, c + i * c_row + j, c_row, add)
-            if (high && wide) TILE(HIGH, WIDE);
-            else if (high) TILE(HIGH, 1);
-            else if (wide) TILE(1, WIDE);
-            else TILE(1, 1);
+            if (high && wide) PRODUCT(HIGH, WIDE);
+            else if (high) PRODUCT(HIGH, 1);
+            else if (wide) PRODUCT(1, WIDE);
+            else PRODUCT(1, 1);
             i += high ? HIGH : 1;
         }
         j += wide ? WIDE * LANES : LANES;

@@ -316,9 +316,11 @@ def test_what_no_kernel_fits_is_left_to_copies() -> None:
 def test_a_dense_copy_gives_the_training_numbers(dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
     layer = Linear4bit(quantize_weight(torch.randn(96, 128), QuantConfig()), torch.randn(96) if bias else None)
-    x = torch.randn(3, 128, dtype=dtype)
+    x, one = torch.randn(3, 128, dtype=dtype), torch.eye(128, dtype=dtype)
+    decode = decode_copy(layer, dtype, dense=True)
     with torch.no_grad():
-        assert torch.equal(decode_copy(layer, dtype, dense=True)(x), layer(x))
+        assert torch.equal(decode(one), layer(one))  # the weights, to the last bit
+        assert relative_error(decode(x), layer(x)) < (1e-6 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes' packed layout is for AVX512-BF16 CPUs")

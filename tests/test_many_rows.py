@@ -103,6 +103,13 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     torch.set_num_threads(one)
 
 
+def test_no_rows(dtype: torch.dtype) -> None:
+    """An expert that no token chose."""
+    layer = make_layer("nf4", True, 64, 70, 128)
+    assert stored(torch.empty(0, 128, dtype=dtype), layer).shape == (0, 70)
+    assert stored(torch.empty(0, 70, dtype=dtype), layer, backward=True).shape == (0, 128)
+
+
 def test_what_is_no_number_stays_none(dtype: torch.dtype) -> None:
     layer = make_layer("nf4", True, 64, 64, 128)
     x = gaussian(8, 128).to(dtype)
