@@ -110,3 +110,20 @@ train.main(["--model", {str(model)!r}, "--data", {str(data)!r}, "--output-dir", 
 """
     lines = python("-c", code).splitlines()
     assert [line for line in lines if line.startswith("imported:")] == ["imported:"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+    ids=["none", "spin count", "wait policy"],
+)
+def test_threads_do_not_spin_for_long(
+    monkeypatch: pytest.MonkeyPatch, theirs: dict[str, str], expected: str
+) -> None:
+    """Unless the user says otherwise; read by libgomp when torch is imported, which `import qlora` does not do."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    code = "import os, sys, qlora; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    assert python("-c", code) == f"{expected} False\n"
