@@ -1,4 +1,4 @@
-/* Products of matrices out of registers, for kernels.c and many_rows.c.
+/* Vectors and lanes, and products of matrices out of registers: for kernels.c, few_rows.c and many_rows.c.
 
    A lane is 32 bits along the dimension that is summed over: two bf16 numbers where the processor multiplies such
    pairs (PAIR 2), one float elsewhere. Sums are in fp32. Vectors are as wide as the processor's: of wider ones
