@@ -1,6 +1,6 @@
 """Side by side with PEFT + TRL's SFTTrainer: real tokens per second, peak memory and losses, in one run.
 
-    make bench [DATA=train.jsonl]        both environments, then the whole comparison (about 40 minutes on 2 cores)
+    make bench [DATA=train.jsonl]        both environments, then the whole comparison (15 to 40 minutes on 2 cores)
     python -m benchmarks.peers [--model M] [--data train.jsonl] [--rounds 3] [--steps 4]
 
 Each side is a process of its own that loads the same dense checkpoint, quantizes it to NF4 with double

@@ -214,7 +214,7 @@ class PackedAttention(torch.autograd.Function):
         bounds: (S + 1,) int32, where sequences begin and end.
         window: how many tokens back, itself included, a token sees.
     Raises:
-        MemoryError: for a head of the longest sequence and its scores, which each thread holds in fp32.
+        MemoryError: for a head of the longest sequence and its scores, which each thread holds.
     """
 
     @staticmethod

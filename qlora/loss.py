@@ -65,10 +65,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nonlocal weight
             product = multiply_16bit(rows, weight, None, backward, out)
             if product is None:
-                if weight.dtype != hidden.dtype:
-                    if weight.device.type == "cpu":
-                        give_back_memory()  # of the layers' temporaries: a copy of the head comes on top
-                    weight = weight.to(hidden.dtype)
+                if weight.dtype != hidden.dtype and weight.device.type == "cpu":
+                    give_back_memory()  # of the layers' temporaries: a copy of the head comes on top
+                weight = weight.to(hidden.dtype)
                 product = torch.mm(rows, weight if backward else weight.T, out=out)
             return product
 

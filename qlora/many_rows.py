@@ -5,7 +5,7 @@ for its product. many_rows.c decodes a panel of W into the processor's cache, in
 Each weight is the one that dequantizing gives, to the last bit; sums are in fp32, and a row's result does not
 depend on the others.
 
-It is there on a CPU with AVX-512 and a C compiler, in bf16 only with that processor's bf16 products and without
+It is there on a CPU with AVX-512 and GCC, in bf16 only with that processor's bf16 products and without
 AMX, for which torch has faster ones.
 """
 

@@ -2,7 +2,7 @@
 
    A lane is 32 bits along the dimension that is summed over: two bf16 numbers where the processor multiplies such
    pairs (PAIR 2), one float elsewhere. Sums are in fp32. Vectors are as wide as the processor's: of wider ones
-   compilers make code that is tens of times slower. */
+   compilers make code that is ten times slower. */
 
 #include <stdint.h>
 #include <string.h>

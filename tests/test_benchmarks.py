@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import fidelity, fidelity_report, peers
+from benchmarks import fidelity, fidelity_report, peers, seven_b
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from benchmarks.word_problems import write_problems
 from qlora.config import LoRAConfig
@@ -38,6 +38,21 @@ def make_example(length: int, num_targets: int) -> Example:
     targets = torch.full((length,), IGNORE_INDEX)
     targets[length - num_targets :] = 7
     return Example(torch.full((length,), 5), targets)
+
+
+# ---- the 7B shape -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "share"), [(None, 1.0), (100.0, 0.0)])
+def test_training_part_of_seven_b(
+    budget: float | None, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer recomputed, or with a budget as few as it takes; a share of the limit for each step."""
+    monkeypatch.setattr(seven_b, "NUM_TOKENS", 32)
+    result = seven_b.train(save_tiny_llama(tmp_path / "model"), 2, budget)
+    assert result["recomputed"] == share
+    assert len(result["shares"]) == len(result["step_seconds"]) == 2 and min(result["shares"]) > 0
+    assert all(0 < loss < 10 for loss in result["losses"])
 
 
 # ---- bad input --------------------------------------------------------------------------------------------

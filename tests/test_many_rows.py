@@ -97,10 +97,13 @@ def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     together = stored(x, layer)
     for rows in (slice(0, 1), slice(5, 12), slice(1000, 1600)):
         assert torch.equal(stored(x[rows], layer), together[rows])
-    one, two = torch.get_num_threads(), 3 - min(2, torch.get_num_threads())
-    torch.set_num_threads(two)
-    assert torch.equal(stored(x, layer), together)
-    torch.set_num_threads(one)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(stored(x, layer), together)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_rows(dtype: torch.dtype) -> None:
