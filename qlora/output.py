@@ -200,8 +200,9 @@ class RunOutput:
             self._set_aside_later_checkpoints()
             prune_checkpoints(self.directory, self.keep_last)  # a kill may have come before
             self._writer = ThreadPoolExecutor(1)
-            # Its thread starts now: later there may be no memory for one.
-            self._writing: Future[Any] | None = self._writer.submit(list_checkpoints, self.directory)
+            # Its thread starts now: later there may be no memory for one. A kill may have come after the
+            # checkpoint was written and before its adapter became the run's.
+            self._writing: Future[Any] | None = self._writer.submit(self._adopt, self.checkpoint)
             with new_file(self.directory / "run.json") as file:
                 known = {"facts": json.loads(redact(json.dumps(facts)))} if facts is not None else {}
                 file.write_text(json.dumps(self.run | known, indent=2) + "\n")
@@ -345,8 +346,11 @@ class RunOutput:
             failure = failure or unwritten
         self._writer.shutdown()
         best = self._find_best()
-        if is_done and failure is None and best is not None and self.load_best:
-            failure = self._adopt(best)
+        if is_done and failure is None and self.load_best:
+            try:
+                self._adopt(best)
+            except OSError as error:
+                failure = error
         self._page.finish()
         self._lock.release()
         self.trackers.finish()
@@ -372,16 +376,12 @@ class RunOutput:
             self.accelerator.print(f"the best checkpoint cannot be used: {error}")
             return None
 
-    def _adopt(self, best: Path) -> OSError | None:
-        """Make the best checkpoint's adapter the run's; returns the error of a disk that does not take it."""
-        try:
-            with ExitStack() as files:  # all are copied, then all take their places
-                for path in best.iterdir():
-                    if path.name not in (STATE, OPTIMIZER):
-                        shutil.copyfile(path, files.enter_context(new_file(self.directory / path.name)))
-        except OSError as error:
-            return error
-        return None
+    def _adopt(self, checkpoint: Path | None) -> None:
+        """Make a checkpoint's adapter the run's; None does nothing."""
+        with ExitStack() as files:  # all are copied, then all take their places
+            for path in checkpoint.iterdir() if checkpoint is not None else ():
+                if path.name not in (STATE, OPTIMIZER):
+                    shutil.copyfile(path, files.enter_context(new_file(self.directory / path.name)))
 
     def _describe_best(self, best: Path, is_adopted: bool) -> str:
         """One line: the best checkpoint, and whether the best evaluation was of another state."""

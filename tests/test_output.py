@@ -420,6 +420,42 @@ def test_the_adapter_at_the_end(
     assert output.progress.step == 3
 
 
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_kill_between_the_last_checkpoint_and_its_adapter_is_made_good(
+    tiny: str, tmp_path: Path, missing: bool
+) -> None:
+    """No step is left that would write the adapter anew: it is taken from the checkpoint."""
+    output, _ = save_three(tmp_path, tiny)
+    output.close()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        expected = (tmp_path / name).read_bytes()
+        if missing:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes((checkpoint_path(tmp_path, 2) / name).read_bytes())
+        begin(tmp_path, adapted(tiny), "auto").close()
+        assert (tmp_path / name).read_bytes() == expected
+
+
+def test_an_adapter_that_a_full_disk_does_not_take_at_the_start_comes_with_the_next_save(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save_three(tmp_path, tiny)[0].close()
+    with monkeypatch.context() as patch:
+        patch.setattr(output_module.shutil, "copyfile", fail)
+        output = begin(tmp_path, adapted(tiny), "auto")
+        with pytest.raises(TrainingStopped, match=r"No space left.*step-000003"):
+            output.close()
+        output = begin(tmp_path, adapted(tiny), "auto")
+        output.progress.step = 4
+        output.save(output.progress)
+        output.close()
+    assert read_state(checkpoint_path(tmp_path, 4))["progress"].step == 4
+
+
 def test_a_best_checkpoint_that_is_damaged_leaves_the_last_adapter(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
