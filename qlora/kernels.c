@@ -15,9 +15,9 @@
 
 /* e^x to 2 ulp, without a call, so that it is vectorised: 2^k times the series of e^r, |r| <= ln(2) / 2. */
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float k = rintf(x * 1.44269504f), r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    float y = x > -87.0f ? x : -87.0f; /* of what is no number, too */
+    y = y < 88.0f ? y : 88.0f;
+    float k = rintf(y * 1.44269504f), r = y - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
     int32_t bits = ((int32_t)k + 127) << 23;
     float power;
