@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,36 @@ def new_directory(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left half written in a folder.
+
+    Only for who holds a lock on what is written there: another process' work looks the same.
+
+    Args:
+        name: of the file or directory that it was to become; None = any.
+    """
+    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+(\.old)?\.tmp")
+    for left in list(folder.iterdir()) if folder.is_dir() else ():
+        if wanted.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[bool]:
+    """Wait until no other process writes `target` in this context; yields whether it is still not there.
+
+    What killed processes left of it half written is removed.
+    """
+    from filelock import FileLock
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f"{target.name}.lock")
+    with FileLock(lock):
+        remove_leftovers(target.parent, target.name)
+        yield not target.exists()
+        lock.unlink(missing_ok=True)  # who waits for it finds `target`; after an error it stays, for the next
 
 
 def _settle(path: Path) -> None:

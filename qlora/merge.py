@@ -44,7 +44,7 @@ from qlora.adapter import (
 from qlora.config import LoRAConfig
 from qlora.drift import Drift, DriftTexts, load_drift_texts, load_texts, measure_drift
 from qlora.errors import CheckFailed, InputError
-from qlora.files import explain, new_directory, new_file, read_json
+from qlora.files import explain, new_directory, new_file, read_json, remove_leftovers
 from qlora.injection import Adapter, activate, linear_layers, wrap_layers
 from qlora.lora import LoRAWeights
 from qlora.mixing import mix
@@ -537,6 +537,8 @@ def _staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
         lock.acquire()
     except Timeout as error:
         raise InputError(f"Another merge is writing {target}; wait for its end or choose another.") from error
+    remove_leftovers(staging)
+    remove_leftovers(target.parent, target.name)
     keep = False
     try:
         yield staging

@@ -39,7 +39,7 @@ from qlora.block import decoder_layers, fuse_blocks
 from qlora.device import cache_directory, choose_compute_dtype
 from qlora.errors import InputError
 from qlora.experts import separate_experts
-from qlora.files import explain, new_directory, new_file, read_json
+from qlora.files import explain, new_directory, new_file, only_writer, read_json
 from qlora.quantize import (
     FrozenMatrix,
     Linear4bit,
@@ -325,7 +325,9 @@ def load_base_model(
             if not use_4bit:
                 raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
         elif cached is not None:
-            _write_cache(network, _stored_weights(network, source, quant, device), quant, cached)
+            with only_writer(cached) as is_first:
+                if is_first:
+                    _write_cache(network, _stored_weights(network, source, quant, device), quant, cached)
     if cached is not None:
         source = _open_cache(cached)
     dtype = settle_compute_dtype(compute_dtype, device, cache)

@@ -52,7 +52,7 @@ from qlora.config import DataConfig, LoRAConfig, TrainConfig
 from qlora.device import GIB
 from qlora.distributed import sample_weight
 from qlora.errors import InputError, StoppedOnRequest, TrainingStopped
-from qlora.files import explain, new_file, whole_lines
+from qlora.files import explain, new_file, remove_leftovers, whole_lines
 from qlora.injection import lora_layers
 from qlora.live_report import LiveReport
 from qlora.optim import MasterOptimizer
@@ -121,8 +121,7 @@ class RunOutput:
                 f"--output-dir {self.directory} cannot be written ({error}); choose another."
             ) from error
         for folder in (self.directory, self.directory / "checkpoints"):
-            for left in folder.glob(".*.[0-9]*.tmp"):  # qlora.files puts a process number there
-                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            remove_leftovers(folder)
 
     def _check_other_runs(self, resume: str | None) -> None:
         holds = [name for name in ("metrics.jsonl", WEIGHTS) if (self.directory / name).exists()]

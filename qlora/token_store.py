@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from qlora.device import cache_directory
-from qlora.files import new_directory
+from qlora.files import new_directory, remove_leftovers
 from qlora.rows import BadRow
 from qlora.tokenize import EncodeReport, Example
 
@@ -215,8 +215,7 @@ def cached_store(
         if store is not None:
             return store, True
         shutil.rmtree(directory, ignore_errors=True)
-        for left in directory.parent.glob(f".{directory.name}.*.tmp"):  # half written by a killed process
-            shutil.rmtree(left, ignore_errors=True)
+        remove_leftovers(directory.parent, directory.name)
         store = write_store(fill, directory)
     _evict(directory)
     return store, False

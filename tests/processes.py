@@ -81,7 +81,12 @@ def launch(size: int, *arguments: str, timeout: float = 300) -> CompletedProcess
     )  # fmt: skip
 
 
-def _run_program(*arguments: str) -> None:
+def run_program(*arguments: str) -> None:
+    """A script, or -m and a module, with its arguments, in this process.
+
+    Raises:
+        SystemExit: it ends with another code than 0.
+    """
     is_module = arguments[0] == "-m"
     sys.argv = list(arguments[is_module:])
     try:
@@ -95,4 +100,4 @@ def _run_program(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    run_processes(int(sys.argv[1]), _run_program, *sys.argv[2:])
+    run_processes(int(sys.argv[1]), run_program, *sys.argv[2:])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora.adapter import AdapterSnapshot
 from qlora.checkpoint import Progress, checkpoint_path, save_checkpoint
-from tests.crash import Kill, Summary, compare_runs, newest_whole, run_crash_test
+from tests.crash import ROOT, Kill, Summary, compare_runs, newest_whole, run_crash_test
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -24,6 +26,15 @@ def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path) -> None:
     assert summary.problems == [], "\n".join(summary.problems)
     assert len(summary.kills) == 4 and summary.runs >= 1
     assert summary.count("writing") >= 1 and max(kill.saved for kill in summary.kills) > 0
+
+
+@pytest.mark.slow
+def test_each_file_operation_from_the_last_checkpoint_on() -> None:
+    """A kill before any of the last 14, from the checkpoint's renaming to the curve's."""
+    command = [sys.executable, "-m", "tests.crash_points", "--steps", "2", "--last", "14"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.stdout.splitlines()[-1] == "all identical to the reference", done.stdout + done.stderr
+    assert "os.rename checkpoints/.step-000002" in done.stdout.splitlines()[0]
 
 
 # ---- that it would notice ---------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora.errors import InputError
-from qlora.files import JSON_LIMIT, explain, new_directory, new_file, read_json
+from qlora.files import JSON_LIMIT, explain, new_directory, new_file, read_json, remove_leftovers
 
 
 @pytest.fixture(params=[0o022, 0o077])
@@ -134,6 +134,21 @@ def test_new_directory_forgets_a_killed_attempt(tmp_path: Path) -> None:
         assert staging == stale
         (staging / "a").write_text("1")
     assert contents(tmp_path) == {"model2/a": "1", "model3/a": "1"}
+
+
+def test_leftovers_are_those_of_one_name(tmp_path: Path) -> None:
+    """`merged` and `merged.1` may be written at the same time, and a dot stands for itself."""
+    left = {".merged.17.tmp", ".a.b.17.tmp", ".merged.17.old.tmp"}
+    others = {".merged.1.17.tmp", ".merged.tmp", "merged.17.tmp", ".lock", ".axb.17.tmp"}
+    for name in left | others:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".merged.17.tmp" / "weights").touch()
+    remove_leftovers(tmp_path, "merged")
+    remove_leftovers(tmp_path, "a.b")
+    assert {path.name for path in tmp_path.iterdir()} == others
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".merged.tmp", "merged.17.tmp", ".lock"}
+    remove_leftovers(tmp_path / "nowhere")
 
 
 def test_new_directory_permissions(tmp_path: Path, umask: int) -> None:

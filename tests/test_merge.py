@@ -829,6 +829,8 @@ def assert_resumes(llama: Path, adapter: Path, tmp_path: Path, **options: Any) -
     merge(llama, adapter, tmp_path / "whole", max_shard_size=60_000, **options)
     first = min(left_behind(tmp_path / "merged").glob("model-*.safetensors"))
     written = first.stat().st_mtime_ns, first.stat().st_ino
+    (first.parent / ".model-9.safetensors.17.tmp").touch()  # as a kill leaves them while one is written,
+    (tmp_path / ".merged.17.tmp").mkdir()  # or while all are put in their place
     heard: list[str] = []
     merge(llama, adapter, tmp_path / "merged", say=heard.append, max_shard_size=60_000, **options)
     num_files = len(list((tmp_path / "whole").glob("*.safetensors")))

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes.functional import quantize_4bit
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -426,6 +428,31 @@ def test_cache_follows_a_changed_config(copied: Path) -> None:
     assert torch.equal(after, logits(load(copied, cache=False)))
 
 
+def test_what_a_killed_start_left_of_the_cache_goes(llama: Path, fresh_cache: Path) -> None:
+    load(llama)
+    (cached,) = fresh_cache.iterdir()
+    left = cached.with_name(f".{cached.name}.4711.tmp")
+    os.rename(cached, left)
+    other = fresh_cache / ".of-another-base.4711.tmp"  # another process may be at it
+    other.mkdir()
+    load(llama)
+    assert sorted(fresh_cache.iterdir()) == [other, cached]
+
+
+def test_a_second_process_waits_for_the_cache(llama: Path, fresh_cache: Path) -> None:
+    """And takes what the first has written, without quantizing anything."""
+    load(llama)
+    (cached,) = fresh_cache.iterdir()
+    elsewhere = cached.rename(fresh_cache.parent / "elsewhere")
+    with ThreadPoolExecutor(1) as second, FileLock(f"{cached}.lock"):
+        loading = second.submit(load, llama)
+        with pytest.raises(TimeoutError):
+            loading.result(timeout=1)
+        before = elsewhere.rename(cached).stat().st_ino
+    loading.result()
+    assert cached.stat().st_ino == before
+
+
 @pytest.mark.parametrize("moment", ["weights", "config"])
 def test_cache_is_written_whole_or_not_at_all(
     llama: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, moment: str
@@ -446,7 +473,7 @@ def test_cache_is_written_whole_or_not_at_all(
     monkeypatch.setattr(safetensors.torch, "save_file", failing)
     with pytest.raises(OSError):
         load(llama)
-    assert failed and list(fresh_cache.iterdir()) == []
+    assert failed and [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
     monkeypatch.undo()
     monkeypatch.setenv("QLORA_CACHE", str(fresh_cache))
     expected = packed_bytes(load(llama))
@@ -646,7 +673,7 @@ def test_all_mismatches_at_once(copied: Path, fresh_cache: Path) -> None:
         ):
             assert part in message
         assert str(copied) in message and message.count(";") == 4
-    assert not fresh_cache.exists()
+    assert [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
 
 
 def test_stored_rotary_table_is_ignored(copied: Path) -> None:
