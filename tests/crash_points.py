@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,11 @@ def train(flags: list[str], out: Path, at: int = 0, record: Path | None = None) 
             sys.addaudithook(Hook(out, at, record))
             run_program(str(ROOT / "train.py"), *flags, "--output-dir", str(out), "--resume", "auto")
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            os.killpg(0, signal.SIGKILL) if code else os._exit(0)
+            sys.stdout.flush()
+            os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -105,14 +109,14 @@ class Hook:
             return
         if not isinstance(path, (str, os.PathLike)):
             return
+        path = str(path)
         # shutil.rmtree names files by their directory's descriptor; nothing else here does.
-        path = os.fspath(path)
-        inside = str(path).startswith(self.out) or (event != "open" and arguments[-1] not in (-1, None))
-        if not inside or self.out + ".log" == path:
+        has_descriptor = event != "open" and arguments[-1] not in (-1, None)
+        if not has_descriptor and path != self.out and not path.startswith(self.out + os.sep):
             return
         self.count += 1
         if self.record is not None:
-            print(event, str(path).removeprefix(self.out + os.sep), file=self.record, flush=True)
+            print(event, path.removeprefix(self.out + os.sep), file=self.record, flush=True)
         if self.count == self.at:
             os.killpg(0, signal.SIGKILL)
 
