@@ -8,6 +8,7 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +22,23 @@ GIB = 2**30
 def cache_directory() -> Path:
     """$QLORA_CACHE, or ~/.cache/qlora."""
     return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
+
+
+def make_cache() -> None:
+    """Make `cache_directory`.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    path = cache_directory()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"The cache {path} cannot be written ({error.strerror}); set QLORA_CACHE to a directory that can."
+        ) from error
 
 
 def give_back_memory() -> None:

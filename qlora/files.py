@@ -78,7 +78,6 @@ def only_writer(target: Path) -> Iterator[bool]:
     """
     from filelock import FileLock
 
-    target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f"{target.name}.lock")
     with FileLock(lock):
         remove_leftovers(target.parent, target.name)

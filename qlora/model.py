@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.block import decoder_layers, fuse_blocks
-from qlora.device import cache_directory, choose_compute_dtype
+from qlora.device import cache_directory, choose_compute_dtype, make_cache
 from qlora.errors import InputError
 from qlora.experts import separate_experts
 from qlora.files import explain, new_directory, new_file, only_writer, read_json
@@ -210,6 +210,8 @@ def metadata_directory(model: str) -> Path:
     if not target.is_dir():
         from transformers import AutoConfig, AutoTokenizer
 
+        make_cache()
+
         GGUFSource(path)  # names a damaged file or an unknown architecture before transformers trips on it
         failure = _named_failure(f"{path} has no config or tokenizer that loads", "download it again")
         with tempfile.TemporaryDirectory() as alone, failure:
@@ -325,6 +327,7 @@ def load_base_model(
             if not use_4bit:
                 raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
         elif cached is not None:
+            make_cache()
             with only_writer(cached) as is_first:
                 if is_first:
                     _write_cache(network, _stored_weights(network, source, quant, device), quant, cached)
@@ -475,7 +478,7 @@ def settle_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.
     if not remembered.is_file():
         if not cache:
             return choose_compute_dtype(name, device, MEASURED_WIDTH)
-        remembered.parent.mkdir(parents=True, exist_ok=True)
+        make_cache()
         with new_file(remembered) as file:
             file.write_text(str(choose_compute_dtype(name, device, MEASURED_WIDTH)).removeprefix("torch."))
     return choose_compute_dtype(remembered.read_text(), device, MEASURED_WIDTH)

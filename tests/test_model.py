@@ -33,6 +33,8 @@ from qlora.model import (
     load_base_model,
     load_config,
     load_tokenizer,
+    metadata_directory,
+    settle_compute_dtype,
     weight_shapes,
 )
 from qlora.quantize import Linear4bit, Linear16bit, QuantConfig, packed_tensors, quantize_weight
@@ -426,6 +428,22 @@ def test_cache_follows_a_changed_config(copied: Path) -> None:
     after = logits(load(copied))
     assert relative_error(after, before) > 0.001
     assert torch.equal(after, logits(load(copied, cache=False)))
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    llama: Path, smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("QLORA_CACHE", str(path))
+        for action in (
+            lambda: load(llama),
+            lambda: metadata_directory(smollm2),
+            lambda: settle_compute_dtype("auto", torch.device("cpu"), cache=True),
+        ):
+            with pytest.raises(InputError, match=f"cache {path} cannot be written .*; set QLORA_CACHE to a dir"):
+                action()
+    load(llama, cache=False)
 
 
 def test_what_a_killed_start_left_of_the_cache_goes(llama: Path, fresh_cache: Path) -> None:
