@@ -538,7 +538,6 @@ def _staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
     except Timeout as error:
         raise InputError(f"Another merge is writing {target}; wait for its end or choose another.") from error
     remove_leftovers(staging)
-    remove_leftovers(target.parent, target.name)
     keep = False
     try:
         yield staging
@@ -546,6 +545,7 @@ def _staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
             for file in staging.iterdir():
                 if file.name not in (SHARDS, ".lock"):
                     os.replace(file, final / file.name)
+        remove_leftovers(target.parent, target.name)  # of merges that were killed just above
     except BaseException as error:
         keep = (staging / SHARDS).is_file() and not isinstance(error, (InputError, CheckFailed))
         raise
