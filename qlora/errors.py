@@ -43,6 +43,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """
     try:
         main(argv)
+        _leave_process_group()
         return 0
     except StoppedOnRequest as request:
         return _say(str(request), 4)
@@ -56,6 +57,13 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
             hint = "lower --batch-size or --max-length, or pass --gradient-checkpointing on"
             return _say(f"error: out of memory ({error}); {hint}.", 3)
         return _say(f"error: {error}", 3 if isinstance(error, (TrainingStopped, CheckFailed)) else 2)
+
+
+def _leave_process_group() -> None:
+    """End torch.distributed's threads: the interpreter may abort over them at its end, as if it had failed."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _say(text: str, code: int) -> int:

@@ -105,3 +105,13 @@ def test_accelerate_trains_with_the_cpu_config(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     facts = json.loads((tmp_path / "out" / "run.json").read_text())["facts"]
     assert facts["num_processes"] == 2
+
+
+def test_a_run_that_is_done_leaves_its_process_group(tmp_path: Path) -> None:
+    """Left to the interpreter's end, its threads now and then abort a process whose work is done."""
+    code = (
+        "import sys; from qlora.errors import run; import torch.distributed as d;"
+        "d.init_process_group('gloo', init_method='file://' + sys.argv[1], rank=0, world_size=1);"
+        "assert run(lambda argv: None, []) == 0 and not d.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "store")], cwd=ROOT, check=True)
