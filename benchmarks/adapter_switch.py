@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
-from qlora.adapter import load_adapter
-from qlora.config import LoRAConfig
-from qlora.errors import run
-from qlora.injection import wrapped_layers
-from qlora.lora_model import LoRAModel
-from qlora.model import load_base_model
+from qlora.adapters.load import load_adapter
+from qlora.adapters.model import LoRAModel
+from qlora.cli.exits import run
+from qlora.config.lora import LoRAConfig
+from qlora.lora.adapter import wrapped_layers
+from qlora.model.load import load_base_model
 
 
 def median_seconds(call: Callable[[], Any], rounds: int) -> float:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import train
-from qlora.errors import run
-from qlora.output import RunOutput
-from qlora.report import read_metrics
+from qlora.cli.exits import run
+from qlora.report.curve import read_metrics
+from qlora.training.output import RunOutput
 
 
 def main(argv: Sequence[str]) -> None:

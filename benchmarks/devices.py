@@ -38,9 +38,15 @@ from rich.table import Table
 
 from benchmarks.roofline import describe_machine
 from benchmarks.seven_b import GB, ROOT, write_config, write_weights
-from qlora.config import DataConfig, LoRAConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
-from qlora.errors import InputError, run
-from qlora.plan_flags import DevicesConfig
+from qlora.cli.exits import run
+from qlora.config.data import DataConfig
+from qlora.config.devices import DevicesConfig
+from qlora.config.lora import LoRAConfig
+from qlora.config.model import ModelConfig
+from qlora.config.parallel import ParallelConfig
+from qlora.config.run import RunConfig
+from qlora.config.train import TrainConfig
+from qlora.system.errors import InputError
 
 Result = dict[str, Any]
 
@@ -94,7 +100,7 @@ def sent() -> int:
 
 def measure_rates(processes: int) -> Result:
     """What one of so many processes computes and sends in a second, all at once."""
-    from qlora.plan_step import measure_flops
+    from qlora.planning.step import measure_flops
 
     if processes == 1:
         return {"flops": measure_flops(torch.float32), "link": None}
@@ -114,13 +120,16 @@ def work(part: Part, model_folder: Path) -> Result:
     """What this process does of a part."""
     from accelerate import Accelerator
 
-    from qlora.distributed import arrange_ranks
-    from qlora.injection import freeze_base, inject_lora, lora_parameters
-    from qlora.memory import plan_memory
-    from qlora.optim import build_optimizer
-    from qlora.split import check_split, load_for_ranks
-    from qlora.tokenize import Example
-    from qlora.trainer import fit, settle_checkpointing
+    from qlora.data.example import Example
+    from qlora.lora.adapter import inject_lora
+    from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.parallel.check import check_split
+    from qlora.parallel.launch import arrange_ranks
+    from qlora.parallel.load import load_for_ranks
+    from qlora.planning.memory import plan_memory
+    from qlora.training.loop import fit
+    from qlora.training.optimizer import build_optimizer
+    from qlora.training.recompute import choose_recomputed_layers
 
     accelerator, config = Accelerator(cpu=True), part.config(model_folder)
     ranks = arrange_ranks(config.parallel, accelerator)
@@ -144,7 +153,7 @@ def work(part: Part, model_folder: Path) -> Result:
     if not part.steps:
         return result
     t = config.train
-    settle_checkpointing(model, t.gradient_checkpointing, part.tokens, None, accelerator, lambda line: None)
+    choose_recomputed_layers(model, t.gradient_checkpointing, part.tokens, None, accelerator, lambda line: None)
     optimizer = build_optimizer(lora_parameters(model), t.optim)
     generator = torch.Generator().manual_seed(0)
     count = part.steps * ranks.data_size
@@ -189,7 +198,7 @@ def run_part(part: Part, folder: Path) -> list[Result]:
 
 def write_model(folder: Path, layers: int) -> int:
     """A model of random weights in folder/model; how many it has."""
-    from qlora.model import empty_model, weight_shapes
+    from qlora.model.skeleton import empty_model, weight_shapes
 
     shutil.rmtree(folder / "model", ignore_errors=True)
     (folder / "model").mkdir()
@@ -229,8 +238,8 @@ def report_loading(alone: Result, together: list[Result], weights: int) -> Table
 
 
 def report_training(runs: dict[Part, list[Result]], model: Path, weights: int) -> Table:
-    from qlora.plan import Planner
-    from qlora.plan_step import step_time
+    from qlora.planning.planner import Planner
+    from qlora.planning.step import step_time
 
     table = Table("training", "loss, step 2", "peak, GB", "planned", "MB sent", "planned", "s a step", "planned")
     planner = Planner(str(model), "cpu")

@@ -31,9 +31,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora.config import ComputeDtype, LoRAConfig, parse_args
-from qlora.errors import InputError, run
-from qlora.files import new_file, read_json
+from qlora.cli.exits import run
+from qlora.config.lora import LoRAConfig
+from qlora.config.model import ComputeDtype
+from qlora.config.parse import parse_args
+from qlora.system.errors import InputError
+from qlora.system.files import new_file, read_json
+from qlora.training.recompute import choose_recomputed_layers
 
 STUDY = "study.json"  # the settings, which all files of a directory share
 REMEDY = "remove it, and it is made again"
@@ -184,11 +188,11 @@ class Bench:
     def __init__(self, config: FidelityConfig, model: str, data: str, eval_data: str) -> None:
         from accelerate import Accelerator
 
-        from qlora.dataset import load_examples
-        from qlora.device import best_device
-        from qlora.model import load_tokenizer
-        from qlora.output import data_fingerprint
-        from qlora.records import read_records
+        from qlora.data.dataset import load_examples
+        from qlora.data.readers import read_records
+        from qlora.model.tokenizer import load_tokenizer
+        from qlora.system.device import best_device
+        from qlora.training.fingerprint import data_fingerprint
 
         self.config, self.source = config, model
         self.accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
@@ -216,10 +220,10 @@ class Bench:
 
     def take_base(self, base: str) -> Any:
         """The base of this name as a LoRAModel without an adapter; the one before is dropped first."""
-        from qlora.device import best_device
-        from qlora.lora_model import LoRAModel
-        from qlora.model import load_base_model
-        from qlora.quantize import QuantConfig
+        from qlora.adapters.model import LoRAModel
+        from qlora.model.load import load_base_model
+        from qlora.quant.weight import QuantConfig
+        from qlora.system.device import best_device
 
         if self.base != base:
             self.model = None
@@ -233,7 +237,7 @@ class Bench:
 
     def measure_base(self, base: str) -> dict[str, Any]:
         """Loss of each held-out row and weight error of a base without an adapter."""
-        from qlora.trainer import evaluate
+        from qlora.training.held_out import evaluate
 
         network = self.take_base(base).model
         rows = [
@@ -248,10 +252,13 @@ class Bench:
 
     def train_cell(self, cell: Cell, seed: int, directory: Path) -> dict[str, Any]:
         """Train one adapter, keep it in `directory` and measure it; the base is as before afterwards."""
-        from qlora.injection import count_trainable_parameters
-        from qlora.optim import build_optimizer, build_schedule, choose_optimizer
-        from qlora.packing import most_tokens
-        from qlora.trainer import evaluate, fit, settle_checkpointing
+        from qlora.data.batches import largest_micro_batch
+        from qlora.lora.trainable import count_trainable_parameters
+        from qlora.system.device import choose_optimizer
+        from qlora.training.held_out import evaluate
+        from qlora.training.loop import fit
+        from qlora.training.optimizer import build_optimizer
+        from qlora.training.schedule import build_schedule
 
         c, kind = self.config, self.accelerator.device.type
         lora_model = self.take_base(cell.base)
@@ -262,8 +269,8 @@ class Bench:
         network = lora_model.model
         lines: list[dict[str, Any]] = []
         longest = max(len(example) for example in self.examples)
-        tokens = most_tokens(c.batch_size, c.max_length, longest, True, kind)
-        settle_checkpointing(network, "auto", tokens, say=lambda line: None)
+        tokens = largest_micro_batch(c.batch_size, c.max_length, longest, True, kind)
+        choose_recomputed_layers(network, "auto", tokens, say=lambda line: None)
         optim = choose_optimizer("auto", self.accelerator.device)
         optimizer = build_optimizer(lora_model.lora_parameters(), optim)
         rate = build_schedule("cosine", c.learning_rate, -(-c.steps // 10), c.steps)
@@ -286,8 +293,8 @@ class Bench:
 
     def answer(self, base: str, directory: Path | None) -> dict[str, Any]:
         """Whether each problem's greedy answer is right, of a base with or without the adapter in `directory`."""
-        from eval.answers import make_matcher
         from eval.exact_match import exact_match
+        from qlora.data.answers import make_matcher
 
         lora_model = self.take_base(base)
         if directory is not None:
@@ -302,8 +309,8 @@ class Bench:
 
 def settle_dtype(config: FidelityConfig) -> str:
     """Name of the dtype that all cells compute in; under auto, the one that the study began with."""
-    from qlora.device import best_device, choose_compute_dtype
-    from qlora.model import MEASURED_WIDTH
+    from qlora.model.load import MEASURED_WIDTH
+    from qlora.system.device import best_device, choose_compute_dtype
 
     directory = Path(config.output_dir)
     if config.compute_dtype == "auto" and (directory / STUDY).is_file():
@@ -316,9 +323,9 @@ def weight_error(network: Any, source: str) -> float:
     """Mean over the blocks' linear layers of |W_hat - W| / |W| (Frobenius); W is what the model's files hold."""
     import torch
 
-    from qlora.injection import linear_layers
-    from qlora.model import read_weights
-    from qlora.quantize import dense_weight
+    from qlora.lora.targets import linear_layers
+    from qlora.model.weights import read_weights
+    from qlora.quant.layers import dense_weight
 
     layers = linear_layers(network)
     errors = []

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fidelity import BASES, CELLS, REMEDY, STUDY, Cell
-from qlora.errors import InputError
-from qlora.files import new_file, read_json
+from qlora.system.errors import InputError
+from qlora.system.files import new_file, read_json
 
 LEVEL = 0.95
 BASE_NAMES = {"bf16": "bf16", "nf4": "NF4", "nf4-nodq": "NF4, no double quantization", "fp4": "FP4"}

@@ -36,7 +36,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qlora.errors import run
+from qlora.cli.exits import run
 
 OURS = ("ours + LoRA", "ours")
 THEIRS = ("bnb, training", "bf16")
@@ -57,7 +57,7 @@ def write_dense(model: Path, folder: Path) -> Path:
     """A .gguf model as a dense Hugging Face directory, for transformers; others stay as they are."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from qlora.sources import resolve_model
+    from qlora.model.resolve import resolve_model
 
     model = resolve_model(str(model))
     if model.suffix != ".gguf":
@@ -82,9 +82,9 @@ def load_side(side: str, model: str) -> Any:
         )
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=how)
         return loaded.train()  # in eval mode bitsandbytes repacks
-    from qlora.config import LoRAConfig
-    from qlora.injection import inject_lora
-    from qlora.model import load_base_model
+    from qlora.config.lora import LoRAConfig
+    from qlora.lora.adapter import inject_lora
+    from qlora.model.load import load_base_model
 
     ours = load_base_model(model, cache=False)
     if side == "ours + LoRA":
@@ -109,7 +109,7 @@ def answer(side: str, model: Any, prompt: int, tokens: int) -> tuple[float, floa
     """(tokens per second after the first, seconds to the first) of one answer."""
     from transformers import GenerationConfig
 
-    from qlora.generate import fast_decoding
+    from qlora.generation import fast_decoding
 
     ids = torch.randint(5, model.config.vocab_size, (1, prompt), generator=torch.Generator().manual_seed(0))
     settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -124,7 +124,7 @@ def serve(side: str, model: str, prompt: int, tokens: int, pipe: Any) -> None:
     """A side's process: an answer whenever one is asked for, until None is."""
     from transformers.utils import logging
 
-    from qlora.device import peak_memory_gib
+    from qlora.system.memory import peak_memory_gib
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -6,15 +6,15 @@ Trains rank-8 adapters on q_proj and v_proj of SmolLM2-135M (or --model) in 4 bi
 them supervised, and keeps all activations. Two series:
 
     tokens     1,024 to 8,192 tokens a micro-batch, in sequences of 256: a token should take as long in each, which
-               is why a CPU's micro-batches stop at `CPU_TOKENS` (qlora/packing.py), and memory should be linear
-    length     sequences of 256 to 8,192 tokens, a micro-batch of one sequence or of 1,024 tokens
+               is why a CPU's micro-batches stop at `CPU_TOKENS` (qlora/data/batches.py), and memory should be
+    linear length     sequences of 256 to 8,192 tokens, a micro-batch of one sequence or of 1,024 tokens
 
 Each point is a process of its own, for its peak of memory; the points take turns, `--rounds` times, in both
 directions, and every step is made twice, the first as a warm-up. Figures are medians over the rounds. Memory is
 the peak of the steps (the kernel's VmHWM, or the CUDA allocator's) above what was resident before; beside it
-stands what qlora/memory.py plans, on a CPU with the base, which is mapped and read in the first step. The limit is
-that of benchmarks/roofline.py: it counts attention's products, whose share grows with the length; its softmax,
-which grows alike, is not in it.
+stands what qlora/planning/memory.py plans, on a CPU with the base, which is mapped and read in the first step. The
+limit is that of benchmarks/roofline.py: it counts attention's products, whose share grows with the length; its
+softmax, which grows alike, is not in it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rich.table import Table
 
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from examples.demo import packaged_model
-from qlora.errors import run
+from qlora.cli.exits import run
 
 ROOT = Path(__file__).resolve().parent.parent
 Point = tuple[int, int]  # tokens of the micro-batch, tokens of each of its sequences
@@ -52,15 +52,17 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
     """One micro-batch, forward, backward and update, twice; figures of the second, memory of both."""
     from accelerate import Accelerator
 
-    from qlora.config import LoRAConfig
-    from qlora.device import GIB, best_device, peak_memory_gib
-    from qlora.injection import freeze_base, inject_lora, lora_parameters
-    from qlora.memory import plan_memory
-    from qlora.model import load_base_model
-    from qlora.optim import build_optimizer
-    from qlora.packing import collate_packed
-    from qlora.tokenize import Example
-    from qlora.trainer import train_step
+    from qlora.config.lora import LoRAConfig
+    from qlora.data.batches import collate_packed
+    from qlora.data.example import Example
+    from qlora.lora.adapter import inject_lora
+    from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.model.load import load_base_model
+    from qlora.planning.memory import plan_memory
+    from qlora.system.device import best_device
+    from qlora.system.memory import GIB, peak_memory_gib
+    from qlora.training.optimizer import build_optimizer
+    from qlora.training.step import train_step
 
     device = best_device()
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")

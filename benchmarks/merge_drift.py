@@ -30,14 +30,18 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.exact_match import exact_match
-from qlora.device import best_device
-from qlora.drift import load_drift_texts
-from qlora.errors import run
-from qlora.merge import adapter_quantization, measure_merged, merge_adapter, read_mixture
-from qlora.model import load_base_model, load_tokenizer
-from qlora.quantize import Params4bit, quantization_of, quantize_weight
-from qlora.records import read_records
-from qlora.requantize import requantize
+from qlora.adapters.provenance import adapter_quantization
+from qlora.cli.exits import run
+from qlora.data.readers import read_records
+from qlora.export.drift import load_drift_texts
+from qlora.export.merge import measure_merged, merge_adapter
+from qlora.export.mixture import read_mixture
+from qlora.model.load import load_base_model
+from qlora.model.tokenizer import load_tokenizer
+from qlora.quant.gptq import requantize
+from qlora.quant.library import Params4bit
+from qlora.quant.weight import quantization_of, quantize_weight
+from qlora.system.device import best_device
 
 
 def round_to_nearest(target: torch.Tensor, base: Params4bit, moment: torch.Tensor) -> Params4bit:
@@ -81,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             merged, start = Path(folder) / "merged", time.perf_counter()
             instead = round_to_nearest if name == "4 bits, nearest" else requantize
-            with mock.patch("qlora.merge.requantize", instead):
+            with mock.patch("qlora.export.merged_weights.requantize", instead):
                 merge_adapter(options.model, options.adapter, str(merged), check_drift=False, **settings)
             seconds = time.perf_counter() - start
             network = load_base_model(str(merged), save_4bit, device=best_device())

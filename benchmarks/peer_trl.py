@@ -45,7 +45,7 @@ class InOrder(SFTTrainer):
 
 
 def peak_bytes():
-    """Highest memory use of this process, as qlora/device.py reads it: CUDA allocator or resident set."""
+    """Highest memory use of this process, as qlora/system/device.py reads it: CUDA allocator or resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -42,8 +42,10 @@ from rich.table import Table
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from benchmarks.word_problems import write_problems
 from examples.demo import packaged_model
-from qlora.errors import InputError, run
-from qlora.tokenize import IGNORE_INDEX, Example
+from qlora.cli.exits import run
+from qlora.data.batches import largest_micro_batch
+from qlora.data.example import IGNORE_INDEX, Example
+from qlora.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS: dict[str, dict[str, Any]] = {
@@ -62,12 +64,13 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A dense checkpoint, the initial adapter, the rows, and the order in which both sides train on them."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
-    from qlora.adapter import save_adapter
-    from qlora.config import LoRAConfig
-    from qlora.dataset import load_examples
-    from qlora.injection import inject_lora
-    from qlora.model import load_base_model, load_tokenizer
-    from qlora.packing import WindowOrder
+    from qlora.adapters.peft_files import save_adapter
+    from qlora.config.lora import LoRAConfig
+    from qlora.data.dataset import load_examples
+    from qlora.data.order import WindowOrder
+    from qlora.lora.adapter import inject_lora
+    from qlora.model.load import load_base_model
+    from qlora.model.tokenizer import load_tokenizer
 
     count = options.steps * options.batch_size
     source, dense = Path(options.model), folder / "model"
@@ -100,13 +103,14 @@ def train_ours(job: dict[str, Any]) -> Run:
     """One run of this project, by the calls that train.py makes."""
     from accelerate import Accelerator
 
-    from qlora.adalora import build_adapter_optimizer
-    from qlora.adapter import load_adapter
-    from qlora.device import GIB, best_device, peak_memory_gib
-    from qlora.model import load_base_model
-    from qlora.optim import build_schedule, choose_optimizer
-    from qlora.packing import most_tokens
-    from qlora.trainer import fit, settle_checkpointing
+    from qlora.adapters.load import load_adapter
+    from qlora.model.load import load_base_model
+    from qlora.system.device import best_device, choose_optimizer
+    from qlora.system.memory import GIB, peak_memory_gib
+    from qlora.training.adalora_optimizer import build_adapter_optimizer
+    from qlora.training.loop import fit
+    from qlora.training.recompute import choose_recomputed_layers
+    from qlora.training.schedule import build_schedule
 
     device, size, steps = best_device(), job["batch_size"], job["steps"]
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
@@ -118,8 +122,8 @@ def train_ours(job: dict[str, Any]) -> Run:
         ids, mask = torch.tensor(row["input_ids"]), torch.tensor(row["completion_mask"], dtype=torch.bool)
         examples.append(Example(ids[:-1], ids.masked_fill(~mask, IGNORE_INDEX)[1:]))
     longest = max(len(example) for example in examples)
-    num_tokens = most_tokens(size, job["max_length"], longest, packing=True, device_type=device.type)
-    recomputed, _ = settle_checkpointing(model, "auto", num_tokens)
+    num_tokens = largest_micro_batch(size, job["max_length"], longest, packing=True, device_type=device.type)
+    recomputed, _ = choose_recomputed_layers(model, "auto", num_tokens)
     rates: list[float] = []  # before each step and after the last
     lines: list[dict[str, Any]] = []
 

@@ -13,8 +13,8 @@ norms, softmax, dequantization and the optimizer are left out, and so is attenti
 implementation that reaches 1.0 would have spent no time on any of these.
 
 The rate is that of torch's square product in the compute dtype, timed before and after each step in the step's
-own process, for shared machines drift from minute to minute. Products of this project's own (qlora/many_rows.py)
-may run faster than that one, so a share of more than 1 is possible.
+own process, for shared machines drift from minute to minute. Products of this project's own
+(qlora/kernels/gemm.py) may run faster than that one, so a share of more than 1 is possible.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from qlora.quantize import Linear4bit, logical_numel
-from qlora.tokenize import Example
+from qlora.data.example import Example
+from qlora.quant.layers import Linear4bit, logical_numel
 
 SQUARE = 1536  # width of the product that tells the machine's rate
 

@@ -37,7 +37,9 @@ from rich.table import Table
 
 from benchmarks.peers import judge
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
-from qlora.errors import InputError, run
+from qlora.cli.exits import run
+from qlora.system.errors import InputError
+from qlora.training.recompute import choose_recomputed_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_TOKENS = 1024
@@ -90,8 +92,9 @@ def start(folder: Path) -> tuple[Any, Result]:
     """`load_base_model` as train.py calls it: (the model, seconds and bytes)."""
     import psutil
 
-    from qlora.device import GIB, best_device, peak_memory_gib
-    from qlora.model import load_base_model
+    from qlora.model.load import load_base_model
+    from qlora.system.device import best_device
+    from qlora.system.memory import GIB, peak_memory_gib
 
     device = best_device()
     before, started = psutil.Process().memory_info().rss, time.perf_counter()
@@ -109,12 +112,15 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     """Optimizer steps of one micro-batch each, by the calls that train.py makes."""
     from accelerate import Accelerator
 
-    from qlora.config import LoRAConfig
-    from qlora.device import GIB, peak_memory_gib
-    from qlora.injection import freeze_base, inject_lora, lora_parameters
-    from qlora.optim import build_optimizer, build_schedule, choose_optimizer
-    from qlora.tokenize import Example
-    from qlora.trainer import fit, settle_checkpointing
+    from qlora.config.lora import LoRAConfig
+    from qlora.data.example import Example
+    from qlora.lora.adapter import inject_lora
+    from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.system.device import choose_optimizer
+    from qlora.system.memory import GIB, peak_memory_gib
+    from qlora.training.loop import fit
+    from qlora.training.optimizer import build_optimizer
+    from qlora.training.schedule import build_schedule
 
     model, _ = start(folder)
     device = next(model.parameters()).device
@@ -122,7 +128,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     inject_lora(model, LoRAConfig(rank=8))
     freeze_base(model)
     budget = None if memory_budget is None else int(memory_budget * GB)
-    recomputed, _ = settle_checkpointing(model, "on" if budget is None else "auto", NUM_TOKENS, budget)
+    recomputed, _ = choose_recomputed_layers(model, "on" if budget is None else "auto", NUM_TOKENS, budget)
     optimizer = build_optimizer(lora_parameters(model), choose_optimizer("auto", device))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(model.config.vocab_size, (NUM_TOKENS + 1,), generator=generator) for _ in range(steps)]
@@ -193,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure_all(options: argparse.Namespace) -> None:
-    from qlora.model import empty_model, weight_shapes
+    from qlora.model.skeleton import empty_model, weight_shapes
 
     if not options.folder.is_dir():
         raise InputError(f"--folder {options.folder} does not exist; make it, or choose another.")

@@ -31,7 +31,8 @@ from rich.table import Table
 
 from examples.demo import QUESTION, packaged_model
 from examples.orders import write_task
-from qlora.errors import InputError, run
+from qlora.cli.exits import run
+from qlora.system.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 YARDSTICK = 'python -c "import torch, transformers"'

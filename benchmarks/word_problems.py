@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples.orders import CITIES, COLORS, DAYS, ITEMS, NAMES
-from qlora.errors import run
+from qlora.cli.exits import run
 
 
 def make_problem(rng: random.Random) -> dict[str, str]:

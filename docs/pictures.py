@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from examples.demo import packaged_model
-from qlora.__main__ import PlanConfig
-from qlora.adapter import read_adapter
-from qlora.config import parse_args
-from qlora.model import read_weights
-from qlora.plan import Planner
-from qlora.quantize import BLOCK_SIZES, QuantConfig, dequantize_weight, quantize_weight
+from qlora.adapters.peft_files import read_adapter
+from qlora.cli.commands.plan import PlanConfig
+from qlora.config.parse import parse_args
+from qlora.model.weights import read_weights
+from qlora.planning.planner import Planner
+from qlora.quant.weight import BLOCK_SIZES, QuantConfig, dequantize_weight, quantize_weight
 
 ROOT = Path(__file__).parent.parent
 SIZES = ("7b", "13b", "33b", "65b")

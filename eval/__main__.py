@@ -13,7 +13,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from qlora.errors import InputError, run
+from qlora.cli.exits import run
+from qlora.system.errors import InputError
 
 COMMANDS = ("perplexity", "choice", "exact_match", "harness", "compare")
 

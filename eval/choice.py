@@ -44,9 +44,11 @@ from typing import Any, Literal
 from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
 from eval.results import check_output, print_scores, write_result
 from eval.scores import Score, mean_of_groups, proportion
-from qlora.config import parse_args
-from qlora.errors import InputError
-from qlora.records import BadRow, Record, quote, read_records
+from qlora.config.parse import parse_args
+from qlora.data.readers import read_records
+from qlora.data.rows import BadRow, Record
+from qlora.system.errors import InputError
+from qlora.system.wording import quote
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Style = Literal["letters", "text"]

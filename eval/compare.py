@@ -20,8 +20,8 @@ from eval.exact_match import ExactMatchConfig, Question, measure, read_questions
 from eval.models import EvalConfig, load_evaluated, require, require_at_least
 from eval.results import check_output, format_score, read_result, write_result
 from eval.scores import Comparison, paired_test
-from qlora.config import parse_args
-from qlora.errors import InputError
+from qlora.config.parse import parse_args
+from qlora.system.errors import InputError
 
 OWN_SETTINGS = ("output", "markdown", "results", "show", "debug", "cache", "batch_size")  # change no score
 CONTENT = ("prompt", "expected", "words", "bytes")  # of a row: what the item is
@@ -112,7 +112,7 @@ def measure_sides(
     config: CompareConfig, sides: Sequence[Side], questions: Sequence[Question]
 ) -> dict[str, dict[str, Any]]:
     """Name -> result of exact_match, for each side that is a model; empty in all processes but the main one."""
-    from qlora.model import is_stored_in_4bit
+    from qlora.model.weights import is_stored_in_4bit
 
     found: dict[str, dict[str, Any]] = {}
 
@@ -140,8 +140,8 @@ def measure_sides(
 
 def _measure_on_one_base(config: CompareConfig, sides: Sequence[Side], record: Callable[..., None]) -> None:
     """The base, then each adapter on it; the base is given free on the way out."""
-    from qlora.lora_model import LoRAModel
-    from qlora.model import load_tokenizer
+    from qlora.adapters.model import LoRAModel
+    from qlora.model.tokenizer import load_tokenizer
 
     model, tokenizer, accelerator = load_evaluated(_loading(config))
     switching = LoRAModel(model, base_model=config.model or "")
@@ -162,7 +162,7 @@ def _loading(config: CompareConfig, **changes: Any) -> EvalConfig:
 
 
 def _changes_base(adapter: str) -> bool:
-    from qlora.adapter import read_adapter
+    from qlora.adapters.peft_files import read_adapter
 
     saved = read_adapter(adapter)
     return bool(saved.base_shift) or saved.config.init == "pissa"
@@ -427,7 +427,7 @@ def main(argv: Sequence[str]) -> None:
             return
         found_by_name |= measured
     pairs, found = compare_results(names, [found_by_name[name] for name in names], config.seed, config.confidence)
-    from qlora.files import new_file
+    from qlora.system.files import new_file
 
     if config.output is not None:
         with new_file(Path(config.output)) as file:

@@ -17,13 +17,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.answers import AnswerConfig, Matcher, make_matcher
 from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
 from eval.results import check_output, print_scores, write_result
 from eval.scores import Score, mean_score, proportion
-from qlora.config import parse_args
-from qlora.errors import InputError
-from qlora.records import Record, quote, read_records, to_messages
+from qlora.config.parse import parse_args
+from qlora.data.answers import AnswerConfig, Matcher, make_matcher
+from qlora.data.conversations import to_messages
+from qlora.data.readers import read_records
+from qlora.data.rows import Record
+from qlora.system.errors import InputError
+from qlora.system.wording import quote
 
 
 @dataclass
@@ -227,8 +230,8 @@ def ask(
         accelerator: whose processes take their shares. What is dealt out is whole batches, the same ones on any
             number of processes: a row's rounding may depend on those beside it.
     """
-    from qlora.generate import generate_samples
-    from qlora.tokenize import encode_prompt
+    from qlora.data.encode import encode_prompt
+    from qlora.generation import generate_samples
 
     lengths = [len(encode_prompt(question.messages, tokenizer)) for question in questions]
     order = sorted(range(len(questions)), key=lambda i: lengths[i])

@@ -11,8 +11,8 @@ from typing import Any
 from eval.models import EvalConfig, load_evaluated, require, require_at_least
 from eval.results import check_output, print_scores, write_result
 from eval.scores import Score, proportion
-from qlora.config import parse_args
-from qlora.errors import InputError
+from qlora.config.parse import parse_args
+from qlora.system.errors import InputError
 
 
 @dataclass

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from qlora.config import ComputeDtype
-from qlora.errors import InputError
+from qlora.config.model import ComputeDtype
+from qlora.system.errors import InputError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -80,7 +80,7 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
     Raises:
         InputError: no such model or adapter, or one that does not fit the other.
     """
-    from qlora.imports import collection_paused
+    from qlora.system.startup import collection_paused
 
     require(config, "model")
     name = config.model or ""
@@ -88,10 +88,11 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
         from accelerate import Accelerator
 
-        from qlora.adapter import load_adapter
-        from qlora.device import best_device
-        from qlora.model import load_base_model, load_tokenizer
-        from qlora.quantize import QuantConfig
+        from qlora.adapters.load import load_adapter
+        from qlora.model.load import load_base_model
+        from qlora.model.tokenizer import load_tokenizer
+        from qlora.quant.weight import QuantConfig
+        from qlora.system.device import best_device
 
     # Without cpu=True, several processes on a machine without a GPU would each measure everything.
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
@@ -120,9 +121,9 @@ def share_out(
     """
     from accelerate.utils import gather_object
 
-    from qlora.packing import deal_examples
+    from qlora.data.batches import balance_by_length
 
-    hands = deal_examples(lengths or [1] * len(items), accelerator.num_processes)
+    hands = balance_by_length(lengths or [1] * len(items), accelerator.num_processes)
     mine = sorted(hands[accelerator.process_index])
     results = compute([items[i] for i in mine])
     gathered: dict[int, R] = dict(gather_object(list(zip(mine, results, strict=True))))

@@ -29,9 +29,12 @@ from typing import Any, Literal
 from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
 from eval.results import check_output, print_scores, write_result
 from eval.scores import Score, mean_score
-from qlora.config import parse_args
-from qlora.errors import InputError
-from qlora.records import BadRow, Record, quote, read_records, to_messages
+from qlora.config.parse import parse_args
+from qlora.data.conversations import to_messages
+from qlora.data.readers import read_records
+from qlora.data.rows import BadRow, Record
+from qlora.system.errors import InputError
+from qlora.system.wording import quote
 
 
 @dataclass
@@ -100,7 +103,7 @@ def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = 
         InputError: none is left.
     """
     from eval.likelihood import prefix_token, text_ids
-    from qlora.tokenize import RowEncoder
+    from qlora.data.row_encoder import RowEncoder
 
     encoder, documents = RowEncoder(tokenizer), []
     for record in records:

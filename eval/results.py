@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.scores import Score
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 
 SCORE_KEYS = {item.name for item in fields(Score)}
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
@@ -54,8 +54,8 @@ def write_result(
         pairing: score name -> (key,) or (key, key of the weight) in `rows`, for the paired test of two results.
         more: further entries at the top level.
     """
-    from qlora.files import new_file
-    from qlora.redact import redact
+    from qlora.system.files import new_file
+    from qlora.system.redact import redact
 
     result = {
         "task": task,
@@ -85,7 +85,7 @@ def read_result(path: str) -> dict[str, Any]:
     Raises:
         InputError: no such file, or it holds something else.
     """
-    from qlora.files import read_json
+    from qlora.system.files import read_json
 
     result = read_json(Path(path), "give a file that --output of an evaluation wrote")
     rows, pairing, scores = result.get("rows"), result.get("pairing"), result.get("scores")

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora.errors import InputError
+from qlora.system.errors import InputError
 
 RESAMPLES = 9999
 _CELLS = 2**22  # numbers of the resampled matrix that exist at a time

@@ -6,7 +6,7 @@ Importing this module registers it with lm-eval as "qlora",
     lm_eval.simple_evaluate("qlora", model_args="model=M,adapter=A", tasks=["arc_easy"])
 
 and `python -m eval harness` does the same with flags. Requests are computed by eval/likelihood.py and
-qlora/generate.py, in each process its share; to lm-eval it looks like one.
+qlora/generation.py, in each process its share; to lm-eval it looks like one.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from eval.likelihood import (
     text_ids,
 )
 from eval.models import EvalConfig, load_evaluated, share_out
-from qlora.errors import InputError
-from qlora.generate import continue_prompts
+from qlora.generation import continue_prompts
+from qlora.system.errors import InputError
 
 Likelihood = tuple[float, bool]
 

@@ -16,7 +16,7 @@ import pytest
 from tests.models import smollm2_path
 
 if TYPE_CHECKING:
-    from tests.proof import Proof
+    from tools.proof import Proof
 
 
 def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -48,7 +48,7 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
     """The short cases of proof.py, trained by two processes and by one; once for all of pytest's workers."""
     from filelock import FileLock
 
-    from tests.proof import Proof, short_cases
+    from tools.proof import Proof, short_cases
 
     root = shared_folder(tmp_path_factory)
     folder, done = root / "proof", root / "proof.done"

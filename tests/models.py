@@ -45,11 +45,11 @@ def save_tiny_llama(directory: Path, seed: int = 0, tokenizer: Any = None, **ove
 
 def save_tiny_trio(folder: Path, tokenizer: Any) -> Path:
     """base/, adapter/ on it (of random numbers, so that it answers otherwise) and merged/ in `folder`."""
-    from qlora.adapter import save_adapter
-    from qlora.config import LoRAConfig
-    from qlora.injection import inject_lora, lora_layers
-    from qlora.merge import merge_adapter
-    from qlora.model import load_base_model
+    from qlora.adapters.peft_files import save_adapter
+    from qlora.config.lora import LoRAConfig
+    from qlora.export.merge import merge_adapter
+    from qlora.lora.adapter import inject_lora, lora_layers
+    from qlora.model.load import load_base_model
 
     base = save_tiny_llama(folder / "base", tokenizer=tokenizer)
     config = LoRAConfig(rank=4)

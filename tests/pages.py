@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from qlora.config import RunConfig
+from qlora.config.run import RunConfig
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}  # HTML's elements without an end
 BYTES = {"base": 10**8, "adapters": 10**6, "gradients": 10**6, "optimizer": 4 * 10**6, "activations": 9 * 10**8}

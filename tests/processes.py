@@ -18,7 +18,7 @@ from pathlib import Path
 from subprocess import CompletedProcess, run
 from typing import Any
 
-from qlora.imports import collection_paused, importing_transformers
+from qlora.system.startup import collection_paused, importing_transformers
 
 with collection_paused(), importing_transformers():
     import torch
@@ -27,7 +27,7 @@ with collection_paused(), importing_transformers():
     import transformers.modeling_utils  # noqa: F401
     from accelerate import Accelerator  # noqa: F401
 
-    from qlora import model, trainer  # noqa: F401
+    from qlora.training import loop  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 

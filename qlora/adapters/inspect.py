@@ -1,0 +1,235 @@
+"""What is in an adapter: inspect_adapter gathers, print_inspection prints, draw_inspection draws.
+
+The update of a layer is B A (every factor in B), of at most rank R. With QR decompositions B = Q1 R1 and
+A^T = Q2 R2, its singular values are those of the small matrix R1 R2^T (R, R), so that the update itself, (O, I),
+is never formed. Of these singular values, in fp64:
+
+    norm            the Frobenius norm: root of the sum of their squares
+    spectral norm   the largest one: how far the update can stretch an input
+    stable rank     (norm / spectral norm)^2, 1 to R: how many directions the update really uses
+
+Under DoRA the update, c (W + B A) - W, is not of low rank and depends on the base's weight W. With a base it is
+formed, one layer at a time; without one, B A is measured and said to be a part.
+
+PiSSA (and LoftQ of several rounds) subtract B' A' from the base before training; B A - B' A' is what they learn.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters.load import check_adapter, with_base_shift
+from qlora.adapters.peft_config import WEIGHTS
+from qlora.adapters.peft_files import SavedAdapter, read_adapter
+from qlora.adapters.provenance import adapter_quantization
+from qlora.lora.targets import linear_layers
+from qlora.model.skeleton import empty_model
+from qlora.model.weights import dequantized_weights
+from qlora.quant.weight import QuantConfig
+from qlora.system.errors import InputError
+from qlora.system.redact import redact
+
+NUM_LISTED = 10  # names in one line
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """How large an adapter's update of one layer is.
+
+    Attributes:
+        block: number of the decoder layer, counted from 0; None: in none.
+        module: the layer's name within its block, "*" for numbers (the experts of a mixture are one module).
+        norm, spectral_norm: of the update; NaN where the adapter holds such values.
+        relative: norm over the Frobenius norm of the base's weight; None without a base.
+        magnitude_change: DoRA: mean over the outputs of |magnitude / row norm of W - 1|; None without a base.
+    """
+
+    layer: str
+    block: int | None
+    module: str
+    rank: int
+    norm: float
+    spectral_norm: float
+    relative: float | None = None
+    magnitude_change: float | None = None
+
+    @property
+    def stable_rank(self) -> float:
+        return (self.norm / self.spectral_norm) ** 2 if self.spectral_norm else 0.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_adapter` found.
+
+    Attributes:
+        adapter: as its files hold it.
+        quantization: how the base was quantized in training, in words.
+        with_base: the updates were measured against a base.
+    """
+
+    adapter: SavedAdapter
+    quantization: str
+    updates: list[LayerUpdate]
+    with_base: bool
+
+    @property
+    def variant(self) -> str:
+        """The name in the field: LoRA, rsLoRA, DoRA, AdaLoRA, and how it started."""
+        config, start = self.adapter.config, self.adapter.description.get("init_lora_weights")
+        start = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(start), start)
+        names = {"AdaLoRA": config.use_adalora, "DoRA": config.use_dora, "rsLoRA": config.use_rslora}
+        name = " + ".join(name for name, used in names.items() if used) or "LoRA"
+        return f"{name}, started as {show_value(start)}" if isinstance(start, str) else name
+
+    @property
+    def is_partial(self) -> bool:
+        """Only the low-rank part of a DoRA update could be measured."""
+        return self.adapter.config.use_dora and not self.with_base
+
+    @property
+    def includes_start(self) -> bool:
+        """PEFT's PiSSA does not say what it subtracted from the base, which then has to be there to find it."""
+        return self.adapter.config.init == "pissa" and not self.adapter.base_shift
+
+    @property
+    def measure(self) -> str:
+        """What the table and the picture show."""
+        if self.with_base:
+            return "update relative to the base's weight, Frobenius norms"
+        part = "the low-rank part of the update" if self.is_partial else "the update"
+        return f"Frobenius norm of {part}{', the PiSSA start included' if self.includes_start else ''}"
+
+    def grid(self) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
+        """(blocks, modules, (block, module) -> size), the layers of one place put together.
+
+        The sizes are norms; relative ones where there is a base.
+        """
+        blocks = sorted({u.block for u in self.updates}, key=lambda block: (block is None, block or 0))
+        modules = list(dict.fromkeys(u.module for u in self.updates))
+        places: dict[tuple[int | None, str], list[LayerUpdate]] = {}
+        for update in self.updates:
+            places.setdefault((update.block, update.module), []).append(update)
+        return blocks, modules, {place: self.size(updates) for place, updates in places.items()}
+
+    def size(self, updates: list[LayerUpdate]) -> float:
+        """Norm of several updates together, as of one long vector; with a base, relative to its weights'."""
+        norm = math.hypot(*(u.norm for u in updates))
+        if not self.with_base or not norm:
+            return norm
+        return norm / math.hypot(*(u.norm / u.relative for u in updates if u.relative))
+
+
+def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspection:
+    """Read an adapter and measure its updates.
+
+    Args:
+        model: the base (directory, hub id or .gguf), read one tensor at a time and quantized as in training;
+            without it nothing but the adapter is read.
+    Raises:
+        InputError: no adapter that reads, halves of layers, or one that does not fit `model`.
+    """
+    adapter = read_adapter(directory)
+    _check_layers(adapter)
+    quant = adapter_quantization(str(directory))
+    if model is None:
+        updates = _measure(adapter)
+    else:
+        network = empty_model(model)
+        adapter = with_base_shift(adapter, network, model)
+        check_adapter(adapter, network)
+        updates = _measure(adapter)
+        flipped = {name for name, layer in linear_layers(network).items() if not isinstance(layer, nn.Linear)}
+        for name, weight in dequantized_weights(model, quant, shift=adapter.base_shift):
+            layer = name.removesuffix(".weight")
+            if layer in updates:
+                dense = weight.T if layer in flipped else weight  # Conv1D: (in, out)
+                updates[layer] = _compare(adapter, updates[layer], dense)
+    return Inspection(adapter, _quantization(Path(directory), quant), list(updates.values()), model is not None)
+
+
+def _check_layers(adapter: SavedAdapter) -> None:
+    """What needs no base to see: that A (R, I) and B (O, R) are both there and fit each other."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state.items()}
+    problems = []
+    shifts = {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.base_shift.items()}
+    for layer in adapter.adapted_layers:
+        A, B = (shapes.get(f"{layer}.lora_{part}.weight", ()) for part in "AB")
+        if not (len(A) == len(B) == 2 and A[0] == B[1] and min(A + B) > 0):
+            problems.append(f"{layer} has A {A or 'missing'} and B {B or 'missing'}")
+        elif adapter.config.use_dora and shapes.get(f"{layer}.lora_magnitude_vector") != B[:1]:
+            problems.append(f"{layer} has {B[0]} outputs and not as many magnitudes")
+        elif shifts.get(layer, (B[0], A[1])) != (B[0], A[1]):
+            problems.append(f"{layer} has a base shift of another shape than ({B[0]}, {A[1]})")
+        elif shapes.get(f"{layer}.lora_E", (A[0], 1)) != (A[0], 1):
+            problems.append(f"{layer} has rank {A[0]} and not as many singular values in E")
+    if problems:
+        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
+        listed = "; ".join([*problems[:NUM_LISTED], *rest])
+        raise InputError(f"The adapter in {adapter.directory} is damaged: {listed}; save it again.")
+
+
+def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
+    """layer -> its low-rank update, by the singular values that the module docstring derives."""
+    # DoRA's magnitudes left out, its factors are those of LoRA.
+    plain = replace(adapter, config=replace(adapter.config, use_dora=False))
+    if adapter.base_shift:
+        plain = plain.as_plain_lora()
+    else:
+        plain = replace(plain, config=replace(plain.config, init="kaiming"))
+    updates = {}
+    for layer in adapter.adapted_layers:
+        A, B = (factor.double() for factor in plain.low_rank(layer))
+        if torch.isfinite(A).all() and torch.isfinite(B).all():
+            sizes = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)
+            norm, largest = sizes.norm().item(), sizes.max().item()
+        else:
+            norm = largest = math.nan
+        match = re.search(r"\.([0-9]{1,9})\.", layer)
+        block, module = (int(match[1]), layer[match.end() :]) if match else (None, layer)
+        singular_values = adapter.state.get(f"{layer}.lora_E")  # AdaLoRA's, zero where it has taken rank away
+        rank = (
+            adapter.state[f"{layer}.lora_A.weight"] if singular_values is None else singular_values[:, 0].nonzero()
+        )
+        updates[layer] = LayerUpdate(layer, block, re.sub(r"\b\d+\b", "*", module), len(rank), norm, largest)
+    return updates
+
+
+def _compare(adapter: SavedAdapter, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
+    """The same against the base's fp32 (O, I) weight in training; a DoRA update measured whole."""
+    original = weight
+    if update.layer in adapter.base_shift:
+        shift_A, shift_B = adapter.base_shift[update.layer]
+        original = torch.addmm(weight, shift_B, shift_A)
+    size = original.norm(dtype=torch.float64).item()
+    magnitude = adapter.state.get(f"{update.layer}.lora_magnitude_vector")
+    change = None
+    if magnitude is not None:
+        norm = (adapter.merge_into(f"{update.layer}.weight", weight) - original).norm(dtype=torch.float64).item()
+        change = (magnitude.float() / original.norm(dim=1) - 1).abs().mean().item()
+        update = replace(update, norm=norm, spectral_norm=math.nan)
+    return replace(update, relative=update.norm / size if size else math.nan, magnitude_change=change)
+
+
+def _quantization(directory: Path, quant: QuantConfig | None) -> str:
+    """`adapter_quantization` in words."""
+    from safetensors import safe_open
+
+    if quant is None:
+        return "none, 16 bits"
+    text = f"4 bits, {quant.quant_type}, scales {'quantized too' if quant.double_quant else 'in fp32'}"
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        recorded = "base_quantization" in (file.metadata() or {})
+    return text if recorded else f"not recorded; taken for {text}"
+
+
+def show_value(value: Any) -> str:
+    """A value out of a file, on one line, not too long and without secrets."""
+    return redact(value if isinstance(value, str) and value.isprintable() else repr(value))[:200]

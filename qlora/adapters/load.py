@@ -1,0 +1,181 @@
+"""Load a saved adapter into a model: check it, settle which base it needs, put it in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.adapters.peft_config import CONFIG, show_value
+from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
+from qlora.config.lora import LoRAConfig
+from qlora.data.tokenizer_files import read_tokenizer_files
+from qlora.lora.adapter import Adapter, activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shift, shift_base
+from qlora.lora.full_parameters import base_shapes, trained_names, trained_problems
+from qlora.lora.state import adapter_state, load_lora_state_dict
+from qlora.lora.targets import linear_layers
+from qlora.lora.trainable import freeze_base
+from qlora.quant.layers import logical_shape
+from qlora.system.errors import InputError
+from qlora.system.redact import redact
+from qlora.system.wording import explain, list_problems
+
+
+def load_adapter(
+    model: nn.Module, directory: str | Path, base_model: str = "", say: Callable[[str], Any] = print
+) -> LoRAConfig:
+    """Give a base model the adapter of a directory, in place and frozen all but the adapter.
+
+    A model without an active adapter gets this one; where one is active, it takes over values and settings.
+
+    Args:
+        base_model: name or path of `model`; where the adapter names another, `say` hears of it.
+    Returns:
+        The adapter's configuration, its targets as in the file.
+    Raises:
+        InputError: every mismatch at once; the model is then unchanged.
+    """
+    if any(layer.merged_weight is not None for layer in wrapped_layers(model).values()):
+        raise RuntimeError("The adapter is merged; call unmerge before loading another.")
+    active = active_adapter(model)
+    saved = settle_base(read_adapter(directory), model)
+    if active is None:
+        adapter = build_adapter(saved, model)
+        wrap_layers(model, adapter.layers)
+        activate(model, adapter)
+    else:
+        check_adapter(saved, model)
+        load_lora_state_dict(model, saved.state, origin=str(directory))
+        active.config = written_config(saved)
+        for name, weights in active.layers.items():
+            weights.alpha, weights.dropout = saved.config.alpha_of(name), saved.config.dropout
+            weights.scaling = saved.config.scaling_of(name, weights.rank)
+    freeze_base(model)
+    compare_base(saved, base_model, say)
+    return written_config(saved)
+
+
+def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]) -> None:
+    """Note it where the adapter names another base than `base_model`: no more, for people move directories."""
+    named = saved.description.get("base_model_name_or_path")
+    theirs, ours = (Path(name).name if isinstance(name, str) else "" for name in (named, base_model))
+    if theirs and ours and theirs != ours:
+        say(
+            f"note: the adapter {saved.directory} names {show_value(redact(theirs))} as its base, "
+            f"not {redact(ours)}"
+        )
+
+
+def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
+    """A saved adapter in memory, at rest, on the device of `model`, which is left as it is.
+
+    Raises:
+        InputError: every mismatch at once (`check_adapter`).
+    """
+    check_adapter(saved, model)
+    check_base(model, saved.base_shift, ready=True)
+    adapter = create_adapter(model, saved.config, trained=saved.trained)
+    with torch.no_grad():
+        for key, parameter in adapter_state(adapter).items():
+            parameter.copy_(saved.state[key])
+    adapter.config, adapter.tokenizer = written_config(saved), read_tokenizer_files(saved.directory)
+    budget = [saved.description.get(field) for field in ("tinit", "tfinal", "total_step")]
+    if all(type(number) is int for number in budget):  # AdaLoRA's; they only go back into a file
+        adapter.budget = tuple(budget)  # type: ignore[assignment]
+    return adapter
+
+
+def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
+    """Make the base of `model` the one that the adapter was trained on: PiSSA's and LoftQ's are changed first.
+
+    Returns:
+        The adapter, with its base shift where PEFT's file leaves it to the reader.
+    Raises:
+        InputError: a mismatch, or a base that other adapters share; the model is then unchanged.
+    """
+    saved = with_base_shift(saved, model, getattr(model, "source", None))
+    if not same_shift(base_shift(model), saved.base_shift):
+        check_adapter(saved, model)
+        check_base(model, saved.base_shift)
+        shift_base(model, saved.base_shift)
+    return saved
+
+
+def with_base_shift(saved: SavedAdapter, model: nn.Module, source: str | None) -> SavedAdapter:
+    """A PiSSA adapter of PEFT with the base shift that it does not carry; others as they are.
+
+    Args:
+        model: the base, for its shapes; may be on the meta device.
+        source: what `load_base_model` loads it from.
+    """
+    if saved.config.init != "pissa" or saved.base_shift:
+        return saved
+    check_adapter(saved, model)
+    if source is None:
+        raise InputError(f"{saved.directory} wants its base's original weights; load that with load_base_model.")
+    settings = saved.config
+    scalings = {}
+    for layer in saved.adapted_layers:
+        rank = settings.rank_of(layer)
+        scalings[layer] = rank, settings.scaling_of(layer, rank)
+    return replace(saved, base_shift=pissa_shift(source, scalings))
+
+
+def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
+    """Compare an adapter's tensors with a base, before anything is changed.
+
+    Args:
+        model: the base; may be on the meta device.
+    Raises:
+        InputError: lists every unknown layer, missing part, wrong shape or rank, and non-finite value.
+    """
+    layers = {name: logical_shape(layer) for name, layer in linear_layers(model).items()}
+    problems: list[str] = []
+    wanted: dict[str, tuple[int, ...]] = {}
+    for layer in saved.adapted_layers:
+        if layer not in layers:
+            problems.append(f"{layer} is no linear layer of this model")
+            continue
+        (rows, columns), rank = layers[layer], saved.config.rank_of(layer)
+        wanted[f"{layer}.lora_A.weight"], wanted[f"{layer}.lora_B.weight"] = (rank, columns), (rows, rank)
+        if saved.config.use_dora:
+            wanted[f"{layer}.lora_magnitude_vector"] = (rows,)
+        if saved.config.use_adalora:
+            wanted[f"{layer}.lora_E"] = (rank, 1)
+    parameters = base_shapes(model)
+    problems += trained_problems(model, saved.trained)
+    adapted = [name for name in saved.adapted_layers if name in layers]
+    try:
+        trained = trained_names(model, saved.config, adapted, tied=False)
+    except InputError as error:
+        problems.append(explain(error))
+        trained = []
+    wanted |= {name: parameters[name] for name in trained if name not in saved.trained}
+    for name in saved.trained:
+        if trained and name in parameters and name not in trained:
+            problems.append(f"{name} is none that bias and modules_to_save in {CONFIG} let train")
+    if saved.config.bias == "lora_only" and any(n not in saved.state and n.endswith(".bias") for n in trained):
+        problems.append(
+            "older versions of PEFT write no biases of bias = lora_only (train with bias = all, or set bias to "
+            f"none in {CONFIG} to load the adapter without them)"
+        )
+    for layer, (A, B) in saved.base_shift.items():
+        if layers.get(layer) != (len(B), A.shape[1]):
+            here = layers.get(layer, "no layer")
+            problems.append(f"the base shift of {layer} is {(len(B), A.shape[1])}, but here it is {here}")
+    for key, shape in wanted.items():
+        tensor = saved.state.get(key)
+        if tensor is None:
+            problems.append(f"missing {key}")
+        elif tuple(tensor.shape) != shape:
+            problems.append(f"{key} is {tuple(tensor.shape)} but its layer and rank want {shape}")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{key} holds NaN or infinity")
+    if problems:
+        listed = list_problems(problems)
+        raise InputError(f"The adapter in {saved.directory} is damaged or was made for another base: {listed}.")

@@ -1,0 +1,275 @@
+"""`LoRAModel`: a base model and its adapters, by name, in one object.
+
+One adapter is active, or none; the others are at rest. An adapter is small and the base is shared, so many fit
+beside each other, and a switch changes one reference per adapted layer: nothing is copied, read or allocated.
+The methods have PEFT's names. Sums of adapters, two of them stacked among these, are made in adapters/mix.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora.adapters.load import build_adapter, compare_base, load_adapter, settle_base
+from qlora.adapters.mix import Method, adapter_factors, mix, mixed_config
+from qlora.adapters.peft_files import read_adapter, save_adapter
+from qlora.config.lora import LoRAConfig
+from qlora.lora.adapter import Adapter, activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.base_shift import base_shift
+from qlora.lora.full_parameters import replaced_parameters
+from qlora.lora.svd_start import initialize_adapter
+from qlora.lora.trainable import (
+    ParameterSummary,
+    freeze_base,
+    lora_parameters,
+    merge_lora,
+    parameter_summary,
+    unmerge_lora,
+)
+from qlora.system.errors import InputError
+
+
+class LoRAModel(nn.Module):
+    """A base model with its adapters: trains, saves, loads, switches, mixes, merges.
+
+    The active adapter trains; those at rest live on the base's device, outside of the module tree, and take no
+    gradient. Each may adapt other layers, with another rank and of another kind.
+
+    Args:
+        model: a causal LM; adapted layers are wrapped in place and everything else is frozen.
+        config: of a first adapter, active at once; None starts with the base alone.
+        name: of that adapter.
+        tokenizer: for `config.new_tokens` only, as in `inject_lora`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LoRAConfig | None = None,
+        seed: int = 0,
+        base_model: str = "",
+        name: str = "default",
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        if wrapped_layers(model):
+            raise InputError("The model has LoRA layers already; give LoRAModel a fresh base model.")
+        self._adapters: dict[str, Adapter] = {}
+        self.model, self.base_model = model, base_model
+        freeze_base(model)
+        if config is not None:
+            self._add(name, lambda: create_adapter(model, config, seed, tokenizer))
+            self.set_adapter(name)
+            initialize_adapter(model, config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate on the adapted model."""
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # ---- several adapters -----------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of all adapters, in the order they came."""
+        return list(self._adapters)
+
+    @property
+    def active_adapter(self) -> str | None:
+        """Name of the adapter that the model computes with; None = the base alone."""
+        active = active_adapter(self.model)
+        return next((name for name, adapter in self._adapters.items() if adapter is active), None)
+
+    @property
+    def lora_config(self) -> LoRAConfig:
+        """Configuration of the active adapter."""
+        return self._active("configuration").config
+
+    def add_adapter(self, name: str, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> None:
+        """Make a fresh adapter, at rest; `set_adapter` lets it train.
+
+        Raises:
+            InputError: targets that match nothing, or a start that may change the base (PiSSA, LoftQ).
+        """
+        if config.init in ("pissa", "loftq"):
+            raise InputError(
+                f"init {config.init} is for the adapter that a LoRAModel is made with; give that its config."
+            )
+        self._add(name, lambda: create_adapter(self.model, config, seed, tokenizer))
+
+    def load_adapter(self, directory: str | Path, name: str, say: Callable[[str], Any] = print) -> None:
+        """Read a saved adapter, at rest; one that changes its base (PiSSA) is alone there, and active at once.
+
+        Args:
+            say: hears of it where the adapter names another base than this model's `base_model`.
+        Raises:
+            InputError: every mismatch at once; the model is then unchanged.
+        """
+        saved = read_adapter(directory)
+        self._add(name, lambda: build_adapter(settle_base(saved, self.model), self.model))
+        compare_base(saved, self.base_model, say)
+        if base_shift(self.model):
+            self.set_adapter(name)
+
+    def add_weighted_adapter(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        new_name: str,
+        combination_type: Method = "cat",
+        rank: int | None = None,
+    ) -> None:
+        """Make a mix of adapters, at rest; "cat" is exactly the weighted sum, see adapters/mix.py.
+
+        Args:
+            rank: of the mix under "svd"; None = the largest rank among those mixed.
+        Raises:
+            InputError: an unknown name, DoRA or trained parameters, shapes or ranks that do not go together.
+        """
+        factors = mix([adapter_factors(self._named(name)) for name in names], weights, combination_type, rank)
+
+        def make() -> Adapter:
+            adapter = create_adapter(self.model, mixed_config(factors))
+            with torch.no_grad():
+                for layer, weights in adapter.layers.items():
+                    weights.lora_A.copy_(factors[layer][0])
+                    weights.lora_B.copy_(factors[layer][1])
+            return adapter
+
+        self._add(new_name, make)
+
+    def set_adapter(self, name: str | None) -> None:
+        """Compute with this adapter and let it train; None: the base alone.
+
+        Raises:
+            InputError: no adapter of this name.
+            RuntimeError: an adapter is merged.
+        """
+        adapter = None if name is None else self._named(name)
+        before = active_adapter(self.model)
+        activate(self.model, adapter)
+        _let_train(before, False)
+        _let_train(adapter, True)
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """The base alone, for the duration of a `with` block."""
+        return self._using(None)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter; if it is the active one, the base computes alone from then on."""
+        if self._named(name) is active_adapter(self.model):
+            self.set_adapter(None)
+        del self._adapters[name]
+
+    def _named(self, name: str) -> Adapter:
+        if name not in self._adapters:
+            raise InputError(
+                f"There is no adapter {name!r}; this model has {', '.join(self._adapters) or 'none'}."
+            )
+        return self._adapters[name]
+
+    def _active(self, wanted: str) -> Adapter:
+        adapter = active_adapter(self.model)
+        if adapter is None:
+            raise InputError(f"No adapter is active, so there is no {wanted}; call set_adapter with a name first.")
+        return adapter
+
+    @contextmanager
+    def _using(self, adapter: Adapter | None) -> Iterator[None]:
+        before = active_adapter(self.model)
+        if adapter is before:  # merged or not
+            yield
+            return
+        activate(self.model, adapter)
+        try:
+            yield
+        finally:
+            activate(self.model, before)
+
+    def _add(self, name: str, make: Callable[[], Adapter]) -> None:
+        """Keep what `make` returns, at rest; it sees the base as it is without an adapter."""
+        if name in self._adapters:
+            raise InputError(f"There is an adapter {name!r} already; delete it first, or choose another name.")
+        with self.disable_adapter():
+            adapter = make()
+            wrap_layers(self.model, adapter.layers)
+        _let_train(adapter, False)
+        self._adapters[name] = adapter
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoRAModel:
+        """What `to`, `cuda` and the like go through: adapters at rest move with the model."""
+        super()._apply(fn, recurse)
+        active = active_adapter(self.model)
+        resting = [adapter for adapter in self._adapters.values() if adapter is not active]
+        for weights in (weights for adapter in resting for weights in adapter.layers.values()):
+            weights._apply(fn)
+        trained = [parameter for adapter in resting for parameter in adapter.trained.values()]
+        for parameter in [*trained, *replaced_parameters(self.model).values()]:
+            parameter.data = fn(parameter.data)
+        return self
+
+    # ---- the active adapter ---------------------------------------------------------------------------------
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """What an optimizer should get."""
+        return (p for p in self.model.parameters() if p.requires_grad)
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        """All that the active adapter learns: A and B of every adapted layer, and what trains beside them."""
+        return lora_parameters(self.model)
+
+    def save(self, directory: str | Path, name: str | None = None) -> None:
+        """Write adapter_model.safetensors and adapter_config.json of an adapter, by default the active one."""
+        adapter = self._active("adapter to save") if name is None else self._named(name)
+        with self._using(adapter):
+            save_adapter(self.model, directory, adapter.config, self.base_model)
+
+    def load(self, directory: str | Path) -> None:
+        """Take over values and settings of a saved adapter of the same layers into the active one.
+
+        Raises:
+            InputError: every mismatch at once; the model is then unchanged.
+        """
+        self._active("adapter to load into; use load_adapter")
+        load_adapter(self.model, directory)
+
+    def merge(self) -> None:
+        """Compute with merged dense weights from here on; training and switching are then errors."""
+        merge_lora(self.model)
+
+    def unmerge(self) -> None:
+        """Back to base and adapter, bit for bit."""
+        unmerge_lora(self.model)
+
+    @property
+    def is_merged(self) -> bool:
+        return any(layer.merged_weight is not None for layer in wrapped_layers(self.model).values())
+
+    def summary(self) -> ParameterSummary:
+        """Logical parameter counts; print it."""
+        return parameter_summary(self.model)
+
+
+def _let_train(adapter: Adapter | None, train: bool) -> None:
+    if adapter is None:
+        return
+    for weights in adapter.layers.values():
+        for parameter in weights._parameters.values():
+            if parameter is not None:
+                parameter.requires_grad = train
+    for parameter in adapter.trained.values():
+        parameter.requires_grad = train
+
+
+def get_lora_model(
+    model: nn.Module, config: LoRAConfig | None = None, seed: int = 0, base_model: str = ""
+) -> LoRAModel:
+    """Adapt `model` in place with q_proj and v_proj adapters by default, everything else frozen."""
+    return LoRAModel(model, config or LoRAConfig(), seed, base_model)

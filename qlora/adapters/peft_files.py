@@ -1,0 +1,357 @@
+"""Adapters on disk, in the format of PEFT.
+
+    adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (rank, in), ...lora_B.weight (out, rank),
+                                ...lora_magnitude_vector (out,) under DoRA, and by their names the parameters
+                                that train in full
+    adapter_config.json         variant, rank, alpha, dropout, targets, name of the base model
+    base_shift.safetensors      PiSSA, and LoftQ of several rounds: what was subtracted from the base's weights
+                                before they were quantized (lora/svd_start.py), ...lora_A.weight and
+                                ...lora_B.weight
+
+AdaLoRA's tensors (lora/adalora.py) are called ...lora_A (rank, in), ...lora_B (out, rank), ...lora_E (rank, 1);
+the triplets that training has zeroed are left out, and rank_pattern in the config says which.
+
+PEFT, vLLM and the hub read these files, and theirs load here. An adapter that asks for something this
+project does not compute is refused by name, never half loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters.other_formats import recognise
+from qlora.adapters.peft_config import (
+    BASE_SHIFT,
+    CONFIG,
+    PREFIX,
+    UNSUPPORTED,
+    VOCABULARY,
+    WEIGHTS,
+    belongs_to_adapter,
+    describe_adalora,
+    describe_adapter,
+    file_key,
+    own_key,
+    read_settings,
+    show_value,
+)
+from qlora.config.lora import LoRAConfig
+from qlora.lora.adalora import pack_triplets, unpack_triplets
+from qlora.lora.adapter import active_adapter, lora_layers
+from qlora.lora.base_shift import BaseShift, base_shift
+from qlora.lora.dora import with_magnitude
+from qlora.lora.full_parameters import saved_modules
+from qlora.lora.state import lora_state_dict
+from qlora.system.errors import InputError
+from qlora.system.files import new_file, read_json, read_tensors
+from qlora.system.wording import explain
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class AdapterSnapshot:
+    """What an adapter's two files will hold, apart from the model: training may go on while it is written.
+
+    Attributes:
+        state: tensors in PEFT's names, copies in main memory.
+        description: adapter_config.json.
+        metadata: of the safetensors file.
+        tokenizer: files by name, where the adapter has a tokenizer of its own.
+        base_shift: tensors of base_shift.safetensors, which is not written where there are none.
+    """
+
+    state: dict[str, Tensor]
+    description: dict[str, Any]
+    metadata: dict[str, str]
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    base_shift: dict[str, Tensor] = field(default_factory=dict)
+
+
+def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "") -> AdapterSnapshot:
+    """Copy the adapters of `model` as they are now.
+
+    Args:
+        base_model: name or path of the base, recorded for whoever loads the adapter.
+    """
+    layers = lora_layers(model)
+    if not layers:
+        raise RuntimeError("The model has no LoRA layers to save.")
+    state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
+    transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
+    quantization = getattr(model, "quantization", None)
+    # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
+    metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
+    description = describe_adapter(config, list(layers), base_model, transposed)
+    adapter = active_adapter(model)
+    trained = {} if adapter is None else adapter.trained
+    description["modules_to_save"] = sorted(saved_modules(model, config, trained)) or None
+    if len(set(map(id, trained.values()))) < len(trained):  # one tensor is both embedding and head
+        description["ensure_weight_tying"] = True
+    if config.use_adalora:
+        state, pattern = pack_triplets(state)
+        description |= describe_adalora(config, pattern, (0, 0, 1) if adapter is None else adapter.budget)
+    state = {file_key(key, layers, config.use_adalora): tensor for key, tensor in state.items()}
+    shift = {
+        f"{PREFIX}{layer}.lora_{part}.weight": factor.cpu().contiguous()
+        for layer, factors in base_shift(model).items()
+        for part, factor in zip("AB", factors, strict=True)
+    }
+    if shift:  # PEFT redoes PiSSA on a 16-bit base, and refuses it on a 4-bit one and LoftQ without its config
+        description["init_lora_weights"] = config.init
+    return AdapterSnapshot(state, description, metadata, {} if adapter is None else adapter.tokenizer, shift)
+
+
+def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
+    """Write both files of an adapter, and its tokenizer if it has one, and read the tensors back.
+
+    Each file is written beside its name and renamed: an existing adapter is replaced whole or not at all.
+
+    Raises:
+        RuntimeError: what was read back is not what was to be written.
+    """
+    from safetensors.torch import load_file, save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in snapshot.tokenizer.items():
+        with new_file(directory / name) as file:
+            file.write_bytes(content)
+    with new_file(directory / CONFIG) as config_file, new_file(directory / WEIGHTS) as weights_file:
+        save_file(snapshot.state, weights_file, metadata=snapshot.metadata)
+        config_file.write_text(json.dumps(snapshot.description, indent=2, sort_keys=True) + "\n")
+        if snapshot.base_shift:
+            with new_file(directory / BASE_SHIFT) as shift_file:
+                save_file(snapshot.base_shift, shift_file)
+        else:
+            (directory / BASE_SHIFT).unlink(missing_ok=True)
+    written = load_file(directory / WEIGHTS)
+    if written.keys() != snapshot.state.keys() or not all(
+        torch.equal(written[k], t) for k, t in snapshot.state.items()
+    ):
+        raise RuntimeError(f"{directory / WEIGHTS} does not hold what was written; the disk may be failing.")
+
+
+def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, base_model: str = "") -> None:
+    """Write the adapters of `model` as they are now; arguments and errors as the two above."""
+    write_adapter(snapshot_adapter(model, config, base_model), directory)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as its files hold it.
+
+    Attributes:
+        config: what it was made by, the exact names of its layers as targets.
+        state: tensors keyed as in `lora_state_dict`.
+        description: adapter_config.json.
+        directory: where it was read from.
+        base_shift: layer -> (A', B') of what was subtracted from its base's weights; empty for an ordinary base.
+    """
+
+    config: LoRAConfig
+    state: dict[str, Tensor]
+    description: dict[str, Any]
+    directory: Path
+    base_shift: BaseShift = field(default_factory=dict)
+
+    @property
+    def adapted_layers(self) -> list[str]:
+        """Qualified names of the layers with a low-rank update."""
+        return sorted({key.rpartition(".lora_")[0] for key in self.state if ".lora_" in key})
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """Parameter name -> value, of those that were trained in full."""
+        return {key: tensor for key, tensor in self.state.items() if ".lora_" not in key}
+
+    def low_rank(self, layer: str) -> tuple[Tensor, Tensor]:
+        """(A (rank, in), B (out, rank)) in fp32 with every factor put into B: the update is B A.
+
+        Raises:
+            InputError: a DoRA adapter, whose update is not of low rank; a PiSSA one, whose base is another.
+        """
+        if self.base_shift or self.config.init == "pissa":
+            raise InputError(
+                f"{self.directory} holds an adapter for a base that was changed (PiSSA, LoftQ); make plain LoRA "
+                "of it with as_plain_lora, or merge it."
+            )
+        if self.config.use_dora:
+            raise InputError(f"{self.directory} holds a DoRA adapter, whose update is not of low rank; merge it.")
+        return self._factors(layer)
+
+    def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
+        A, B = (self.state[f"{layer}.lora_{part}.weight"].float() for part in "AB")
+        if f"{layer}.lora_E" in self.state:
+            A = A * self.state[f"{layer}.lora_E"].float()
+        return A, self.config.scaling_of(layer, A.shape[0]) * B
+
+    def as_plain_lora(self) -> SavedAdapter:
+        """The same update relative to the original W, as LoRA of twice the rank: B A - B' A' = [B, -B'] [A; A'].
+
+        On W in full precision it computes what this adapter computes on W - B' A' in full precision, to rounding.
+        On a quantized base it does not: q(W) + [B, -B'] [A; A'] has q's error of W where this one has the smaller
+        error of its own base. (PEFT's "convert PiSSA to LoRA".)
+
+        Raises:
+            InputError: a DoRA adapter, or PEFT's PiSSA without its base shift (`with_base_shift` finds it).
+        """
+        if self.config.init == "pissa" and not self.base_shift:
+            raise InputError(f"{self.directory} does not hold its base shift; find it with with_base_shift.")
+        if not self.base_shift:
+            return self
+        if self.config.use_dora:
+            raise InputError(f"{self.directory} holds a DoRA adapter, whose update is not of low rank; merge it.")
+        state, ranks = dict(self.state), {}
+        for layer in self.adapted_layers:
+            A, B = self._factors(layer)  # each B with its scaling, so that the new one is 1
+            if layer in self.base_shift:
+                shift_A, shift_B = self.base_shift[layer]
+                A, B = torch.cat([A, shift_A]), torch.cat([B, -shift_B], 1)
+            state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A, B
+            ranks[layer] = len(A)
+        rank = max(ranks.values())
+        others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+        config = replace(
+            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=others, use_rslora=False,
+            init="kaiming", adapter_dtype="float32",
+        )  # fmt: skip
+        return replace(self, config=config, state=state, base_shift={})
+
+    def merge_into(self, name: str, weight: Tensor) -> Tensor:
+        """What the adapter makes of one parameter of its base.
+
+        Args:
+            name: of the parameter, as transformers saves it.
+            weight: its fp32 value, (out, in) for a linear layer's weight (a Conv1D's transposed).
+        Returns:
+            c (W + s B A), or the trained parameter itself, in fp32; `weight` where the adapter has nothing.
+        """
+        if name in self.state:
+            return self.state[name].float()
+        layer, _, kind = name.rpartition(".")
+        if kind != "weight" or f"{layer}.lora_A.weight" not in self.state:
+            return weight
+        A, B = self._factors(layer)
+        merged = torch.addmm(weight, B, A)
+        return with_magnitude(merged, self.state.get(f"{layer}.lora_magnitude_vector"))
+
+
+def read_adapter(directory: str | Path) -> SavedAdapter:
+    """Read an adapter directory.
+
+    Raises:
+        InputError: a file missing or damaged, a foreign key, or a variant this project does not compute.
+    """
+    directory = Path(directory)
+    tool = recognise(directory)
+    if tool is not None:
+        raise InputError(
+            f"{directory} holds an adapter in {tool}'s own format; turn it into PEFT's by python -m qlora import."
+        )
+    _check_files(directory)
+    description = read_json(directory / CONFIG, "save the adapter again", unique_keys=True)
+    kind = description.get("peft_type")
+    used = [k for k, neutral in UNSUPPORTED.items() if description.get(k) not in neutral]
+    if description.get("init_lora_weights") == "loftq" and (directory / BASE_SHIFT).is_file():
+        used.remove("init_lora_weights")
+    if kind not in ("LORA", "ADALORA") or used:
+        what = f"an adapter with {', '.join(used)}" if kind == "LORA" else f"a {show_value(kind)} adapter"
+        raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
+    config = read_settings(directory / CONFIG, description)
+    state = _read_tensors(directory / WEIGHTS, config)
+    if config.use_adalora:
+        state = unpack_triplets(state, description.get("rank_pattern"), config.rank, directory / CONFIG)
+    saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
+    # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
+    vocabulary = [name for name in saved.trained if name.endswith(VOCABULARY)]
+    config.modules_to_save = ",".join([*config.trained_modules, *(n.rpartition(".")[0] for n in vocabulary)])
+    ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
+    if ranks and not config.rank_pattern and config.rank not in ranks:
+        raise InputError(
+            f"{directory / CONFIG} has r = {config.rank}, but the tensors in {WEIGHTS} have rank "
+            f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
+        )
+    # The exact layers: what the patterns of the file mean depends on the base.
+    config.target_modules, config.layers = ",".join(saved.adapted_layers), ""
+    # The narrowest dtype that holds every value exactly.
+    factors = {tensor.dtype for key, tensor in state.items() if ".lora_A." in key or ".lora_B." in key}
+    config.adapter_dtype = "bfloat16" if factors == {torch.bfloat16} else "float32"
+    return saved
+
+
+def _check_files(directory: Path) -> None:
+    """Both files are there; where only a pickle is, say why it will not do."""
+    try:
+        missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
+        pickle = directory / "adapter_model.bin"
+        if WEIGHTS in missing and pickle.is_file():
+            raise InputError(
+                f"The adapter directory {directory} has no {WEIGHTS}, only {pickle.name}, a pickle, which can run "
+                "code and is never loaded; save the adapter as safetensors."
+            )
+    except OSError as error:
+        raise InputError(
+            f"The adapter directory {directory} cannot be read ({explain(error)}); check the path."
+        ) from error
+    if missing:
+        raise InputError(f"The adapter directory {directory} has no {missing[0]}; check the path.")
+
+
+def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
+    """The tensors of a file, keyed as `lora_state_dict`."""
+    stored = read_tensors(file, "save the adapter again")
+    state = {own_key(key): tensor for key, tensor in stored.items()}
+    if len(state) < len(stored):
+        raise InputError(f"{file} holds a parameter under two names; save the adapter again.")
+    foreign = [key for key in stored if not key.startswith(PREFIX) or not key.isprintable()]
+    if foreign or not state:
+        named = f"{show_value(foreign[0])} among {len(state)} tensors" if foreign else "nothing"
+        raise InputError(f"{file} holds {named}, not LoRA tensors in PEFT's names; save the adapter again.")
+    unannounced = [key for key in state if not belongs_to_adapter(key, config)]
+    if unannounced:
+        raise InputError(
+            f"{file} holds {show_value(unannounced[0])} among {len(state)} tensors, which {CONFIG} does not "
+            "announce by use_dora, bias or modules_to_save; save the adapter again."
+        )
+    for key, tensor in state.items():
+        if tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")
+    return state
+
+
+def _read_base_shift(file: Path) -> BaseShift:
+    """What a base_shift.safetensors holds; nothing where there is none."""
+    if not file.is_file():
+        return {}
+    state = _read_tensors(file, LoRAConfig())
+    layers = sorted({key.rpartition(".lora_")[0] for key in state})
+    shift = {}
+    for layer in layers:
+        A, B = (state.get(f"{layer}.lora_{part}.weight") for part in "AB")
+        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+            raise InputError(
+                f"{file} holds no pair lora_A (rank, in), lora_B (out, rank) for {layer}; save it again."
+            )
+        if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+            raise InputError(f"{file} holds NaN or infinity for {layer}; save the adapter again.")
+        shift[layer] = A.float(), B.float()
+    return shift
+
+
+def written_config(saved: SavedAdapter) -> LoRAConfig:
+    """The configuration of an adapter with targets and layers as its file spells them."""
+    targets, numbers = (saved.description.get(field) for field in ("target_modules", "layers_to_transform"))
+    listed = [numbers] if type(numbers) is int else numbers or []
+    return replace(
+        saved.config,
+        target_modules=",".join(targets) if isinstance(targets, list) and targets else saved.config.target_modules,
+        layers=",".join(map(str, listed)),
+    )

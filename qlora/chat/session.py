@@ -1,0 +1,351 @@
+"""An interactive chat with a base model and its adapters: `python -m qlora chat`.
+
+A turn is a question and its whole answer. A stopped answer (Ctrl-C) is shown and forgotten with its question; one
+that reached --max-new-tokens is kept, and marked "weight": 0 in the history file, so that training reads it as
+context and learns no end from it.
+
+Answers are those of `generate` for the same messages, through the chat template: each turn reads the conversation
+anew. Keys and values kept from the turn before would make a long one quicker to begin, but they were computed row
+by row, round otherwise, and in bf16 lead to other answers (docs/LOG.md).
+
+A conversation has one system message: /system begins a new one, or the saved answers would stand under a text
+that the model never read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora.adapters.model import LoRAModel
+from qlora.chat.commands import COMMANDS, NO_ADAPTER
+from qlora.chat.history import History, Turn, from_turns, to_turns
+from qlora.chat.stream import AnswerStream
+from qlora.config.generate import GenerateConfig
+from qlora.config.train import TrainConfig
+from qlora.data.encode import encode_prompt
+from qlora.data.example import show_controls
+from qlora.generation import end_ids, generate
+from qlora.model.tokenizer import load_tokenizer
+from qlora.system.errors import InputError
+from qlora.system.memory import is_out_of_memory
+from qlora.system.redact import redact
+
+
+def split_adapter(text: str, taken: Sequence[str] = ()) -> tuple[str, Path]:
+    """(name, directory) of NAME=DIRECTORY, or of a DIRECTORY, which gives its last name."""
+    name, directory = "", Path(text).expanduser()
+    if "=" in text and not directory.is_dir():
+        name, _, rest = text.partition("=")
+        directory = Path(rest).expanduser()
+    name = name or directory.resolve().name
+    if not directory.is_dir():
+        loaded = ", ".join([*taken, NO_ADAPTER])
+        raise InputError(f"There is no adapter {text!r}, nor a directory of that name; loaded are: {loaded}.")
+    if name in (*taken, NO_ADAPTER):
+        raise InputError(f"The name {name!r} is taken; give the adapter another, as NAME={directory}.")
+    return name, directory
+
+
+@dataclass
+class Chat:
+    """One conversation at a time, a line read at a time.
+
+    Args:
+        model: a base with any number of adapters; the active one answers.
+        name: the base's, as given to `load_base_model`: its tokenizer is loaded from there.
+        options: length and sampling of answers; the k-th answer since the start is drawn with `seed` + k - 1.
+        console: receives answers; notes go to standard error where it is no terminal.
+    """
+
+    model: LoRAModel
+    name: str
+    options: GenerateConfig
+    seed: int = 0
+    system: str = ""
+    console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
+    history: History | None = None
+
+    def __post_init__(self) -> None:
+        self.turns: list[Turn] = []
+        self.tokenizers: dict[str | None, Any] = {None: load_tokenizer(self.name)}
+        elsewhere = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._notes = self.console if self.console.is_terminal else elsewhere
+        self._last: tuple[list[Turn], str] | None = None  # what /retry asks: the turns before it, the question
+        self._num_answers = self._num_unread = 0
+
+    # ---- adapters -------------------------------------------------------------------------------------------
+
+    def load_adapter(self, text: str) -> str:
+        """Load NAME=DIRECTORY, or DIRECTORY under its last name, at rest; returns the name."""
+        name, directory = split_adapter(text, self.model.adapters)
+        tokenizer = load_tokenizer(self.name, directory)
+        self.model.load_adapter(directory, name, self.note)
+        self.tokenizers[name] = tokenizer
+        return name
+
+    # ---- one turn -------------------------------------------------------------------------------------------
+
+    def ask(self, question: str, turns: list[Turn] | None = None) -> None:
+        """Answer a question after `turns`, by default all: these and the new one are then the conversation."""
+        before = self.turns if turns is None else turns
+        self._last = before, question
+        answered_by = self.model.active_adapter
+        answer, cut_at = self._answer(before, question, answered_by, self._stream)
+        self._stream("\n")
+        if cut_at:
+            self.note(f"cut at {cut_at} tokens; /settings max_new_tokens=N allows more")
+        self.turns = [*before, Turn(question, answer, not cut_at, answered_by or NO_ADAPTER)]
+        self._save()
+
+    def _answer(
+        self, turns: list[Turn], question: str, adapter: str | None, write: Callable[[str], Any]
+    ) -> tuple[str, int]:
+        """(answer, 0 or the number of tokens it was cut at) of an adapter, or of the base."""
+        tokenizer = self.tokenizers[adapter]
+        messages, num_tokens = self._fit(turns, question, tokenizer)
+        active = self.model.active_adapter
+        self.model.set_adapter(adapter)
+        stream = AnswerStream(tokenizer, write)
+        options = (num_tokens, self.options.temperature, self.options.top_p, self.seed + self._num_answers)
+        in_main = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(signal.SIGINT, stream.stop) if in_main else None
+        try:
+            answer = generate(self.model.model, tokenizer, [messages], *options, streamer=stream)[0]
+        finally:
+            if in_main:
+                signal.signal(signal.SIGINT, previous)
+            self.model.set_adapter(active)
+        self._num_answers += 1
+        write(answer[len(stream.shown) :] if answer.startswith(stream.shown) else f"\n{answer}")
+        ids = stream.ids or [-1]
+        cut_at = 0 if ids[-1] in end_ids(self.model.model, tokenizer) else len(ids)
+        return answer.replace("\0", ""), cut_at  # no data file may hold it
+
+    def _fit(self, turns: list[Turn], question: str, tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
+        """(messages, most new tokens): the oldest turns are left out where the model cannot read them all."""
+        config: Any = self.model.model.config
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        wanted = self.options.max_new_tokens
+        for num_unread in range(len(turns) + 1):
+            messages = [*from_turns(self.system, turns[num_unread:]), {"role": "user", "content": question}]
+            room = limit - len(encode_prompt(messages, tokenizer))
+            if room >= wanted:
+                break
+        if room < 1:
+            raise InputError(
+                f"The message has {1 - room:,} tokens too many for this model's {limit:,}; shorten it."
+            )
+        if num_unread > self._num_unread:
+            self.note(
+                f"the conversation has outgrown the {limit:,} tokens that the model reads: of its {len(turns)} "
+                f"turns the oldest {num_unread} are left out of the prompt"
+            )
+        self._num_unread = num_unread
+        return messages, min(wanted, room)
+
+    def _save(self) -> None:
+        if self.history is not None:
+            self.history.save(from_turns(self.system, self.turns) if self.turns else [])
+
+    # ---- commands -------------------------------------------------------------------------------------------
+
+    def command(self, line: str) -> bool:
+        """Carry out a line that begins with "/"; False ends the chat."""
+        name, _, text = line[1:].strip().partition(" ")
+        if name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean /{close[0]}?" if close else "/help lists them."
+            raise InputError(f"There is no command /{name}; {hint} A message may begin with a space and then a /.")
+        if name == "quit":
+            return False
+        getattr(self, f"do_{name}")(text.strip())
+        return True
+
+    def do_help(self, _text: str) -> None:
+        for usage, meaning in COMMANDS.values():
+            self._print(f"{usage:<26}{meaning}")
+        self._print("Ctrl-C stops an answer; a line that ends in \\ goes on in the next one.")
+
+    def do_adapter(self, text: str) -> None:
+        if text:
+            known = text in self.model.adapters or text == NO_ADAPTER
+            name = text if known else self.load_adapter(text)
+            self.model.set_adapter(None if name == NO_ADAPTER else name)
+        active = self.model.active_adapter or NO_ADAPTER
+        names = (f"[{name}]" if name == active else name for name in (*self.model.adapters, NO_ADAPTER))
+        self.note(f"adapters: {', '.join(names)}")
+
+    def do_base(self, _text: str) -> None:
+        if not self.turns:
+            raise InputError("There is no question to compare by yet; ask one first.")
+        *before, last = self.turns
+        if last.answered_by == NO_ADAPTER:
+            raise InputError(
+                "The base alone gave the last answer; /adapter NAME and /retry let an adapter answer."
+            )
+        with self.console.status("the base answers ..."):
+            answer, _ = self._answer(before, last.question, None, lambda text: None)
+        sides = {last.answered_by or "saved": last.answer, "base": answer}
+        if not self.console.is_terminal:
+            for name, text in sides.items():
+                self._print(f"{name}: {show_controls(text)}")
+            return
+        table = Table(expand=True)
+        for name in sides:
+            table.add_column(Text(name), ratio=1)
+        table.add_row(*(Text(show_controls(text)) for text in sides.values()))
+        self.console.print(table, soft_wrap=False)
+
+    def do_retry(self, _text: str) -> None:
+        if self._last is None and self.turns:
+            self._last = self.turns[:-1], self.turns[-1].question
+        if self._last is None:
+            raise InputError("There is no question to ask again yet.")
+        before, question = self._last
+        self.ask(question, before)
+
+    def do_undo(self, _text: str) -> None:
+        if not self.turns:
+            raise InputError("There is nothing to take back.")
+        self.turns = self.turns[:-1]
+        self._last = None
+        self._save()
+        self.note(f"taken back; {len(self.turns)} turn(s) left")
+
+    def do_reset(self, _text: str) -> None:
+        self.turns = []
+        self._last = None
+        self._num_unread = 0
+        if self.history is not None:
+            self.history.begin()
+        self.note("a new conversation")
+
+    def do_system(self, text: str) -> None:
+        self.system = text
+        self.do_reset("")
+
+    def do_save(self, text: str) -> None:
+        if not self.turns or not text:
+            raise InputError("There is nothing to save yet." if text else "/save wants the name of a .jsonl file.")
+        file = History(text)
+        file.save(from_turns(self.system, self.turns))
+        self.note(f"{len(self.turns)} turn(s) appended to {file.path}")
+
+    def do_settings(self, text: str) -> None:
+        kinds = {"max_new_tokens": int, "temperature": float, "top_p": float, "seed": int}
+        changes: dict[str, Any] = {}
+        for part in text.split():
+            name, _, value = part.partition("=")
+            if name not in kinds:
+                raise InputError(f"{name!r} is no setting; write NAME=VALUE, with one of {', '.join(kinds)}.")
+            try:
+                changes[name] = kinds[name](value)
+            except ValueError as error:
+                raise InputError(f"{name} is {value!r}; give a number.") from error
+        seed = TrainConfig(seed=changes.pop("seed", self.seed)).seed  # checked
+        self.options, self.seed = replace(self.options, **changes), seed
+        shown = {**vars(self.options), "seed": seed}
+        self._print("  ".join(f"{name}={shown[name]}" for name in kinds))
+        self._print(f"model={self.name}  adapter={self.model.active_adapter or NO_ADAPTER}")
+        self._print(f"system={self.system or '(none)'}  turns={len(self.turns)}")
+
+    # ---- the terminal ---------------------------------------------------------------------------------------
+
+    def note(self, text: str) -> None:
+        self._notes.print(Text(redact(" ".join(text.split()))), style="dim")
+
+    def _print(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def _stream(self, text: str) -> None:
+        """Part of an answer as it is: rich would turn its tabs into spaces."""
+        self.console.file.write(show_controls(text))
+        self.console.file.flush()
+
+    def open_history(self, path: str) -> None:
+        """Save the conversation in this file from here on, and go on with the newest one there.
+
+        A file that is no history is told of, and left as it is.
+        """
+        try:
+            history = History(path)
+            system, turns = to_turns(history.resume())
+        except InputError as error:
+            self.note(f"{error} The chat goes on without a history file.")
+            return
+        self.history = history
+        if self.system and turns and system != self.system:
+            history.begin()
+            self.note(f"{path} ends under another system message: a new conversation")
+        elif turns:
+            self.system, self.turns = system, turns
+            self.note(f"{path} goes on after {len(turns)} turn(s); the last one was: {turns[-1].question:.60}")
+
+    def run(self) -> None:
+        """Read messages and commands until /quit or the end of input."""
+        if self.console.is_terminal:
+            adapter = self.model.active_adapter
+            self.note(
+                f"{Path(self.name).name}, {f'adapter {adapter}' if adapter else 'no adapter'}; /help for help"
+            )
+        for stream in (sys.stdin, self.console.file):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")  # bytes that are no text end no chat
+        reading = self._start_reading()
+        with suppress(EOFError):
+            while True:
+                try:
+                    line = reading().replace("\0", "")  # no data file may hold it
+                    if line.startswith("/"):
+                        if not self.command(line):
+                            return
+                    elif line.strip():
+                        self.ask(line.strip())
+                except InputError as error:
+                    self.note(str(error))
+                except KeyboardInterrupt:
+                    self._stream("\n")
+                    self.note("stopped, and left out of the conversation; /retry asks again, /quit ends the chat")
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self.note(f"out of memory ({error}); /reset begins a shorter conversation")
+
+    def _start_reading(self) -> Callable[[], str]:
+        """A function that reads a message; on a terminal with line editing, resumed questions included."""
+        is_interactive = self.console.is_terminal and sys.stdin.isatty()
+        if is_interactive:
+            with suppress(ImportError):  # not everywhere
+                import readline
+
+                for turn in self.turns:
+                    readline.add_history(turn.question)
+
+        def read() -> str:
+            lines: list[str] = []
+            while True:
+                prompt = "... " if lines else f"{self.model.active_adapter or 'base'}> "
+                try:
+                    lines.append(input(prompt if is_interactive else ""))
+                except EOFError:
+                    if not lines:
+                        raise
+                    return "\n".join(lines)
+                if not lines[-1].endswith("\\"):
+                    return "\n".join(lines)
+                lines[-1] = lines[-1][:-1]
+
+        return read

@@ -1,0 +1,70 @@
+"""Chat with a base model and its adapters."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from qlora.config.generate import GenerateConfig
+from qlora.config.model import ModelConfig
+from qlora.config.parse import parse_args
+from qlora.config.train import TrainConfig
+from qlora.system.errors import InputError
+from qlora.system.startup import collection_paused, importing_transformers
+
+
+@dataclass
+class ChatConfig:
+    """Chat with a base model and its adapters; /help in the chat lists its commands."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: tuple[str, ...] = ()
+    """Adapters, each as DIRECTORY or NAME=DIRECTORY; the first one answers first, and --model is by default the
+    base that it names."""
+    system: str = ""
+    """System message."""
+    max_new_tokens: int = GenerateConfig.max_new_tokens
+    """Longest answer, in tokens."""
+    temperature: float = GenerateConfig.temperature
+    """0 = greedy; higher is more random."""
+    top_p: float = GenerateConfig.top_p
+    """Sample from the smallest set of tokens with this much probability."""
+    seed: int = TrainConfig.seed
+    """Seeds the sampling; each answer adds 1."""
+    history: str | None = None
+    """Keep the conversation in this .jsonl file, as training data, and go on with the newest one there."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        self.options = GenerateConfig(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p
+        )
+        TrainConfig(seed=self.seed)  # the same range
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_args(ChatConfig, "python -m qlora chat", argv)
+    if config.model.model is None and not config.adapter:
+        raise InputError("Nobody to chat with; pass --model, --adapter or both.")
+    with collection_paused(), importing_transformers():
+        import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
+
+        from qlora.adapters.model import LoRAModel
+        from qlora.adapters.provenance import base_model_of
+        from qlora.chat.session import Chat, split_adapter
+        from qlora.model.load import load_base_model
+        from qlora.quant.weight import QuantConfig
+        from qlora.system.device import best_device
+
+    m, directories = config.model, [split_adapter(text)[1] for text in config.adapter]
+    name = m.model or base_model_of(str(directories[0]), lambda text: print(text, file=sys.stderr))
+    quant = QuantConfig(m.quant_type, m.double_quant)
+    model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
+    session = Chat(LoRAModel(model, base_model=name), name, config.options, config.seed, config.system)
+    names = [session.load_adapter(text) for text in config.adapter]
+    session.model.set_adapter(names[0] if names else None)
+    if config.history is not None:
+        session.open_history(config.history)
+    session.run()

@@ -1,0 +1,36 @@
+"""Say what is in an adapter, and how large its update is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from qlora.config.parse import parse_args
+
+
+@dataclass
+class InspectConfig:
+    """Say what is in an adapter, and how large its update is by layer and module."""
+
+    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
+    """Adapter directory."""
+    picture: str | None = None
+    """Draw the sizes of the updates into this .png file."""
+    model: str | None = None
+    """The base: sizes are then relative to its weights, and a DoRA update is measured whole."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str]) -> None:
+    config = parse_args(InspectConfig, "python -m qlora inspect", argv)
+    from qlora.adapters.inspect import inspect_adapter
+    from qlora.cli.show_inspection import draw_inspection, print_inspection
+
+    found = inspect_adapter(config.adapter, config.model)
+    print_inspection(found)
+    if config.picture:
+        draw_inspection(found, config.picture)

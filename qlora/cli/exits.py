@@ -1,0 +1,49 @@
+"""How an entry point ends: a failure becomes one sentence on standard error and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from qlora.system.errors import CheckFailed, InputError, StoppedOnRequest, TrainingStopped
+from qlora.system.memory import is_out_of_memory
+from qlora.system.redact import redact
+
+
+def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Call an entry point; an expected failure becomes one sentence on standard error.
+
+    Returns:
+        Exit code: 0 done; 2 the input or the disk is at fault; 3 training stopped by itself, or a check
+        failed; 4 stopped on request, state saved; 130 interrupted outside training. (A second signal in
+        training: 128 + its number.)
+        With --debug among `argv` the traceback is shown instead.
+    """
+    try:
+        main(argv)
+        _leave_process_group()
+        return 0
+    except StoppedOnRequest as request:
+        return _say(str(request), 4)
+    except KeyboardInterrupt:
+        return _say("interrupted; nothing that was saved is lost", 130)
+    except (InputError, TrainingStopped, CheckFailed, OSError, RuntimeError, MemoryError) as error:
+        expected = isinstance(error, (InputError, TrainingStopped, CheckFailed, OSError))
+        if "--debug" in argv or not (expected or is_out_of_memory(error)):
+            raise
+        if not expected:
+            hint = "lower --batch-size or --max-length, or pass --gradient-checkpointing on"
+            return _say(f"error: out of memory ({error}); {hint}.", 3)
+        return _say(f"error: {error}", 3 if isinstance(error, (TrainingStopped, CheckFailed)) else 2)
+
+
+def _leave_process_group() -> None:
+    """End torch.distributed's threads: the interpreter may abort over them at its end, as if it had failed."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _say(text: str, code: int) -> int:
+    print(redact(" ".join(text.split())), file=sys.stderr)
+    return code

@@ -1,0 +1,52 @@
+"""Print what `check_data` found."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora.data.check import DataCheck, length_histogram
+
+NUM_LISTED = 20  # bad rows that are printed
+NUM_PLACES = 3  # suspicious rows of one kind that are printed
+BAR_WIDTH = 40
+
+
+def print_check(check: DataCheck, console: Console | None = None) -> None:
+    """The summary, for a person."""
+    console = console or Console(soft_wrap=True, highlight=False, markup=False)
+    formats = ", ".join(f"{count:,} {name}" for name, count in check.formats.most_common())
+    console.print(f"{check.source}: {check.num_rows:,} rows" + (f" ({formats})" if formats else ""))
+    if check.lengths:
+        longest, mean = max(check.lengths), sum(check.lengths) / len(check.lengths)
+        console.print(f"{sum(check.lengths):,} {check.unit}, {mean:,.0f} a row, {longest:,} in the longest")
+        _print_histogram(check, console)
+    if check.report:
+        masked = check.report.num_tokens - check.report.num_targets
+        console.print(f"{check.report}; the other {masked:,} are masked: read, and not learnt")
+    if check.sample:
+        console.print(f"\nthe first row as the model sees it, {check.sample}\n")
+    if check.bad_rows:
+        console.print(f"{len(check.bad_rows):,} rows cannot be used:")
+    for row in check.bad_rows[:NUM_LISTED]:
+        console.print(f"  {row}")
+    if len(check.bad_rows) > NUM_LISTED:
+        console.print(f"  and {len(check.bad_rows) - NUM_LISTED:,} more")
+    if check.suspicious:
+        console.print("rows that can be used, but are worth a look:")
+    for sign, places in sorted(check.suspicious.items(), key=lambda item: -len(item[1])):
+        more = f" and {len(places) - NUM_PLACES:,} more" if len(places) > NUM_PLACES else ""
+        console.print(f"  {len(places):>6,}  {sign}: {', '.join(places[:NUM_PLACES])}{more}")
+
+
+def _print_histogram(check: DataCheck, console: Console) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in (check.unit, "rows"):
+        table.add_column(name, justify="right")
+    table.add_column("")
+    buckets = length_histogram(check.lengths)
+    most = max(count for _, _, count in buckets)
+    for low, high, count in buckets:
+        span = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        table.add_row(span, f"{count:,}", "#" * -(-BAR_WIDTH * count // most))
+    console.print(table)

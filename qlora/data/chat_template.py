@@ -1,0 +1,252 @@
+"""A chat template as a program that may do anything: rendered part by part, and tried before it is trusted.
+
+    prompt    all that precedes the first answer
+    part      an answer, and what follows it up to the next one
+
+Where a plain answer ends is seen in its part: its content, then a special token. A call has no content to look
+for; so the conversation up to and including it is rendered alone. There the special token that stands last ends
+the turn, and it is found in the part as the place up to which both agree.
+
+A template may also leave out what it does not know. So a conversation with tools is tried, once for each order
+of turns: whatever is changed in it (a tool, a call's name or arguments, a result, the content beside a call) must
+change the text, or it would be lost without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from qlora.data.rows import BadRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, Any]]
+
+
+def split_tools(messages: Messages) -> tuple[Messages, list[dict[str, Any]]]:
+    """(the turns, the tools before them) of what `to_messages` returns."""
+    if messages and messages[0]["role"] == "tools":
+        return messages[1:], messages[0]["tools"]
+    return messages, []
+
+
+# An answer that is a call and nothing else; ids of nine letters, as Mistral's templates want them.
+_PROBE_TOOLS = [{"type": "function", "function": {"name": "find", "description": "", "parameters": {}}}]
+_PROBE: Messages = [
+    {"role": "user", "content": "Hi"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "find", "arguments": {"x": 1}}, "id": "call00001"}
+        ],
+    },
+]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or `own`, which takes its place.
+
+    Args:
+        special: matches a special token's text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, own: str | None, special: re.Pattern[str]) -> None:
+        self.tokenizer, self.own, self.special = tokenizer, own, special
+        self._lost: dict[Any, str | None] = {}
+        self._blank: list[str | None] = []
+
+    def render(self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str) -> str:
+        """The text of a conversation; `opens_turn` adds the beginning of an answer.
+
+        Raises:
+            BadRow: the template refuses it, in whatever way.
+        """
+        blank = self._settle_blank() if any("tool_calls" in turn for turn in messages) else ""
+        return self._render(messages, tools, opens_turn, origin, blank)
+
+    def _settle_blank(self) -> str | None:
+        """What stands for no content beside a call: null, as OpenAI writes it (transformers drops such a key); or
+        "" for a template that fails without. (To some, "" is an answer without calls.)
+        """
+        if not self._blank:
+            try:
+                self._render(_PROBE, _PROBE_TOOLS, False, "", None)
+                self._blank.append(None)
+            except BadRow:
+                self._blank.append("")
+        return self._blank[0]
+
+    def _render(
+        self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str, blank: str | None
+    ) -> str:
+        turns = [
+            turn | {"content": blank} if "tool_calls" in turn and turn["content"] == "" else turn
+            for turn in messages
+        ]
+        shown: Any = tools or None
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                turns,
+                tools=shown,
+                chat_template=self.own,
+                tokenize=False,
+                add_generation_prompt=opens_turn,
+            )
+        except Exception as error:  # a template is a program: it may fail in any way
+            kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
+            raise BadRow(origin, f"the chat template refuses it: {reason}; mend the record.") from error
+        return text
+
+    def render_parts(
+        self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str
+    ) -> list[str]:
+        """The rendered conversation, cut where each assistant turn begins: the prompt, then a part per turn.
+
+        Raises:
+            BadRow: the template refuses it, leaves something of the tools out, or writes what precedes an answer
+                in another way once more follows.
+        """
+        if tools or any("tool_calls" in turn for turn in messages):
+            self.try_tools(messages, tools, origin)
+        cuts = [(index, True) for index, message in enumerate(messages) if message["role"] == "assistant"]
+        parts: list[str] = []
+        before = ""
+        for end, opens in [*cuts, (len(messages), opens_turn)]:
+            text = self.render(messages[:end], tools, opens, origin)
+            if not text.startswith(before):
+                raise BadRow(
+                    origin,
+                    f"the chat template rewrites what precedes answer {len(parts)} once more follows; "
+                    "split the record so that it has one answer, or use a template that only appends.",
+                )
+            parts.append(text[len(before) :])
+            before = text
+        return parts
+
+    def find_end_of_call(
+        self, messages: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
+    ) -> tuple[str, int] | None:
+        """The special token that ends the call which `messages` end in, and where it begins in the call's part.
+
+        Args:
+            before: the text that precedes the part.
+            part: the call, and what follows it.
+        Returns:
+            None where the template writes no such token.
+        """
+        own = self.render(messages, tools, False, origin)[len(before) :]
+        other = self.render(_with_other_call(messages), tools, False, origin)[len(before) :]
+        same_after = _common_end(own, other)  # what the template writes after the call
+        ends = [match.start() for match in self.special.finditer(own) if match.start() >= len(own) - same_after]
+        if not ends:
+            return None
+        call = own[: ends[-1]]
+        # Both must agree from the arguments on. Before these, a template may write more only where the call stands
+        # last, as Qwen3 does with an empty thought.
+        least = max(1, len(call) - _common_start(call, other))
+        places = {match.start(): match[0] for match in self.special.finditer(part)}
+        lengths = {place: _common_end(call, part[:place]) for place in places}
+        fitting = [place for place, n in lengths.items() if n >= least and n in (len(call), place)]
+        if not fitting:
+            return None
+        place = max(fitting, key=lambda place: (lengths[place], -place))
+        return places[place], place
+
+    def try_tools(self, messages: Messages, tools: list[dict[str, Any]], origin: str) -> None:
+        """BadRow if the template leaves out a tool, a call, its arguments, a result or a content beside a call."""
+        order = tuple((turn["role"], len(turn.get("tool_calls", ())), bool(turn["content"])) for turn in messages)
+        if (order, len(tools)) not in self._lost:
+            text = self.render(messages, tools, False, origin)
+            lost = (
+                what
+                for what, other, other_tools in _variants(messages, tools)
+                if self._renders_as(text, other, other_tools)
+            )
+            self._lost[order, len(tools)] = next(lost, None)
+        found = self._lost[order, len(tools)]
+        if found is not None:
+            raise BadRow(
+                origin,
+                f"the chat template leaves out {found}, which would be lost; give one that writes it by "
+                "--chat-template FILE, or remove the record.",
+            )
+
+    def _renders_as(self, text: str, messages: Messages, tools: list[dict[str, Any]]) -> bool:
+        try:
+            return self.render(messages, tools, False, "") == text
+        except BadRow:  # it looked
+            return False
+
+
+def _common_start(first: str, second: str) -> int:
+    """Characters that both texts begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _common_end(first: str, second: str) -> int:
+    """Characters that both texts end in."""
+    return _common_start(first[::-1], second[::-1])
+
+
+def _with_other_call(messages: Messages) -> Messages:
+    """The conversation with other arguments in its last call."""
+    changed = copy.deepcopy(messages[-1])
+    function = changed["tool_calls"][-1]["function"]
+    function["arguments"] = {"other": function["arguments"]}
+    return [*messages[:-1], changed]
+
+
+def _variants(messages: Messages, tools: list[dict[str, Any]]) -> Iterator[tuple[str, Messages, list[Any]]]:
+    """(what was changed, messages, tools), for each thing that must leave a trace."""
+    for number, tool in enumerate(tools):
+        renamed = tool | {"function": tool["function"] | {"name": tool["function"]["name"] + "_other"}}
+        yield "the tools", messages, [*tools[:number], renamed, *tools[number + 1 :]]
+    for index, turn in enumerate(messages):
+
+        def changed(turn: dict[str, Any], index: int = index) -> Messages:
+            return [*messages[:index], turn, *messages[index + 1 :]]
+
+        for number, call in enumerate(turn.get("tool_calls", ())):
+            function = call["function"]
+            for what, other in (
+                ("the tool calls", {"name": function["name"] + "_other"}),
+                ("the arguments of tool calls", {"arguments": {"other": function["arguments"]}}),
+            ):
+                varied = copy.deepcopy(turn)
+                varied["tool_calls"][number]["function"] |= other
+                yield what, changed(varied), tools
+        if turn["role"] == "tool":
+            yield "the results of tools", changed(turn | {"content": turn["content"] + " other"}), tools
+        elif "tool_calls" in turn and turn["content"]:
+            yield "the content beside tool calls", changed(turn | {"content": turn["content"] + " other"}), tools
+
+
+# For a tokenizer without a chat template, as base models have: Alpaca's headings, for any number of turns.
+FALLBACK_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '### Instruction:\n' + message['content'] + '\n\n' }}"
+    "{% else %}{{ '### Response:\n' + message['content'] }}{{ eos_token }}{{ '\n\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
+)
+
+
+def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """FALLBACK_TEMPLATE, after the BOS if this tokenizer puts one before plain text.
+
+    Save a model trained with it as the tokenizer's chat_template, so that others prompt it as it was trained.
+    """
+    return ("{{ bos_token }}" if bos_ids(tokenizer) else "") + FALLBACK_TEMPLATE
+
+
+def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[BOS] if the tokenizer puts one before plain text, else []."""
+    return [token for token in tokenizer("x")["input_ids"][:1] if token == tokenizer.bos_token_id]

@@ -1,0 +1,135 @@
+"""What is in a data file, and what a run would make of it: check_data gathers, print_check prints.
+
+Without a tokenizer: rows, formats, lengths in characters, rows that cannot be used, rows that look wrong. With
+one: tokens, what is truncated, dropped and masked, too. Rows that look wrong are usable, and are trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from qlora.data.conversations import to_messages
+from qlora.data.example import EncodeReport, format_sample, shift_targets
+from qlora.data.readers import detect_format, stream_records
+from qlora.data.row_encoder import RowEncoder
+from qlora.data.rows import BadRow, collect_bad_row, sort_by_place
+
+LONG_TEXT = 100_000  # characters of a row that is worth a look
+# Signs of a wrong encoding or of binary data. Tab, newline and carriage return are text.
+_STRANGE = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
+
+
+@dataclass
+class DataCheck:
+    """What `check_data` found."""
+
+    source: str
+    unit: str
+    """What `lengths` counts: characters or tokens."""
+    lengths: list[int] = field(default_factory=list)
+    """Of the rows that can be used, before truncation."""
+    formats: Counter[str] = field(default_factory=Counter)
+    bad_rows: list[BadRow] = field(default_factory=list)
+    suspicious: dict[str, list[str]] = field(default_factory=dict)
+    """What looks wrong: where."""
+    report: EncodeReport | None = None
+    """What a run would keep; with a tokenizer only, as is `sample`."""
+    sample: str | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.lengths) + len(self.bad_rows)
+
+
+def check_data(
+    source: str,
+    tokenizer: Any = None,
+    max_length: int = 1024,
+    train_on: str = "completion",
+    on_long: str = "truncate",
+    parse_special: bool = False,
+    columns: Mapping[str, str] | None = None,
+) -> DataCheck:
+    """Read a whole file, and tokenise it if there is a tokenizer.
+
+    Arguments as `stream_records` and `encode_records`. The rows themselves are not kept.
+
+    Raises:
+        InputError: the file is missing, broken as a whole, or holds no rows.
+    """
+    check = DataCheck(source, "characters" if tokenizer is None else "tokens")
+    encoder = None
+    if tokenizer is not None:
+        encoder, check.report = RowEncoder(tokenizer, parse_special), EncodeReport()
+    first_places: dict[bytes, str] = {}
+    for record in stream_records(source, columns=columns):
+        if isinstance(record, BadRow):
+            check.bad_rows.append(record)
+            continue
+        origin = record.origin
+        try:
+            messages = to_messages(record)
+            ids, is_target = encoder.encode_row(messages, train_on, origin) if encoder else ([], [])
+        except BadRow as error:
+            collect_bad_row(error, check.bad_rows)
+            continue
+        check.formats[detect_format(record.fields, origin)] += 1
+        num_characters = sum(len(message["content"]) for message in messages)
+        check.lengths.append(num_characters)
+        signs = _find_signs(messages, num_characters, encoder)
+        digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+        if first_places.setdefault(digest, origin) != origin:
+            check.suspicious.setdefault("same as an earlier row", []).append(f"{origin} is {first_places[digest]}")
+        if encoder and check.report:
+            row = shift_targets(ids, is_target, len(ids), origin)
+            check.lengths[-1] = len(row)
+            had_targets, num_dropped = row.num_targets > 0, check.report.num_dropped_no_target
+            example = check.report.admit(row, max_length, on_long)
+            if example and check.sample is None:
+                check.sample = format_sample(example, tokenizer)
+            if had_targets and check.report.num_dropped_no_target > num_dropped:
+                signs.append(f"dropped, for all targets lie beyond --max-length {max_length}")
+        for sign in signs:
+            check.suspicious.setdefault(sign, []).append(origin)
+    sort_by_place(check.bad_rows)
+    if check.report:
+        check.report.num_bad_rows = len(check.bad_rows)
+        check.report.num_records = check.num_rows
+    return check
+
+
+def _find_signs(messages: list[dict[str, Any]], num_characters: int, encoder: RowEncoder | None) -> list[str]:
+    """What looks wrong in one row, from its texts alone."""
+    signs = []
+    turns = pairwise(messages)
+    answers = [
+        (asked["content"], turn["content"])
+        for asked, turn in turns
+        if turn["role"] == "assistant" and "tool_calls" not in turn
+    ]
+    if any(not any(character.isalnum() for character in answer) for _, answer in answers):
+        signs.append("an answer without a letter or digit")
+    if any(asked.strip() == answer.strip() != "" for asked, answer in answers):
+        signs.append("an answer that repeats the question")
+    contents = [message["content"] for message in messages]
+    if encoder and messages[0]["role"] != "document" and any(map(encoder.special.search, contents)):
+        signs.append("special-token text in a message" + (", a control token" if encoder.parse_special else ""))
+    if any(map(_STRANGE.search, contents)):
+        signs.append("control characters, or U+FFFD for a lost one")
+    if num_characters > LONG_TEXT:
+        signs.append(f"longer than {LONG_TEXT:,} characters")
+    return signs
+
+
+def length_histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
+    """(from, to, number of rows), each range twice as long as the one before, empty ones at the ends left out."""
+    buckets = Counter(length.bit_length() for length in lengths)  # 0, 1, 2 to 3, 4 to 7, ...
+    shown = range(min(buckets, default=0), max(buckets, default=-1) + 1)
+    return [(2**bits // 2, 2**bits - 1, buckets[bits]) for bits in shown]

@@ -1,0 +1,287 @@
+"""From data sources to the examples a run trains on and those it holds out.
+
+Every source becomes a TokenStore, in the cache or in memory; nothing is read from it before it is asked for, so
+that data larger than memory trains as any other. What an epoch takes of each source is its weight's matter, see
+packing.WindowOrder.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from qlora.data.encode import stream_examples
+from qlora.data.example import EncodeReport, Example, finish_report, format_sample
+from qlora.data.order import rows_per_epoch
+from qlora.data.readers import identify_source, stream_records
+from qlora.data.rows import BadRow, collect_bad_row
+from qlora.data.token_cache import TokenStore, TokenWriter, cached_store, token_cache, write_store
+from qlora.data.tokenizer_files import tokenizer_files
+from qlora.system.errors import InputError
+from qlora.system.files import new_file
+
+MAX_WEIGHT = 1000
+Part = tuple[TokenStore, np.ndarray, float]  # a source's rows, which of them, its weight
+
+
+class Examples(Sequence[Example]):
+    """Rows of several sources, one source after another, read when asked for.
+
+    Args:
+        parts: (store, which of its rows, weight) of each source.
+    Attributes:
+        sources: (rows, weight) of each, for WindowOrder.
+        lengths: tokens of each row.
+        num_targets: of all rows together.
+        digests: (rows,) uint64, identity of each row's tokens.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self.sources = [(len(rows), weight) for _, rows, weight in parts]
+        self._starts = np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
+
+    @property
+    def lengths(self) -> list[int]:
+        return np.concatenate([store.lengths[rows] for store, rows, _ in self._parts]).tolist()
+
+    @property
+    def num_targets(self) -> int:
+        return sum(int(store.target_counts[rows].sum()) for store, rows, _ in self._parts)
+
+    @property
+    def digests(self) -> np.ndarray:
+        return np.concatenate([store.digests[rows] for store, rows, _ in self._parts])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        number = range(len(self))[index]
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        store, rows, _ = self._parts[part]
+        return store[int(rows[number - self._starts[part]])]
+
+
+def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> list[tuple[str, float]]:
+    """(file or hub id, weight) of each source.
+
+    Args:
+        source: names, or a text of them separated by commas, unless that text is a file's name itself. Each may be
+            a pattern such as `shards/*.jsonl`, whose files each get its weight.
+        weights: as many as there are names; none: all 1.
+    Raises:
+        InputError: weights that fit neither number nor range, a pattern without a file, a source named twice.
+    """
+    names = [source] if isinstance(source, str) and Path(source).exists() else source
+    names = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+    if not names:
+        raise InputError("data names no source; give --data a file or a hub id.")
+    if weights and len(weights) != len(names):
+        raise InputError(
+            f"data_weights has {len(weights)} numbers for {len(names)} sources, {', '.join(names)}; give one each."
+        )
+    found = []
+    for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
+        if not 0 < weight <= MAX_WEIGHT:
+            raise InputError(
+                f"data_weights gives {name} the weight {weight:g}; give a number above 0, at most {MAX_WEIGHT}, "
+                "or leave the source out."
+            )
+        files = [name] if Path(name).exists() or not glob.has_magic(name) else sorted(glob.glob(name))
+        if not files:
+            raise InputError(f"{name} matches no file; give a pattern that does, or a file's name.")
+        found += [(file, float(weight)) for file in files]
+    doubled = [name for number, (name, _) in enumerate(found) if name in {n for n, _ in found[:number]}]
+    if doubled:
+        raise InputError(f"data names {doubled[0]} twice; give it a weight of 2 instead.")
+    return found
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How the records of a source become rows; arguments as `encode_records` and `stream_records`.
+
+    `cache`: keep the tokens on disk and map them from there; else they are held in memory.
+    """
+
+    tokenizer: Any
+    max_length: int
+    train_on: str = "completion"
+    on_long: str = "truncate"
+    parse_special: bool = False
+    num_workers: int = 0
+    columns: Mapping[str, str] | None = None
+    cache: bool = False
+
+    @cached_property
+    def key(self) -> list[Any]:
+        """All that the rows of a source depend on beside the source."""
+        digest = hashlib.sha256()
+        for name, content in sorted(tokenizer_files(self.tokenizer).items()):
+            digest.update(f"{name} {len(content)} ".encode() + content)
+        options = [self.max_length, self.train_on, self.on_long, self.parse_special]
+        return [digest.hexdigest(), sorted((self.columns or {}).items()), *options]
+
+    def load(
+        self, source: str, bad_rows: list[BadRow] | None, say: Callable[[str], Any]
+    ) -> tuple[TokenStore, str]:
+        """(the rows of a source, how they came).
+
+        Args:
+            bad_rows: receives the rows that cannot be used, also those before an error; None: the first is raised.
+        """
+
+        def fill(writer: TokenWriter) -> tuple[EncodeReport, list[BadRow]]:
+            report, found = EncodeReport(), [] if bad_rows is None else bad_rows
+            found.clear()
+            records = stream_records(source, columns=self.columns)
+            rows = stream_examples(
+                records, self.tokenizer, self.max_length, self.train_on, self.on_long, report,
+                parse_special=self.parse_special, num_workers=self.num_workers,
+            )  # fmt: skip
+            with closing(records), closing(rows):
+                for row in rows:
+                    if isinstance(row, BadRow):
+                        collect_bad_row(row, bad_rows)
+                    else:
+                        writer.add(row)
+            finish_report(report, found, writer.num_rows, self.max_length)
+            return report, found
+
+        if self.cache:
+            try:
+                store, was_there = cached_store([identify_source(source), self.key], fill)
+            except OSError as error:
+                say(f"the token cache {token_cache()} cannot be written ({error}); tokens are kept in memory")
+            else:
+                if bad_rows is None and store.bad_rows:
+                    raise store.bad_rows[0]
+                if bad_rows is not None:
+                    bad_rows[:] = store.bad_rows
+                return store, "read from the token cache" if was_there else "tokenised"
+        return write_store(fill, None), "tokenised"
+
+
+def load_examples(
+    source: str | Sequence[str],
+    tokenizer: Any,
+    max_length: int,
+    train_on: str = "completion",
+    on_long: str = "truncate",
+    *,
+    weights: Sequence[float] = (),
+    eval_source: str | None = None,
+    eval_split: float = 0.0,
+    seed: int = 0,
+    say: Callable[[str], Any] = print,
+    show_sample: bool = False,
+    on_bad_row: str = "stop",
+    bad_rows_file: Path | None = None,
+    parse_special: bool = False,
+    num_workers: int = 0,
+    columns: Mapping[str, str] | None = None,
+    cache: bool = False,
+) -> tuple[Examples, Sequence[Example]]:
+    """(training, held-out) examples.
+
+    Args:
+        source, weights: as `find_sources`; eval_source: one file or hub id.
+        eval_split: share of each source to hold out, at least a row, drawn by `seed`; 0 = none. A source of a
+            single row gives none, and weights are for training alone.
+        say: receives one line per source, the sample, the split and the mix.
+        on_bad_row: a row that cannot be used is raised ("stop"), or left out and counted ("skip").
+        bad_rows_file: lists the rows left out, one {"where", "problem"} a line, whether or not enough are left
+            to train on; an older one is replaced, or removed where no row is bad.
+        parse_special, num_workers, columns, cache: as `Encoder`.
+    Raises:
+        InputError: unusable data, or a split that leaves one side empty.
+    """
+    if on_bad_row not in ("stop", "skip"):
+        raise InputError(f"on_bad_row is '{on_bad_row}'; use 'stop' or 'skip'.")
+    sources = find_sources(source, weights)
+    encoder = Encoder(tokenizer, max_length, train_on, on_long, parse_special, num_workers, columns, cache)
+    skipped: list[BadRow] = []
+
+    def load(name: str) -> TokenStore:
+        started, bad_rows = time.perf_counter(), list[BadRow]()
+        try:
+            store, how = encoder.load(name, bad_rows if on_bad_row == "skip" else None, say)
+        finally:
+            skipped.extend(bad_rows)
+        listed = f"; bad rows are listed in {bad_rows_file}" if bad_rows and bad_rows_file else ""
+        say(f"{name}: {store.report}; {how} in {time.perf_counter() - started:.1f} s{listed}")
+        return store
+
+    try:
+        stores = [load(name) for name, _ in sources]
+        if show_sample:
+            say(format_sample(stores[0][0], tokenizer))
+        held_out = None if eval_source is None else load(eval_source)
+    finally:
+        if bad_rows_file is not None:
+            write_bad_rows(skipped, bad_rows_file)
+    parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, sources, strict=True)]
+    held: list[Part] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
+    if held_out is None and eval_split:
+        parts, held = _split(parts, eval_split, seed)
+        if not held:
+            few = f"{', '.join(name for name, _ in sources)}: {sum(map(len, stores))} examples"
+            raise InputError(f"{few} are too few to hold any out; pass --eval-data.")
+        say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
+    if len(sources) > 1 or sources[0][1] != 1:
+        say(describe_mix([name for name, _ in sources], parts))
+    return Examples(parts), Examples(held) if held else []
+
+
+def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], list[Part]]:
+    """(what is trained, what is held out): a share of each source, whatever other sources there are."""
+    trained, held = [], []
+    for store, rows, weight in parts:
+        count = max(1, round(share * len(rows)))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).numpy()
+        if count >= len(rows):
+            trained.append((store, rows, weight))
+            continue
+        trained.append((store, np.sort(order[count:]), weight))
+        held.append((store, np.sort(order[:count]), 1.0))
+    return trained, held
+
+
+def describe_mix(names: Sequence[str], parts: Sequence[Part]) -> str:
+    """What an epoch holds of each source, in rows and tokens; a sample counts as its source's mean."""
+    taken = [rows_per_epoch(len(rows), weight) for _, rows, weight in parts]
+    means = [float(store.lengths[rows].mean()) for store, rows, _ in parts]
+    tokens = [count * mean for count, mean in zip(taken, means, strict=True)]
+    lines = [
+        f"{name} x {weight:g}: {count:,} rows, {number:,.0f} tokens ({number / sum(tokens):.0%})"
+        for name, (_, _, weight), count, number in zip(names, parts, taken, tokens, strict=True)
+    ]
+    return f"an epoch: {sum(taken):,} rows, {sum(tokens):,.0f} tokens; " + "; ".join(lines)
+
+
+def write_bad_rows(bad_rows: Sequence[BadRow], path: Path) -> None:
+    """One {"where", "problem"} a line, written whole; without bad rows, no file."""
+    if not bad_rows:
+        path.unlink(missing_ok=True)
+        return
+    with new_file(path) as staging, open(staging, "w", encoding="utf-8") as file:
+        for row in bad_rows:
+            file.write(json.dumps({"where": row.where, "problem": row.problem}) + "\n")

@@ -1,0 +1,162 @@
+"""Tokenize records, in this process or in several, as a stream of examples."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from functools import partial
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from qlora.data.conversations import to_messages
+from qlora.data.example import EncodeReport, Example, finish_report, shift_targets
+from qlora.data.row_encoder import RowEncoder
+from qlora.data.rows import BadRow, Record, collect_bad_row
+from qlora.system.errors import InputError
+from qlora.system.processes import map_chunks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_SIZE = 128  # records that a worker process takes at a time
+
+
+def encode_prompt(
+    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, parse_special: bool = False
+) -> list[int]:
+    """Ids of the conversation up to where the assistant begins: exactly how a training row begins.
+
+    A document is its own beginning: BOS, where the tokenizer adds one, and the text.
+    """
+    return RowEncoder(tokenizer, parse_special).encode_prompt(messages)
+
+
+def encode_example(
+    messages: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    train_on: str = "completion",
+    origin: str = "the conversation",
+    parse_special: bool = False,
+) -> Example:
+    """One conversation, or one document, as a row of at most max_length tokens: the first ones are kept.
+
+    Args:
+        messages:      what to_messages returns; "weight": 0 makes a turn context; a document is all targets.
+        train_on:      "completion" (the assistant's turns) or "all" (every token).
+        origin:        the record's place, for errors.
+        parse_special: special-token text in a message becomes the token.
+    Returns:
+        Example with T <= max_length; it has no target if truncation took them all.
+    Raises:
+        BadRow: the template rewrites earlier turns, or writes no end-of-turn token after an answer.
+    """
+    _check_options(max_length, train_on, "truncate")
+    row = RowEncoder(tokenizer, parse_special).encode_row(messages, train_on, origin)
+    return shift_targets(*row, max_length, origin)
+
+
+def encode_records(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    train_on: str = "completion",
+    on_long: str = "truncate",
+    *,
+    parse_special: bool = False,
+    num_workers: int = 0,
+    bad_rows: list[BadRow] | None = None,
+) -> tuple[list[Example], EncodeReport]:
+    """Every record as a row. Rows without a target teach nothing: they are dropped and counted.
+
+    Args:
+        on_long:       "truncate" keeps a longer row's first max_length tokens, "drop" leaves it out.
+        parse_special: special-token text in a message becomes the token.
+        num_workers:   processes that tokenise; 0 is this one. The result is the same, in the same order.
+        bad_rows:      receives the records that cannot be used, among those that read_records put there, in the
+            order of the file, and all of them are counted; None: the first one is raised.
+    Raises:
+        BadRow: a record cannot be used, and there is no list for it.
+        InputError: nothing is left to train on.
+        TrainingStopped: a worker died.
+    """
+    examples, report = [], EncodeReport()
+    options: Any = dict(parse_special=parse_special, num_workers=num_workers)
+    rows = stream_examples(records, tokenizer, max_length, train_on, on_long, report, **options)
+    with closing(rows):
+        for row in rows:
+            if isinstance(row, BadRow):
+                collect_bad_row(row, bad_rows)
+            else:
+                examples.append(row)
+    finish_report(report, bad_rows or [], len(examples), max_length)
+    return examples, report
+
+
+def stream_examples(
+    records: Iterable[Record | BadRow],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    train_on: str,
+    on_long: str,
+    report: EncodeReport,
+    *,
+    parse_special: bool = False,
+    num_workers: int = 0,
+) -> Generator[Example | BadRow, None, None]:
+    """The rows that are trained and the bad ones, one after another; `report` counts the others along.
+
+    Arguments and errors as `encode_records`; close it to end its workers early. Call `finish_report` at the end.
+    """
+    _check_options(max_length, train_on, on_long)
+    encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
+    tasks = map(_read_task, records)
+    chunks = iter(lambda: list(islice(tasks, CHUNK_SIZE)), [])
+    with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
+        for result in chain.from_iterable(results):
+            if isinstance(result, BadRow):
+                yield result
+                continue
+            ids, is_target, origin = result
+            row = shift_targets(ids, is_target, max_length + 1, origin)
+            example = report.admit(row, max_length, on_long)
+            if example is not None:
+                yield example
+
+
+_Task = tuple[list[dict[str, Any]], str] | BadRow  # messages and origin
+_Result = tuple[list[int], list[bool], str] | BadRow  # t_0 .. t_T, whether each is predicted, origin
+
+
+def _read_task(record: Record | BadRow) -> _Task:
+    if isinstance(record, BadRow):
+        return record
+    try:
+        return to_messages(record), record.origin
+    except BadRow as error:
+        return error
+
+
+def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
+    """Rows of at most max_length + 1 tokens to read: one too many tells that a row is long."""
+    results: list[_Result] = []
+    for task in tasks:
+        if isinstance(task, BadRow):
+            results.append(task)
+            continue
+        messages, origin = task
+        try:
+            ids, is_target = encoder.encode_row(messages, train_on, origin)
+            results.append((ids[: max_length + 2], is_target[: max_length + 2], origin))
+        except BadRow as error:
+            results.append(BadRow(error.where, error.problem))
+    return results
+
+
+def _check_options(max_length: int, train_on: str, on_long: str) -> None:
+    if max_length < 1:
+        raise InputError(f"max_length is {max_length}; give at least 1.")
+    if train_on not in ("completion", "all"):
+        raise InputError(f"train_on is '{train_on}'; use 'completion' or 'all'.")
+    if on_long not in ("truncate", "drop"):
+        raise InputError(f"on_long is '{on_long}'; use 'truncate' or 'drop'.")

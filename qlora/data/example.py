@@ -1,0 +1,123 @@
+"""A tokenized row: input ids, shifted targets, and the report of how rows became examples.
+
+T tokens of one example.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora.data.rows import BadRow, sort_by_place
+from qlora.system.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Example:
+    """One row: input_ids (T,) int64; targets (T,) int64, shifted already, IGNORE_INDEX where not trained.
+
+    `origin` is where it stood, such as `train.jsonl:17`.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    origin: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_targets(self) -> int:
+        return int((self.targets != IGNORE_INDEX).sum())
+
+
+@dataclass
+class EncodeReport:
+    """What became of the records. str(report) is one line for the user."""
+
+    num_records: int = 0
+    num_truncated: int = 0  # kept, but cut at max_length
+    num_dropped_long: int = 0
+    num_dropped_no_target: int = 0
+    num_bad_rows: int = 0
+    num_tokens: int = 0
+    num_targets: int = 0
+
+    def __str__(self) -> str:
+        num_kept = self.num_records - self.num_dropped_long - self.num_dropped_no_target - self.num_bad_rows
+        share = self.num_targets / max(self.num_tokens, 1)
+        skipped = f"; {self.num_bad_rows:,} bad rows skipped" if self.num_bad_rows else ""
+        return (
+            f"{num_kept:,} of {self.num_records:,} records kept ({self.num_truncated:,} truncated; dropped: "
+            f"{self.num_dropped_long:,} too long, {self.num_dropped_no_target:,} without a target{skipped}), "
+            f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets ({share:.0%})"
+        )
+
+    def admit(self, row: Example, max_length: int, on_long: str) -> Example | None:
+        """Count one whole row, and return what is trained of it: at most max_length tokens, or None."""
+        self.num_records += 1
+        is_long = len(row) > max_length
+        example = Example(row.input_ids[:max_length], row.targets[:max_length], row.origin)
+        num_targets = example.num_targets
+        if is_long and on_long == "drop":
+            self.num_dropped_long += 1
+            return None
+        if num_targets == 0:
+            self.num_dropped_no_target += 1
+            return None
+        self.num_truncated += is_long
+        self.num_tokens += len(example)
+        self.num_targets += num_targets
+        return example
+
+
+def finish_report(report: EncodeReport, bad_rows: list[BadRow], num_kept: int, max_length: int) -> None:
+    """Count the bad rows of a source too, in the source's order; InputError if it left nothing to train on."""
+    if bad_rows:
+        sort_by_place(bad_rows)
+        report.num_bad_rows = len(bad_rows)
+        report.num_records += len(bad_rows)
+    if bad_rows and report.num_bad_rows == report.num_records:
+        raise InputError(f"All {report.num_records} records are bad, the first one is {bad_rows[0]}")
+    if not num_kept:
+        raise InputError(
+            f"None of {report.num_records} records is left at --max-length {max_length}: "
+            f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it, "
+            f"{report.num_bad_rows} bad; raise it or mend the data."
+        )
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def show_controls(text: str) -> str:
+    """`text` with control characters written out, such as \\x1b: a terminal would obey them."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def format_sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The row as the model sees it, special tokens and all, with the targets between ⟦ and ⟧."""
+    is_target = (example.targets != IGNORE_INDEX).tolist()
+    ids = example.input_ids.tolist() + example.targets[-1:].tolist()
+    pieces = []
+    for trained, run in groupby(zip([False, *is_target], ids, strict=True), key=lambda pair: pair[0]):
+        run_ids = [token for _, token in run if token != IGNORE_INDEX]
+        text: Any = tokenizer.decode(run_ids, clean_up_tokenization_spaces=False)
+        text = show_controls(text)
+        pieces.append(f"⟦{text}⟧" if trained else text)
+    return f"{len(example)} tokens, {example.num_targets} targets between ⟦ and ⟧:\n{''.join(pieces)}"
+
+
+def shift_targets(ids: list[int], is_target: list[bool], max_length: int, origin: str) -> Example:
+    """The row of t_0 .. t_T, cut to its first max_length positions."""
+    targets = [token if trained else IGNORE_INDEX for token, trained in zip(ids[1:], is_target[1:], strict=True)]
+    return Example(torch.tensor(ids[:-1][:max_length]).long(), torch.tensor(targets[:max_length]).long(), origin)

@@ -1,0 +1,329 @@
+"""Read rows from files and from the hub, one at a time: .jsonl, .json, .csv, .parquet."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from qlora.data.conversations import COMPANIONS, MAX_TEXT, SHAPES, match_shape
+from qlora.data.rows import BadRow, Record, collect_bad_row, explain_json, find_doubled, find_flaw, load_json
+from qlora.system.errors import InputError
+from qlora.system.wording import describe, quote, shorten
+
+PARQUET_ROWS = 256  # in memory at a time
+Rows = Generator[Record | BadRow, None, None]
+
+
+def read_records(
+    source: str,
+    split: str = "train",
+    bad_rows: list[BadRow] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Record]:
+    """Every record of a source, as `stream_records` gives them.
+
+    Args:
+        bad_rows: receives the rows that cannot be read, and reading goes on; None: the first one is raised.
+    Raises:
+        BadRow: a row cannot be read, and there is no list for it.
+    """
+    records: list[Record] = []
+    with closing(stream_records(source, split, columns)) as rows:
+        for row in rows:
+            if isinstance(row, BadRow):
+                collect_bad_row(row, bad_rows)
+            else:
+                records.append(row)
+    return records
+
+
+def stream_records(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
+    """The rows of a local file, or of one split of a hub dataset, one after another.
+
+    Args:
+        source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) where no such path exists.
+        split:   the hub split, slices such as `train[:1000]` included; a file has but one and ignores it.
+        columns: column of the module's table -> the source's column that stands for it.
+    Yields:
+        A Record, or a BadRow for a row that cannot be read.
+    Raises:
+        InputError: the source is missing, of an unknown kind, broken as a whole, or holds no rows.
+    """
+    check_columns(columns or {})
+    rows = _open_source(source, split)
+    num_rows = 0
+    try:
+        with closing(rows):
+            for row in rows:
+                num_rows += 1
+                yield _map_columns(row, columns) if columns and isinstance(row, Record) else row
+    except OSError as error:
+        raise InputError(f"{source} cannot be read; check its permissions ({error}).") from error
+    if num_rows == 0:
+        raise InputError(f"{source} holds no records; give a source with at least one.")
+
+
+def _open_source(source: str, split: str) -> Rows:
+    path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{source} is a directory; name one .json, .jsonl, .csv or .parquet file in it.")
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None and path.exists():
+        raise InputError(f"{source} ends in '{path.suffix}'; use .json, .jsonl, .csv or .parquet.")
+    if reader is None and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        return _read_hub(source, split)
+    if reader is None or not path.exists():
+        raise InputError(f"{source} does not exist; give the path of a file or a hub id such as owner/name.")
+    return reader(source)
+
+
+def identify_source(source: str, split: str = "train") -> list[Any]:
+    """What changes when the source's content does: a file's path, size and times; a hub dataset's fingerprint.
+
+    Raises:
+        InputError: as `stream_records`, where there is no such source.
+    """
+    path = Path(source)
+    if path.is_file():
+        status = path.stat()  # ctime as well: `cp -p` and `touch` can set any other
+        return [source, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+    _open_source(source, split).close()
+    return [source, split, str(_load_hub(source, split)._fingerprint)]
+
+
+def check_columns(columns: Mapping[str, str]) -> None:
+    """Every key must be a column of the module's table; InputError names those that there are."""
+    known = {name for _, names, extra in SHAPES for name in (*names, extra) if name}
+    known |= {name for names in COMPANIONS.values() for name in names.split()}
+    unknown = [name for name in columns if name not in known]
+    if unknown:
+        raise InputError(
+            f"columns names {quote(unknown[0])}, which is no column that is read; write name=column of the data "
+            f"with a name out of {', '.join(sorted(known))}."
+        )
+
+
+def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
+    """The record under the names of `columns`; of its other columns, those that go with these stay."""
+    absent = [column for column in columns.values() if column not in record.fields]
+    if absent:
+        there = shorten(", ".join(sorted(map(quote, record.fields))), 200)
+        return BadRow(record.origin, f"--columns asks for {quote(absent[0])}, but the columns are [{there}].")
+    shapes = [{*names, extra} for _, names, extra in SHAPES if {*names, extra} & columns.keys()]
+    partners = {name for shape in shapes for name in shape if name}
+    partners |= {name for main in partners for name in COMPANIONS.get(main, "").split()}
+    taken = set(columns.values())
+    kept = {name for name in record.fields if name not in taken and (not shapes or name in partners)}
+    fields = {name: record.fields[name] for name in record.fields if name in kept}
+    return Record(fields | {name: record.fields[column] for name, column in columns.items()}, record.origin)
+
+
+def _as_row(value: Any, origin: str, may_have_flaw: bool) -> Record | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(origin, f'the row is {describe(value)}; write an object such as {{"text": "..."}}.')
+    flaw = find_flaw(value) if may_have_flaw else None
+    return BadRow(origin, f"{flaw}.") if flaw else Record(value, origin)
+
+
+def _refuse_utf16(source: str) -> None:
+    with open(source, "rb") as file:
+        mark = file.read(2)
+    if mark in (b"\xff\xfe", b"\xfe\xff"):
+        raise InputError(f"{source}: begins with the bytes {mark.hex(' ')}, so it is UTF-16; save it as UTF-8.")
+
+
+def _bad_utf8(error: UnicodeDecodeError, start: int = 0) -> str:
+    """The byte that is not UTF-8, counted from `start`, and what stands before it."""
+    before = error.object[max(start, error.start - 20) : error.start].decode("utf-8", "replace")
+    place = f"byte {error.start - start + 1}, 0x{error.object[error.start]:02x} after {quote(before)}"
+    return f"{place}, is not valid UTF-8; save the file as UTF-8"
+
+
+def _read_jsonl(source: str) -> Rows:
+    _refuse_utf16(source)
+    number = 0
+    with open(source, "rb") as file:
+        while line := file.readline(MAX_TEXT + 1):
+            number += 1
+            origin = f"{source}:{number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if len(line) > MAX_TEXT and not line.endswith(b"\n"):
+                start, size = line[:24], len(line)
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(2**20)
+                    size += len(line)
+                begins = f"the line begins {quote(start.decode('utf-8', 'replace'))} and has {size:,} bytes"
+                yield BadRow(origin, f"{begins}, more than {MAX_TEXT:,}; split it, one JSON object on each line.")
+            elif line.strip():
+                yield _parse_line(line, origin)
+
+
+_CUT_OFF = " (the line has no end: the file may be cut off)"
+
+
+def _parse_line(line: bytes, origin: str) -> Record | BadRow:
+    cut = "" if line.endswith(b"\n") else _CUT_OFF  # only the last line may lack its end
+    text = ""
+    try:
+        text = line.decode().rstrip()  # an error after the line's end would count its column from there
+        value, may_have_flaw = load_json(text)
+    except UnicodeDecodeError as error:
+        return BadRow(origin, f"{_bad_utf8(error)}{cut}.")
+    except ValueError as error:
+        return BadRow(origin, f"{explain_json(error, text)}; write one JSON object on each line{cut}.")
+    return _as_row(value, origin, may_have_flaw)
+
+
+def _read_json(source: str) -> Rows:
+    _refuse_utf16(source)
+    data = Path(source).read_bytes()
+    try:
+        text = data.decode("utf-8-sig").rstrip() or "[]"
+    except UnicodeDecodeError as error:
+        line, start = data.count(b"\n", 0, error.start) + 1, data.rfind(b"\n", 0, error.start) + 1
+        raise InputError(f"{source}:{line}: {_bad_utf8(error, start)}.") from error
+    del data
+    try:
+        value, may_have_flaw = load_json(text)
+    except ValueError as error:
+        remedy = "mend it, or name it .jsonl if each line is an object"
+        line = 1
+        if isinstance(error, json.JSONDecodeError):
+            line = error.lineno
+            if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
+                remedy = "the file may be cut off: write it anew"
+        raise InputError(f"{source}:{line}: {explain_json(error, text)}; {remedy}.") from error
+    if isinstance(value, dict):
+        lists = [field for field in value.values() if isinstance(field, list)]
+        value = lists[0] if len(lists) == 1 else value
+    if not isinstance(value, list):
+        holds = describe(value)
+        raise InputError(
+            f"{source}: holds {holds}, no list of records; write a list of objects, alone or in one field."
+        )
+    for number, item in enumerate(value, start=1):
+        yield _as_row(item, f"{source} record {number}", may_have_flaw)
+
+
+def _read_csv(source: str) -> Rows:
+    _refuse_utf16(source)
+    previous_limit = csv.field_size_limit(2**31 - 1)  # by default 131,072 characters a field
+    header: list[str] = []
+    first_line = 1  # of the row: a quoted field may span lines
+    cut = ""
+
+    def read_lines(file: Iterator[str]) -> Iterator[str]:
+        nonlocal cut
+        for line in file:
+            cut = "" if line.endswith(("\n", "\r")) else _CUT_OFF  # only the last line may lack its end
+            yield line
+
+    # A byte that is not UTF-8 is read as a surrogate, so that it costs its row and not the file.
+    with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        rows = csv.reader(read_lines(file), strict=True)
+        try:
+            for row in rows:
+                origin = f"{source}:{first_line}"
+                first_line = rows.line_num + 1
+                if not row:
+                    continue
+                problem = _find_bad_byte(row, header)
+                if not header:
+                    header = row
+                    if (doubled := find_doubled(header)) is not None:
+                        problem = f"the header names the column {quote(doubled)} twice; rename one"
+                    if problem:
+                        raise InputError(f"{origin}: {problem}.")
+                elif problem:
+                    yield BadRow(origin, f"{problem}.")
+                elif len(row) != len(header):
+                    sizes = f"{len(row)} field(s) where the header has {len(header)}, the last {quote(row[-1])}"
+                    remedy = "fill it up" if len(row) < len(header) else "quote the fields that hold commas"
+                    yield BadRow(origin, f"{sizes}; {remedy}{cut}.")
+                else:
+                    yield Record(dict(zip(header, row, strict=True)), origin)
+        except csv.Error as error:
+            raise InputError(f"{source}:{first_line}: not valid CSV ({error}); check its quotes{cut}.") from error
+        finally:
+            csv.field_size_limit(previous_limit)
+
+
+def _find_bad_byte(row: list[str], header: list[str]) -> str | None:
+    for column, text in enumerate(row):
+        if found := re.search("[\udc80-\udcff]", text):
+            name = quote(header[column]) if column < len(header) else f"column {column + 1}"
+            byte, before = ord(found[0]) - 0xDC00, quote(text[max(0, found.start() - 20) : found.start()])
+            return f"{name} holds 0x{byte:02x} after {before}, not valid UTF-8; save the file as UTF-8"
+    return None
+
+
+def _read_parquet(source: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(source) as file:
+            if (doubled := find_doubled(file.schema_arrow.names)) is not None:
+                raise InputError(f"{source}: the column {quote(doubled)} stands there twice; rename one.")
+            for batch in file.iter_batches(PARQUET_ROWS):
+                try:
+                    rows = batch.to_pylist()
+                except UnicodeDecodeError:
+                    rows = [None] * batch.num_rows  # one by one, then
+                for index, row in enumerate(rows):
+                    number += 1
+                    origin = f"{source} row {number}"
+                    yield _read_parquet_row(batch, index, origin) if row is None else Record(row, origin)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError) or getattr(error, "errno", None) is not None:
+            raise  # ours, or the disk's word and not pyarrow's on the content
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise InputError(f"{source}: not readable as Parquet ({reason}); write the file anew.") from error
+
+
+def _read_parquet_row(batch: Any, index: int, origin: str) -> Record | BadRow:
+    fields = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            fields[name] = column[index].as_py()
+        except UnicodeDecodeError as error:
+            return BadRow(origin, f"{quote(name)}, {_bad_utf8(error)}.")
+    return Record(fields, origin)
+
+
+def _load_hub(name: str, split: str) -> Any:
+    """A dataset of the hub: files of Arrow in the cache of `datasets`, mapped and not read into memory.
+
+    (Its streaming mode needs no disk, but knows no slices, and cannot start a second time without the network.)
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InputError(
+            f"'{name}' is no file here, and its split '{split}' could not be loaded from the hub ({reason}); "
+            "check the path, the id, the split and the network."
+        ) from error
+
+
+def _read_hub(name: str, split: str) -> Rows:
+    for number, row in enumerate(_load_hub(name, split), start=1):
+        yield Record(dict(row), f"{name} row {number}")
+
+
+_READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+def detect_format(fields: dict[str, Any], origin: str) -> str:
+    """The name of the record's shape, from the module's table; BadRow where none fits."""
+    return match_shape(fields, origin)[0]

@@ -1,0 +1,224 @@
+"""One conversation -> token ids and which of them are trained: the chat template rendered, special text hidden.
+
+T tokens of one row.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora.data.chat_template import ChatTemplate, Messages, bos_ids, fallback_template, split_tools
+from qlora.data.rows import BadRow
+from qlora.system.errors import InputError
+from qlora.system.wording import quote
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that training teaches the model to stop with; not always tokenizer.eos_token_id."""
+    conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    ids, is_target = RowEncoder(tokenizer).encode_row(conversation, "completion", "the tokenizer")
+    return [token for token, trained in zip(ids, is_target, strict=True) if trained][-1]
+
+
+def set_chat_template(tokenizer: Any, file: str) -> None:
+    """Give the tokenizer the Jinja template of a file, after a conversation was rendered with it.
+
+    Raises:
+        InputError: the file cannot be read, or its template cannot train a model.
+    """
+    try:
+        tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--chat-template {file} cannot be read ({error}); give a file in UTF-8.") from error
+    if not tokenizer.chat_template.strip():
+        raise InputError(f"--chat-template {file} is empty; write a template in Jinja.")
+    try:
+        end_of_turn_id(tokenizer)
+    except BadRow as error:
+        problem = error.problem.replace("; mend the record", "; correct it")
+        raise InputError(f"--chat-template {file}: {problem}") from error
+
+
+def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+class RowEncoder:
+    """A tokenizer that knows its special tokens; it can be sent to another process."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, parse_special: bool = False) -> None:
+        self.tokenizer, self.parse_special = tokenizer, parse_special
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        contents = {token.content for token in added} | set(tokenizer.all_special_tokens)
+        longest_first = "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)"
+        self.token_ids: dict[str, Any] = {text: tokenizer.convert_tokens_to_ids(text) for text in contents}
+        self.special = re.compile(f"({longest_first})")
+        self.end_of_turn = re.compile(rf"\s*({longest_first})")
+        own = None if tokenizer.chat_template else fallback_template(tokenizer)
+        self.template = ChatTemplate(tokenizer, own, self.special)
+        # Tokens that swallow the white space before or after them.
+        self.strips_left = {token.content for token in added if token.lstrip}
+        self.strips_right = {token.content for token in added if token.rstrip}
+
+    def encode_prompt(self, messages: Messages) -> list[int]:
+        if messages[0]["role"] == "document":
+            return bos_ids(self.tokenizer) + _token_ids(messages[0]["content"], self.tokenizer)
+        if messages[0]["role"] == "tokens":
+            return self._check_vocabulary(messages[0]["input_ids"], "the prompt")
+        messages, hidden = self._hide_special_text(messages)
+        turns, tools = split_tools(messages)
+        parts = self.template.render_parts(turns, tools, True, "the prompt")
+        return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
+
+    def encode_row(self, messages: Messages, train_on: str, origin: str) -> tuple[list[int], list[bool]]:
+        """The whole row: ids t_0 .. t_T, and for each whether it is to be predicted."""
+        if messages[0]["role"] == "document":
+            if self.tokenizer.eos_token_id is None:
+                raise BadRow(origin, "the tokenizer has no eos_token to end a document with; set one.")
+            ids = [*self.encode_prompt(messages), self.tokenizer.eos_token_id]
+            is_blank = not messages[0]["content"].strip()  # would teach nothing but BOS -> eos
+            return ids, [not is_blank] * len(ids)
+        if messages[0]["role"] == "tokens":
+            ids = self._check_vocabulary(messages[0]["input_ids"], origin)
+            return ids, [True] * len(ids) if train_on == "all" else messages[0]["is_target"]
+        messages, hidden = self._hide_special_text(messages)
+        turns, tools = split_tools(messages)
+        prompt, *parts = self.template.render_parts(turns, tools, False, origin)
+        ids = self._part_ids(prompt, hidden, origin)
+        is_target = [False] * len(ids)
+        before = prompt
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        for index, part in zip(answers, parts, strict=True):
+            part_ids, num_trained = self._part_ids(part, hidden, origin), 0
+            if turns[index].get("weight") != 0:
+                token_id, num_before = self._find_end_of_turn(turns[: index + 1], tools, before, part, origin)
+                places = [place for place, id_ in enumerate(part_ids) if id_ == token_id]
+                if num_before >= len(places):
+                    content = quote(turns[index]["content"].translate(hidden))
+                    raise BadRow(
+                        origin,
+                        f"the chat template writes no special token after the answer {content}, so the model "
+                        "could not learn to stop; use one that ends each answer, as it stands, in eos_token.",
+                    )
+                num_trained = places[num_before] + 1
+            ids += part_ids
+            is_target += [place < num_trained for place in range(len(part_ids))]
+            before += part
+        return ids, [True] * len(ids) if train_on == "all" else is_target
+
+    def _check_vocabulary(self, ids: list[int], origin: str) -> list[int]:
+        """The ids, if each is one of the vocabulary."""
+        size = len(self.tokenizer)
+        if not 0 <= min(ids) <= max(ids) < size:
+            place, token = next((place, token) for place, token in enumerate(ids, 1) if not 0 <= token < size)
+            problem = (
+                f"input_ids holds {quote(token)} at place {place}, but this model's tokens are 0 to {size - 1}"
+            )
+            raise BadRow(origin, f"{problem}; tokenise the data with this model's tokenizer.")
+        return ids
+
+    def _hide_special_text(self, messages: Messages) -> tuple[Messages, dict[int, str]]:
+        """Put one private-use character for each special token spelled out in a content, a call or a tool.
+
+        Returns:
+            (messages, hidden): hidden maps the characters back, as str.translate takes it; mostly empty.
+        """
+        if self.parse_special or not any(map(self.special.search, _texts_of(messages))):
+            return messages, {}
+        taken = {*str(self.tokenizer.chat_template)}.union(*_texts_of(messages))
+        free = (code for code in chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)) if chr(code) not in taken)
+        codes: dict[str, int] = {}
+
+        def hide(match: re.Match[str]) -> str:
+            if match[0] not in codes:
+                codes[match[0]] = next(free)
+            return chr(codes[match[0]])
+
+        messages = [
+            {
+                key: value if key == "role" else _change_texts(value, hide, self.special)
+                for key, value in turn.items()
+            }
+            for turn in messages
+        ]
+        return messages, {code: text for text, code in codes.items()}
+
+    def _part_ids(self, part: str, hidden: dict[int, str], origin: str) -> list[int]:
+        if not any(chr(code) in part for code in hidden):
+            return _token_ids(part, self.tokenizer)
+        ids: list[int] = []
+        pieces = ["", *self.special.split(part), ""]  # "", text, token, text, ..., token, text, ""
+        for before, text, after in zip(pieces[:-1:2], pieces[1::2], pieces[2::2], strict=True):
+            text = text.lstrip() if before in self.strips_right else text
+            text = text.rstrip() if after in self.strips_left else text
+            ids += self._text_ids(text.translate(hidden), before)
+            if after:
+                ids.append(self.token_ids[after])
+        for code, token in hidden.items():
+            # A Unigram vocabulary may spell a special token as one piece of text; so may a word-level one.
+            is_written = ids.count(self.token_ids[token]) == pieces.count(token)
+            if chr(code) in part and not is_written and token != self.tokenizer.unk_token:
+                raise BadRow(
+                    origin,
+                    f"a message holds {quote(token)}, which this tokenizer cannot write as plain text; remove it, "
+                    "or pass --parse-special to let it be the control token.",
+                )
+        return ids
+
+    def _text_ids(self, text: str, before: str) -> list[int]:
+        """Ids of plain text after the special token `before`, or at the beginning of a part ("")."""
+
+        def encode(text: str) -> list[int]:
+            options: Any = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            return self.tokenizer(text, **options)["input_ids"]
+
+        if not before or not text or _token_ids(before + "a", self.tokenizer)[1:] == encode("a"):
+            return encode(text)
+        # A SentencePiece tokenizer may write its "▁" only where a part begins: there the text must not begin.
+        for lead in ("\n", "a", "1", "."):
+            lead_ids, ids = encode(lead), encode(lead + text)
+            if ids[: len(lead_ids)] == lead_ids:  # no token spans the two, so the rest is the text's own
+                return ids[len(lead_ids) :]
+        return encode(text)
+
+    def _find_end_of_turn(
+        self, turns: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
+    ) -> tuple[int | None, int]:
+        """Of the answer that `turns` end in and `part` begins with, after the text `before`: the special token
+        that ends it, if any, as an id; and how often that token stands in the part before.
+        """
+        if "tool_calls" in turns[-1]:
+            found = self.template.find_end_of_call(turns, tools, before, part, origin)
+            return (None, 0) if found is None else (self.token_ids[found[0]], part.count(found[0], 0, found[1]))
+        content = turns[-1]["content"].strip()  # as many templates do
+        start = part.find(content)
+        while start >= 0:
+            if match := self.end_of_turn.match(part, start + len(content)):
+                return self.token_ids[match[1]], part.count(match[1], 0, match.start(1))
+            start = part.find(content, start + 1)
+        return None, 0
+
+
+def _texts_of(value: Any) -> Generator[str, None, None]:
+    """Every text in a JSON value, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in chain(value, value.values()) if isinstance(value, dict) else value:
+            yield from _texts_of(item)
+
+
+def _change_texts(value: Any, change: Any, pattern: re.Pattern[str]) -> Any:
+    """A JSON value with `pattern` replaced in every text."""
+    if isinstance(value, str):
+        return pattern.sub(change, value)
+    if isinstance(value, dict):
+        return {_change_texts(key, change, pattern): _change_texts(v, change, pattern) for key, v in value.items()}
+    return [_change_texts(item, change, pattern) for item in value] if isinstance(value, list) else value

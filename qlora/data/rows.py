@@ -1,0 +1,106 @@
+"""A row of data, what may be wrong with it, and how an error quotes it; JSON that may hold anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.system.errors import InputError
+from qlora.system.wording import quote, shorten
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example as its source wrote it, and where it stood, such as `train.jsonl:17`."""
+
+    fields: dict[str, Any]
+    origin: str
+
+
+class BadRow(InputError):
+    """One row that cannot be used: where it stands, and its problem with the remedy, as one sentence."""
+
+    def __init__(self, where: str, problem: str) -> None:
+        super().__init__(where, problem)
+        self.where, self.problem = where, problem
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+def collect_bad_row(error: BadRow, bad_rows: list[BadRow] | None) -> None:
+    """Put the error into the list; without a list, raise it."""
+    if bad_rows is None:
+        raise error
+    bad_rows.append(BadRow(error.where, error.problem))  # anew: the traceback would keep the row in memory
+
+
+def sort_by_place(bad_rows: list[BadRow]) -> None:
+    """Bring the bad rows of one source, found while reading and after it, into the source's order."""
+    bad_rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+$", row.where)])
+
+
+class _DoubledKey(dict[str, Any]):
+    """A JSON object that gives `key` more than once."""
+
+    key: Any
+
+
+def find_doubled(names: list[str]) -> str | None:
+    """The first name that stands there more than once."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def load_json(text: str) -> tuple[Any, bool]:
+    """A JSON value, and whether something in it needs `find_flaw`: NaN, an infinity, a key given twice.
+
+    Raises:
+        ValueError: not JSON, or nested too deeply to be read.
+    """
+    flaws: list[str] = []
+
+    def read_constant(name: str) -> float:
+        flaws.append(name)
+        return float(name)
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            fields = _DoubledKey(fields)
+            fields.key = find_doubled([key for key, _ in pairs])
+            flaws.append("a key given twice")
+        return fields
+
+    try:
+        value = json.JSONDecoder(object_pairs_hook=build, parse_constant=read_constant).decode(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    return value, bool(flaws)
+
+
+def find_flaw(record: Any) -> str | None:
+    """What `load_json` let through in this record, as a problem with its remedy."""
+    stack = [("the row", record)]  # not a recursion: JSON may be nested as deeply as Python's own stack
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, _DoubledKey):
+            last = quote(value[value.key])
+            return f"{name} gives the key {quote(value.key)} twice, in the end as {last}; keep one of them"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f"{name} is {json.dumps(value)}, which is not a JSON value; write null or a number"
+        if isinstance(value, dict):
+            stack += [(quote(key), item) for key, item in value.items()]
+        elif isinstance(value, list):
+            stack += [(name, item) for item in value]
+    return None
+
+
+def explain_json(error: ValueError, text: str) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({shorten(' '.join(str(error).split()), 80)})"
+    near = quote(text[max(0, error.pos - 10) : error.pos + 20])
+    return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno}, near {near})"

@@ -1,0 +1,246 @@
+"""Tokenised rows of one source as files that are mapped into memory (numpy.memmap), and their cache.
+
+    TokenWriter   rows one after another -> a directory, whole or absent; one of them in memory at a time
+    TokenStore    the directory, or a copy in memory -> Example by number; pages are read as they are asked for
+
+    DIRECTORY/tokens.bin    int32: input_ids and targets (shifted already) of the first row, of the second, ...
+              origins.bin   where each row stood, a line each
+              index.bin     ROW for each: where its tokens and its origin begin, counts, a digest of its tokens
+              report.json   what became of the other rows: counts, the bad ones; checksums of the files
+
+(Arrow would say the same in one file; but importing it costs every start a tenth of a second.)
+
+Why not a stream of rows into training, as for data that no disk holds: a stream is shuffled within a window only,
+and to resume it is to read it again from its beginning. Rows that can be asked for by number keep the shuffle of a
+whole epoch, resuming by the step's number and packing exactly as they are with everything in memory.
+
+The cache, $QLORA_CACHE/tokens (else ~/.cache/qlora/tokens), holds a directory for each source, tokenizer,
+template and set of options; its name is a hash of all of these, FORMAT and the libraries' versions included. A
+directory whose checksum is wrong is made anew. Above MAX_CACHE bytes in all the least recently used ones go. Any
+may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+
+from qlora.data.example import EncodeReport, Example
+from qlora.data.rows import BadRow
+from qlora.system.cache import cache_directory
+from qlora.system.files import new_directory, remove_leftovers
+
+FORMAT = 2  # raise it when the same rows, tokenizer, template and options would give other tokens
+MAX_CACHE = 20 * 10**9  # bytes
+ROW = np.dtype(
+    [
+        ("start", "i8"), ("length", "i4"), ("num_targets", "i4"), ("origin", "i8"), ("num_letters", "i4"),
+        ("digest", "u8"),
+    ]
+)  # fmt: skip
+INDEX, TOKENS, ORIGINS, REPORT = "index.bin", "tokens.bin", "origins.bin", "report.json"
+FILES: dict[str, Any] = {INDEX: ROW, TOKENS: np.int32, ORIGINS: np.uint8}
+
+
+def row_digest(input_ids: np.ndarray, targets: np.ndarray) -> int:
+    """Identity of a row's tokens, 64 bits; both int32, of one length."""
+    digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
+    digest.update(targets.tobytes())
+    return int.from_bytes(digest.digest(), "little")
+
+
+def digests_of(examples: Sequence[Example]) -> np.ndarray:
+    """(rows,) uint64, the `row_digest` of each example; of mapped ones, without reading them."""
+    digests: np.ndarray | None = getattr(examples, "digests", None)
+    if digests is not None:
+        return digests
+    rows = ((e.input_ids.numpy().astype(np.int32), e.targets.numpy().astype(np.int32)) for e in examples)
+    return np.array([row_digest(*row) for row in rows], np.uint64)
+
+
+class TokenWriter:
+    """Writes rows into files of a directory, to be closed, or (None) into memory; `add` each."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.files: dict[str, Any] = {
+            name: io.BytesIO() if directory is None else (directory / name).open("wb") for name in FILES
+        }
+        self.num_rows = self._num_tokens = self._num_letters = 0
+
+    def add(self, example: Example) -> None:
+        ids, targets = (tensor.numpy().astype(np.int32) for tensor in (example.input_ids, example.targets))
+        origin = example.origin.encode("utf-8", "surrogateescape") + b"\n"
+        place = (self._num_tokens, len(ids), example.num_targets, self._num_letters, len(origin) - 1)
+        self.files[INDEX].write(np.array([(*place, row_digest(ids, targets))], ROW).tobytes())
+        self.files[TOKENS].write(ids.tobytes() + targets.tobytes())
+        self.files[ORIGINS].write(origin)
+        self._num_tokens += 2 * len(ids)
+        self._num_letters += len(origin)
+        self.num_rows += 1
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+
+class TokenStore(Sequence[Example]):
+    """Rows of one source in the source's order.
+
+    Args:
+        files: what a TokenWriter wrote, as arrays of the dtypes in FILES, in memory or mapped.
+        report: what became of all the source's rows.
+        bad_rows: those among them that cannot be used.
+    Attributes:
+        lengths: (rows,) int64, tokens of each.
+        digests: (rows,) uint64, see `row_digest`.
+        target_counts: (rows,) int32.
+    """
+
+    def __init__(self, files: dict[str, np.ndarray], report: EncodeReport, bad_rows: list[BadRow]) -> None:
+        self._index, self._tokens, self._origins = (files[name] for name in (INDEX, TOKENS, ORIGINS))
+        self.report, self.bad_rows = report, bad_rows
+        self.lengths = self._index["length"].astype(np.int64)
+
+    @property
+    def digests(self) -> np.ndarray:
+        return np.ascontiguousarray(self._index["digest"])
+
+    @property
+    def target_counts(self) -> np.ndarray:
+        return np.ascontiguousarray(self._index["num_targets"])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start, length, _, origin, num_letters, _ = self._index[range(len(self))[index]].tolist()
+        both = torch.from_numpy(self._tokens[start : start + 2 * length].astype(np.int64))
+        text = self._origins[origin : origin + num_letters].tobytes().decode("utf-8", "surrogateescape")
+        return Example(both[:length], both[length:], text)
+
+
+def write_store(
+    fill: Callable[[TokenWriter], tuple[EncodeReport, list[BadRow]]], directory: Path | None
+) -> TokenStore:
+    """Make a store by `fill`, in a directory that appears whole or not at all, or (None) in memory.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    if directory is None:
+        writer = TokenWriter(None)
+        report, bad_rows = fill(writer)
+        held = {name: np.frombuffer(writer.files[name].getbuffer(), kind) for name, kind in FILES.items()}
+        return TokenStore(held, report, bad_rows)
+    with new_directory(directory) as staging:
+        writer = TokenWriter(staging)
+        try:
+            report, bad_rows = fill(writer)
+        finally:
+            writer.close()
+        described = {
+            "report": dataclasses.asdict(report),
+            "bad_rows": [[row.where, row.problem] for row in bad_rows],
+            "crc32": {name: _checksum(staging / name) for name in FILES},
+        }
+        (staging / REPORT).write_text(json.dumps(described))
+    return TokenStore(_map_files(directory), report, bad_rows)
+
+
+def _map_files(directory: Path) -> dict[str, np.ndarray]:
+    return {name: np.memmap(directory / name, kind, "r") for name, kind in FILES.items()}
+
+
+def read_store(directory: Path) -> TokenStore | None:
+    """The store in a directory; None if there is none, or a damaged one."""
+    try:
+        described = json.loads((directory / REPORT).read_bytes())
+        if described["crc32"] != {name: _checksum(directory / name) for name in FILES}:
+            return None
+        bad_rows = [BadRow(str(where), str(problem)) for where, problem in described["bad_rows"]]
+        store = TokenStore(_map_files(directory), EncodeReport(**described["report"]), bad_rows)
+        with suppress(OSError):  # a cache of someone else's
+            os.utime(directory)  # used now
+    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return store
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32 of a file, read a piece at a time: a gigabyte takes about a second."""
+    value = 0
+    with open(file, "rb") as content:
+        while piece := content.read(2**20):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def cached_store(
+    key: list[Any], fill: Callable[[TokenWriter], tuple[EncodeReport, list[BadRow]]]
+) -> tuple[TokenStore, bool]:
+    """The store for `key` from the cache, made by `fill` if it is not there whole, and whether it was.
+
+    Who comes while another process makes it waits for that one.
+
+    Args:
+        key: all that the rows depend on, as JSON.
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    described = json.dumps([FORMAT, _code(), key], sort_keys=True)
+    directory = token_cache() / hashlib.sha256(described.encode()).hexdigest()[:24]
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        store = read_store(directory)
+        if store is not None:
+            return store, True
+        shutil.rmtree(directory, ignore_errors=True)
+        remove_leftovers(directory.parent, directory.name)
+        store = write_store(fill, directory)
+    _evict(directory)
+    return store, False
+
+
+def token_cache() -> Path:
+    """$QLORA_CACHE/tokens."""
+    return cache_directory() / "tokens"
+
+
+def _code() -> str:
+    """Identity of the code that makes rows: our format and the libraries that render and tokenize."""
+    from importlib.metadata import version
+
+    return " ".join([str(FORMAT), version("transformers"), version("tokenizers")])
+
+
+def _evict(newest: Path) -> None:
+    """Delete the least recently used stores while all together are above MAX_CACHE; never the newest."""
+    with suppress(FileNotFoundError):  # another process may tidy up at the same time
+        stores = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in stores}
+        for path in sorted({*stores} - {newest}, key=lambda path: path.stat().st_mtime):
+            if sum(sizes.values()) <= MAX_CACHE:
+                return
+            shutil.rmtree(path, ignore_errors=True)  # who has it mapped keeps its pages
+            path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+            del sizes[path]

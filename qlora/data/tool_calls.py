@@ -1,0 +1,100 @@
+"""Tool calls and tools, as OpenAI writes them or nearly so, in the one form that chat templates expect.
+
+    tool_calls   of an assistant's turn: [{"type": "function", "function": {"name", "arguments"}}], perhaps with
+                 an "id"; or [{"name", "arguments"}]. Arguments are an object, or the JSON text of one.
+    tools        of a record: [{"type": "function", "function": {"name", "description", "parameters"}}], or the
+                 JSON text of such a list, as columns of Parquet hold it; a function alone is wrapped.
+
+Arguments become objects: most templates write `arguments | tojson`, which would quote a text once more.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+from qlora.data.rows import BadRow, explain_json, find_flaw, load_json
+from qlora.system.wording import describe, quote
+
+MAX_DEPTH = 64  # of objects and lists within arguments or tools
+
+
+def read_tool_calls(value: Any, name: str, origin: str) -> list[dict[str, Any]]:
+    """The calls of one turn, each {"type": "function", "function": {"name", "arguments": {...}}}, perhaps "id".
+
+    Args:
+        name: of the turn, for errors.
+    Raises:
+        BadRow: no list of calls, a call without a name, arguments that are no JSON object.
+    """
+    has = f"{name} has the tool_calls {quote(value)}"
+    if not isinstance(value, list):
+        raise BadRow(origin, f"{has}; write a list of calls, each with a name and arguments.")
+    calls = []
+    for number, item in enumerate(value, start=1):
+        function = item.get("function", item) if isinstance(item, dict) else item
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRow(origin, f"{has}, and call {number} has no name; write its function's name and arguments.")
+        where = f"the arguments of call {number} in {name}"
+        arguments = _read_json(function.get("arguments") or {}, where, "a JSON object", origin)
+        if not isinstance(arguments, dict):
+            raise BadRow(origin, f"{where} are {describe(arguments)}; write a JSON object.")
+        _check_plain([function["name"], arguments], where, origin)
+        call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+        calls.append(call | ({"id": item["id"]} if isinstance(item.get("id"), str) else {}))
+    return calls
+
+
+def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
+    """The tools of one record, each {"type": "function", "function": {...}}; none where the value is empty.
+
+    Raises:
+        BadRow: no list of tools, or one without a name.
+    """
+    value = _read_json(value or [], "tools", "a list of tools", origin)
+    if not isinstance(value, list):
+        raise BadRow(origin, f"tools is {describe(value)}; write a list of tools, each with a name.")
+    tools = []
+    for number, item in enumerate(value, start=1):
+        function = item.get("function", item) if isinstance(item, dict) else item
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRow(origin, f"tool {number} of tools is {describe(item)}; write an object with a name.")
+        _check_plain(item, f"tool {number} of tools", origin)
+        tools.append(item if "function" in item else {"type": "function", "function": item})
+    return tools
+
+
+def _read_json(value: Any, name: str, wanted: str, origin: str) -> Any:
+    """The value, read from JSON where it is a text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found, may_have_flaw = load_json(value)
+    except ValueError as error:
+        raise BadRow(origin, f"{name}: {explain_json(error, value)}; write {wanted}.") from error
+    flaw = find_flaw(found) if may_have_flaw else None
+    if flaw:
+        raise BadRow(origin, f"{name}: {flaw}.")
+    return found
+
+
+def _check_plain(value: Any, name: str, origin: str) -> None:
+    """What a template can render: JSON values of text that a tokenizer takes, not nested without end."""
+    stack = [(value, 0)]
+    while stack:
+        item, depth = stack.pop()
+        if isinstance(item, dict):
+            stack += [(key, depth + 1) for key in item] + [(inner, depth + 1) for inner in item.values()]
+        elif isinstance(item, list):
+            stack += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, str):
+            if re.search("[\0\ud800-\udfff]", item):
+                problem = f"{name} holds a NUL or half of a surrogate pair, in {quote(item)}"
+                raise BadRow(origin, f"{problem}; remove it.")
+        elif not isinstance(item, (bool, int, float, type(None))) or (
+            item != item or item in (math.inf, -math.inf)
+        ):
+            raise BadRow(origin, f"{name} holds {describe(item)}, which is no JSON value; write text or a number.")
+        if depth > MAX_DEPTH:
+            raise BadRow(origin, f"{name} is nested more than {MAX_DEPTH} levels deep; make it flatter.")

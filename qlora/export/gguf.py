@@ -1,0 +1,360 @@
+"""Write a model, or a LoRA adapter alone, as a .gguf file: what llama.cpp, Ollama and LM Studio load.
+
+    model      dequantize one tensor -> merge the adapter into it -> permute q and k -> encode -> write -> next
+    adapter    `<tensor>.lora_a` (rank, in) and `<tensor>.lora_b` (out, rank); llama.cpp computes
+               W x + (adapter.lora.alpha / rank) lora_b lora_a x
+
+Names, sizes and encodings are those of the gguf package. Norms and everything one-dimensional stay in fp32. In
+files of 4 and 5 bits the embedding and the output head, which suffer most, are q8_0. Only encodings that the
+gguf package can write are offered; the K-quants are made by llama.cpp's llama-quantize from an f16 or bf16 file.
+
+llama.cpp's llama architecture wants the rows of q and k in the order of its own rotary embedding, which takes
+neighbours (2i, 2i + 1) as pairs where Hugging Face takes (i, i + d/2); qwen2 and qwen3 keep theirs.
+
+Source: llama.cpp, conversion/base.py, conversion/llama.py and convert_lora_to_gguf.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qlora.adapters.load import check_adapter
+from qlora.adapters.peft_files import read_adapter
+from qlora.adapters.provenance import adapter_quantization
+from qlora.data.chat_template import fallback_template
+from qlora.data.tokenizer_files import read_tokenizer_files
+from qlora.export.gguf_vocabulary import add_vocabulary
+from qlora.model.attention import head_counts
+from qlora.model.gguf_source import GGUF_ARCHITECTURES
+from qlora.model.resolve import resolve_model
+from qlora.model.skeleton import empty_model, weight_shapes
+from qlora.model.tokenizer import load_tokenizer
+from qlora.model.weights import dequantized_weights
+from qlora.system.errors import InputError
+from qlora.system.files import new_file
+
+TEMPLATE = "tokenizer.chat_template"  # its name in a .gguf file
+Encoding = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+ADAPTER_ENCODINGS = ("f32", "f16", "bf16", "q8_0")
+# transformers' model_type -> llama.cpp's architecture
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+def export_model(
+    model: str,
+    output: str | Path,
+    encoding: Encoding = "f16",
+    adapter: str | None = None,
+    pre_tokenizer: str | None = None,
+) -> None:
+    """Write a model, with an adapter merged into it on the way if one is given, as one .gguf file.
+
+    Memory stays near one tensor in fp32. The adapter is merged onto the weights it was trained against: the
+    dequantized base. A .gguf base hands on its own metadata, tokenizer included.
+
+    Args:
+        model: a Hugging Face directory, a hub id or a .gguf file, of a llama, mistral, qwen2 or qwen3 model.
+        output: must not exist; appears whole or not at all.
+        encoding: of the matrices; a row that is no multiple of a block of 32 is written in f16 instead.
+        adapter: adapter directory.
+        pre_tokenizer: llama.cpp's name of the tokenizer's splitter, where it is not recognised.
+    Raises:
+        InputError: an architecture, tokenizer or setting that llama.cpp has not, or an adapter that does not fit.
+    """
+    network = empty_model(model)
+    architecture = _architecture(network.config)
+    lora = None if adapter is None else read_adapter(adapter)
+    shapes = weight_shapes(network)
+    if lora is not None:
+        check_adapter(lora, network)
+        grown = [name for name, value in lora.trained.items() if shapes.get(name) != tuple(value.shape)]
+        if lora.base_shift or lora.config.init == "pissa" or grown:
+            raise InputError(
+                f"The adapter {adapter} brings a base or vocabulary of its own (PiSSA, LoftQ, new tokens); "
+                "merge it first, then export the merged model."
+            )
+    quant = None if adapter is None else adapter_quantization(adapter)
+    weights = dequantized_weights(model, quant)
+    names = gguf_names(shapes, architecture, network.config.num_hidden_layers)
+    with _new_gguf(output, architecture) as writer:
+        _add_metadata(writer, model, network.config, encoding, pre_tokenizer, adapter)
+        rope_freqs = _add_rope(writer, network.config, architecture)
+        encodings = {name: _encoding_of(names[name], shape, encoding) for name, shape in shapes.items()}
+        if rope_freqs is not None:
+            _announce(writer, "rope_freqs.weight", tuple(rope_freqs.shape), "f32")
+        for name, shape in shapes.items():
+            _announce(writer, names[name], shape, encodings[name])
+        _write_header(writer)
+        if rope_freqs is not None:
+            _write(writer, "rope_freqs.weight", rope_freqs, "f32")
+        for name, weight in weights:
+            merged = weight if lora is None else lora.merge_into(name, weight)
+            _write(writer, name, permute_rows(name, merged, network.config), encodings[name])
+
+
+def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encoding = "f16") -> None:
+    """Write an adapter alone as a .gguf file, to be loaded beside a .gguf of its base.
+
+    Every scaling (rsLoRA, per-layer ranks and alphas) is put into B so that llama.cpp's alpha / rank gives the
+    right one; a plain adapter keeps its B.
+
+    Args:
+        model: the base; only its config is read.
+        encoding: f32, f16, bf16 or q8_0; a row that is no multiple of 32 is written in f16 instead.
+    Raises:
+        InputError: an adapter that is more than low-rank updates, or does not fit the base.
+    """
+    if encoding not in ADAPTER_ENCODINGS:
+        raise InputError(
+            f"An adapter of --type {encoding} would lose too much; choose {', '.join(ADAPTER_ENCODINGS)}."
+        )
+    network = empty_model(model)
+    config = network.config
+    architecture = _architecture(config)
+    lora = read_adapter(adapter)
+    check_adapter(lora, network)
+    if lora.config.use_dora or lora.trained:
+        extra = "DoRA's magnitudes" if lora.config.use_dora else f"trained parameters ({next(iter(lora.trained))})"
+        raise InputError(
+            f"The adapter {adapter} has {extra}, which a LoRA .gguf cannot hold; export the merged model instead "
+            "(without --adapter-only)."
+        )
+    adapted = [f"{layer}.weight" for layer in lora.adapted_layers]
+    names = gguf_names(adapted, architecture, config.num_hidden_layers)
+    with _new_gguf(output, architecture) as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", lora.config.alpha)
+        _add_file_type(writer, encoding)
+        tensors = []
+        for layer in lora.adapted_layers:
+            name = f"{layer}.weight"
+            A, B = lora.low_rank(layer)
+            B = permute_rows(name, B * (len(A) / lora.config.alpha), config)
+            tensors += [(f"{names[name]}.lora_a", A), (f"{names[name]}.lora_b", B)]
+        encodings = {name: _encoding_of(name, tuple(t.shape), encoding) for name, t in tensors}
+        for name, tensor in tensors:
+            _announce(writer, name, tuple(tensor.shape), encodings[name])
+        _write_header(writer)
+        for name, tensor in tensors:
+            _write(writer, name, tensor, encodings[name])
+
+
+# ---- names and rows ---------------------------------------------------------------------------------------
+
+
+def _architecture(config: Any) -> str:
+    """llama.cpp's architecture that computes the same.
+
+    Raises:
+        InputError: none does.
+    """
+    kind = config.model_type
+    rope = config.rope_parameters if kind in ARCHITECTURES else {}
+    reasons = [f"has hidden_act {config.hidden_act}"] if getattr(config, "hidden_act", "silu") != "silu" else []
+    reasons += ["rotates a part of each head only"] if rope.get("partial_rotary_factor", 1.0) != 1.0 else []
+    reasons += ["has attention biases"] if kind == "qwen3" and config.attention_bias else []
+    if kind not in ARCHITECTURES:
+        reasons = [f"is a {kind} model"]
+    if reasons:
+        raise InputError(
+            f"The model {' and '.join(reasons)}; models like {', '.join(ARCHITECTURES)} can be exported as GGUF."
+        )
+    return ARCHITECTURES[kind]
+
+
+def gguf_names(names: Iterable[str], architecture: str, num_layers: int) -> dict[str, str]:
+    """Parameter name -> its name in a .gguf file."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+    name_map = get_tensor_name_map(arch, num_layers)
+    found: dict[str, str] = {}
+    for name in names:
+        stored = name_map.get_name(name, try_suffixes=(".weight", ".bias"))
+        if stored is None:
+            raise InputError(f"{name} has no place in a {architecture} .gguf file; export a plain model.")
+        found[name] = stored
+    return found
+
+
+def permute_rows(name: str, tensor: Tensor, config: Any) -> Tensor:
+    """Rows of q and k in llama.cpp's rotary order, halves interleaved, where the architecture wants it.
+
+    Args:
+        tensor: (rows, ...) of q_proj or k_proj, weight, bias or lora_B; anything else comes back as it is.
+    """
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None or not GGUF_ARCHITECTURES[ARCHITECTURES[config.model_type]]:
+        return tensor
+    return tensor.reshape(heads, 2, len(tensor) // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+
+
+# ---- metadata ---------------------------------------------------------------------------------------------
+
+
+def _add_metadata(
+    writer: Any, model: str, config: Any, encoding: Encoding, pre_tokenizer: str | None, adapter: str | None
+) -> None:
+    """Everything but the tensors and the rotary embedding; of an adapter, its chat template."""
+    path = resolve_model(model)
+    writer.add_type("model")
+    _add_file_type(writer, encoding)
+    window = getattr(config, "sliding_window", None)
+    # llama.cpp computes these architectures without a window: up to its length both are the same.
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    *_, head_dim = head_counts(config)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if path.suffix == ".gguf":
+        _copy_vocabulary(writer, path, model, adapter)
+    else:
+        add_vocabulary(writer, load_tokenizer(model, adapter), config.vocab_size, pre_tokenizer)
+
+
+def _copy_vocabulary(writer: Any, file: Path, model: str, adapter: str | None) -> None:
+    """Tokenizer, chat template, licence and rotary settings of a .gguf base, as they stand there."""
+    from gguf import GGUFReader
+
+    fields: dict[str, Any] = dict(GGUFReader(file).fields)
+    has_own = adapter is not None and bool(read_tokenizer_files(Path(adapter)))
+    if has_own:
+        fields = {name: field for name, field in fields.items() if name != TEMPLATE}
+    for name, field in fields.items():
+        if name.startswith(("tokenizer.", "general.license", "general.languages")) or ".rope.scaling." in name:
+            value = field.contents()
+            if value not in ("", []):
+                writer.add_key_value(
+                    name, value, field.types[0], field.types[-1] if len(field.types) > 1 else None
+                )
+    if TEMPLATE not in fields:
+        tokenizer = load_tokenizer(model, adapter)
+        writer.add_chat_template((has_own and tokenizer.chat_template) or fallback_template(tokenizer))
+
+
+def _add_file_type(writer: Any, encoding: Encoding) -> None:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    writer.add_file_type(LlamaFileType["ALL_F32" if encoding == "f32" else f"MOSTLY_{encoding.upper()}"])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _add_rope(writer: Any, config: Any, architecture: str) -> Tensor | None:
+    """Base and scaling of the rotary embedding.
+
+    Returns:
+        (head_dim / 2,) divisors of the frequencies for LLaMA 3's scaling, which llama.cpp wants as a tensor.
+    Raises:
+        InputError: a scaling that llama.cpp has not.
+    """
+    from gguf import RopeScalingType
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    # YaRN's other settings: llama.cpp reads none of them for these architectures.
+    usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+    unusual = [key for key, value in usual.items() if rope.get(key, value) not in (value, None)]
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "yarn" and not unusual:
+        attention = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+        writer.add_rope_scaling_type(RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        )
+        # llama.cpp multiplies the usual factor by this one; Hugging Face's takes its place.
+        writer.add_rope_scaling_attn_factors((rope.get("attention_factor") or attention) / attention)
+    elif kind == "llama3" and architecture == "llama":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        pairs = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
+        return 1.0 / (rope["rope_theta"] ** pairs * scaled)
+    elif kind != "default":
+        what = " with ".join([repr(kind)[:60], *unusual])
+        raise InputError(
+            f"The model has rope_type {what}, which {architecture} files cannot hold; export the adapter alone "
+            "(--adapter-only)."
+        )
+    return None
+
+
+# ---- writing ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _new_gguf(output: str | Path, architecture: str) -> Iterator[Any]:
+    """A GGUFWriter on a file that becomes `output` once it is whole."""
+    from gguf import GGUFWriter
+
+    target = Path(output)
+    if target.suffix != ".gguf":
+        raise InputError(f"--output {target} does not end in .gguf; choose such a name.")
+    if target.exists():
+        raise InputError(f"--output {target} exists already; remove it or choose another.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(target) as staging:
+        writer = GGUFWriter(staging, architecture)
+        writer.add_name(target.stem)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def _encoding_of(name: str, shape: tuple[int, ...], encoding: Encoding) -> Encoding:
+    """What a tensor of this name and shape is stored as in a file of `encoding`."""
+    if len(shape) < 2 or name.endswith("_norm.weight"):
+        return "f32"
+    if encoding not in ("f32", "f16", "bf16") and shape[-1] % 32:
+        return "f16"
+    if encoding.startswith(("q4", "q5")) and name in ("token_embd.weight", "output.weight"):
+        return "q8_0"
+    return encoding
+
+
+def _announce(writer: Any, name: str, shape: tuple[int, ...], encoding: Encoding) -> None:
+    """Enter a tensor into the header; its data follows later, in the same order."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+
+    kind = GGMLQuantizationType[encoding.upper()]
+    stored = quant_shape_to_byte_shape(shape, kind)
+    dtype = {"f32": np.float32, "f16": np.float16}.get(encoding, np.uint8)
+    writer.add_tensor_info(name, stored if dtype is np.uint8 else shape, np.dtype(dtype), math.prod(stored), kind)
+
+
+def _write_header(writer: Any) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def _write(writer: Any, name: str, tensor: Tensor, encoding: Encoding) -> None:
+    """Encode a tensor and append its data."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quantize
+
+    array = tensor.detach().float().contiguous().numpy()
+    with np.errstate(over="ignore"):  # said below
+        data = quantize(array, GGMLQuantizationType[encoding.upper()])
+    if not np.isfinite(array).all() or (encoding == "f16" and not np.isfinite(data).all()):
+        raise InputError(f"{name} holds values that {encoding} has no number for; choose --type bf16.")
+    writer.write_tensor_data(data)

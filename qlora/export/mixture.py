@@ -1,0 +1,142 @@
+"""Several adapters of one base as one change of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.adapters.load import load_adapter
+from qlora.adapters.mix import mix
+from qlora.adapters.peft_files import SavedAdapter, read_adapter
+from qlora.adapters.provenance import adapter_quantization
+from qlora.config.lora import LoRAConfig
+from qlora.data.tokenizer_files import read_tokenizer_files
+from qlora.lora.adapter import Adapter, activate, wrap_layers
+from qlora.lora.full_parameters import vocabulary_names
+from qlora.lora.layer import LoRAWeights
+from qlora.model.skeleton import weight_shapes
+from qlora.quant.weight import QuantConfig
+from qlora.system.errors import InputError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Adapters to merge together: each parameter W becomes W + sum of w_i (what adapter i makes of W, - W)."""
+
+    adapters: Sequence[SavedAdapter]
+    weights: Sequence[float]
+    quantization: QuantConfig | None  # of the base they were trained on
+    untied: frozenset[str] = frozenset()  # the name of a head that the base ties to its embedding, and they do not
+
+    @property
+    def is_plain(self) -> bool:
+        """One adapter as it stands."""
+        return len(self.adapters) == 1 and self.weights[0] == 1
+
+    def merge_into(self, name: str, weight: Tensor) -> Tensor:
+        """As `SavedAdapter.merge_into`; the same tensor where no adapter has anything."""
+        if self.is_plain:
+            return self.adapters[0].merge_into(name, weight)
+        merged = weight
+        for saved, factor in zip(self.adapters, self.weights, strict=True):
+            own = saved.merge_into(name, weight)
+            if own is not weight:
+                merged = merged + factor * (own - weight)
+        return merged
+
+    def check(self, as_one: bool) -> None:
+        """Whether these adapters can be merged together.
+
+        Args:
+            as_one: they must also compute together (`load_onto`), for the drift and for calibration.
+        Raises:
+            InputError: adapters of a base that was changed (PiSSA, LoftQ), with a tokenizer of their own or (as
+                one) with DoRA, that are not merged alone with weight 1.
+        """
+        if self.is_plain:
+            return
+        for saved in self.adapters:
+            if as_one or saved.base_shift or saved.config.init == "pissa":
+                for layer in saved.adapted_layers[:1]:
+                    saved.low_rank(layer)
+            if read_tokenizer_files(saved.directory):
+                raise InputError(
+                    f"{saved.directory} has a tokenizer of its own; merge it alone, with the weight 1."
+                )
+
+    def merged_shapes(self, network: Any) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of the merged model by name, as `weight_shapes`; new tokens add rows.
+
+        A head that is no longer tied to the embedding comes last.
+        """
+        shapes = weight_shapes(network)
+        shapes |= {head: shapes[vocabulary_names(network)[0]] for head in self.untied}
+        for saved in self.adapters:
+            shapes.update(
+                {
+                    name: tuple(t.shape)
+                    for name, t in saved.trained.items()
+                    if name in shapes or name in self.untied
+                }
+            )
+        return shapes
+
+    def load_onto(self, network: Any) -> None:
+        """Give a base model these adapters, in place, without merging them: B A of all side by side."""
+        if self.is_plain:
+            load_adapter(network, self.adapters[0].directory)
+            return
+        updates = [{layer: saved.low_rank(layer) for layer in saved.adapted_layers} for saved in self.adapters]
+        layers = {}
+        for layer, (A, B) in mix(updates, self.weights).items():
+            layers[layer] = LoRAWeights(A.shape[1], len(B), rank=len(A), alpha=len(A), dtype=torch.float32)
+            layers[layer].lora_A.data, layers[layer].lora_B.data = A, B
+        parameters = dict(network.named_parameters())
+        names = {name for saved in self.adapters for name in saved.trained}
+        trained = {name: nn.Parameter(self.merge_into(name, parameters[name].detach().float())) for name in names}
+        wrap_layers(network, layers)
+        activate(network, Adapter(LoRAConfig(), layers, trained))
+        network.requires_grad_(False)
+
+
+def read_mixture(directories: Sequence[str], weights: Sequence[float] | None = None) -> Mixture:
+    """Read adapters that were trained on one base.
+
+    Args:
+        weights: one for each; None for 1.
+    Raises:
+        InputError: none, another number of weights, one that is not finite, or bases that differ.
+    """
+    weights = [1.0] * len(directories) if weights is None else list(weights)
+    if not directories or len(weights) != len(directories) or not all(map(math.isfinite, weights)):
+        raise InputError(
+            f"{len(directories)} adapters have the weights {weights}; give --weights one number for each adapter."
+        )
+    adapters = [read_adapter(directory) for directory in directories]
+    bases = [adapter_quantization(directory) for directory in directories]
+    for directory, quant in zip(directories, bases, strict=True):
+        if quant != bases[0]:
+            raise InputError(
+                f"{directories[0]} was trained on a base in {bases[0] or '16 bits'}, {directory} on one in "
+                f"{quant or '16 bits'}; merge them one at a time."
+            )
+    return Mixture(adapters, weights, bases[0])
+
+
+def untied_head(mixture: Mixture, network: Any) -> frozenset[str]:
+    """The name of the head, where the base ties it to the embedding and an adapter trained the two apart."""
+    if not network.config.tie_word_embeddings:
+        return frozenset()
+    embedding, head = vocabulary_names(network)
+    for saved in mixture.adapters:
+        one, other = saved.trained.get(embedding), saved.trained.get(head)
+        if (one is None) != (other is None) or (
+            one is not None and other is not None and not torch.equal(one, other)
+        ):
+            return frozenset([head])
+    return frozenset()

@@ -1,0 +1,65 @@
+"""The directory in which a merge grows until it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qlora.adapters.peft_config import BASE_SHIFT, CONFIG, WEIGHTS
+from qlora.export.merged_weights import SHARDS
+from qlora.export.mixture import Mixture
+from qlora.model.resolve import resolve_model
+from qlora.model.safetensors_source import weight_files
+from qlora.system.errors import CheckFailed, InputError
+from qlora.system.files import new_directory, remove_leftovers, sha256_of
+
+
+@contextmanager
+def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
+    """Yield a directory beside `target` to fill, with whatever an earlier try of the same merge has finished.
+
+    On success its files become `target`. A merge that is refused, or ends before its first whole file, leaves
+    nothing; any other end (a signal, a full disk) leaves the directory for the next try.
+    """
+    staging = target.with_name(f".{target.name}.{fingerprint}.partial")
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(staging / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"Another merge is writing {target}; wait for its end or choose another.") from error
+    remove_leftovers(staging)
+    keep = False
+    try:
+        yield staging
+        with new_directory(target) as final:
+            for file in staging.iterdir():
+                if file.name not in (SHARDS, ".lock"):
+                    os.replace(file, final / file.name)
+        remove_leftovers(target.parent, target.name)  # of merges that were killed just above
+    except BaseException as error:
+        keep = (staging / SHARDS).is_file() and not isinstance(error, (InputError, CheckFailed))
+        raise
+    finally:
+        lock.release()
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def merge_fingerprint(model: str, mixture: Mixture, *settings: object) -> str:
+    """Identity of everything that the weights files depend on."""
+    from importlib.metadata import version
+
+    parts: list[object] = [version(name) for name in ("torch", "transformers", "bitsandbytes")]
+    for file in map(Path.resolve, weight_files(resolve_model(model))):
+        parts += [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+    for saved in mixture.adapters:
+        names = (CONFIG, WEIGHTS, BASE_SHIFT)
+        parts += [sha256_of(saved.directory / name) for name in names if (saved.directory / name).is_file()]
+    return hashlib.sha256(repr((parts, mixture.weights, mixture.quantization, settings)).encode()).hexdigest()[:16]

@@ -1,0 +1,268 @@
+"""Answer prompts with a base model, with or without an adapter.
+
+Prompts are tokenised by the same function as training data. While decoding, one token at a time, a layer
+that dequantizes its whole weight for a single row is tens of times slower than it need be: inside `fast_decoding`
+every frozen layer computes from its stored weight by a kernel for few rows (qlora/kernels/gemv.py), or, where
+there is none, from a copy laid out for them, and DoRA's scale is computed once; both are dropped after it. The
+weights that train are never touched.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlora.data.encode import encode_prompt
+from qlora.data.row_encoder import end_of_turn_id
+from qlora.lora.adapter import lora_layers
+from qlora.quant.decode import decode_copy, decode_in_place
+from qlora.quant.layers import Linear4bit, Linear16bit, logical_numel
+from qlora.system.memory import GIB
+
+DENSE_COPY_LIMIT = 1 * GIB  # above it copies are repacked 4-bit weights, not dense ones
+
+
+@contextmanager
+def fast_decoding(model: Any) -> Iterator[None]:
+    """Give the frozen layers decoding functions, and the adapted ones a fixed scale, for the time of the block."""
+    layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit))]
+    adapted = list(lora_layers(model).values())
+    dtype = model.compute_dtype
+    was_training = model.training
+    model.eval()
+    try:
+        for layer in layers:
+            layer.decode = decode_in_place(layer, dtype)
+        rest = [layer for layer in layers if layer.decode is None]
+        dense = sum(logical_numel(layer.weight) for layer in rest) * dtype.itemsize <= DENSE_COPY_LIMIT
+        for layer in rest:
+            layer.decode = decode_copy(layer, dtype, dense)
+        for lora in adapted:
+            scale = lora.output_scale(dtype)
+            lora.fixed_scale = None if scale is None else scale.detach()
+        yield
+    finally:
+        for lora in adapted:
+            lora.fixed_scale = None
+        for layer in layers:
+            layer.decode = None
+        model.train(was_training)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[list[Any]],
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    streamer: Any = None,
+) -> list[str]:
+    """The assistant's next turn in each conversation.
+
+    Args:
+        model: from `load_base_model`, adapted or not.
+        conversations: messages up to the user's last turn; or, where that is known, a prompt's token ids.
+        temperature: 0 is greedy; otherwise tokens are drawn from the `top_p` nucleus, seeded by `seed`.
+        batch_size: conversations decoded together (padded on the left), of similar length.
+        streamer: transformers streamer that prints as tokens come; one conversation only.
+    Returns:
+        Texts in the order of `conversations`, without special tokens.
+    """
+    options = (max_new_tokens, temperature, top_p, seed, batch_size)
+    samples = generate_samples(model, tokenizer, conversations, 1, *options, streamer=streamer)
+    return [texts[0] for texts in samples]
+
+
+def generate_samples(
+    model: Any,
+    tokenizer: Any,
+    conversations: Sequence[list[Any]],
+    num_samples: int,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    numbers: Sequence[int] | None = None,
+    streamer: Any = None,
+) -> list[list[str]]:
+    """Several turns that the assistant may say next, for each conversation; its prompt is computed once for all.
+
+    Args:
+        batch_size: answers decoded together.
+        numbers: which conversation each one is, where these are a share of several processes; by default 0, 1, ...
+            Sample s of conversation i is seeded by `seed`, i and s, whatever is decoded beside it.
+        Others as `generate`.
+    Returns:
+        `num_samples` texts for each conversation.
+    """
+    prompts = [c if isinstance(c[0], int) else encode_prompt(c, tokenizer) for c in conversations]
+    options = (max_new_tokens, temperature, top_p, seed, batch_size)
+    texts = continue_prompts(model, tokenizer, prompts, num_samples, *options, numbers=numbers, streamer=streamer)
+    return [[text.strip() for text in samples] for samples in texts]
+
+
+@torch.inference_mode()
+def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    num_samples: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    stop_texts: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
+    streamer: Any = None,
+) -> list[list[str]]:
+    """What may follow each prompt, given as token ids: `num_samples` texts as they come, white space and all.
+
+    Args:
+        stop_texts: a text ends before the first of them.
+        Others as `generate_samples`.
+    """
+    numbers = range(len(prompts)) if numbers is None else numbers
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    device = next(model.parameters()).device
+    settings = _generation_settings(model, tokenizer, max_new_tokens)
+    together = max(1, batch_size // num_samples)
+    answers: list[list[str]] = [[] for _ in prompts]
+    with fast_decoding(model):
+        for start in range(0, len(order), together):
+            rows = order[start : start + together]
+            longest = max(len(prompts[i]) for i in rows)
+            ids = torch.full((len(rows), longest), settings.pad_token_id, device=device)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(rows):
+                ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index], device=device)
+                mask[row, longest - len(prompts[index]) :] = 1
+            cache = _compute_prompts(model, ids, mask) if num_samples > 1 else None
+            for first in range(0, num_samples, batch_size):
+                samples = range(first, min(first + batch_size, num_samples))
+                draw = [SeededDraw(temperature, top_p, [(seed, numbers[i], s) for i in rows for s in samples])]
+                output = model.generate(
+                    ids.repeat_interleave(len(samples), dim=0),
+                    attention_mask=mask.repeat_interleave(len(samples), dim=0),
+                    past_key_values=_repeat(cache, len(samples)),
+                    generation_config=settings,
+                    logits_processor=draw if temperature > 0 else None,
+                    stopping_criteria=[StopTexts(tokenizer, stop_texts, longest)] if stop_texts else None,
+                    streamer=streamer,
+                )
+                texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+                for position, text in enumerate(texts):
+                    answers[rows[position // len(samples)]].append(cut_before(text, stop_texts))
+    return answers
+
+
+def cut_before(text: str, stop_texts: Sequence[str]) -> str:
+    """The text up to the first of the stop texts in it."""
+    return text[: min([text.find(stop) for stop in stop_texts if stop and stop in text], default=len(text))]
+
+
+class StopTexts:
+    """A stopping criterion: a row ends once one of the texts stands behind its prompt of `start` tokens."""
+
+    def __init__(self, tokenizer: Any, texts: Sequence[str], start: int) -> None:
+        self.tokenizer, self.texts, self.start = tokenizer, [text for text in texts if text], start
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, T) ids -> (B,) bool."""
+        texts = self.tokenizer.batch_decode(ids[:, self.start :], skip_special_tokens=True)
+        done = [any(stop in text for stop in self.texts) for text in texts]
+        return torch.tensor(done, dtype=torch.bool, device=ids.device)
+
+
+class SeededDraw:
+    """A logits processor after which the largest score is a draw from softmax(logits / temperature).
+
+    For E from Exp(1), argmax(log p - log E) is distributed as p. Each row has random numbers of its own, so what
+    is drawn depends neither on the rows beside it nor on the number of processes; torch's generators stay alone.
+
+    Args:
+        temperature, top_p: as in `generate`.
+        seeds: what each row's generator is seeded by.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seeds: Sequence[tuple[int, ...]]) -> None:
+        self.temperature, self.top_p = temperature, top_p
+        self.generators = [np.random.default_rng(seed) for seed in seeds]
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """(B, V) logits -> (B, V) fp32."""
+        scores = scores.float() / self.temperature
+        if self.top_p < 1:
+            from transformers import TopPLogitsWarper
+
+            scores = TopPLogitsWarper(self.top_p)(ids, scores)  # type: ignore[arg-type]
+        width = scores.shape[-1]
+        noise = np.stack([generator.standard_exponential(width, np.float32) for generator in self.generators])
+        smallest = torch.finfo(torch.float32).tiny  # of a 0 the logarithm would not be a number
+        return scores - torch.from_numpy(noise).to(scores.device).clamp_min(smallest).log()
+
+
+def _compute_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
+    """Keys and values of all tokens of the prompts but the last ones; None if these are all there is."""
+    if ids.shape[1] == 1:
+        return None
+    mask = mask[:, :-1]
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    return model.base_model(
+        ids[:, :-1], attention_mask=mask, position_ids=positions, use_cache=True
+    ).past_key_values
+
+
+def _repeat(cache: Any, count: int) -> Any:
+    """The cache with each row `count` times, in memory of its own: decoding adds to it."""
+    if cache is not None:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(count)
+    return cache
+
+
+def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Any:
+    from transformers import GenerationConfig
+
+    stops = sorted(end_ids(model, tokenizer))
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=stops or None,
+        pad_token_id=next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None),
+    )
+
+
+def end_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    stops = model.generation_config.eos_token_id
+    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    return {stop for stop in stops if stop is not None}
+
+
+def stream_answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> str:
+    """Print the answer to one prompt as it is made, and return it; arguments as `generate`."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    conversation = [{"role": "user", "content": prompt}]
+    return generate(model, tokenizer, [conversation], max_new_tokens, temperature, top_p, seed, streamer=streamer)[
+        0
+    ]

@@ -1,0 +1,190 @@
+"""Fused kernels: the work between the matrix products, in one pass over memory each.
+
+In plain torch the elementwise half of a LLaMA block takes as long as its products, for each of a dozen steps reads
+and writes whole tensors. Here each is one function, computed by
+
+    a CPU with a C compiler    fused.c, compiled for this machine once (about a second) and kept in the cache
+    CUDA with triton           the plain version below through torch.compile
+    anything else              the plain version
+
+The plain versions are the definition: sums in fp32, and the result rounded to the tensors' dtype. The kernels
+round no oftener than they do, so that they agree to an ulp or two of that dtype (tests/kernels/test_fused.py).
+
+Letters: N tokens, D features, F the MLP's width, V vocabulary. Tensors are bf16 or fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.kernels.compile import compile_c
+
+SOURCE = Path(__file__).parent / "csrc" / "fused.c"
+
+
+# ---- the library ------------------------------------------------------------------------------------------
+
+
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """fused.c compiled for tensors of `dtype`; None where that cannot be."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return None
+    return compile_c(SOURCE, *(["-DBF16"] if dtype == torch.bfloat16 else []))
+
+
+def kernel(name: str, x: Tensor) -> Callable[..., int] | None:
+    """The C function for tensors like `x`, or None where the plain version has to do.
+
+    Tensors are passed by address (None as null), ints as C long, floats as C float; the result is a C int.
+    """
+    compiled = library(x.dtype) if x.device.type == "cpu" else None
+    if compiled is None:
+        return None
+    function = getattr(compiled, name)
+
+    def call(*arguments: Any) -> int:
+        return int(function(*(_as_c(argument) for argument in arguments)))
+
+    return call
+
+
+def _as_c(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous()
+        return ctypes.c_void_p(argument.data_ptr())
+    if argument is None:
+        return ctypes.c_void_p()
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)
+
+
+@cache
+def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(plain, dynamic=True)
+
+
+def _for_device(plain: Callable[..., Any], x: Tensor) -> Callable[..., Any]:
+    if not x.is_cuda:
+        return plain
+    from torch.utils._triton import has_triton
+
+    return _compiled(plain) if has_triton() else plain
+
+
+# ---- RMSNorm ----------------------------------------------------------------------------------------------
+
+
+def plain_add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """sum = x + delta; r = 1 / sqrt(mean(sum^2) + eps); y = w * (sum r), rounded before w as transformers does."""
+    total = x if delta is None else x + delta
+    r = torch.rsqrt(total.float().square().mean(-1) + eps)
+    return total, weight * (total.float() * r[:, None]).to(x.dtype), r
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual sum and RMSNorm (arXiv 1910.07467).
+
+    Args:
+        x, delta: (N, D); delta None: nothing is added.
+        weight: (D,) in x's dtype.
+    Returns:
+        sum (N, D), `x` itself without delta; y (N, D); r (N,) fp32.
+    """
+    run = kernel("add_norm", x)
+    if run is None:
+        return tuple(_for_device(plain_add_norm, x)(x, delta, weight, eps))  # type: ignore[return-value]
+    total = x if delta is None else torch.empty_like(x)
+    y, r = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32)
+    run(x, delta, weight, eps, total, y, r, *x.shape)
+    return total, y, r
+
+
+def plain_norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+    """dx = dsum + r (g - h mean(g h)), with g = dy w and h = sum r."""
+    g, h = dy.float() * weight.float(), total.float() * r[:, None]
+    dx = r[:, None] * (g - h * (g * h).mean(-1, keepdim=True))
+    return (dx if dsum is None else dsum.float() + dx).to(dy.dtype)
+
+
+def norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, r: Tensor) -> Tensor:
+    """Gradient of `add_norm` for x (and for delta: it is the same).
+
+    Args:
+        dy, dsum: (N, D) gradients of y and of sum; dsum None: zero.
+        total, r: sum and r of the forward pass.
+    """
+    run = kernel("norm_backward", dy)
+    if run is None:
+        return _for_device(plain_norm_backward, dy)(dy, dsum, total, weight, r)
+    dx = torch.empty_like(dy)
+    run(dy, dsum, total, weight, r, dx, *dy.shape)
+    return dx
+
+
+# ---- SwiGLU -----------------------------------------------------------------------------------------------
+
+
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate sigmoid(gate) up"""
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The MLP's activation (arXiv 2002.05202), (N, F) each."""
+    run = kernel("swiglu", gate)
+    if run is None:
+        return _for_device(plain_swiglu, gate)(gate, up)
+    y = torch.empty_like(gate)
+    run(gate, up, y, *gate.shape)
+    return y
+
+
+def plain_swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dgate = dy up s (1 + gate (1 - s)), dup = dy gate s, with s = sigmoid(gate)"""
+    g, dyf = gate.float(), dy.float()
+    s = torch.sigmoid(g)
+    return (dyf * up.float() * s * (1 + g * (1 - s))).to(dy.dtype), (dyf * g * s).to(dy.dtype)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, (N, F) each."""
+    run = kernel("swiglu_backward", dy)
+    if run is None:
+        return tuple(_for_device(plain_swiglu_backward, dy)(dy, gate, up))  # type: ignore[return-value]
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    run(dy, gate, up, dgate, dup, *gate.shape)
+    return dgate, dup
+
+
+# ---- cross-entropy ----------------------------------------------------------------------------------------
+
+
+def plain_cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """loss = logsumexp(z) - z[target]; dz = softmax(z) - onehot(target)"""
+    log_p = torch.log_softmax(logits.float(), dim=1)
+    loss = -log_p.gather(1, targets[:, None])[:, 0]
+    p = log_p.exp()
+    return loss, p.scatter_add(1, targets[:, None], p.new_full((len(p), 1), -1.0)).to(logits.dtype)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row and its gradient.
+
+    Args:
+        logits: (N, V); the CPU kernel writes the gradient into it.
+        targets: (N,) int64.
+    Returns:
+        (N,) fp32 in nats; (N, V) in the logits' dtype.
+    """
+    run = kernel("cross_entropy", logits)
+    if run is None:
+        return tuple(_for_device(plain_cross_entropy, logits)(logits, targets))  # type: ignore[return-value]
+    loss = torch.empty(len(logits), dtype=torch.float32)
+    run(logits, targets, loss, *logits.shape)
+    return loss, logits

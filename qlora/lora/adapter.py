@@ -1,0 +1,161 @@
+"""Adapters in a whole model: made, put in place, switched.
+
+The layer and its maths are in layer.py. An adapter at rest is an `Adapter` beside the model; the active one's
+parameters hang in the model's modules, so that `model.parameters()` knows nothing of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.config.lora import LoRAConfig
+from qlora.data.tokenizer_files import token_ids_of, tokenizer_files
+from qlora.lora.dora import squared_norms
+from qlora.lora.full_parameters import copy_trained, start_new_tokens, swap_parameters, trained_names
+from qlora.lora.layer import LoRALinear, LoRAWeights
+from qlora.lora.targets import match_targets
+from qlora.quant.layers import logical_shape
+from qlora.system.errors import InputError
+
+
+@dataclass
+class Adapter:
+    """All that one adapter learns, active in a model or at rest.
+
+    Attributes:
+        config: what it was made by.
+        layers: qualified layer name -> its weights there.
+        trained: parameter name -> a copy of a base parameter that trains in full (biases, embeddings, ...).
+        tokenizer: files by name of the tokenizer that goes with the adapter; none where it is the base's.
+        budget: t_i, t_f and T of the run in which AdaLoRA trains it, for its file.
+    """
+
+    config: LoRAConfig
+    layers: dict[str, LoRAWeights]
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    budget: tuple[int, int, int] = (0, 0, 1)
+
+
+def create_adapter(
+    model: nn.Module,
+    config: LoRAConfig,
+    seed: int = 0,
+    tokenizer: Any = None,
+    trained: Mapping[str, Tensor] | None = None,
+) -> Adapter:
+    """A fresh adapter for `model`, which is left as it is; arguments and errors as `inject_lora`.
+
+    Args:
+        trained: values of the parameters that train in full; None = the base's, of those that `config` names.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
+    weights = {}
+    for name, layer in match_targets(model, config.targets, config.layer_numbers).items():
+        (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
+        rank = config.rank_of(name)
+        weights[name] = LoRAWeights(
+            columns, rows, rank, config.alpha_of(name), config.dropout, dtype, config.init, generator,
+            device, config.scaling_of(name, rank),
+        )  # fmt: skip
+        if config.use_adalora:
+            weights[name].add_singular_values(generator)
+        if config.use_dora:  # the outputs' magnitudes as they are, so that c = 1
+            weights[name].magnitude = nn.Parameter(squared_norms(layer).sqrt())
+    if trained is not None:
+        return Adapter(config, weights, copy_trained(model, trained))
+    copies = copy_trained(model, trained_names(model, config, list(weights)))
+    if not config.added_tokens:
+        return Adapter(config, weights, copies)
+    copies = start_new_tokens(model, copies, token_ids_of(tokenizer, config.added_tokens))
+    return Adapter(config, weights, copies, tokenizer_files(tokenizer))
+
+
+def wrap_layers(model: nn.Module, names: Iterable[str]) -> None:
+    """Wrap the named layers of `model` in place where they are not; they compute as before."""
+    for name in names:
+        layer = model.get_submodule(name)
+        if not isinstance(layer, LoRALinear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, LoRALinear(layer, rank=0).train(layer.training))
+    model.__dict__["_wrapped_layers"] = _find_wrapped(model)
+
+
+def activate(model: nn.Module, adapter: Adapter | None) -> None:
+    """Let `model` compute with this adapter, or with none: the base, bit for bit. Nothing is copied or read.
+
+    Raises:
+        RuntimeError: an adapter is merged.
+    """
+    layers = wrapped_layers(model)
+    if any(layer.merged_weight is not None for layer in layers.values()):
+        raise RuntimeError("The adapter is merged; call unmerge before switching to another.")
+    if adapter is None and model.__dict__.get("_base_shift"):
+        raise InputError(
+            "The base was changed for a PiSSA or LoftQ adapter and answers with that alone; load it afresh."
+        )
+    weights = {} if adapter is None else adapter.layers
+    for name, layer in layers.items():  # by dict entry: nn.Module's own setattr takes a microsecond each
+        layer._modules["lora"] = weights.get(name)
+        layer.__dict__["fixed_scale"] = layer.__dict__["_squared_norms"] = None
+    at_rest: dict[str, nn.Parameter] = model.__dict__.pop("_base_parameters", {})
+    if at_rest:
+        swap_parameters(model, at_rest)
+    if adapter is not None and adapter.trained:
+        model.__dict__["_base_parameters"] = swap_parameters(model, adapter.trained)
+    model.__dict__["_active_adapter"] = adapter
+
+
+def active_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter that `model` computes with."""
+    return model.__dict__.get("_active_adapter")
+
+
+def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> list[str]:
+    """Replace the target layers of `model` by LoRALinear, in place; what trains is left to `freeze_base`.
+
+    Args:
+        seed: of A's start. The same seed gives the same adapter on every machine and rank.
+        tokenizer: only for `config.new_tokens`, which `trained.add_tokens` has added to it.
+    Returns:
+        The qualified names of the wrapped layers, in model order.
+    Raises:
+        InputError: targets that match nothing, or a model that has adapters already.
+    """
+    if wrapped_layers(model):
+        raise InputError("The model has LoRA layers already; inject into a fresh base model.")
+    adapter = create_adapter(model, config, seed, tokenizer)
+    wrap_layers(model, adapter.layers)
+    activate(model, adapter)
+    return list(adapter.layers)
+
+
+def set_tokenizer(model: nn.Module, tokenizer: Any) -> None:
+    """Have the active adapter bring this tokenizer along, as one with new tokens does: its template is its own."""
+    adapter = active_adapter(model)
+    assert adapter is not None
+    adapter.tokenizer = tokenizer_files(tokenizer)
+
+
+def wrapped_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Qualified name -> LoRALinear, in model order, whether or not the active adapter has something there.
+
+    Looked up where `wrap_layers` has kept them: walking a model's modules takes milliseconds.
+    """
+    kept: dict[str, LoRALinear] | None = model.__dict__.get("_wrapped_layers")
+    return _find_wrapped(model) if kept is None else kept
+
+
+def _find_wrapped(model: nn.Module) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """Qualified name -> LoRALinear that the active adapter has weights for, in model order."""
+    return {name: layer for name, layer in wrapped_layers(model).items() if layer.lora is not None}

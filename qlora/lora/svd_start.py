@@ -1,0 +1,110 @@
+"""Adapters that start from the base's weights: PiSSA (arXiv 2404.02948) and LoftQ (arXiv 2310.08659).
+
+W (out, in) is the original weight, read again from the model's files one tensor at a time; q quantizes and
+dequantizes (in a 16-bit base: rounds to bf16); svd_r(X) = U S V^T of the r largest singular values, split evenly:
+s B A = svd_r(X) with A = (S / s)^1/2 V^T (r, in), B = U (S / s)^1/2 (out, r).
+
+    PiSSA      s B0 A0 = svd_r(W)                  base = q(W - s B0 A0)            its equations 2 to 4, and 5.3
+    LoftQ      s B_t A_t = svd_r(W - Q_t)          Q_t = q(W - s B_{t-1} A_{t-1})   its algorithm 1, t = 1 ... T
+                                                   base = Q_T, B_0 A_0 = 0
+
+Base and adapter together begin nearer to W than q(W) is. LoftQ's first round leaves the base alone: the result is
+a plain LoRA adapter with another start. PiSSA and later rounds change it. What was subtracted from W, the *base
+shift* D = B' A' with s inside B', is kept beside the adapter, and whoever loads that adapter makes the same base
+again: read W, subtract, quantize (`shift_base`). D is multiplied in fp64, so that machines agree on W - D to the
+last bit of fp32 and with that on the 4-bit codes.
+
+A base that is stored in 4 bits has no original: what its codes stand for is W then, and LoftQ has nothing to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.config.lora import LoRAConfig
+from qlora.lora.adapter import lora_layers
+from qlora.lora.base_shift import ANOTHERS_BASE, base_shift, original_weights, store_weight
+from qlora.lora.linalg import split_svd
+from qlora.model.weights import is_stored_in_4bit, shifted_weight
+from qlora.quant.weight import QuantConfig, dequantize_weight, quantization_of, quantize_weight
+from qlora.system.errors import InputError
+
+
+def loftq_factors(
+    weight: Tensor, quant: QuantConfig, rank: int, scaling: float, iterations: int
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """LoftQ's algorithm 1 on one weight W (out, in) fp32.
+
+    Returns:
+        (A_T, B_T, what was subtracted from W before its last quantization: None after a single round).
+    """
+    shift: tuple[Tensor, Tensor] | None = None
+    A, B = split_svd(weight - _quantized(weight, quant), rank, scaling)
+    for _ in range(iterations - 1):
+        shift = (A, scaling * B)
+        A, B = split_svd(weight - _quantized(shifted_weight(weight, shift), quant), rank, scaling)
+    return A, B, shift
+
+
+def _quantized(weight: Tensor, quant: QuantConfig) -> Tensor:
+    return dequantize_weight(quantize_weight(weight, quant), torch.float32)
+
+
+# ---- a fresh adapter --------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
+    """Give the fresh active adapter of `model` the start that `config.init` names, and its base the shift.
+
+    Call it behind `inject_lora`. Nothing to do for kaiming and gaussian, with which adapters are made.
+
+    Raises:
+        InputError: a base that this start is not made for, or one that is shifted already.
+    """
+    if config.init not in ("pissa", "loftq"):
+        return
+    if base_shift(model):
+        raise InputError(ANOTHERS_BASE)
+    source: Any = getattr(model, "source", None)
+    if config.init == "loftq" and getattr(model, "quantization", None) is None:
+        raise InputError("init loftq fits the error of quantizing, but this base is in 16 bits; pass --use-4bit.")
+    if config.init == "loftq" and (source is None or is_stored_in_4bit(source)):
+        raise InputError(
+            "init loftq fits the error of quantizing, but this base is there in 4 bits only; pass --model "
+            "with the one that was quantized, or --init pissa."
+        )
+    layers, shift = lora_layers(model), {}
+    for name, layer in layers.items():
+        most = min(layer.out_features, layer.in_features)
+        if layer.rank > most:
+            raise InputError(f"{name} has rank {layer.rank} but only {most} singular values; give --rank {most}.")
+    for name, weight in original_weights(model, layers):
+        layer, stored = layers[name], layers[name].base_layer.weight
+        rank, scaling = layer.rank, layer.scaling
+        if config.init == "pissa":
+            A, B = split_svd(weight, rank, scaling)
+            taken: tuple[Tensor, Tensor] | None = (A, scaling * B)
+        else:
+            A, B, taken = loftq_factors(weight, quantization_of(stored), rank, scaling, config.loftq_iterations)
+        _share((A, B, *(taken or ())))
+        layer.lora_A.copy_(A)
+        layer.lora_B.copy_(B)
+        if taken is not None:
+            shift[name] = taken
+            store_weight(layer.base_layer, shifted_weight(weight, taken))
+        layer._squared_norms = None
+        if layer.weights.magnitude is not None:
+            layer.weights.magnitude.copy_(layer.weight_norm())
+    model.__dict__["_base_shift"] = shift
+
+
+def _share(tensors: Collection[Tensor]) -> None:
+    """Take rank 0's values on every rank: an SVD may round differently elsewhere."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)

@@ -1,0 +1,84 @@
+"""What trains, and how many numbers that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from qlora.lora.adapter import active_adapter, lora_layers, wrapped_layers
+from qlora.quant.layers import logical_numel
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """All that the active adapter learns, in model order: A and B of every layer, and what trains beside them."""
+    adapter = active_adapter(model)
+    own = [p for layer in lora_layers(model).values() for p in layer.weights.parameters()]
+    return own + (list(dict.fromkeys(adapter.trained.values())) if adapter is not None else [])
+
+
+def base_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that is not an adapter's; tied ones once."""
+    adapter = {id(p) for p in lora_parameters(model)}
+    return [p for p in model.parameters() if id(p) not in adapter]
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Train the adapters alone."""
+    for parameter in base_parameters(model):
+        parameter.requires_grad_(False)
+    for parameter in lora_parameters(model):
+        parameter.requires_grad_(True)
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Train everything that can take a gradient; packed 4-bit weights are integers and cannot."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Let every adapted layer compute with one merged dense weight (export/merge.py writes one to disk)."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_lora(model: nn.Module) -> None:
+    """Return to base + adapter, bit for bit."""
+    for layer in wrapped_layers(model).values():
+        layer.unmerge()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All weights, tied ones once, packed 4-bit ones by what they stand for."""
+    return sum(logical_numel(p) for p in model.parameters())
+
+
+def count_trainable_parameters(model: nn.Module) -> int:
+    """Weights with a gradient."""
+    return sum(logical_numel(p) for p in model.parameters() if p.requires_grad)
+
+
+@dataclass
+class ParameterSummary:
+    """Logical counts; `str()` is the line a run prints."""
+
+    total: int
+    trainable: int
+    adapted_layers: int
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        return (
+            f"{self.trainable:,} trainable of {self.total:,} parameters ({self.share:.4%}), "
+            f"{self.adapted_layers} adapted layers"
+        )
+
+
+def parameter_summary(model: nn.Module) -> ParameterSummary:
+    """Counts of all and of trainable parameters, and the number of adapted layers."""
+    return ParameterSummary(count_parameters(model), count_trainable_parameters(model), len(lora_layers(model)))

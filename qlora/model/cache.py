@@ -1,0 +1,62 @@
+"""The quantized base on disk, as a bitsandbytes checkpoint that is memory-mapped at the next start."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qlora.model.fingerprint import fingerprint_files
+from qlora.model.resolve import open_source, resolve_model
+from qlora.model.safetensors_source import SafetensorsSource, weight_files
+from qlora.model.shards import write_shards
+from qlora.model.skeleton import Source
+from qlora.quant.weight import QuantConfig
+from qlora.system.cache import cache_directory
+from qlora.system.errors import InputError
+from qlora.system.files import new_directory
+
+
+def write_cache(network: Any, weights: Iterable[tuple[str, Tensor]], quant: QuantConfig, target: Path) -> None:
+    """Write a quantized model as a bitsandbytes checkpoint that transformers could load too.
+
+    Args:
+        weights: what `stored_weights` yields; a shard of it is in memory at a time.
+    """
+    with new_directory(target) as staging:
+        write_shards(staging, weights)
+        description = network.config.to_dict()
+        description["quantization_config"] = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": quant.quant_type,
+            "bnb_4bit_use_double_quant": quant.double_quant,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
+        (staging / "config.json").write_text(json.dumps(description, indent=2, default=str))
+
+
+def cached_base(path: Path, quant: QuantConfig) -> Path:
+    """Where the quantized form of a model's files is kept."""
+    return cache_directory() / f"base-{fingerprint_files(weight_files(path), quant)}"
+
+
+def open_cache(cached: Path) -> SafetensorsSource:
+    try:
+        return SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
+    except InputError as error:
+        raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
+
+
+def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> Source:
+    """A model's weights: quantized ones from the cache where it has them, else its own files; nothing is written.
+
+    Args:
+        quant: how the base is quantized; None for a 16-bit one.
+    """
+    path = resolve_model(model)
+    cached = cached_base(path, quant) if quant is not None and cache else None
+    return open_cache(cached) if cached is not None and cached.is_dir() else open_source(path)

@@ -1,0 +1,41 @@
+"""Identity of weights: of files by path, size and time of change; of tensors by a sample of their values."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def sample_weight(name: str, weight: Tensor) -> bytes:
+    """What stands for a weight in a base's fingerprint: its description and 64 of its values."""
+    flat = weight.detach().reshape(-1)
+    return describe_weight(name, weight.shape, weight.dtype) + as_bytes(flat[sampled(flat.numel())])
+
+
+def describe_weight(name: str, shape: Sequence[int], dtype: torch.dtype) -> bytes:
+    return f"{name} {tuple(shape)} {dtype}".encode()
+
+
+def sampled(size: int) -> slice:
+    """Which of a weight's flat values are sampled."""
+    return slice(0, size, max(1, size // 64))
+
+
+def as_bytes(values: Tensor) -> bytes:
+    return bytes(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+
+
+CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout changes
+
+
+def fingerprint_files(files: Iterable[Path], *parts: object) -> str:
+    """Identity of source files (path, size, time of change) and of what is done with them."""
+    digest = hashlib.sha256(repr((CACHE_FORMAT, *parts)).encode())
+    for file in files:
+        status = file.resolve().stat()
+        digest.update(f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:24]

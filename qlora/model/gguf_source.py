@@ -1,0 +1,145 @@
+"""Weights of a .gguf file, under the names of our modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache as _cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.model.safetensors_source import check_names
+from qlora.system.errors import InputError
+from qlora.system.memory import is_out_of_memory
+from qlora.system.wording import explain
+
+GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
+
+
+class GGUFSource:
+    """Weights of a .gguf file under their Hugging Face names, dequantized one at a time.
+
+    llama.cpp stores the rows of q and k in the order of its own rotary embedding; they are put back into
+    Hugging Face's order (the llama architecture only; the Qwen ones keep theirs).
+    """
+
+    def __init__(self, file: Path) -> None:
+        import numpy as np
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        self.path, self.remedy = file, "download it again"
+        self.packed: dict[str, str] = {}
+        try:
+            with np.errstate(over="ignore"):  # a damaged offset; it is checked, and needs no warning
+                reader = _bounded_reader()(str(file))
+            architecture = _gguf_value(reader, "general.architecture", str)
+            if not architecture.isprintable():
+                raise ValueError(f"general.architecture is {architecture!r:.60}")
+        # A damaged length or type sends the reader into any of these.
+        except (ValueError, LookupError, TypeError, ArithmeticError, OSError, RecursionError) as error:
+            raise InputError(f"{file} is not a whole GGUF file ({explain(error)}); download it again.") from error
+        if architecture not in GGUF_ARCHITECTURES:
+            known = ", ".join(GGUF_ARCHITECTURES)
+            raise InputError(f"{file} holds a {architecture:.60} model; GGUF bases of {known} can be loaded.")
+        self._permuted = GGUF_ARCHITECTURES[architecture]
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
+        if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
+            raise InputError(  # transformers' reader leaves both out, so the model would compute other numbers
+                f"{file} scales its rotary embedding, which is not read from GGUF; use the model's safetensors."
+            )
+        check_names(tensors, file)
+        try:
+            num_layers = _gguf_value(reader, f"{architecture}.block_count", int)
+            heads = _gguf_value(reader, f"{architecture}.attention.head_count", int)
+            kv_name = f"{architecture}.attention.head_count_kv"
+            kv_heads = _gguf_value(reader, kv_name, int) if kv_name in reader.fields else heads
+            self._heads = {"q": heads, "k": kv_heads}
+            if not 0 < num_layers <= len(tensors) or min(self._heads.values()) < 1:
+                raise ValueError(f"{num_layers} blocks, {heads} heads, {len(tensors)} tensors")
+        except ValueError as error:
+            raise InputError(f"{file} is not a whole GGUF file ({explain(error)}); download it again.") from error
+        arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
+        self._tensors: dict[str, Any] = {}
+        name_map = get_tensor_name_map(arch, num_layers)
+        for name in _decoder_names(num_layers):
+            gguf_name = name_map.get_name(name.rpartition(".")[0])
+            stored = f"{gguf_name}.{name.rpartition('.')[2]}"
+            if stored in tensors:
+                self._tensors[name] = tensors.pop(stored)
+        # What has no Hugging Face name keeps its own, and is reported as unexpected.
+        self._tensors.update(tensors)
+        self.names = set(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def is_float(self, name: str) -> bool:
+        """`read` gives fp32 of whatever it can read."""
+        return name in self._tensors
+
+    def view(self, name: str) -> Tensor:
+        """As `read`: what a file holds in other blocks cannot be looked at."""
+        return self.read(name)
+
+    def read(self, name: str) -> Tensor:
+        """fp32, dequantized from GGUF's blocks. Read from the file, not mapped."""
+        import numpy as np
+        from gguf import dequantize
+
+        stored = self._tensors[name]
+        raw = np.fromfile(self.path, stored.data.dtype, stored.data.size, offset=stored.data_offset)
+        if raw.size != stored.data.size:
+            raise InputError(f"{self.path} ends inside {name}; download it again.")
+        try:
+            tensor = torch.from_numpy(dequantize(raw.reshape(stored.data.shape), stored.tensor_type))
+            tensor = tensor.reshape(self.shape(name))
+            for letter, heads in self._heads.items():
+                if self._permuted and f".self_attn.{letter}_proj." in name:
+                    rows = tensor.shape[0]
+                    tensor = tensor.view(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+        except (ValueError, TypeError, RuntimeError) as error:  # a type, or heads, that do not go with the shape
+            if is_out_of_memory(error):
+                raise
+            raise InputError(
+                f"{self.path}: {name} cannot be read ({explain(error)}); download it again."
+            ) from error
+        return tensor
+
+
+@_cache
+def _bounded_reader() -> Any:
+    """gguf's reader, with an end: the original reads past it, and a damaged length makes it loop for years."""
+    import numpy as np
+    from gguf import GGUFReader
+
+    class BoundedReader(GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            # Reading through the map's own class takes twice as long.
+            self.data = self.data.view(np.ndarray)  # type: ignore[assignment]
+            end = int(offset) + int(count) * np.dtype(dtype).itemsize
+            if end > len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}, but announces data up to {end}")
+            return super()._get(offset, dtype, count, override_order)
+
+    return BoundedReader
+
+
+def _gguf_value(reader: Any, name: str, kind: type) -> Any:
+    """A metadata field of the type it should have."""
+    value = reader.fields[name].contents() if name in reader.fields else None
+    if type(value) is not kind:
+        raise ValueError(f"{name} is {value!r:.60}")
+    return value
+
+
+def _decoder_names(num_layers: int) -> Iterable[str]:
+    yield from ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+    parts = [f"self_attn.{p}_proj.{kind}" for p in "qkvo" for kind in ("weight", "bias")]
+    parts += ["self_attn.q_norm.weight", "self_attn.k_norm.weight"]
+    parts += [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
+    parts += ["input_layernorm.weight", "post_attention_layernorm.weight"]
+    for layer in range(num_layers):
+        yield from (f"model.layers.{layer}.{part}" for part in parts)

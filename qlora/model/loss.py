@@ -1,0 +1,268 @@
+"""Cross-entropy of the next token, without the (N, V) logits.
+
+For supervised position i with hidden state h_i (D) and target t_i, with W (V, D) the output head and m a scale
+(1; Cohere and Granite have another):
+
+    z_i = m W h_i        loss_i = -log_softmax(z_i)[t_i]        g_i = dloss_i / dz_i = softmax(z_i) - e_{t_i}
+
+    dloss_i / dh_i = m W^T g_i        dloss / dW = sum over i of m g_i h_i^T, only where the head trains
+
+Gemma 2 caps its logits: z_i = c tanh(m W h_i / c), and g_i is multiplied by dz / d(m W h) = 1 - (z_i / c)^2.
+
+The gradients need the same logits as the loss, so all are computed in one pass, a chunk of rows at a time:
+a chunk's logits die before the next chunk's are made, and the backward pass only scales what was stored
+(n, D), and (V, D) in fp32 for a head that trains. Positions without a target never reach the head. N all
+positions, n supervised, D hidden, V vocabulary.
+
+A mixture of experts adds the Switch Transformer's load-balancing loss (arXiv 2101.03961, equations 4 to 6): with
+f_e the share of (token, layer) pairs that chose expert e, counted K times where K experts are chosen, and P_e the
+mean probability that the router gave it, over E experts
+
+    balance = E sum over e of f_e P_e        f takes no gradient; balance is K where all experts are used alike
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora.data.batches import Batch
+from qlora.data.example import IGNORE_INDEX
+from qlora.kernels.fused import cross_entropy
+from qlora.kernels.gemm import multiply_16bit
+from qlora.model.attention import packed_arguments
+from qlora.system.errors import InputError
+from qlora.system.memory import trim_heap
+
+CHUNK_SIZE = 256  # supervised positions whose logits exist at a time
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss sum and its gradients in one pass; formulas in the module docstring."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        chunk_size: int,
+        scale: float,
+        softcap: float | None,
+    ) -> Tensor:
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        weight = head.detach()
+        buffer = hidden.new_empty(min(chunk_size, len(targets)), len(weight))  # one for all chunks
+
+        def times_head(rows: Tensor, out: Tensor, backward: bool = False) -> Tensor:
+            nonlocal weight
+            product = multiply_16bit(rows, weight, None, backward, out)
+            if product is None:
+                if weight.dtype != hidden.dtype and weight.device.type == "cpu":
+                    trim_heap()  # of the layers' temporaries: a copy of the head comes on top
+                weight = weight.to(hidden.dtype)
+                product = torch.mm(rows, weight if backward else weight.T, out=out)
+            return product
+
+        for start in range(0, len(targets), chunk_size):
+            rows = slice(start, start + chunk_size)
+            logits = times_head(hidden[rows], buffer[: len(targets[rows])])
+            if dhead is None and scale == 1 and softcap is None:
+                losses, g = cross_entropy(logits, targets[rows])
+                loss += losses.sum()
+                if dhidden is not None:
+                    times_head(g, dhidden[rows], backward=True)
+                continue
+            if scale != 1:
+                logits *= scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            target = targets[rows, None]
+            loss -= log_p.gather(1, target).sum()
+            if dhidden is None and dhead is None:
+                continue
+            g = log_p.exp_()
+            g.scatter_add_(1, target, g.new_full(target.shape, -1.0))
+            if softcap is not None:
+                g *= 1 - (logits.float() / softcap) ** 2
+            if scale != 1:
+                g *= scale
+            if dhidden is not None:
+                times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
+            if dhead is not None:
+                dhead.addmm_(g.T, hidden[rows].float())
+        ctx.dhidden, ctx.dhead = dhidden, dhead
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dhidden = None if ctx.dhidden is None else ctx.dhidden * dloss.to(ctx.dhidden.dtype)
+        dhead = None if ctx.dhead is None else ctx.dhead * dloss
+        return dhidden, dhead, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk_size: int = CHUNK_SIZE,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, int]:
+    """Sum of next-token cross-entropy over the supervised positions.
+
+    Args:
+        hidden: (N, D) final hidden states, bf16 or fp32.
+        weight: (V, D) output head, any float dtype; where it requires a gradient that is accumulated in fp32.
+        targets: (N,) int64, already shifted; IGNORE_INDEX is left out.
+        chunk_size: positions whose logits exist at a time.
+        scale: the logits are multiplied by it.
+        softcap: largest magnitude c of a logit, z -> c tanh(z / c); its derivative is 1 - (capped z / c)^2.
+    Returns:
+        (loss_sum, num_targets): fp32 scalar in nats, connected to `hidden` even when every target is
+        masked (then 0 with a gradient of zeros); number of supervised positions.
+    Raises:
+        ValueError: hidden and targets disagree on N.
+    """
+    if hidden.shape[0] != targets.shape[0]:
+        raise ValueError(f"hidden has {hidden.shape[0]} positions but targets {targets.shape[0]}.")
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    loss = _LinearCrossEntropy.apply(hidden[positions], weight, targets[positions], chunk_size, scale, softcap)
+    return loss, positions.numel()
+
+
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
+    """E sum of f_e P_e over all layers together; formula in the module docstring.
+
+    Args:
+        router_logits: per layer (N, E).
+        top_k: experts that each token chooses.
+        real: (N,) bool, false on padding.
+    Returns:
+        fp32 scalar; `top_k` where all experts are used alike.
+    """
+    num_experts = router_logits[0].shape[-1]
+    p = torch.cat([logits[real].float().softmax(dim=-1) for logits in router_logits])
+    chosen = p.detach().topk(top_k, dim=-1).indices.flatten()
+    f = chosen.bincount(minlength=num_experts) / len(p)
+    return num_experts * (f * p.mean(dim=0)).sum()
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What turns hidden states into logits: z = softcap * tanh(scale * W h / softcap), or scale * W h."""
+
+    weight: Tensor  # (V, D)
+    scale: float
+    softcap: float | None
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a transformers causal LM.
+
+    Raises:
+        InputError: it has a bias, which the chunked loss would miss.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise InputError(f"A {config.model_type} model's output head has a bias; that is not supported.")
+    scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+    return OutputHead(head.weight, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def gathered_head(model: Any) -> Iterator[OutputHead]:
+    """`output_head`, whole for the time of the block where the base is sharded (parallel/fsdp.py)."""
+    owner = model.get_input_embeddings() if model.config.tie_word_embeddings else model.get_output_embeddings()
+    if not hasattr(owner, "unshard"):
+        yield output_head(model)
+        return
+    owner.unshard()
+    try:
+        yield replace(output_head(model), weight=owner.weight)
+    finally:
+        owner.reshard()
+
+
+def target_log_likelihoods(
+    hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE
+) -> tuple[Tensor, Tensor]:
+    """log p of each target, without gradients and without the (n, V) logits.
+
+    Args:
+        hidden: (n, D) final hidden states, one for each target; a state may stand there several times.
+        targets: (n,) int64.
+    Returns:
+        ((n,) fp32 in nats, (n,) bool: whether the target is the likeliest token, the first one where several are).
+    """
+    weight = head.weight.to(hidden.dtype)
+    log_p = torch.empty(len(targets), device=hidden.device)
+    is_greedy = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
+    for start in range(0, len(targets), chunk_size):
+        rows = slice(start, start + chunk_size)
+        logits = (hidden[rows] @ weight.T).float() * head.scale
+        if head.softcap is not None:
+            logits = head.softcap * torch.tanh(logits / head.softcap)
+        is_greedy[rows] = logits.argmax(dim=1) == targets[rows]
+        log_p[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(dim=1)
+    return log_p, is_greedy
+
+
+def attention_arguments(model: Any, batch: Batch) -> dict[str, Any]:
+    """What makes the attention of a packed batch block-diagonal; nothing for a padded one."""
+    if batch.cu_seqlens is None:
+        return {}
+    implementation = model.config._attn_implementation
+    if implementation != "qlora_packed":
+        raise ValueError(
+            f"Packed rows need block-diagonal attention, but the model uses {implementation!r}; "
+            "load it with load_base_model, or pass --no-packing."
+        )
+    return packed_arguments(batch.cu_seqlens, batch.max_length)
+
+
+def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, int]:
+    """Loss sum of one micro-batch through a transformers causal LM.
+
+    While a mixture of experts trains (`model.training`), the sum has one term more,
+
+        router_aux_loss_coef x load_balancing_loss of the micro-batch's real tokens x num_targets
+
+    so that a step's sum over micro-batches, divided by its number of targets, is the mean cross-entropy plus the
+    coefficient times the micro-batches' mean balance, weighted by their targets. The balance is that of one
+    micro-batch: it is the one term by which 1 x 8 and 2 x 4 examples differ. A held-out loss is without it.
+
+    Returns:
+        (loss_sum, num_targets) as `linear_cross_entropy`.
+    Raises:
+        InputError: the model's head has a bias, which the chunked loss would miss.
+    """
+    config: Any = model.config
+    arguments = attention_arguments(model, batch)
+    coefficient = getattr(config, "router_aux_loss_coef", None) if model.training else None
+    if coefficient:
+        arguments["output_router_logits"] = True
+    output = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
+    )
+    hidden, targets = output.last_hidden_state.flatten(0, 1), batch.targets.flatten()
+    with gathered_head(model) as head:
+        loss, num_targets = linear_cross_entropy(
+            hidden, head.weight, targets, chunk_size, head.scale, head.softcap
+        )
+    if coefficient and getattr(output, "router_logits", None):
+        lengths = torch.tensor([len(example) for example in batch.examples], device=batch.input_ids.device)
+        if batch.cu_seqlens is not None:  # one row, no padding
+            lengths = lengths.sum()[None]
+        real = torch.arange(batch.input_ids.shape[1], device=lengths.device) < lengths[:, None]
+        balance = load_balancing_loss(output.router_logits, config.num_experts_per_tok, real.flatten())
+        loss = loss + coefficient * num_targets * balance
+    return loss, num_targets

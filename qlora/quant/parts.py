@@ -1,0 +1,103 @@
+"""Parts of a 4-bit weight for tensor parallelism, and sharded tensors gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.quant.library import Params4bit, QuantState, wrap_codes
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of `count` equal parts of a weight (out, in): of its rows (dim 0) or of its columns (dim 1)."""
+
+    dim: int
+    index: int
+    count: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part of a tensor with the weight's rows or columns; a view."""
+        size = whole.shape[self.dim] // self.count
+        return whole.narrow(self.dim, self.index * size, size)
+
+    def among_zeros(self, part: Tensor) -> Tensor:
+        """The whole tensor with `part` in its place and zeros in that of the others."""
+        whole = part.new_zeros(self.whole_shape(part.shape))
+        self.of(whole).copy_(part)
+        return whole
+
+    def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of what a tensor of this shape is a part of."""
+        return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(shape))
+
+
+def part_of(layer: nn.Module) -> Part | None:
+    """Which part of its weight a layer holds (parallel/tensor_parallel.py); None: all of it."""
+    part: Part | None = getattr(layer, "part", None)
+    return part
+
+
+class PartState(QuantState):
+    """Statistics of a part of a quantized weight: its own blocks' scales, in 8 bits where they were.
+
+    Double quantization's groups of scales run over the whole weight, so their fp32 scales and the offset, two
+    thousandths of it, are kept whole, and the group of a block follows from its place there.
+    """
+
+    def __init__(self, whole: QuantState, part: Part) -> None:
+        rows, columns = whole.shape
+        scales = part.of(whole.absmax.view(rows, -1)).clone(memory_format=torch.contiguous_format)
+        shape = [rows, columns]
+        shape[part.dim] //= part.count
+        super().__init__(
+            scales.view(-1), torch.Size(shape), whole.code, whole.blocksize, whole.quant_type, whole.dtype,
+            whole.offset, whole.state2,
+        )  # fmt: skip
+        self.part = part
+
+    def groups(self) -> Tensor:
+        """(blocks,) int32: in which group of scales each block's scale was quantized."""
+        (rows, columns), part = self.shape, self.part
+        kind: dict[str, Any] = {"dtype": torch.int32, "device": self.absmax.device}
+        row, block = torch.arange(rows, **kind), torch.arange(columns // self.blocksize, **kind)
+        row_blocks = part.whole_shape(self.shape)[1] // self.blocksize
+        if part.dim == 0:
+            row += part.index * rows
+        else:
+            block += part.index * len(block)
+        return ((row * row_blocks)[:, None] + block).view(-1) // self.state2.blocksize
+
+
+def cut_weight(weight: Params4bit, part: Part) -> Params4bit:
+    """A part of a quantized weight as one of its own, copied; it stands for the same numbers bit for bit.
+
+    Raises:
+        ValueError: the parts are no whole numbers of blocks.
+    """
+    rows, columns = weight.quant_state.shape
+    block_size = weight.quant_state.blocksize
+    width = columns // part.count if part.dim == 1 else columns
+    if (rows, columns)[part.dim] % part.count or width % block_size:
+        raise ValueError(
+            f"{rows} x {columns} in {part.count} parts of {'columns' if part.dim else 'rows'}, where every row "
+            f"has to be a whole number of blocks of {block_size}"
+        )
+    codes = part.of(weight.data.view(rows, -1)).clone(memory_format=torch.contiguous_format)
+    return wrap_codes(codes.view(-1, 1), PartState(weight.quant_state, part))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a sharded tensor; any other as it is."""
+    part = getattr(tensor, "to_local", None)
+    return tensor if part is None else part()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, in a collective; any other as it is."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

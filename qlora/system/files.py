@@ -1,0 +1,180 @@
+"""Files and directories that appear whole or not at all: written aside, synced to disk, renamed.
+
+And reading what others wrote: JSON that may hold anything, and names in it that must not lead elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+from qlora.system.errors import InputError
+from qlora.system.memory import is_out_of_memory
+from qlora.system.wording import explain
+
+JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than half of that
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a path to write; on success it takes the place of `target`, on an error nothing changes."""
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield staging
+        _settle(staging)
+        os.replace(staging, target)
+        _sync(target.parent)
+    finally:
+        staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory to fill; on success it becomes `target`.
+
+    Where `target` exists already (another process was first), that one stays.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        for file in staging.rglob("*"):
+            _settle(file)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that were killed left half written in a folder.
+
+    Only for who holds a lock on what is written there: another process' work looks the same.
+
+    Args:
+        name: of the file or directory that it was to become; None = any.
+    """
+    wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+(\.old)?\.tmp")
+    for left in list(folder.iterdir()) if folder.is_dir() else ():
+        if wanted.fullmatch(left.name):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+@contextmanager
+def only_writer(target: Path) -> Iterator[bool]:
+    """Wait until no other process writes `target` in this context; yields whether it is still not there.
+
+    What killed processes left of it half written is removed.
+    """
+    from filelock import FileLock
+
+    lock = target.with_name(f"{target.name}.lock")
+    with FileLock(lock):
+        remove_leftovers(target.parent, target.name)
+        yield not target.exists()
+        lock.unlink(missing_ok=True)  # who waits for it finds `target`; after an error it stays, for the next
+
+
+def _settle(path: Path) -> None:
+    """Sync a file to disk and give it ordinary permissions (safetensors creates its files private)."""
+    if path.is_file():
+        umask = os.umask(0o077)  # it can only be read by setting it: another thread's new file is private then
+        os.umask(umask)
+        path.chmod(0o666 & ~umask)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Args:
+        remedy: what to do about a file that is none, for the error.
+        unique_keys: refuse a name that occurs twice instead of taking its last value.
+    Raises:
+        InputError: the file cannot be read, is too large, nested too deep, or holds no JSON object.
+    """
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content: dict[str, Any] = {}
+        for name, value in pairs:
+            if unique_keys and name in content:
+                raise InputError(f"{path} gives {name[:60]!r} twice; {remedy}.")
+            content[name] = value
+        return content
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(JSON_LIMIT + 1)
+        if len(text) > JSON_LIMIT:
+            raise InputError(f"{path} is larger than {JSON_LIMIT // 2**20} MiB, as no such file is; {remedy}.")
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=build)
+    except InputError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        raise InputError(f"{path} is not readable JSON ({explain(error)}); {remedy}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object; {remedy}.")
+    return content
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a file that holds one a line; what a kill cut off is left out. No file, no lines."""
+    lines = []
+    for text in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
+    """The tensors of a safetensors file, all in memory; arguments and errors as `read_json`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
+    except (SafetensorError, OSError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} is not a whole safetensors file ({explain(error)}); {remedy}.") from error
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a name out of a file is a plain file name: no folder, no "..", nothing unprintable."""
+    if not isinstance(name, str) or name in ("", "..") or len(name) > 255 or not name.isprintable():
+        return False
+    return PureWindowsPath(name).name == name  # "\\" and "C:" count too, on any system
+
+
+def sha256_of(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as handle:
+        while piece := handle.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,67 @@
+"""Memory of devices and of the process: available, resident, peak, returned to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+GIB = 2**30
+
+
+def trim_heap() -> None:
+    """Have the C library return what was freed to the system; glibc keeps the pieces between what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
+
+
+def return_large_frees() -> None:
+    """From now on, have glibc return tensors of a megabyte and more to the system when they are freed.
+
+    It else keeps what is freed, up to 32 MB a piece, and the few tensors of a recomputed layer that live on lie in
+    between. Their fresh pages cost nothing beside a large model's products, and a tenth of a small one's step.
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if option is not None:
+        option(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device (of main memory for a CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def resident_memory() -> int:
+    """Bytes of main memory that this process takes."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory use so far: the CUDA allocator's, or the process's peak resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    # The kernel's figure for this process; ru_maxrss would begin at the peak of the process that started it.
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or on the host, in any of the words that torch has for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

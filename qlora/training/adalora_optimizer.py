@@ -1,0 +1,150 @@
+"""AdaLoRA's optimizer: importance of each triplet, and the budget that decides which of them stay."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qlora.config.lora import LoRAConfig
+from qlora.lora.adalora import ORTHOGONALITY, SMOOTHING, BudgetSchedule, plan_budget
+from qlora.lora.adapter import active_adapter, lora_layers
+from qlora.lora.layer import LoRAWeights
+from qlora.lora.trainable import lora_parameters
+from qlora.system.errors import InputError
+from qlora.training.optimizer import MakeOptimizer, MasterOptimizer, adamw_kind, build_optimizer
+
+PREFIX = "adalora."  # of the names of its state
+
+
+class AdaLoRAOptimizer(MasterOptimizer):
+    """AdamW over triplets: adds the penalty's gradient, updates, scores, and zeroes what the budget does not hold.
+
+    Every rank has the same gradients when it steps, and so makes the same choices.
+
+    Args:
+        layers: the adapted layers' weights, in a fixed order.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        make: MakeOptimizer,
+        layers: Sequence[LoRAWeights],
+        schedule: BudgetSchedule,
+        fast: Collection[nn.Parameter] = (),
+        ratio: float = 1.0,
+    ) -> None:
+        super().__init__(parameters, make, fast, ratio)
+        self.schedule, self.steps = schedule, 0
+        masters = {id(p): master for p, master in zip(self.parameters, self.masters, strict=True)}
+        # (parameter with the gradient, its fp32 master) of A, B and E of every layer
+        self.layers: list[dict[str, tuple[Tensor, Tensor]]] = []
+        for layer in layers:
+            assert layer.lora_E is not None
+            parts = {"A": layer.lora_A, "B": layer.lora_B, "E": layer.lora_E}
+            self.layers.append({part: (p, masters[id(p)]) for part, p in parts.items()})
+        self.sensitivity = [{part: torch.zeros_like(m) for part, (_, m) in layer.items()} for layer in self.layers]
+        self.uncertainty = [{part: torch.zeros_like(m) for part, (_, m) in layer.items()} for layer in self.layers]
+        self.kept = [torch.ones_like(layer["E"][1][:, 0], dtype=torch.bool) for layer in self.layers]
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        self._add_penalty()
+        super().step(learning_rate)
+        self.steps += 1
+        last = self.schedule.total - self.schedule.t_f
+        if self.steps < last:
+            self._score()
+        if self.schedule.chooses(self.steps):
+            self._choose(self.schedule.budget(self.steps))
+        if self.schedule.chooses(self.steps) or self.steps > last:
+            for layer, kept in zip(self.layers, self.kept, strict=True):
+                layer["E"][1].masked_fill_(~kept[:, None], 0.0)
+                layer["E"][0].copy_(layer["E"][1])
+
+    def _add_penalty(self) -> None:
+        for layer in self.layers:
+            for part in "AB":
+                parameter, master = layer[part]
+                rows = master if part == "A" else master.T  # (R, ...), to be orthonormal
+                excess = rows @ rows.T
+                excess.diagonal().sub_(1.0)
+                size = excess.norm().clamp_min(torch.finfo(torch.float32).tiny)
+                gradient = excess @ rows * (2 * ORTHOGONALITY / (2 * len(self.layers)) / size)
+                gradient = gradient if part == "A" else gradient.T
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def _score(self) -> None:
+        for layer, sensitivity, uncertainty in zip(self.layers, self.sensitivity, self.uncertainty, strict=True):
+            for part, (parameter, master) in layer.items():
+                importance = (
+                    torch.zeros_like(master) if parameter.grad is None else (master * parameter.grad).abs()
+                )
+                S, U = sensitivity[part], uncertainty[part]
+                S.mul_(SMOOTHING).add_(importance, alpha=1 - SMOOTHING)
+                U.mul_(SMOOTHING).add_((importance - S).abs(), alpha=1 - SMOOTHING)
+
+    def scores(self) -> list[Tensor]:
+        """(R,) of every layer: the importance of its triplets."""
+        result = []
+        for S, U in zip(self.sensitivity, self.uncertainty, strict=True):
+            parts = {part: S[part] * U[part] for part in S}
+            result.append(parts["E"][:, 0] + (parts["A"].mean(1) + parts["B"].mean(0)))
+        return result
+
+    def _choose(self, budget: int) -> None:
+        scores = self.scores()
+        surplus = self.schedule.start - budget
+        if surplus > 0:
+            threshold = torch.cat(scores).kthvalue(surplus).values
+            for kept, score in zip(self.kept, scores, strict=True):
+                kept.copy_(score > threshold)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {**super().state_tensors(), **self._own_tensors(), f"{PREFIX}steps": torch.tensor(self.steps)}
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        """The tensors that `step` changes in place."""
+        tensors = {f"{PREFIX}{index}.kept": kept for index, kept in enumerate(self.kept)}
+        for name, averages in (("sensitivity", self.sensitivity), ("uncertainty", self.uncertainty)):
+            tensors |= {
+                f"{PREFIX}{i}.{part}.{name}": t for i, layer in enumerate(averages) for part, t in layer.items()
+            }
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """As the parent's, with the importance of every triplet and the choice among them."""
+        theirs = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
+        own = {**self._own_tensors(), f"{PREFIX}steps": torch.tensor(self.steps)}
+        wrong = sorted(own.keys() ^ theirs.keys())
+        wrong += [key for key in own.keys() & theirs.keys() if own[key].shape != theirs[key].shape]
+        if wrong:
+            raise InputError(f"The stored optimizer state is not AdaLoRA's of this adapter: {wrong[0]} differs.")
+        super().load_state_tensors({key: tensor for key, tensor in tensors.items() if key not in theirs})
+        for key, tensor in self._own_tensors().items():
+            tensor.copy_(theirs[key])
+        self.steps = int(theirs[f"{PREFIX}steps"])
+
+
+def build_adapter_optimizer(
+    model: nn.Module, config: LoRAConfig, name: str, weight_decay: float, total_steps: int
+) -> MasterOptimizer:
+    """The optimizer that the active adapter of `model` wants: LoRA+'s rates, AdaLoRA's choices, or plain AdamW.
+
+    Args:
+        name: the kind of AdamW, as in `build_optimizer`.
+        total_steps: updates of the whole run, which AdaLoRA plans.
+    """
+    parameters, layers = lora_parameters(model), [layer.weights for layer in lora_layers(model).values()]
+    fast = [layer.lora_B for layer in layers]
+    adapter = active_adapter(model)
+    if not config.use_adalora:
+        return build_optimizer(parameters, name, weight_decay, config.lora_plus_ratio, fast)
+    schedule = plan_budget(config, len(layers), total_steps)
+    if adapter is not None:
+        adapter.budget = (schedule.t_i, schedule.t_f, schedule.total)
+    make = adamw_kind(name, weight_decay)
+    return AdaLoRAOptimizer(parameters, make, layers, schedule, fast, config.lora_plus_ratio)

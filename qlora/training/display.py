@@ -1,0 +1,127 @@
+"""What a terminal shows of a run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from qlora.report.curve import smoothing_width
+
+
+class _TwoLines(Progress):
+    """A bar with its task's `status` below it: both fit a terminal of 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
+
+
+class RunDisplay:
+    """Loss, tokens/s, peak memory and time left: a live bar on a terminal, about twenty lines elsewhere.
+
+    Args:
+        start_step: steps done before this start of the run.
+        planned_gib: memory to set the peak against; 0 = no plan.
+        clock: seconds, never going back.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        quiet: bool = False,
+        planned_gib: float = 0.0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps, self.quiet, self.clock = total_steps, quiet, clock
+        self.plan = f" (planned {planned_gib:.2f})" if planned_gib else ""
+        # What a model says may look like markup or an emoji's name.
+        self.console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self._every = max(1, round(total_steps / 20))
+        self._losses: deque[float] = deque(maxlen=smoothing_width(total_steps))
+        self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too
+        self._bar: Progress | None = None
+        if self.console.is_terminal and not quiet:
+            self._bar = _TwoLines(
+                BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[left]}"), console=self.console,
+                expand=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="", status="")
+            self._bar.start()
+
+    def show(self, line: dict[str, Any]) -> None:
+        """Take one line of metrics.jsonl."""
+        if self.quiet:
+            return
+        step = line["step"]
+        if "eval_loss" in line:
+            score = f"  exact match {line['exact_match']:.1%}" if "exact_match" in line else ""
+            self.say(f"step {step:>5}/{self.total_steps}  held-out loss {line['eval_loss']:.4f}{score}")
+            self._begin_again()
+            return
+        self._marks.append((step, self.clock()))
+        if line["loss"] is None:
+            return  # a skipped step has been told of
+        self._losses.append(line["loss"])
+        status = f"loss {line['loss']:.4f}"
+        if self._losses.maxlen != 1:
+            status += f" (smoothed {sum(self._losses) / len(self._losses):.4f})"
+        status += f"  {line['tokens_per_second']:,.0f} tokens/s  peak {line['peak_memory_gib']:.2f} GiB{self.plan}"
+        left = f"{format_seconds(self.seconds_left(step))} left" if step < self.total_steps else ""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, left=left, status=status)
+        elif step % self._every == 0 or step == self.total_steps:
+            self.console.print(f"step {step:>5}/{self.total_steps}  {status}  {left}".rstrip())
+
+    def seconds_left(self, step: int) -> float:
+        """Time to the last step, by what the latest steps of this start took."""
+        (first, started), (last, now) = self._marks[0], self._marks[-1]
+        return (now - started) / max(1, last - first) * (self.total_steps - step)
+
+    def show_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Print the samples of one step, three lines each."""
+        for number, sample in enumerate(samples, start=1):
+            start = f"step {sample['step']:>5}/{self.total_steps}  sample {number}"
+            for name in ("prompt", "completion", "expected"):
+                if sample[name] is not None:
+                    self.say(f"{start}  {name:10}  {shorten(sample[name], keep_end=name == 'prompt')}")
+                    start = " " * len(start)
+        self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Leave what came before the first step of this start out of the time that a step takes."""
+        if len(self._marks) == 1:
+            self._marks[0] = (self._marks[0][0], self.clock())
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self.console.print(text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    """45s, 3m 20s, 1h 05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes}m {rest:02}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02}m"
+
+
+def shorten(text: str, limit: int = 200, keep_end: bool = False) -> str:
+    """Text on one line of at most `limit` characters, none of which a terminal would obey."""
+    line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
+    if len(line) <= limit:
+        return line
+    return "…" + line[-limit + 1 :] if keep_end else line[: limit - 1] + "…"

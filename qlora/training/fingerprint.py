@@ -1,0 +1,74 @@
+"""What a resumed run must share with the one it continues: base, data, settings."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from qlora.config.data import DataConfig
+from qlora.config.lora import LoRAConfig
+from qlora.config.train import TrainConfig
+from qlora.data.example import Example
+from qlora.data.token_cache import digests_of
+from qlora.lora.full_parameters import base_name, replaced_parameters
+from qlora.model.fingerprint import sample_weight
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from.
+
+    Of a base that is split, of the whole weights, as they were sampled while it was loaded (`weight_samples`).
+    """
+    samples: dict[str, bytes] | None = getattr(model, "weight_samples", None)
+    if samples is None:
+        replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
+        named = {base_name(n): replaced.get(base_name(n), p) for n, p in model.named_parameters()}
+        samples = {name: sample_weight(name, p) for name, p in named.items() if not p.requires_grad}
+    digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
+    for _, sample in sorted(samples.items()):
+        digest.update(sample)
+    return digest.hexdigest()[:16]
+
+
+def data_fingerprint(examples: Sequence[Example]) -> str:
+    """Identity of the tokenised training data, order included; in memory or mapped, it is the same."""
+    return hashlib.sha256(digests_of(examples).tobytes()).hexdigest()[:16]
+
+
+def run_settings(
+    model: Any,
+    lora: LoRAConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    examples: Sequence[Example],
+    window: int,
+    total_steps: int,
+    optim: str,
+    chat_template: str | None,
+) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on with, but for total_steps.
+
+    Args:
+        model: with adapters in place, its base as it was loaded.
+        window: examples of an optimizer step.
+        chat_template: what `data.chat_template` holds.
+    """
+    own: dict[str, Any] = {"data_weights": data.weights} if set(data.weights) - {1.0} else {}
+    if data.chat_template is not None:
+        own["chat_template"] = hashlib.sha256(str(chat_template).encode()).hexdigest()[:16]
+    names = ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")
+    return {
+        **{name: getattr(train, name) for name in names},
+        **lora.variant(),
+        "max_grad_norm": train.max_grad_norm,
+        "base": base_fingerprint(model),
+        "data": data_fingerprint(examples),
+        "optim": optim,
+        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "examples_per_step": window,
+        "total_steps": total_steps,
+        **own,
+    }

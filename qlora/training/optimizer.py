@@ -1,0 +1,147 @@
+"""The optimizer over fp32 copies of the adapters, and the learning rate of each step.
+
+A bf16 number has 8 significant bits: adding an update smaller than 1/512 of it changes nothing. AdamW
+therefore steps fp32 master copies, and the bf16 parameters are rounded from them; small updates add up in
+the master until the rounding sees them. fp32 adapters are their own masters.
+
+LoRA+ (arXiv 2402.12354): B learns at a multiple of A's rate, for with equal ones a wide layer's features do not
+move as they should (its section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora.system.errors import InputError
+
+BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as in the QLoRA paper's code
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class MasterOptimizer:
+    """AdamW on fp32 masters of (possibly bf16) parameters.
+
+    Args:
+        parameters: what trains; gradients are read from `.grad` in any dtype.
+        make: builds a torch optimizer over groups of masters.
+        fast: those of `parameters` whose learning rate is `ratio` times that of the others.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        make: MakeOptimizer,
+        fast: Collection[nn.Parameter] = (),
+        ratio: float = 1.0,
+    ) -> None:
+        self.parameters = list(parameters)
+        self.masters: list[Tensor] = [
+            p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
+        ]
+        chosen = {id(p) for p in fast}
+        groups: dict[float, list[Tensor]] = {}  # ratio -> masters
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            groups.setdefault(ratio if id(parameter) in chosen else 1.0, []).append(master)
+        self.inner = make([{"params": masters, "ratio": share} for share, masters in groups.items()])
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """One AdamW update at this rate; parameters become their masters rounded."""
+        for group in self.inner.param_groups:
+            group["lr"] = learning_rate * group["ratio"]
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.inner.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter is not master:
+                parameter.copy_(master)
+                master.grad = None
+
+    def zero_grad(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Masters and moments as named tensors, to be stored without pickle: `<index>.<name>`."""
+        tensors = {}
+        for index, master in enumerate(self.masters):
+            tensors[f"{index}.master"] = master.detach()
+            for name, value in self.inner.state[master].items():
+                if not name.startswith("qmap"):  # bitsandbytes' code table: a constant, shared by all
+                    tensors[f"{index}.{name}"] = torch.as_tensor(value)
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` gave, into the buffers that this optimizer made (paged ones stay paged).
+
+        Raises:
+            InputError: lists every tensor that is missing, left over, or of another shape or dtype (another
+                adapter, or another kind of optimizer); nothing is restored then.
+        """
+        if any(not key.endswith(".master") for key in tensors):  # saved after a first step
+            for master in self.masters:
+                master.grad = torch.zeros_like(master)
+            for group in self.inner.param_groups:
+                group["lr"] = 0.0
+            self.inner.step()  # a step of nothing, so that the buffers exist
+            for master in self.masters:
+                master.grad = None
+        own = MasterOptimizer.state_tensors(self)
+        wrong = sorted(own.keys() ^ tensors.keys())
+        for key in own.keys() & tensors.keys():
+            if (own[key].shape, own[key].dtype) != (tensors[key].shape, tensors[key].dtype):
+                wrong.append(key)
+        if wrong:
+            some = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+            raise InputError(f"The stored optimizer state does not fit this adapter and optimizer: {some} differ.")
+        for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
+            master.copy_(tensors[f"{index}.master"])
+            if parameter is not master:
+                parameter.copy_(master)
+            state = self.inner.state[master]
+            for name, value in state.items():
+                if isinstance(value, Tensor) and not name.startswith("qmap"):
+                    value.copy_(tensors[f"{index}.{name}"])
+                elif name == "step":  # bitsandbytes counts in a plain int
+                    state[name] = int(tensors[f"{index}.{name}"])
+
+
+def build_optimizer(
+    parameters: Sequence[nn.Parameter],
+    name: str,
+    weight_decay: float = 0.0,
+    lora_plus_ratio: float = 1.0,
+    lora_B: Collection[nn.Parameter] = (),
+) -> MasterOptimizer:
+    """AdamW of one kind over the adapters.
+
+    Args:
+        name: adamw (torch, fused), paged_adamw_32bit or paged_adamw_8bit (bitsandbytes; moments of tensors
+            below 4,096 values stay in 32 bits). Off CUDA the paged ones run, unpaged.
+        lora_plus_ratio: LoRA+'s; learning rate of `lora_B` over that of all others.
+    Raises:
+        InputError: an unknown name.
+    """
+    return MasterOptimizer(parameters, adamw_kind(name, weight_decay), lora_B, lora_plus_ratio)
+
+
+def adamw_kind(name: str, weight_decay: float = 0.0) -> MakeOptimizer:
+    """What builds one kind of AdamW over groups of masters; arguments and errors as `build_optimizer`."""
+    if name == "adamw":
+        return lambda groups: torch.optim.AdamW(
+            groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True
+        )
+    if name in ("paged_adamw_32bit", "paged_adamw_8bit"):
+        import bitsandbytes as bnb
+
+        bits = 32 if name.endswith("32bit") else 8
+        return lambda groups: bnb.optim.AdamW(
+            groups, 0.0, BETAS, EPS, weight_decay, optim_bits=bits, is_paged=groups[0]["params"][0].is_cuda
+        )
+    raise InputError(f"optim is {name!r}; choose adamw, paged_adamw_32bit or paged_adamw_8bit.")

@@ -1,0 +1,95 @@
+"""Which decoder layers recompute their activations in the backward pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.checkpoint import checkpoint
+
+from qlora.model.block import decoder_layers
+from qlora.model.loss import CHUNK_SIZE
+from qlora.parallel.fsdp import end_backward_at
+from qlora.planning.devices import add_communication, layout_of, measure_layout
+from qlora.planning.memory import (
+    MemoryPlan,
+    choose_recomputed,
+    default_limit,
+    differentiated_layers,
+    plan_recomputing,
+)
+from qlora.system.memory import GIB, available_memory, return_large_frees
+from qlora.system.ranks import ranks_of
+
+
+def choose_recomputed_layers(
+    model: Any,
+    mode: str,
+    num_tokens: int,
+    memory_budget: int | None = None,
+    accelerator: Accelerator | None = None,
+    say: Callable[[str], Any] = print,
+    optim: str = "adamw",
+) -> tuple[float, MemoryPlan]:
+    """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
+
+    Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings. A sharded base is gathered
+    for the backward pass no lower than it goes.
+
+    Args:
+        mode: "on" all layers, "off" none, "auto" as few as make the plan fit the budget.
+        num_tokens: the most that a micro-batch holds.
+        memory_budget: bytes for all that is planned; None = the base and half of the free memory.
+        accelerator: names the device that computes; its processes share a CPU's memory, and decide alike.
+        optim: kind of optimizer.
+    Returns:
+        (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
+    """
+    dtype = model.compute_dtype
+    device = next(model.parameters()).device if accelerator is None else accelerator.device
+    layers = differentiated_layers(model)
+    ranks = ranks_of(model, accelerator)
+    divided = ranks.tensor_size, ranks.sequence_parallel
+    plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
+    if ranks.size > 1:
+        census = measure_layout(model)
+        if ranks.cpu_offload:  # the shares are in main memory
+            plans = [replace(plan, base=census.replaced) for plan in plans]
+        plans = add_communication(plans, census, layout_of(ranks), num_tokens)
+    limit, source = memory_budget, "--memory-budget"
+    if limit is None:
+        free = _free_memory(device, accelerator)
+        limit, source = default_limit(plans[0], free), "what is loaded and half of what is free"
+    number = choose_recomputed(mode, [plan.total for plan in plans], limit)
+    if ranks.shard_mesh is not None and layers:
+        end_backward_at(layers[0])
+    for index, layer in enumerate(layers):
+        # What transformers' own switch does, but for making the embeddings' output want a gradient: layers below
+        # the first adapted one would then be differentiated for nothing.
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer.gradient_checkpointing = index < number
+    if number and device.type == "cpu":  # memory is short
+        return_large_frees()
+    reason = f"--gradient-checkpointing {mode}"
+    if mode == "auto":
+        reason = f"keeping all would take {plans[0].total / GIB:.2f} of at most {limit / GIB:.2f} GiB, {source}"
+    name, planned = str(dtype).removeprefix("torch."), plans[number]
+    say(f"computing in {name}; {number} of {len(layers)} layers are recomputed in the backward pass ({reason})")
+    excess = "; more than that, so it may not fit" if mode == "auto" and planned.total > limit else ""
+    say(f"{planned} at {num_tokens} tokens a micro-batch{excess}")
+    return number / max(1, len(decoder_layers(model))), planned
+
+
+def _free_memory(device: torch.device, accelerator: Accelerator | None) -> int:
+    """Bytes free for this process: of a CPU's, a share; the least of all processes, so that they decide alike."""
+    free = available_memory(device)
+    if accelerator is None or accelerator.num_processes == 1:
+        return free
+    if device.type == "cpu":
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return int(accelerator.gather(torch.tensor([free], device=device)).min())

@@ -1,0 +1,72 @@
+"""What a run was: its command, versions, machine, sizes and data, for whoever reads run.json."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from qlora.data.batches import lengths_of
+from qlora.data.example import Example
+from qlora.lora.trainable import count_parameters, count_trainable_parameters
+from qlora.planning.memory import MemoryPlan
+from qlora.system.device import describe_device
+from qlora.system.versions import versions
+
+NUM_BINS = 20
+
+
+def gather_facts(
+    arguments: Sequence[str],
+    accelerator: Any,
+    model: nn.Module,
+    plan: MemoryPlan,
+    examples: Sequence[Example],
+    num_held_out: int,
+) -> dict[str, Any]:
+    """The facts of this start of the run, ready for JSON.
+
+    Args:
+        arguments: of train.py.
+        plan: what memory should be taken, in bytes.
+    """
+    lengths = [int(length) for length in lengths_of(examples)]
+    num_targets = getattr(examples, "num_targets", None)  # of a plain list it is counted
+    if num_targets is None:
+        num_targets = sum(example.num_targets for example in examples)
+    return {
+        "command": describe_command(arguments, accelerator.num_processes),
+        "versions": versions(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": describe_device(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "parameters": {"trainable": count_trainable_parameters(model), "total": count_parameters(model)},
+        "memory_plan": dict(vars(plan)),
+        "examples": {
+            "num_train": len(lengths),
+            "num_held_out": num_held_out,
+            "num_tokens": sum(lengths),
+            "num_targets": int(num_targets),
+            "lengths": count_lengths(lengths),
+        },
+    }
+
+
+def describe_command(arguments: Sequence[str], num_processes: int = 1) -> str:
+    """The command line that starts such a run from the project's directory."""
+    start = ["python", "train.py"]
+    if num_processes > 1:
+        start = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "train.py"]
+    return shlex.join([*start, *arguments])
+
+
+def count_lengths(lengths: Sequence[int]) -> dict[str, list[int]]:
+    """A histogram in at most NUM_BINS equal steps: {"edges": n + 1 lengths from 0, "counts": n}."""
+    width = max(1, -(-(max(lengths) + 1) // NUM_BINS))
+    edges = list(range(0, max(lengths) + width + 1, width))
+    counts, _ = np.histogram(lengths, bins=edges)
+    return {"edges": edges, "counts": counts.tolist()}

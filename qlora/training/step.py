@@ -1,0 +1,154 @@
+"""One optimizer step over a window of examples."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from qlora.data.batches import Batch, make_batches
+from qlora.data.example import IGNORE_INDEX, Example
+from qlora.lora.adapter import active_adapter, lora_layers
+from qlora.model.loss import causal_lm_loss
+from qlora.system.errors import TrainingStopped
+from qlora.system.memory import is_out_of_memory
+from qlora.system.ranks import Ranks, ranks_of
+from qlora.training.optimizer import MasterOptimizer
+
+
+class NonFiniteStep(TrainingStopped):
+    """A loss or gradient that is no number; nothing was changed."""
+
+
+class StepOutOfMemory(TrainingStopped):
+    """Activations did not fit; nothing was changed. `here`: on this device."""
+
+    def __init__(self, here: bool) -> None:
+        super().__init__("out of memory")
+        self.here = here
+
+
+# What gloo and NCCL say when the other end of a collective is gone.
+LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|peer", re.IGNORECASE)
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: MasterOptimizer,
+    batches: Sequence[Batch],
+    accelerator: Accelerator,
+    learning_rate: float,
+    max_grad_norm: float = 0.0,
+    check_adapters: bool = False,
+) -> tuple[float, float, int, int]:
+    """One window, one update.
+
+    Args:
+        model: causal LM in training mode, whose LoRA parameters train.
+        batches: this device's micro-batches of the window; may be empty.
+        max_grad_norm: clip the global gradient to this norm; 0 = never.
+        check_adapters: stop if an adapter got no gradient (`check_adapters_learn`).
+    Returns:
+        (loss per target token in nats, gradient norm before clipping, tokens, target tokens) of the window.
+    Raises:
+        NonFiniteStep, StepOutOfMemory: on all devices, before anything is changed.
+    """
+    optimizer.zero_grad()
+    device, ranks = accelerator.device, ranks_of(model, accelerator)
+    counts = torch.tensor([sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)], device=device)
+    num_tokens, num_targets = ranks.sum(counts).tolist()
+    batches = in_lockstep(batches, ranks, device)
+    losses: list[Tensor] = []
+    full = False
+    try:
+        for batch in batches:
+            loss_sum, _ = causal_lm_loss(model, batch.to(device))
+            accelerator.backward(loss_sum)
+            losses.append(loss_sum.detach())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if ranks.is_split:  # the others wait in the middle of a layer, and cannot be asked
+            raise TrainingStopped(
+                "a micro-batch does not fit in memory, and a split base takes no smaller ones; lower --max-length "
+                "or --batch-size, or pass --gradient-checkpointing on"
+            ) from error
+        full = True  # and leave this block: the error holds the activations
+    if any_device(full, accelerator):
+        raise StepOutOfMemory(here=full)
+    total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
+    _sum_gradients(optimizer.parameters, ranks)
+    for parameter in optimizer.parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(max(1, num_targets))  # once, in fp32
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
+    loss, norm = (ranks.sum(total) / max(1, num_targets)).item(), grad_norm.item()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        bad = [i for i, value in enumerate(losses) if not torch.isfinite(value)]
+        where = f"micro-batch {bad[0] + 1} of {len(batches)}" if bad else "the gradient"
+        raise NonFiniteStep(f"loss {loss}, gradient norm {norm}, first in {where}")
+    if check_adapters:
+        check_adapters_learn(model)
+    if 0 < max_grad_norm < norm:
+        for parameter in optimizer.parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(max_grad_norm / norm)
+    optimizer.step(learning_rate)
+    return loss, norm, num_tokens, num_targets
+
+
+def any_device(flag: bool, accelerator: Accelerator) -> bool:
+    """Whether the flag is up on any device; the same answer on all."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
+
+
+def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Add the processes' gradients as one flat fp32 all-reduce.
+
+    They are moved into a tensor that is summed in place, so that beside them there is one copy at most, and while
+    it is sent none.
+    """
+    if ranks.size == 1:
+        return
+    sizes = [parameter.numel() for parameter in parameters]
+    flat = torch.zeros(sum(sizes), dtype=torch.float32, device=parameters[0].device)
+    parts = [part.view_as(p) for part, p in zip(flat.split(sizes), parameters, strict=True)]
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is not None:
+            part.copy_(parameter.grad)
+            parameter.grad = None
+    ranks.sum_in_place(flat)
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part
+
+
+def in_lockstep(batches: Sequence[Batch], ranks: Ranks, device: torch.device) -> Sequence[Batch]:
+    """As many micro-batches on every process where the base is split: empty ones, without a target, at the end."""
+    if not ranks.is_split:
+        return batches
+    missing = ranks.max(len(batches), device) - len(batches)
+    nothing = torch.tensor([0]), torch.tensor([IGNORE_INDEX])
+    return [*batches, *make_batches([Example(*nothing)] * missing, 1, 1, False, device.type)]
+
+
+def check_adapters_learn(model: nn.Module) -> None:
+    """After the first backward pass every adapter, and what trains beside it, must have a gradient.
+
+    Raises:
+        TrainingStopped: names the layers without one; what they would have learned is lost otherwise.
+    """
+    silent = [
+        n for n, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
+    ]
+    adapter = active_adapter(model)
+    trained = {} if adapter is None else adapter.trained
+    # A bias may wait: that of an expert which no token has chosen yet.
+    silent += [n for n, parameter in trained.items() if parameter.grad is None and not n.endswith(".bias")]
+    if silent:
+        raise TrainingStopped(f"these adapters got no gradient: {', '.join(silent)}")

@@ -1,0 +1,150 @@
+"""Experiment trackers (TensorBoard, wandb, trackio, ...), through accelerate's, which know their interfaces.
+
+Training does not depend on them: one that fails is said once and left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from qlora.system.errors import InputError
+from qlora.system.redact import redact
+
+# tracker -> its name in pip, where it is another, and -> what its start calls the name of a run
+PACKAGES = {"comet_ml": "comet-ml"}
+NAME_OF_RUN = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
+
+
+def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
+    """The run's Accelerator, which will log to these trackers; those that keep files do so in OUTPUT_DIR/logs.
+
+    Raises:
+        InputError: as `check_trackers`.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+    from qlora.system.device import best_device
+
+    check_trackers(trackers)
+    project = ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
+    # Without cpu=True, several processes on a machine without a GPU would each train alone.
+    is_cpu = best_device().type == "cpu"
+    # The others wait while the main process reads, tokenises and quantizes: NCCL's ten minutes are too few for it.
+    # Deaths need no limit: qlora.peers notices them.
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+    return Accelerator(
+        cpu=is_cpu, mixed_precision="no", log_with=list(trackers) or None, project_config=project,
+        kwargs_handlers=[waiting],
+    )  # fmt: skip
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Whether accelerate knows these trackers and their packages are installed.
+
+    Raises:
+        InputError: it does not, or they are not.
+    """
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known, installed = list(LOGGER_TYPE_TO_CLASS), {str(name) for name in get_available_trackers()}
+    for name in names:
+        if name == "all":
+            if not installed:
+                raise InputError("--report-to all finds no tracker; pip install tensorboard, or another.")
+        elif name not in known:
+            raise InputError(f"report_to names {name!r}; give --report-to names of {', '.join(known)}, or all.")
+        elif name not in installed:
+            raise InputError(f"--report-to {name} needs a package; pip install {PACKAGES.get(name, name)}.")
+
+
+def start_trackers(
+    accelerator: Any, project: str, run: str, settings: dict[str, dict[str, Any]], first_step: int = 0
+) -> None:
+    """Begin a run in all trackers of the accelerator.
+
+    Args:
+        project, run: names, as far as a tracker has them.
+        settings: section -> name -> value, free of secrets.
+        first_step: steps done already; TensorBoard hides what it has of later ones.
+    Raises:
+        InputError: one does not start, for want of a login for example.
+    """
+    if not accelerator.log_with:
+        return
+    options: dict[str, dict[str, Any]] = {tracker: {word: run} for tracker, word in NAME_OF_RUN.items()}
+    options["tensorboard"] = {"purge_step": first_step + 1} if first_step else {}
+    try:
+        accelerator.init_trackers(project, flatten(settings), options)
+    except Exception as error:
+        names = ", ".join(str(getattr(tracker, "name", tracker)) for tracker in accelerator.log_with)
+        raise InputError(
+            f"A tracker does not start ({names}: {type(error).__name__}: {error}); mend it, or leave it out."
+        ) from error
+
+
+def flatten(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
+    """{"train": {"seed": 1}} as {"train.seed": 1}; what is no plain value as text, None left out."""
+    flat: dict[str, int | float | str | bool] = {}
+    for section, values in settings.items():
+        for name, value in values.items() if isinstance(values, dict) else [("", values)]:
+            if value is not None:
+                key = f"{section}.{name}" if name else section
+                flat[key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat
+
+
+class Trackers:
+    """Passes on what a run logs, for as long as each tracker takes it.
+
+    Args:
+        trackers: accelerate's `GeneralTracker`s, started.
+        say: hears, once, of each that fails.
+    """
+
+    def __init__(self, trackers: Iterable[Any], say: Callable[[str], object] = print) -> None:
+        self.trackers, self.say = list(trackers), say
+
+    def log(self, line: dict[str, Any]) -> None:
+        """The numbers in one line of metrics.jsonl."""
+        values = {k: v for k, v in line.items() if k != "step" and type(v) in (int, float)}
+        self._each(lambda tracker: tracker.log(values, step=line["step"]))
+
+    def log_samples(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Samples of one step, as text or as a table, where a tracker takes either."""
+        columns = ["prompt", "completion", "expected"]
+        rows = [[sample[name] or "" for name in columns] for sample in samples]
+
+        def send(tracker: Any) -> None:
+            if tracker.name == "tensorboard":
+                parts = [[f"**{name}**\n\n{indent(sample[name] or '')}" for name in columns] for sample in samples]
+                texts = {f"sample {number}": "\n\n".join(part) for number, part in enumerate(parts, start=1)}
+                tracker.log(texts, step=samples[0]["step"])
+            elif hasattr(tracker, "log_table"):
+                tracker.log_table("samples", columns=columns, data=rows, step=samples[0]["step"])
+
+        self._each(send)
+
+    def finish(self) -> None:
+        """Close them all."""
+        self._each(lambda tracker: tracker.finish())
+        self.trackers = []
+
+    def _each(self, use: Callable[[Any], object]) -> None:
+        for tracker in list(self.trackers):
+            try:
+                use(tracker)
+            except Exception as error:
+                self.trackers.remove(tracker)
+                problem = redact(f"{type(error).__name__}: {error}")
+                self.say(f"the tracker {tracker.name} failed and is left out ({problem}); training goes on")
+
+
+def indent(text: str) -> str:
+    """Text as a block that Markdown leaves as it is."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

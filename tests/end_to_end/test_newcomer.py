@@ -1,0 +1,169 @@
+"""A newcomer's path: the commands of the README and of docs/ run as they stand there, in their order."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tokenizers import pre_tokenizers
+
+from eval.__main__ import main as evaluate
+from examples.orders import write_task
+from tests.adapters.test_other_formats import (
+    LAYERS,
+    hf_model,
+    random_factors,
+    round_to_bf16,
+    write_mlx,
+    write_torchtune,
+)
+from tests.models import save_tiny_llama
+from tests.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[2]
+# Beginnings of the commands that are not run here, and why.
+NOT_RUN = {
+    "make": "CI and the tests themselves are what it runs",
+    "pip": "installs",
+    "python -m venv": "installs",
+    ". .venv": "is for a shell",
+    "head": "shows a file",
+    **dict.fromkeys(
+        ("vllm", "curl", "python -m sglang", "transformers", "text-generation-launcher", "llama-", "ollama"),
+        "is another project's; tests/docs/test_serving.py checks what they read",
+    ),
+    "python -m qlora push": "uploads; tests/export/test_hub.py runs it against a stand-in",
+    "python -m benchmarks": "measures for minutes; tests/benchmarks/test_benchmarks.py runs them small",
+}
+STAND_INS = {  # words of the pages, for what tests cannot reach, or what only stands for something
+    "huggyllama/llama-7b": "M",
+    "BASE": "M",
+    "sql=out/sql": "sql=A",
+    "chat=out/chat": "chat=B",
+    "chat.jsonl,code/*.jsonl,owner/name": "chat.jsonl,code/*.jsonl,train.jsonl",
+    "configs/llama-13b.yaml": "configs/llama-13b.yaml --model configs/shapes/llama-13b",
+    "arc_easy,my_task.yaml": "my_task.yaml",
+    "OUTPUT_DIR": "out",
+    "smollm2.gguf": "M",
+}
+TINY_STEPS = ["--max-steps", "2"]
+TINY_ANSWERS = ["--max-new-tokens", "8"]
+
+
+def commands(document: Path) -> list[str]:
+    """The commands in a page's `sh` blocks, one a line, without comments."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def reason_not_to_run(command: str) -> str | None:
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+
+
+def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one in the working directory; Python's in this process, for each start would take seconds.
+
+    What an earlier command has written where this one is to write is removed, unless this one resumes there.
+    """
+    known = {} if "--link-model" in command else STAND_INS
+    words = [part for word in shlex.split(command) for part in (known[word].split() if word in known else [word])]
+    trains = "train.py" in words and "--prompt" not in words
+    outputs = [value for flag, value in pairwise(words) if flag.startswith("--output")]
+    for output in map(Path, outputs or ["out"] * trains):
+        if output.exists() and "--resume" not in words:
+            shutil.rmtree(output) if output.is_dir() else output.unlink()
+    if "--modelfile" in words:
+        Path("Modelfile").unlink(missing_ok=True)
+    if words[0] == "accelerate":
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:], *TINY_STEPS]
+        subprocess.run(launch, check=True, timeout=300, capture_output=True)
+        return
+    assert words[0] == "python", f"the test cannot run {command}"
+    if words[1].startswith("examples/"):
+        monkeypatch.setattr(sys, "argv", words[1:])
+        runpy.run_path(words[1], run_name="__main__")
+        return
+    module, arguments = (f"{words[2]}.__main__", words[3:]) if words[1] == "-m" else ("train", words[2:])
+    answers = {"chat", "exact_match", "compare"} & set(words[:4]) and "--results" not in words
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/quit\n"))
+    importlib.import_module(module).main(
+        [*arguments, *(TINY_STEPS if trains else TINY_ANSWERS if answers else [])]
+    )
+
+
+def write_questions(directory: Path) -> None:
+    """The data files that the README's evaluations name."""
+    texts = [f"{number} and {number} are how many?" for number in range(8)]
+    mmlu = [{"question": t, "choices": [*"0123"], "answer": 1, "subject": "sums"} for t in texts]
+    arc = [
+        {"question": t, "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "A"} for t in texts
+    ]
+    sums = [{"question": text, "answer": f"#### {2 * number}"} for number, text in enumerate(texts)]
+    rows = {"mmlu_test": mmlu, "mmlu_dev": mmlu, "arc": arc, "arc_train": arc * 4, "gsm8k": sums, "held_out": sums}
+    (directory / "code").mkdir()
+    for name, content in {**rows, "chat": sums, "code/sums": sums}.items():
+        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    (directory / "book.txt").write_text("It was a dark and stormy night. " * 20)
+    task = {
+        "task": "my_task", "dataset_path": "json", "dataset_kwargs": {"data_files": str(directory / "arc.jsonl")},
+        "test_split": "train", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices.text}}", "doc_to_target": 0,
+    }  # fmt: skip
+    (directory / "my_task.yaml").write_text(json.dumps(task))  # JSON is YAML
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout with what the README's commands name: M, train.jsonl, adapters A and B, ..."""
+    directory = tmp_path_factory.mktemp("checkout")
+    for name in ("train.py", "configs", "examples", "README.md"):
+        (directory / name).symlink_to(ROOT / name)
+    tokenizer = tiny_tokenizer()  # that splits text in a way llama.cpp has
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    model = round_to_bf16(save_tiny_llama(directory / "M", tokenizer=tokenizer))
+    train, test = write_task(directory, num_train=24, num_test=4)
+    assert train == directory / "train.jsonl" and test == directory / "test.jsonl"
+    write_questions(directory)
+    factors = random_factors(hf_model(model), LAYERS)
+    write_mlx(directory / "MLX_ADAPTER", factors, dora=False)
+    write_torchtune(directory / "TUNED", factors, dora=False)
+    from qlora import LoRAConfig, get_lora_model, load_base_model
+
+    for name in ("A", "B", "other", "out"):
+        get_lora_model(load_base_model(str(model)), LoRAConfig(), base_model=str(model)).save(directory / name)
+    for name in ("before", "after"):
+        measured = [
+            "exact_match",
+            "--model",
+            str(model),
+            "--data",
+            str(test),
+            "--output",
+            f"{directory / name}.json",
+        ]
+        evaluate([*measured, *TINY_ANSWERS])
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["README.md", "docs/serving.md", "docs/tutorial.md"])
+def test_the_commands_of_a_page(page: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(workspace)
+    run = 0
+    for command in commands(ROOT / page):
+        if reason_not_to_run(command) is None:
+            print(f"$ {command}")
+            run_command(command, monkeypatch)
+            run += 1
+    assert run > 4
