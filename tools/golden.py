@@ -1,4 +1,4 @@
-"""Do two commits compute the same? Run both on the same inputs, in turns, and compare all they wrote byte for byte.
+"""Run two commits on the same inputs, in turns, and compare byte for byte what they wrote.
 
     git clone . /tmp/old && git -C /tmp/old checkout COMMIT
     python -m tools.golden /tmp/old                     # against this checkout, about eight minutes on two cores
@@ -6,11 +6,11 @@
     python -m tools.golden /tmp/old --only demo --demo-steps 32      # the whole training of `make demo`
     python -m tools.golden --list
 
-Each checkout is used through its commands alone (`python train.py`, `python -m qlora`, `python -m eval`, started in
-its own directory by the interpreter that runs this), so that layouts may differ entirely. Both write to the same
-path in turn, since files name paths, and each has caches of its own: quantized bases, tokens, compiled kernels.
-What training alone needs is fixed: dtype, recomputation, threads. Adapters that are merged, mixed or evaluated were
-trained by the old commit, so that those cases also say whether its files can still be read.
+Each checkout is used through its commands alone (`python train.py`, `python -m qlora`, `python -m eval`, started
+in its own directory by the interpreter that runs this), so their layouts may differ entirely. Both write to the
+same path in turn, since files name paths. Each has caches of its own: quantized bases, tokens, compiled kernels.
+What a run would choose by measuring is fixed: dtype, recomputation, threads. The adapters that are merged, mixed
+or evaluated were trained by the old commit, so those cases also say whether its files can still be read.
 
 Prints a Markdown table. Exit code: 0 all equal, 1 something differs or failed, 2 the input is wrong. What may
 differ is listed in `tools.golden_compare.IGNORED`, each with its reason.
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,9 +96,9 @@ class Side:
                     _stop_at(process, Path(arguments[arguments.index("--output-dir") + 1]), command.stop_at)
                 code = process.wait(TIMEOUT)
         if code != (STOPPED if command.stop_at else 0):
-            said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            too_early = " (it ended before it could be stopped)" if command.stop_at and code == 0 else ""
-            raise CommandFailed(f"`{' '.join(arguments[:3])}` ended with code {code}{too_early}: {said[-1]}")
+            too_early = " before it could be stopped" if command.stop_at and code == 0 else ""
+            said = _last_error(log.read_text(errors="replace"))
+            raise CommandFailed(f"`{' '.join(arguments[:3])}` ended{too_early} with code {code}: {said}")
 
     def environment(self, processes: int) -> dict[str, str]:
         """This shell's variables without those that lead elsewhere, offline, with caches of this side's own."""
@@ -115,18 +116,23 @@ class Side:
         }
 
 
+def _last_error(text: str) -> str:
+    """The last line of a log that names an error, else its last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?(error|[\w.]*(Error|Exception)):", line)]
+    return (errors or lines)[-1]
+
+
 @contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
     """Leave nothing behind of a process and of those it has started."""
     try:
         yield
     except subprocess.TimeoutExpired as error:
-        raise CommandFailed(f"`{' '.join(map(str, process.args[:5]))}` had no end after {TIMEOUT:g} s") from error
+        raise CommandFailed(f"a command did not end within {TIMEOUT:g} seconds") from error
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 

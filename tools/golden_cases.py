@@ -1,4 +1,4 @@
-"""The inputs and cases of `tools.golden`: small random LLaMA, rows of sums, shop orders; one commit's commands.
+"""The cases of `tools.golden` and their inputs: a small random LLaMA, rows of sums, shop orders.
 
 Everything is made here, without the project's own code, so that both commits read the same files whatever their
 layout. Paths in the commands are relative to the working folder and the same for both.
@@ -14,7 +14,8 @@ from pathlib import Path
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<s>")  # ids 0 to 4
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 300  # more than the tokenizer's 261, as in models whose embeddings are padded
@@ -25,7 +26,8 @@ class Command:
     """One start of a program of the project.
 
     Args:
-        arguments: after the interpreter; {model}, {data}, ... stand for paths (`Inputs`), {out} for the output folder.
+        arguments: after the interpreter; {model}, {sums}, ... stand for inputs (`make_inputs`), {out} for the
+            output folder.
         processes: started by accelerate.
         stop_at: SIGTERM is sent when metrics.jsonl of --output-dir has so many lines; exit code 4 is then right.
     """
@@ -53,14 +55,6 @@ class Case:
     needs_smollm2: bool = False
 
 
-def train(
-    flags: str, output: str = "run", model: str = "{model}", data: str = "{sums}", processes: int = 1
-) -> Command:
-    """A training of the small model, six steps long unless the flags say otherwise."""
-    paths = f"--model {model} --data {data} --output-dir {{out}}/{output}"
-    return Command(("train.py", *SMALL.split(), *paths.split(), *flags.split()), processes)
-
-
 SMALL = (
     "--use-4bit --rank 4 --max-length 128 --batch-size 4 --max-steps 6 --warmup-steps 2 --learning-rate 1e-2 "
     "--compute-dtype float32 --gradient-checkpointing off --save-every 3"
@@ -68,118 +62,109 @@ SMALL = (
 HELD_OUT = "--eval-split 0.1 --eval-every 3 --num-samples 2 --sample-tokens 8"
 ALL_LINEAR = "--target-modules all-linear"
 LONG = f"{ALL_LINEAR} --dropout 0.1 --max-steps 120 --save-every 40 --keep-last 1"
-# configs/demo.yaml at commit d130d9e; the dtype is fixed, for measuring it could choose another each time.
+# configs/demo.yaml; the dtype is fixed, for measuring it could choose another each time.
 DEMO = (
     "--use-4bit --rank 8 --alpha 16 --target-modules q_proj,v_proj --learning-rate 0.002 --schedule cosine "
-    "--warmup-steps 4 --batch-size 16 --max-length 256 --gradient-checkpointing off"
+    "--warmup-steps 4 --batch-size 16 --max-length 256 --gradient-checkpointing off --compute-dtype {demo_dtype}"
 )
-ADAPTERS = (  # made by the old commit, read by both
-    train(ALL_LINEAR, "first"),
-    train("--seed 7 --alpha 8", "second"),
-)
+
+
+def command(text: str, processes: int = 1, stop_at: int = 0) -> Command:
+    return Command(tuple(text.split()), processes, stop_at)
+
+
+def train(flags: str, output: str = "run", data: str = "{sums}", processes: int = 1, stop_at: int = 0) -> Command:
+    """A training of the small model, six steps long unless the flags say otherwise: the last of a flag counts."""
+    paths = f"--model {{model}} --data {data} --output-dir {{out}}/{output}"
+    return command(f"train.py {SMALL} {paths} {flags}", processes, stop_at)
+
+
+def merge(flags: str, output: str = "merged") -> Command:
+    return command(f"-m qlora merge --output-dir {{out}}/{output} {flags}")
+
+
+def mix(method: str) -> Command:
+    adapters = "--adapters {first} {second} --weights 1 0.5"
+    return command(f"-m qlora mix {adapters} --method {method} --output-dir {{out}}/{method}")
+
+
+def evaluate(task: str, number: int, flags: str = "") -> Command:
+    base = "--model {model} --compute-dtype float32 --data {sums}"
+    return command(f"-m eval {task} {base} {flags} --output {{out}}/result-{number}.json")
+
+
+ADAPTERS = (train(ALL_LINEAR, "first"), train("--seed 7 --alpha 8", "second"))  # by the old commit, read by both
+MERGE_OWN = merge("--model {model} --adapter {out}/run")
 
 
 def demo_commands(steps: int) -> tuple[Command, ...]:
-    """The demo's training, cut to `steps`, and its measurement of a few answers."""
-    training = (
-        f"train.py {DEMO} --model {{smollm2}} --data {{orders}} --output-dir {{out}}/run --max-steps {steps}"
+    """The demo's training, cut to `steps`, and two of the orders asked."""
+    data = "--model {smollm2} --data {orders}"
+    held_out = f"--eval-every {steps // 2} --eval-split 0.005 --num-samples 1 --sample-tokens 16"
+    asked = "--match json --max-new-tokens 16 --max-examples 2 --compute-dtype {demo_dtype}"
+    return (
+        command(f"train.py {DEMO} {data} --output-dir {{out}}/run --max-steps {steps} {held_out}"),
+        command(f"-m eval exact_match {data} --adapter {{out}}/run {asked} --output {{out}}/result.json"),
     )
-    held_out = f"--eval-every {max(1, steps // 2)} --eval-split 0.005 --num-samples 1 --sample-tokens 16"
-    dtype = "--compute-dtype {demo_dtype}"
-    asking = "-m eval exact_match --model {smollm2} --adapter {out}/run --data {orders} --match json"
-    asking += " --max-new-tokens 16 --max-examples 2 --output {out}/result.json"
-    return tuple(Command(tuple(text.split())) for text in (f"{training} {held_out} {dtype}", f"{asking} {dtype}"))
-
-
-def merge(flags: str, output: str) -> Command:
-    return Command(tuple(f"-m qlora merge --output-dir {{out}}/{output} {flags}".split()))
 
 
 def all_cases(demo_steps: int = 6) -> list[Case]:
-    """Every case in the order they run."""
-    base = "--model {model} --compute-dtype float32"
-    adapted = f"{base} --adapter {{first}}"
+    """Every case, in the order they run."""
+    patterns = (
+        "--use-rslora --lora-plus-ratio 4 --rank-pattern q_proj=6 --alpha-pattern v_proj=8 --weight-decay 0.1"
+    )
+    asked = "--max-new-tokens 8 --max-examples 12"
     return [
         Case(
-            "demo",
-            "SmolLM2-135M learns shop orders, and answers two",
-            demo_commands(demo_steps),
+            "demo", "SmolLM2-135M learns shop orders, and answers two", demo_commands(demo_steps),
             needs_smollm2=True,
         ),
         Case(
-            "dropout",
-            "dropout 0.1, two micro-batches a step, held-out rows, samples",
+            "dropout", "dropout 0.1, two micro-batches a step, held-out rows, samples",
             (train(f"{ALL_LINEAR} --dropout 0.1 --grad-accum 2 {HELD_OUT}"),),
         ),
         Case(
-            "bf16",
-            "bf16 activations, 16-bit base, no packing",
+            "bf16", "bf16 activations, 16-bit base, no packing",
             (train("--no-4bit --no-packing --compute-dtype bfloat16"),),
         ),
         Case(
-            "dora",
-            "DoRA with activations recomputed",
-            (train(f"--use-dora {ALL_LINEAR} --gradient-checkpointing on"),),
+            "dora", "DoRA on all layers, activations recomputed",
+            (train(f"--use-dora {ALL_LINEAR} --gradient-checkpointing on"), MERGE_OWN),
         ),
         Case(
-            "adalora",
-            "AdaLoRA, ranks moved at every step",
-            (train(f"--use-adalora {ALL_LINEAR} --adalora-interval 1 --max-steps 10"),),
+            "adalora", "AdaLoRA, ranks moved at every step",
+            (train(f"--use-adalora {ALL_LINEAR} --adalora-interval 1 --max-steps 10"), MERGE_OWN),
         ),
         Case(
-            "patterns",
-            "rsLoRA, LoRA+, ranks and alphas by layer, weight decay, two data files",
-            (
-                train(
-                    "--use-rslora --lora-plus-ratio 4 --rank-pattern q_proj=6 --alpha-pattern v_proj=8 --weight-decay 0.1 --data-weights 1,0.5",
-                    data="{sums},{more_sums}",
-                ),
-            ),
+            "patterns", "rsLoRA, LoRA+, ranks and alphas by layer, weight decay, two weighted data files",
+            (train(f"{patterns} --data-weights 1,0.5", data="{sums},{more_sums}"),),
         ),
         Case(
-            "new-tokens",
-            "two tokens added to the vocabulary",
-            (train("--new-tokens <sum>,<end>"), merge("--model {model} --adapter {out}/run", "merged")),
+            "new-tokens", "two tokens added to the vocabulary and trained",
+            (train("--new-tokens <sum>,<end>"), MERGE_OWN),
         ),
+        Case("modules-to-save", "lm_head and norms trained whole", (train("--modules-to-save lm_head,norm"),)),
+        Case("pissa", "PiSSA start", (train(f"--init pissa {ALL_LINEAR}"), MERGE_OWN)),
+        Case("loftq", "LoftQ start, two rounds", (train("--init loftq --loftq-iterations 2"), MERGE_OWN)),
         Case(
-            "modules-to-save",
-            "lm_head and norms trained whole",
-            (train("--modules-to-save lm_head,norm --optim adamw"),),
-        ),
-        Case(
-            "pissa",
-            "PiSSA start",
-            (train(f"--init pissa {ALL_LINEAR}"), merge("--model {model} --adapter {out}/run", "merged")),
-        ),
-        Case("loftq", "LoftQ start, two rounds", (train("--init loftq --loftq-iterations 2"),)),
-        Case(
-            "two-processes",
-            "data parallel, two processes",
+            "two-processes", "data parallel, with evaluations and samples",
             (train(f"{ALL_LINEAR} {HELD_OUT} --batch-size 2", processes=2),),
         ),
         Case(
-            "shard",
-            "--shard fsdp, two processes",
+            "shard", "--shard fsdp, two processes",
             (train(f"--shard fsdp {ALL_LINEAR} --batch-size 2", processes=2),),
         ),
         Case(
-            "tensor-parallel",
-            "--tensor-parallel 2 with sequence parallel",
+            "tensor-parallel", "--tensor-parallel 2 --sequence-parallel",
             (train(f"--tensor-parallel 2 --sequence-parallel {ALL_LINEAR}", processes=2),),
         ),
         Case(
-            "resume",
-            "a run stopped by SIGTERM and resumed, and the same run uninterrupted",
-            (
-                train(LONG, "whole"),
-                Command(train(LONG, "resumed").arguments, stop_at=50),
-                train(f"{LONG} --resume auto", "resumed"),
-            ),
+            "resume", "a run stopped by SIGTERM and resumed, and the same run uninterrupted",
+            (train(LONG, "whole"), train(LONG, "resumed", stop_at=50), train(f"{LONG} --resume auto", "resumed")),
             same=(("whole", "resumed"),),
         ),
         Case(
-            "merge",
-            "merged onto the dequantized and the original base, two adapters at once, in 4 bits",
+            "merge", "onto the dequantized and the original base (in shards), two adapters at once, into 4 bits",
             (
                 merge("--adapter {first}", "dequantized"),
                 merge("--adapter {first} --base original --max-shard-gb 0.0002", "original"),
@@ -189,50 +174,25 @@ def all_cases(demo_steps: int = 6) -> list[Case]:
             needs_adapters=True,
         ),
         Case(
-            "mix",
-            "two adapters as one: concatenated, and the nearest of rank 4",
-            tuple(
-                Command(
-                    tuple(
-                        f"-m qlora mix --adapters {{first}} {{second}} --weights 1 0.5 --output-dir {{out}}/{method} --method {method}".split()
-                    )
-                )
-                for method in ("cat", "svd")
-            ),
+            "mix", "two adapters as one: concatenated, and the nearest of their rank", (mix("cat"), mix("svd")),
             needs_adapters=True,
         ),
         Case(
-            "export",
-            "an adapter as .gguf",
+            "export", "an adapter as .gguf",
+            (command("-m qlora export --model {model} --adapter {first} --adapter-only --output {out}/out.gguf"),),
+            needs_adapters=True,
+        ),
+        Case(
+            "eval", "perplexity, exact match and drawn samples, of the base and with an adapter",
             (
-                Command(
-                    tuple(
-                        "-m qlora export --model {model} --adapter {first} --adapter-only --output {out}/adapter.gguf".split()
-                    )
-                ),
+                evaluate("perplexity", 1),
+                evaluate("perplexity", 2, "--adapter {first} --train-on all --max-length 32 --stride 16"),
+                evaluate("exact_match", 3, asked),
+                evaluate("exact_match", 4, f"--adapter {{first}} {asked} --samples 2 --temperature 0.7"),
             ),
             needs_adapters=True,
         ),
-        Case(
-            "eval",
-            "perplexity, exact match and samples of the base and with an adapter",
-            tuple(
-                Command(tuple(f"-m eval {task} {flags} --output {{out}}/result-{number}.json".split()))
-                for number, (task, flags) in enumerate(
-                    (
-                        ("perplexity", f"{base} --data {{sums}}"),
-                        ("perplexity", f"{adapted} --data {{sums}} --train-on all --max-length 32 --stride 16"),
-                        ("exact_match", f"{base} --data {{sums}} --max-new-tokens 8 --max-examples 12"),
-                        (
-                            "exact_match",
-                            f"{adapted} --data {{sums}} --max-new-tokens 8 --max-examples 12 --samples 2 --temperature 0.7",
-                        ),
-                    )
-                )
-            ),
-            needs_adapters=True,
-        ),
-    ]
+    ]  # fmt: skip
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------
@@ -280,7 +240,8 @@ def make_sums(count: int, seed: int) -> list[dict[str, str]]:
 
 def make_orders(count: int, seed: int) -> list[dict[str, str]]:
     """Shop orders and what they mean as JSON, as in the demo."""
-    rng, orders = random.Random(seed), {}
+    rng = random.Random(seed)
+    orders: dict[str, str] = {}
     while len(orders) < count:
         name, city = (
             rng.choice("Anna Ben Carla David Emma Farid".split()),
@@ -303,7 +264,9 @@ def save_tiny_llama(directory: Path) -> None:
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
