@@ -258,7 +258,7 @@ def _describe_values(old: StoredTensor, new: StoredTensor) -> str:
     as_bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]  # -0 is not 0, NaN is NaN
     count, apart = int((a.view(as_bits) != b.view(as_bits)).sum()), (a.double() - b.double()).abs()
     most, largest = float(apart.nan_to_num(float("inf")).max()), float(a.double().abs().max())
-    return f"{count:,} of {a.numel():,} values differ, by at most {most:.2g} (the largest is {largest:.2g})"
+    return f"{count:,} of {a.numel():,} values differ, by at most {most:.2g}; the old ones go up to {largest:.2g}"
 
 
 READERS: dict[str, Callable[[Path, Path, list[str]], str | None]] = {
