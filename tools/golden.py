@@ -9,8 +9,9 @@
 Each checkout is used through its commands alone (`python train.py`, `python -m qlora`, `python -m eval`, started
 in its own directory by the interpreter that runs this), so their layouts may differ entirely. Both write to the
 same path in turn, since files name paths. Each has caches of its own: quantized bases, tokens, compiled kernels.
-What a run would choose by measuring is fixed: dtype, recomputation, threads. The adapters that are merged, mixed
-or evaluated were trained by the old commit, so those cases also say whether its files can still be read.
+What a run would choose by measuring is fixed: dtype, recomputation, threads. All runs on the CPU, where the same
+program gives the same bits. The adapters that are merged, mixed or evaluated were trained by the old commit, so
+those cases also say whether its files can still be read.
 
 Prints a Markdown table. Exit code: 0 all equal, 1 something differs or failed, 2 the input is wrong. What may
 differ is listed in `tools.golden_compare.IGNORED`, each with its reason.
@@ -33,7 +34,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from tools.golden_cases import ADAPTERS, Case, Command, all_cases, make_inputs, smollm2_path
+from tools.golden_cases import ADAPTERS, DEMO_STEPS, Case, Command, all_cases, make_inputs, smollm2_path
 from tools.golden_compare import IGNORED, WITHIN, compare_directories, compared_files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ LAUNCHER = "-m accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_p
 # What would reach into a run from the shell: where modules, caches and other processes are.
 HIDDEN = (
     "PYTHONPATH PYTHONSAFEPATH PYTHONHOME RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
-    "OMP_WAIT_POLICY GOMP_SPINCOUNT CUDA_VISIBLE_DEVICES"
+    "OMP_WAIT_POLICY GOMP_SPINCOUNT"
 ).split()
 
 
@@ -111,6 +112,7 @@ class Side:
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "TRITON_CACHE_DIR": str(cache / "triton"),
             "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
             "TOKENIZERS_PARALLELISM": "false",
             "OMP_NUM_THREADS": "1" if processes > 1 else str(self.threads),
         }
@@ -138,8 +140,10 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _stop_at(process: subprocess.Popen[bytes], output_dir: Path, num_lines: int) -> None:
     """Ask a run to stop once its metrics.jsonl has so many lines."""
-    metrics = output_dir / "metrics.jsonl"
+    metrics, end = output_dir / "metrics.jsonl", time.monotonic() + TIMEOUT
     while process.poll() is None:
+        if time.monotonic() > end:
+            raise subprocess.TimeoutExpired(process.args, TIMEOUT)
         if metrics.is_file() and metrics.read_bytes().count(b"\n") >= num_lines:
             process.send_signal(signal.SIGTERM)
             return
@@ -288,7 +292,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="run these cases alone")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument(
-        "--demo-steps", type=int, default=6, metavar="N", help="steps of the demo; 32 is all of it"
+        "--demo-steps", type=int, default=DEMO_STEPS, metavar="N", help="steps of the demo; 32 is all of it"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of a single process")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="write outputs and logs here and keep them")

@@ -62,6 +62,7 @@ SMALL = (
 HELD_OUT = "--eval-split 0.1 --eval-every 3 --num-samples 2 --sample-tokens 8"
 ALL_LINEAR = "--target-modules all-linear"
 LONG = f"{ALL_LINEAR} --dropout 0.1 --max-steps 120 --save-every 40 --keep-last 1"
+DEMO_STEPS = 4
 # configs/demo.yaml; the dtype is fixed, for measuring it could choose another each time.
 DEMO = (
     "--use-4bit --rank 8 --alpha 16 --target-modules q_proj,v_proj --learning-rate 0.002 --schedule cosine "
@@ -108,7 +109,7 @@ def demo_commands(steps: int) -> tuple[Command, ...]:
     )
 
 
-def all_cases(demo_steps: int = 6) -> list[Case]:
+def all_cases(demo_steps: int = DEMO_STEPS) -> list[Case]:
     """Every case, in the order they run."""
     patterns = (
         "--use-rslora --lora-plus-ratio 4 --rank-pattern q_proj=6 --alpha-pattern v_proj=8 --weight-decay 0.1"
