@@ -121,7 +121,8 @@ class Side:
 def _last_error(text: str) -> str:
     """The last line of a log that names an error, else its last line."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?(error|[\w.]*(Error|Exception)):", line)]
+    named = re.compile(r"(\[rank\d+\]: )?(error|[\w.]*(?<!ChildFailed)(Error|Exception)): ")  # not the launcher's
+    errors = [line for line in lines if named.match(line)]
     return (errors or lines)[-1]
 
 

@@ -61,7 +61,7 @@ SMALL = (
 )
 HELD_OUT = "--eval-split 0.1 --eval-every 3 --num-samples 2 --sample-tokens 8"
 ALL_LINEAR = "--target-modules all-linear"
-LONG = f"{ALL_LINEAR} --dropout 0.1 --max-steps 120 --save-every 40 --keep-last 1"
+LONG = f"{ALL_LINEAR} --dropout 0.1 --max-steps 60 --save-every 20 --keep-last 1"
 DEMO_STEPS = 4
 # configs/demo.yaml; the dtype is fixed, for measuring it could choose another each time.
 DEMO = (
@@ -157,11 +157,11 @@ def all_cases(demo_steps: int = DEMO_STEPS) -> list[Case]:
         ),
         Case(
             "tensor-parallel", "--tensor-parallel 2 --sequence-parallel",
-            (train(f"--tensor-parallel 2 --sequence-parallel {ALL_LINEAR}", processes=2),),
+            (train(f"--tensor-parallel 2 --sequence-parallel {ALL_LINEAR} --model {{wide}}", processes=2),),
         ),
         Case(
             "resume", "a run stopped by SIGTERM and resumed, and the same run uninterrupted",
-            (train(LONG, "whole"), train(LONG, "resumed", stop_at=50), train(f"{LONG} --resume auto", "resumed")),
+            (train(LONG, "whole"), train(LONG, "resumed", stop_at=25), train(f"{LONG} --resume auto", "resumed")),
             same=(("whole", "resumed"),),
         ),
         Case(
@@ -217,13 +217,15 @@ def demo_dtype() -> str:
 def make_inputs(folder: Path) -> dict[str, str]:
     """Write models and data into `folder`; what stands for {model}, {sums}, ... in the commands."""
     folder.mkdir(parents=True)
-    save_tiny_llama(folder / "model")
+    save_tiny_llama(folder / "model", hidden_size=64, intermediate_size=160, num_attention_heads=4)
+    save_tiny_llama(folder / "wide", hidden_size=256, intermediate_size=512, num_attention_heads=8)
     for name, seed, count in (("sums", 0, 80), ("more_sums", 1, 30)):
         write_rows(folder / f"{name}.jsonl", make_sums(count, seed))
     write_rows(folder / "orders.jsonl", make_orders(1200, seed=0))
     paths = {name: str(folder / f"{name}.jsonl") for name in ("sums", "more_sums", "orders")}
     paths |= {name: str(folder / "adapters" / name) for name in ("first", "second")}
-    return paths | {"model": str(folder / "model"), "smollm2": str(smollm2_path()), "demo_dtype": demo_dtype()}
+    paths |= {name: str(folder / name) for name in ("model", "wide")}
+    return paths | {"smollm2": str(smollm2_path()), "demo_dtype": demo_dtype()}
 
 
 def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
@@ -260,7 +262,7 @@ def make_orders(count: int, seed: int) -> list[dict[str, str]]:
     return [{"prompt": prompt, "completion": completion} for prompt, completion in orders.items()]
 
 
-def save_tiny_llama(directory: Path) -> None:
+def save_tiny_llama(directory: Path, hidden_size: int, intermediate_size: int, num_attention_heads: int) -> None:
     """A random LLaMA of two layers with grouped queries, in fp32, and a byte-level tokenizer with ChatML."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -270,7 +272,8 @@ def save_tiny_llama(directory: Path) -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=hidden_size, intermediate_size=intermediate_size, num_hidden_layers=2,
+        num_attention_heads=num_attention_heads, num_key_value_heads=num_attention_heads // 2,
         vocab_size=VOCABULARY, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
         eos_token_id=2, pad_token_id=None,
     )  # fmt: skip

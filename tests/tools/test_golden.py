@@ -280,6 +280,13 @@ def test_a_failing_commit_exits_with_1(checkouts: tuple[Path, Path], capsys: pyt
     assert "ended with code 2: error: no rank" in printed
 
 
+def test_of_several_processes_the_error_is_not_the_launcher_s() -> None:
+    launcher = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: "
+    assert golden._last_error(f"step 1\nerror: two heads\n{launcher}\n  exitcode: 2\n") == "error: two heads"
+    assert golden._last_error(f"[rank1]: RuntimeError: no\n{launcher}\n") == "[rank1]: RuntimeError: no"
+    assert golden._last_error("step 1\n\nstep 2\n") == "step 2"
+
+
 def test_a_run_that_writes_nothing_is_not_equal(
     checkouts: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
