@@ -67,8 +67,11 @@ TEXT_LENGTH = 60  # letters of a value in a message
 
 
 def compare_directories(old: Path, new: Path, ignored: Sequence[Ignored] = IGNORED) -> list[str]:
-    """Every difference between two trees of files, one sentence each; the first of each file."""
-    names = sorted({*_files(old), *_files(new)})
+    """Every difference between two trees of files, one sentence each: the first of each file.
+
+    Metrics come first, since they tell at which step it began.
+    """
+    names = sorted({*_files(old), *_files(new)}, key=lambda name: (not name.endswith(".jsonl"), name))
     found = [compare_files(name, old / name, new / name, ignored) for name in names]
     return [difference for difference in found if difference is not None]
 

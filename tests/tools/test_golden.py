@@ -187,9 +187,9 @@ def test_a_file_of_one_side_alone_is_seen(pair: tuple[Path, Path]) -> None:
     (pair[1] / "run" / "out.gguf").write_bytes(b"abc")
     (pair[1] / "run" / "report.html").unlink()
     assert compare_directories(*pair) == [
+        "run/samples.jsonl: only the old commit wrote it",
         "run/out.gguf: only the new commit wrote it",
         "run/report.html: only the old commit wrote it",
-        "run/samples.jsonl: only the old commit wrote it",
     ]
     (pair[0] / "run" / "out.gguf").write_bytes(b"adc")
     assert "run/out.gguf: byte 1 was 100, is 98" in compare_directories(*pair)
