@@ -17,13 +17,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.answers import AnswerConfig, Matcher, make_matcher
-from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
-from eval.results import check_output, print_scores, write_result
-from eval.scores import Score, mean_score, proportion
 from qlora.config import parse_args
 from qlora.errors import InputError
 from qlora.records import Record, quote, read_records, to_messages
+
+from . import PROGRAM
+from .answers import AnswerConfig, Matcher, make_matcher
+from .model import EvalConfig, load_evaluated, require, require_at_least, share_out
+from .results import check_output, print_scores, write_result
+from .scores import Score, mean_score, proportion
 
 
 @dataclass
@@ -315,7 +317,7 @@ def measure(
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ExactMatchConfig, "python -m eval exact_match", argv)
+    config = parse_args(ExactMatchConfig, f"{PROGRAM} exact_match", argv)
     require(config, "model", "data")
     check_output(config.output)
     questions = read_questions(config)
