@@ -45,4 +45,4 @@ clean-demo:
 	rm -rf demo
 
 clean: clean-demo
-	rm -rf $(VENV) benchmarks/.venv
+	rm -rf $(VENV) benchmarks/.venv build dist *.egg-info
