@@ -10,8 +10,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from eval.scores import Score
 from qlora.system.errors import InputError
+
+from .scores import Score
 
 SCORE_KEYS = {item.name for item in fields(Score)}
 PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
