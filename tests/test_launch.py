@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from qlora.config import RunConfig, parse_args
+from tests.docs.pages import commands
 from tests.models import save_tiny_llama
-from tests.test_newcomer import commands
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
