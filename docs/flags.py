@@ -27,9 +27,9 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m docs.flags`; edit the comments in qlora/config instead. -->
 
-`python train.py`, `qlora train`, `python -m qlora train` and, for `--prompt`, `qlora generate` take these flags. A YAML
-file given with `--config FILE` takes the same names, with underscores or hyphens; a flag on the command line overrides
-the file. `qlora.train(...)` takes the same names as keywords.
+`python train.py`, `qlora train`, `python -m qlora train` and, for `--prompt`, `qlora generate` take these flags. A
+YAML file given with `--config FILE` takes the same names, with underscores or hyphens; a flag on the command line
+overrides the file. `qlora.train(...)` takes the same names as keywords.
 
 `qlora COMMAND --help` and `python -m eval COMMAND --help` list the flags of the other commands.
 """

@@ -25,7 +25,9 @@ from tests.docs.pages import LOG, PAGES, ROOT, code_spans, commands, name_of
 COMMANDS = ("chat", "plan", "merge", "mix", "check-data", "import", "inspect", "export", "push", "report")
 OUR_COMMAND = re.compile(r"(?:python |qlora |accelerate |torchrun |sbatch |plan |train\.py|--)")
 # Flags on the pages that belong to other programs: launchers, servers, torchrun, tests and benchmarks.
-OTHERS = re.compile(r"python -m (?:benchmarks|examples|tools|docs|sglang|pytest)|python examples/|pytest|accelerate config")
+OTHERS = re.compile(
+    r"python -m (?:benchmarks|examples|tools|docs|sglang|pytest)|python examples/|pytest|accelerate config"
+)
 LAUNCHERS = {
     "--config_file", "--machine_rank", "--main_process_ip", "--master_port", "--max-restarts", "--multi_gpu",
     "--nnodes", "--nproc_per_node", "--num_processes", "--rdzv_backend", "--rdzv_endpoint", "--rdzv_id",

@@ -38,6 +38,27 @@ def test_the_contract_on_the_page_is_the_one_that_is_checked() -> None:
     assert [sorted(line) for line in shown] == [sorted(line) for line in layers]
 
 
+def test_the_architecture_names_every_file() -> None:
+    """Room by room, and no file that does not exist."""
+    listing = ARCHITECTURE.partition("## Every file")[2].partition("\n## ")[0]
+    named = set()
+    part = re.compile(r"^\*\*([\w.]+)\*\*(, level \d)?:?(.*?)(?=^\*\*|\Z)", re.MULTILINE | re.DOTALL)
+    for room, level, text in part.findall(listing):
+        folder = "qlora/" if level else ""
+        if room.endswith(".py"):
+            named.add(folder + room)
+        for line in re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE):
+            names = re.findall(r"[\w/]+\.(?:py|c|h|html)(?=[,\s]|$)", line)
+            named.update(f"{folder}{room}/{name}" for name in names)
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("qlora", "eval")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".c", ".h", ".html") and path.name != "__init__.py"
+    }
+    assert sorted(named - found) == [] and sorted(found - named) == ["qlora/__main__.py"]
+
+
 def test_what_the_tree_names_exists() -> None:
     for name in ("eval/", "examples/", "configs/", "tests/", "tools/", "benchmarks/", "train.py"):
         assert name in TREE and (ROOT / name).exists()

@@ -1,4 +1,4 @@
-"""A newcomer's path: the commands of the README and of docs/ run as written there, page by page, in their order."""
+"""A newcomer's path: the commands of the README and of docs/ run as written, page by page, in their order."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_the_commands_of_a_page(page: Path, workspace: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "number"), [("README.md", 2), ("docs/adapters.md", 1)])
 def test_the_python_of_a_page(page: str, number: int, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page as a reader types them, the model's path replaced; docs/qlora.md's are in test_docs.py."""
+    """The blocks as a reader types them, the model's path replaced; test_docs.py runs those of docs/qlora.md."""
     monkeypatch.chdir(workspace)
     blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) == number
