@@ -1,8 +1,7 @@
-"""From data sources to the examples a run trains on and those it holds out.
+"""Load data sources into training and held-out examples.
 
-Every source becomes a TokenStore, in the cache or in memory; nothing is read from it before it is asked for, so
-that data larger than memory trains as any other. What an epoch takes of each source is its weight's matter, see
-packing.WindowOrder.
+Each source becomes a TokenStore, in the cache or in memory. Rows are read on demand, so data may be larger than
+memory. The weight of a source decides how much of it an epoch takes (data/order.py, WindowOrder).
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ Part = tuple[TokenStore, np.ndarray, float]  # a source's rows, which of them, i
 
 
 class Examples(Sequence[Example]):
-    """Rows of several sources, one source after another, read when asked for.
+    """Rows of several sources, one source after another, read on demand.
 
     Args:
-        parts: (store, which of its rows, weight) of each source.
+        parts: (store, row indices, weight) of each source.
     Attributes:
-        sources: (rows, weight) of each, for WindowOrder.
+        sources: (number of rows, weight) of each source, for WindowOrder.
         lengths: tokens of each row.
-        num_targets: of all rows together.
+        num_targets: total over all rows.
         digests: (rows,) uint64, identity of each row's tokens.
     """
 
@@ -84,16 +83,16 @@ def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> 
     """(file or hub id, weight) of each source.
 
     Args:
-        source: names, or a text of them separated by commas, unless that text is a file's name itself. Each may be
-            a pattern such as `shards/*.jsonl`, whose files each get its weight.
-        weights: as many as there are names; none: all 1.
+        source: names, or a comma-separated list of them (unless the text itself is a file name). A name may be a
+            pattern such as `shards/*.jsonl`; each of its files gets the pattern's weight.
+        weights: one per name; empty = all 1.
     Raises:
-        InputError: weights that fit neither number nor range, a pattern without a file, a source named twice.
+        InputError: wrong number of weights, one out of range, a pattern without a file, a source given twice.
     """
     names = [source] if isinstance(source, str) and Path(source).exists() else source
     names = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
     if not names:
-        raise InputError("data names no source; give --data a file or a hub id.")
+        raise InputError("data is empty; give --data a file or a hub id.")
     if weights and len(weights) != len(names):
         raise InputError(
             f"data_weights has {len(weights)} numbers for {len(names)} sources, {', '.join(names)}; give one each."
@@ -102,12 +101,12 @@ def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> 
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         if not 0 < weight <= MAX_WEIGHT:
             raise InputError(
-                f"data_weights gives {name} the weight {weight:g}; give a number above 0, at most {MAX_WEIGHT}, "
+                f"data_weights gives {name} the weight {weight:g}; give a number above 0 and at most {MAX_WEIGHT}, "
                 "or leave the source out."
             )
         files = [name] if Path(name).exists() or not glob.has_magic(name) else sorted(glob.glob(name))
         if not files:
-            raise InputError(f"{name} matches no file; give a pattern that does, or a file's name.")
+            raise InputError(f"{name} matches no file; give another pattern or a file name.")
         found += [(file, float(weight)) for file in files]
     doubled = [name for number, (name, _) in enumerate(found) if name in {n for n, _ in found[:number]}]
     if doubled:
@@ -117,9 +116,9 @@ def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How the records of a source become rows; arguments as `encode_records` and `stream_records`.
+    """Turns the records of a source into rows; fields as the arguments of `encode_records` and `stream_records`.
 
-    `cache`: keep the tokens on disk and map them from there; else they are held in memory.
+    `cache`: keep the tokens in a memory-mapped file on disk instead of in memory.
     """
 
     tokenizer: Any
@@ -133,7 +132,7 @@ class Encoder:
 
     @cached_property
     def key(self) -> list[Any]:
-        """All that the rows of a source depend on beside the source."""
+        """Everything the rows depend on, apart from the source."""
         digest = hashlib.sha256()
         for name, content in sorted(tokenizer_files(self.tokenizer).items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
@@ -143,10 +142,10 @@ class Encoder:
     def load(
         self, source: str, bad_rows: list[BadRow] | None, say: Callable[[str], Any]
     ) -> tuple[TokenStore, str]:
-        """(the rows of a source, how they came).
+        """(rows of a source, where they came from).
 
         Args:
-            bad_rows: receives the rows that cannot be used, also those before an error; None: the first is raised.
+            bad_rows: collects unusable rows, including those before an error; None: raise at the first.
         """
 
         def fill(writer: TokenWriter) -> tuple[EncodeReport, list[BadRow]]:
@@ -170,13 +169,13 @@ class Encoder:
             try:
                 store, was_there = cached_store([identify_source(source), self.key], fill)
             except OSError as error:
-                say(f"the token cache {token_cache()} cannot be written ({error}); tokens are kept in memory")
+                say(f"the token cache {token_cache()} cannot be written ({error}); keeping tokens in memory")
             else:
                 if bad_rows is None and store.bad_rows:
                     raise store.bad_rows[0]
                 if bad_rows is not None:
                     bad_rows[:] = store.bad_rows
-                return store, "read from the token cache" if was_there else "tokenised"
+                return store, "read from the token cache" if was_there else "tokenized"
         return write_store(fill, None), "tokenised"
 
 
@@ -203,14 +202,14 @@ def load_examples(
     """(training, held-out) examples.
 
     Args:
-        source, weights: as `find_sources`; eval_source: one file or hub id.
-        eval_split: share of each source to hold out, at least a row, drawn by `seed`; 0 = none. A source of a
-            single row gives none, and weights are for training alone.
+        source, weights: as for `find_sources`; eval_source: one file or hub id.
+        eval_split: share of each source to hold out, at least one row, drawn with `seed`; 0 = none. A source with
+            a single row holds out nothing. Weights apply to training only.
         say: receives one line per source, the sample, the split and the mix.
-        on_bad_row: a row that cannot be used is raised ("stop"), or left out and counted ("skip").
-        bad_rows_file: lists the rows left out, one {"where", "problem"} a line, whether or not enough are left
-            to train on; an older one is replaced, or removed where no row is bad.
-        parse_special, num_workers, columns, cache: as `Encoder`.
+        on_bad_row: "stop" raises at an unusable row, "skip" drops and counts it.
+        bad_rows_file: lists the dropped rows, one {"where", "problem"} per line, even if too few rows are left to
+            train on. An old file is replaced, or removed if no row is bad.
+        parse_special, num_workers, columns, cache: as for `Encoder`.
     Raises:
         InputError: unusable data, or a split that leaves one side empty.
     """
@@ -244,7 +243,7 @@ def load_examples(
         parts, held = _split(parts, eval_split, seed)
         if not held:
             few = f"{', '.join(name for name, _ in sources)}: {sum(map(len, stores))} examples"
-            raise InputError(f"{few} are too few to hold any out; pass --eval-data.")
+            raise InputError(f"{few} are too few to hold some out; pass --eval-data.")
         say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
     if len(sources) > 1 or sources[0][1] != 1:
         say(describe_mix([name for name, _ in sources], parts))
@@ -252,7 +251,7 @@ def load_examples(
 
 
 def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], list[Part]]:
-    """(what is trained, what is held out): a share of each source, whatever other sources there are."""
+    """(training part, held-out part): a share of each source, independent of the other sources."""
     trained, held = [], []
     for store, rows, weight in parts:
         count = max(1, round(share * len(rows)))
@@ -266,7 +265,7 @@ def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], 
 
 
 def describe_mix(names: Sequence[str], parts: Sequence[Part]) -> str:
-    """What an epoch holds of each source, in rows and tokens; a sample counts as its source's mean."""
+    """Rows and tokens of each source in an epoch; a sampled row counts as the source's mean."""
     taken = [rows_per_epoch(len(rows), weight) for _, rows, weight in parts]
     means = [float(store.lengths[rows].mean()) for store, rows, _ in parts]
     tokens = [count * mean for count, mean in zip(taken, means, strict=True)]
@@ -278,7 +277,7 @@ def describe_mix(names: Sequence[str], parts: Sequence[Part]) -> str:
 
 
 def write_bad_rows(bad_rows: Sequence[BadRow], path: Path) -> None:
-    """One {"where", "problem"} a line, written whole; without bad rows, no file."""
+    """Write one {"where", "problem"} per line, atomically; no file if there are no bad rows."""
     if not bad_rows:
         path.unlink(missing_ok=True)
         return

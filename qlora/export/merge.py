@@ -1,16 +1,16 @@
 """Merge adapters into their base and save an ordinary Hugging Face model, one tensor at a time.
 
-    W_merged = bf16( W_hat + w (alpha / rank) B A )        added in fp32; several adapters add up, each by its w
+    W_merged = bf16( W_hat + w (alpha / rank) B A )     added in fp32; several adapters are summed, each with its w
 
-W_hat is by default the *dequantized* base, the weights the adapter was trained against; `original` takes the
-weights as they were before quantization, for which the adapter was not trained. Either way the saved model
-differs from base + adapter a little (bf16 rounding at least), so the drift is measured and written down.
+W_hat is by default the *dequantized* base, the weights the adapter was trained on; `original` uses the weights
+before quantization, which the adapter was not trained on. Either way the saved model differs slightly from base +
+adapter (at least by bf16 rounding), so the drift is measured and recorded.
 
-`save_4bit` goes back into 4 bits. Quantizing the merged weights anew is no way there: W_hat lies on the 4-bit
-grid, and an update below half a step of it is rounded away. qlora/quant/gptq.py chooses the codes instead.
+`save_4bit` writes 4-bit weights. Quantizing the merged weights again would not work: W_hat lies on the 4-bit grid,
+so an update below half a step is rounded away. qlora/quant/gptq.py chooses the codes instead.
 
-What is finished lies in a directory beside the output, named after a fingerprint of everything that goes into
-it: a merge that was killed goes on there, and the output appears whole or not at all.
+Finished files go into a directory next to the output, named after a fingerprint of all inputs. A killed merge
+continues there, and the output appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.layers import FrozenMatrix
 from qlora.system.errors import CheckFailed, InputError
 
-CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 8192  # of one text of a calibration file, and of all
+CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 8192  # tokens per text of a calibration file, and in total
 
 
 def merge_adapter(
@@ -61,28 +61,28 @@ def merge_adapter(
     max_drift: float | None = None,
     say: Callable[[str], Any] = print,
 ) -> Drift | None:
-    """Write base + adapter as a model directory that transformers loads by itself.
+    """Write base + adapter as an ordinary model directory for transformers.
 
-    Memory while writing stays near one tensor in fp32 (with `save_4bit` beside the 4-bit base and 1 GiB);
-    measuring the drift loads each model once, in turn.
+    Memory while writing stays near one tensor in fp32 (with `save_4bit` plus the 4-bit base and 1 GiB); measuring
+    the drift loads both models, one after the other.
 
     Args:
         model: the base: directory, hub id or .gguf.
         adapter: directory, or several; how the base was quantized is read from their weights files.
-        output_dir: must not exist; appears whole or not at all.
-        max_shard_size: bytes of a weights file.
-        weights: what each adapter's change is multiplied by; by default 1.
+        output_dir: must not exist; written atomically.
+        max_shard_size: bytes per weights file.
+        weights: factor for each adapter's update; default 1.
         save_4bit: write a bitsandbytes checkpoint instead of bf16.
-        calibration: texts like those the model is for (best: the training data), for the choice of the 4-bit
-            codes; by default a few that come with this project.
-        drift_text: file to measure the drift on, instead of the texts of qlora/export/drift.py.
+        calibration: data file with texts like those the model is for (ideally the training data), for choosing the
+            4-bit codes; default: built-in texts.
+        drift_text: file to measure the drift on; default: built-in texts (export/texts.py).
         max_drift: largest mean KL to accept, in nats per token.
-        say: hears that a merge goes on where it was stopped.
+        say: receives a line if an interrupted merge is continued.
     Returns:
         The drift, unless `check_drift` is off.
     Raises:
-        InputError: an adapter that does not fit, or an output directory that exists.
-        CheckFailed: the drift is larger than `max_drift`; nothing is left of the merge.
+        InputError: an adapter does not fit, or the output directory exists.
+        CheckFailed: the drift exceeds `max_drift`; nothing is written.
     """
     target = Path(output_dir)
     if target.exists():
@@ -90,13 +90,13 @@ def merge_adapter(
     mixture = read_mixture([adapter] if isinstance(adapter, str) else adapter, weights)
     quant = mixture.quantization
     if save_4bit and (base == "original" or quant is None):
-        why = "--base original is asked for" if quant is not None else "The adapter was trained on a 16-bit base"
-        raise InputError(f"{why}, so there is no 4-bit base to go back into; leave out --save-4bit.")
+        why = "--base original was given" if quant is not None else "The adapter was trained on a 16-bit base"
+        raise InputError(f"{why}, so there are no 4-bit scales to reuse; leave out --save-4bit.")
     if max_drift is not None and not (check_drift and 0 <= max_drift < math.inf):
         raise InputError(f"max_drift is {max_drift}; give --max-drift a number of 0 or more, without --no-drift.")
     network = empty_model(model)
     if save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
-        raise InputError("transformers reads no mixture of experts in 4 bits; leave out --save-4bit.")
+        raise InputError("transformers cannot load a 4-bit mixture of experts; leave out --save-4bit.")
     for saved in mixture.adapters:
         check_adapter(saved, network)
     mixture = replace(
@@ -141,7 +141,7 @@ def merge_adapter(
 
 
 def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: DenseWriter | PackedWriter) -> None:
-    """Config, generation config, tokenizer and chat template."""
+    """Write config, generation config, tokenizer and chat template."""
     from transformers import GenerationConfig
 
     config = load_config(model)
@@ -153,7 +153,7 @@ def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: Dense
     config.tie_word_embeddings = config.tie_word_embeddings and not mixture.untied
     config.vocab_size = writer.shapes[vocabulary_names(empty_model(model))[0]][0]
     config.save_pretrained(directory)
-    # Copied as it stands: transformers refuses to save some that it loads (a temperature without sampling).
+    # Copied unchanged: transformers refuses to save some configs that it loads (a temperature without sampling).
     generation = metadata_directory(model) / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, directory / generation.name)
@@ -161,13 +161,13 @@ def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: Dense
         GenerationConfig.from_model_config(config).save_pretrained(directory)
     tokenizer = load_tokenizer(model)
     own_files = read_tokenizer_files(mixture.adapters[0].directory) if mixture.is_plain else {}
-    if own_files:  # with tokens that the base has not
+    if own_files:  # with new tokens
         tokenizer.save_pretrained(directory)
         for name, content in own_files.items():
             (directory / name).write_bytes(content)
         tokenizer = load_tokenizer(str(directory))
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = fallback_template(tokenizer)  # what training used
+        tokenizer.chat_template = fallback_template(tokenizer)  # used in training
     tokenizer.save_pretrained(directory)
 
 

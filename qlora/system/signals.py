@@ -1,7 +1,7 @@
-"""Requests to stop a run: SIGTERM, SIGINT, or a time limit. The loop asks between steps.
+"""Requests to stop a run: SIGTERM, SIGINT or a time limit, checked between steps.
 
-The first signal asks; the loop finishes its step, saves and ends. A second one ends the process at once, which
-is safe too: every file of a run is written aside and renamed.
+After the first signal the loop finishes its step, saves and ends. A second one ends the process at once, which is
+also safe: every file of a run is written atomically.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_REQUEST_SECONDS = 1.0  # launchers and terminals deliver one request several times over
+SAME_REQUEST_SECONDS = 1.0  # launchers and terminals may deliver one request several times
 
 
 class StopRequest:
-    """Why the run should stop now: call it. Listens to signals inside a `with` block, in the main thread.
+    """Call it to get the reason to stop now, or None. Handles signals inside a `with` block in the main thread.
 
     Args:
-        deadline: in seconds of time.monotonic(), which no change of the clock moves; None = no limit.
+        deadline: in seconds of time.monotonic(), which clock changes do not affect; None = no limit.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
@@ -43,7 +43,7 @@ class StopRequest:
         now = time.monotonic()
         if self._signal is None:
             self._signal, self._first = number, now
-            os.write(2, b"asked to stop: finishing the step and saving; a second signal ends at once\n")
+            os.write(2, b"stopping: finishing the step and saving; a second signal ends at once\n")
         elif now - self._first > SAME_REQUEST_SECONDS:
             os._exit(128 + number)
 

@@ -1,4 +1,4 @@
-"""Say what is in a data file, and what a run would make of it."""
+"""Show what is in a data file and how a run would use it."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from qlora.system.errors import InputError
 
 @dataclass
 class CheckDataConfig:
-    """Say what is in a data file, and what a run would make of it."""
+    """Show what is in a data file and how a run would use it."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """A .jsonl, .json, .csv or .parquet file, or a hub id."""
     model: str | None = None
-    """Count in tokens of this model, of which only the tokenizer is loaded."""
+    """Count tokens with this model's tokenizer; nothing else of it is loaded."""
     max_length: int = DataConfig.max_length
     """Longest example, in tokens."""
     on_long: Literal["truncate", "drop"] = DataConfig.on_long
-    """A longer example keeps its first --max-length tokens, or is dropped."""
+    """Cut a longer example to its first --max-length tokens, or drop it."""
     train_on: Literal["completion", "all"] = DataConfig.train_on
-    """Learn the assistant's turns only, or every token."""
+    """Train on the assistant's turns only, or on every token."""
     parse_special: bool = DataConfig.parse_special
-    """Let text that spells a special token inside a message be that token instead of plain text."""
+    """Parse special tokens spelled inside a message; by default they are plain text."""
     columns: str = DataConfig.columns
-    """Columns that go by another name, as prompt=question,completion=answer."""
+    """Rename columns, as in prompt=question,completion=answer."""
     chat_template: str | None = None
-    """File of a Jinja chat template to use in the place of the tokenizer's."""
+    """Jinja chat template file to use instead of the tokenizer's."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -58,6 +58,6 @@ def main(argv: Sequence[str]) -> None:
     print_check(found)
     if found.bad_rows:
         raise InputError(
-            f"{len(found.bad_rows):,} of {found.num_rows:,} rows of {config.data} cannot be used; mend them, or "
-            "train without them by --on-bad-row skip."
+            f"{len(found.bad_rows):,} of {found.num_rows:,} rows of {config.data} cannot be used; fix them, or "
+            "train without them: --on-bad-row skip."
         )

@@ -15,27 +15,27 @@ class MergeConfig:
     """Merge adapters into their base and save an ordinary Hugging Face model."""
 
     model: str | None = None
-    """The base; by default the one that the (first) adapter names."""
+    """The base; default: the one that the first adapter names."""
     adapter: tuple[str, ...] = ()
-    """Adapter directory, or several, whose updates add up."""
+    """One or more adapter directories; their updates are added."""
     weights: tuple[float, ...] = ()
-    """What the update of each adapter is multiplied by; by default 1."""
+    """Factor for each adapter's update; default: 1."""
     output_dir: str = "merged"
-    """Where to write; must not exist."""
+    """Output directory; must not exist."""
     base: Literal["dequantized", "original"] = "dequantized"
-    """Merge onto the weights the adapter was trained against, or onto those before quantization."""
+    """Merge into the dequantized weights that the adapter was trained on, or into the original ones."""
     save_4bit: bool = False
-    """Go back into 4 bits, the codes chosen so that the update survives; by default bf16 is written."""
+    """Write 4-bit weights, with codes chosen so that the update survives, instead of bf16."""
     calibration: str | None = None
-    """Texts to choose the 4-bit codes for: a data file, best the training data; by default a few built-in ones."""
+    """Data file for choosing the 4-bit codes, ideally the training data; default: built-in texts."""
     max_shard_gb: float = 5.0
     """Largest weights file, in GB."""
     drift: bool = True
     """Measure how far the merged model is from base + adapter."""
     drift_text: str | None = None
-    """Measure it on the first tokens of this data file (or .txt) instead of on a few built-in texts."""
+    """Measure drift on the first tokens of this data file (or .txt); default: built-in texts."""
     max_drift: float | None = None
-    """Fail, with nothing written, if the mean KL is above this many nats per token."""
+    """Fail and write nothing if the mean KL exceeds this many nats per token."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -64,6 +64,6 @@ def main(argv: Sequence[str]) -> None:
         max_drift=config.max_drift,
     )
     how = "in 4 bits" if config.save_4bit else "in 16 bits (--no-4bit)"
-    print(f"merged model in {config.output_dir}; load it {how}, see its README.md")
+    print(f"Merged model saved to {config.output_dir}; load it {how}, see its README.md")
     if drift is not None:
-        print(f"drift from base + adapter: {drift}")
+        print(f"Drift from base + adapter: {drift}")

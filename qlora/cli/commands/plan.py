@@ -1,4 +1,4 @@
-"""Say what memory and time a run would take, before it is made."""
+"""Estimate the memory and time of a run before starting it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from qlora.system.errors import InputError
 
 @dataclass
 class PlanConfig(RunConfig):
-    """Say what a run of train.py with the same flags would take, from the model's config alone: memory, and of
-    many devices also what they send each other, and the time of a step."""
+    """Estimate a training run with the same flags from the model's config alone: memory and, on several devices,
+    communication and step time."""
 
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     device: Literal["cuda", "cpu"] | None = None
-    """What it would run on; by default what is here."""
+    """Device to plan for; default: this machine's."""
     device_memory: Annotated[str | None, tyro.conf.arg(aliases=["--gpu-memory"])] = None
-    """Memory of each device, as 24GiB or 24GB: whether the run fits, and if not what would make it."""
+    """Memory per device, as 24GiB or 24GB: checks whether the run fits, and what would make it fit."""
 
 
 def main(argv: Sequence[str]) -> None:
