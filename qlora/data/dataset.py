@@ -31,7 +31,7 @@ from qlora.system.errors import InputError
 from qlora.system.files import new_file
 
 MAX_WEIGHT = 1000
-Part = tuple[TokenStore, np.ndarray, float]  # a source's rows, which of them, its weight
+SourceRows = tuple[TokenStore, np.ndarray, float]  # store, row indices, weight
 
 
 class Examples(Sequence[Example]):
@@ -46,7 +46,7 @@ class Examples(Sequence[Example]):
         digests: (rows,) uint64, identity of each row's tokens.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[SourceRows]) -> None:
         self._parts = parts
         self.sources = [(len(rows), weight) for _, rows, weight in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
@@ -238,7 +238,7 @@ def load_examples(
         if bad_rows_file is not None:
             write_bad_rows(skipped, bad_rows_file)
     parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, sources, strict=True)]
-    held: list[Part] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
+    held: list[SourceRows] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
     if held_out is None and eval_split:
         parts, held = _split(parts, eval_split, seed)
         if not held:
@@ -250,7 +250,7 @@ def load_examples(
     return Examples(parts), Examples(held) if held else []
 
 
-def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], list[Part]]:
+def _split(parts: Sequence[SourceRows], share: float, seed: int) -> tuple[list[SourceRows], list[SourceRows]]:
     """(training part, held-out part): a share of each source, independent of the other sources."""
     trained, held = [], []
     for store, rows, weight in parts:
@@ -264,7 +264,7 @@ def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], 
     return trained, held
 
 
-def describe_mix(names: Sequence[str], parts: Sequence[Part]) -> str:
+def describe_mix(names: Sequence[str], parts: Sequence[SourceRows]) -> str:
     """Rows and tokens of each source in an epoch; a sampled row counts as the source's mean."""
     taken = [rows_per_epoch(len(rows), weight) for _, rows, weight in parts]
     means = [float(store.lengths[rows].mean()) for store, rows, _ in parts]

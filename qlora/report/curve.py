@@ -10,18 +10,18 @@ from qlora.system.files import new_file
 
 
 def smoothing_width(num_steps: int) -> int:
-    """Over how many steps the smoothed loss is a mean."""
+    """Number of steps in the mean of the smoothed loss."""
     return 1 + num_steps // 20
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training lines, evaluation lines) of a metrics.jsonl; skipped steps are left out."""
+    """(training lines, evaluation lines) of a metrics.jsonl, without skipped steps."""
     lines = [json.loads(text) for text in path.read_text().splitlines()]
     return [x for x in lines if x.get("loss") is not None], [x for x in lines if "eval_loss" in x]
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw training loss (each step and smoothed) and held-out loss over optimizer steps."""
+    """Plot training loss (each step and smoothed) and held-out loss over optimizer steps."""
     import matplotlib
 
     matplotlib.use("Agg")

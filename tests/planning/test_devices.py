@@ -38,7 +38,7 @@ from qlora.parallel.fsdp import load_sharded_model
 from qlora.parallel.launch import arrange_ranks
 from qlora.parallel.load import load_for_ranks
 from qlora.parallel.tensor_parallel import WeightCut, split_model
-from qlora.planning.devices import Census, Layout, Unit, add_communication, gathered_peak
+from qlora.planning.devices import Census, DeviceLayout, Unit, add_communication, gathered_peak
 from qlora.planning.memory import MemoryPlan, layer_bytes
 from qlora.planning.planner import Planner
 from qlora.planning.step import Traffic, measure_flops, step_time
@@ -183,7 +183,7 @@ def test_gathered_units_as_torch_counts_them(sizes: tuple[int, ...]) -> None:
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
     units = [Unit("block", ((size, 32),)) for size in sizes]
     shares = sum(unit.share(4) for unit in units)
-    assert peak - shares == pytest.approx(gathered_peak(units, Layout(4, base_ranks=4)), rel=0.001)
+    assert peak - shares == pytest.approx(gathered_peak(units, DeviceLayout(4, base_ranks=4)), rel=0.001)
 
 
 def test_shares_written_out() -> None:
@@ -191,7 +191,7 @@ def test_shares_written_out() -> None:
     unit = Unit("block", ((5, 2), (7, 1)))
     assert [unit.share(n) for n in (1, 3, 7, 1000)] == [17, 7, 3, 3]
     assert unit.gathered(3) == 21 and unit.gathered(1000) == 3000
-    layout = Layout(3, base_ranks=3, cpu_offload=True)
+    layout = DeviceLayout(3, base_ranks=3, cpu_offload=True)
     assert gathered_peak([unit], layout) == 2 * 21 + 7  # received, copied out, and its own share on the device
     assert gathered_peak([unit, Unit("block", ((3, 1),))], layout) == 2 * 21 + 7
 
@@ -203,7 +203,7 @@ def test_gathered_beside_the_logits() -> None:
 
     def communication(logits: int, *units: Unit) -> int:
         census = Census(1, 0, units, trained=0, replaced=0, tensor_base=0, token_bytes=0)
-        [plan] = add_communication([replace(nothing, logits=logits)], census, Layout(2, base_ranks=2), 1)
+        [plan] = add_communication([replace(nothing, logits=logits)], census, DeviceLayout(2, base_ranks=2), 1)
         return plan.communication
 
     assert communication(0, embeddings, block, head) == 20 + 2 * 30
