@@ -88,7 +88,9 @@ class History:
             if mode is not None:  # it may be private
                 os.chmod(self.path, mode)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error}); choose another with /save FILE.") from error
+            raise InputError(
+                f"{self.path} cannot be written ({error}); choose another with /save FILE."
+            ) from error
         self._above, self._content = above, above + line
 
     def _read(self) -> bytes:

@@ -168,7 +168,9 @@ class Chat:
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean /{close[0]}?" if close else "/help lists them."
-            raise InputError(f"Unknown command /{name}; {hint} To send a message with a / first, begin with a space.")
+            raise InputError(
+                f"Unknown command /{name}; {hint} To send a message with a / first, begin with a space."
+            )
         if name == "quit":
             return False
         getattr(self, f"do_{name}")(text.strip())
@@ -193,9 +195,7 @@ class Chat:
             raise InputError("No question to compare yet; ask one first.")
         *before, last = self.turns
         if last.answered_by == NO_ADAPTER:
-            raise InputError(
-                "The base gave the last answer; choose an adapter with /adapter NAME, then /retry."
-            )
+            raise InputError("The base gave the last answer; choose an adapter with /adapter NAME, then /retry.")
         with self.console.status("the base is answering ..."):
             answer, _ = self._answer(before, last.question, None, lambda text: None)
         sides = {last.answered_by or "saved": last.answer, "base": answer}
@@ -292,7 +292,9 @@ class Chat:
             self.note(f"{path} ends with another system message: starting a new conversation")
         elif turns:
             self.system, self.turns = system, turns
-            self.note(f"continuing {path} after {len(turns)} turn(s); the last question was: {turns[-1].question:.60}")
+            self.note(
+                f"continuing {path} after {len(turns)} turn(s); the last question was: {turns[-1].question:.60}"
+            )
 
     def run(self) -> None:
         """Read messages and commands until /quit or end of input."""

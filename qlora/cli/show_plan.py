@@ -63,7 +63,9 @@ def print_plan(
     if memory is None:
         if config.train.gradient_checkpointing == "auto":
             least = f"{plan.all_recomputed / GIB:.2f} GiB with all layers recomputed"
-            console.print(f"auto recomputes as many layers as needed: {least}. Pass --device-memory for the number.")
+            console.print(
+                f"auto recomputes as many layers as needed: {least}. Pass --device-memory for the number."
+            )
     elif planner.fits(plan):
         console.print(f"fits in {memory / GIB:.2f} GiB, {(memory - plan.total) / GIB:.2f} GiB to spare")
     else:
@@ -128,9 +130,7 @@ def _print_step(
         console.print(f"a step takes {most}: {slow} tokens/s")
         return
     speed = slow if slow == fast else f"{slow} to {fast}"
-    console.print(
-        f"a step takes {least} (gathers overlap computing) to {most} (no overlap): {speed} tokens/s"
-    )
+    console.print(f"a step takes {least} (gathers overlap computing) to {most} (no overlap): {speed} tokens/s")
 
 
 def _seconds(seconds: float) -> str:

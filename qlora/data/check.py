@@ -129,7 +129,7 @@ def _find_signs(messages: list[dict[str, Any]], num_characters: int, encoder: Ro
 
 
 def length_histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """(from, to, number of rows); each range is twice as long as the last; empty ranges at the ends are dropped."""
+    """(from, to, number of rows); each range is twice as long as the last, without empty ones at the ends."""
     buckets = Counter(length.bit_length() for length in lengths)  # 0, 1, 2 to 3, 4 to 7, ...
     shown = range(min(buckets, default=0), max(buckets, default=-1) + 1)
     return [(2**bits // 2, 2**bits - 1, buckets[bits]) for bits in shown]

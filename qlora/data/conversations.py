@@ -89,7 +89,9 @@ def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise BadRow(origin, f"{name} is {describe(values)}; write a list of whole numbers.")
         if len(values) != len(ids):
-            raise BadRow(origin, f"{name} has {len(values)} numbers where input_ids has {len(ids)}; make them equal.")
+            raise BadRow(
+                origin, f"{name} has {len(values)} numbers where input_ids has {len(ids)}; make them equal."
+            )
     labels = ids if labels is None else labels
     for place, (token, label) in enumerate(zip(ids, labels, strict=True), start=1):
         if label not in (-100, token):
@@ -201,7 +203,6 @@ def _check_order(turns: list[dict[str, Any]], origin: str) -> list[dict[str, Any
         roles = ", ".join(turn["role"] for turn in turns) or "none"
         raise BadRow(
             origin,
-            f"no assistant message to learn from (roles: {roles}); "
-            "add one or remove the record.",
+            f"no assistant message to learn from (roles: {roles}); add one or remove the record.",
         )
     return turns[:num_kept]

@@ -101,7 +101,7 @@ def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> 
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         if not 0 < weight <= MAX_WEIGHT:
             raise InputError(
-                f"data_weights gives {name} the weight {weight:g}; give a number above 0 and at most {MAX_WEIGHT}, "
+                f"data_weights gives {name} the weight {weight:g}; give a number above 0, at most {MAX_WEIGHT}, "
                 "or leave the source out."
             )
         files = [name] if Path(name).exists() or not glob.has_magic(name) else sorted(glob.glob(name))

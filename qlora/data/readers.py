@@ -311,8 +311,8 @@ def _load_hub(name: str, split: str) -> Any:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"No file '{name}' exists, and no dataset of that name with a split '{split}' could be loaded from the "
-            f"hub ({reason}); check the path, the id, the split and the network."
+            f"No file '{name}' exists, and no such dataset with a split '{split}' could be loaded from the hub "
+            f"({reason}); check the path, the id, the split and the network."
         ) from error
 
 

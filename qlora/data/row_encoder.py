@@ -181,7 +181,7 @@ class RowEncoder:
 
         if not before or not text or _token_ids(before + "a", self.tokenizer)[1:] == encode("a"):
             return encode(text)
-        # A SentencePiece tokenizer may write its "▁" only at the start of a part, so the text must not start there.
+        # A SentencePiece tokenizer may write its "▁" only at the start of a part: do not let the text start there.
         for lead in ("\n", "a", "1", "."):
             lead_ids, ids = encode(lead), encode(lead + text)
             if ids[: len(lead_ids)] == lead_ids:  # no token spans both: the rest belongs to the text

@@ -95,6 +95,8 @@ def _check_plain(value: Any, name: str, origin: str) -> None:
         elif not isinstance(item, (bool, int, float, type(None))) or (
             item != item or item in (math.inf, -math.inf)
         ):
-            raise BadRow(origin, f"{name} holds {describe(item)}, which is not a JSON value; write text or a number.")
+            raise BadRow(
+                origin, f"{name} holds {describe(item)}, which is not a JSON value; write text or a number."
+            )
         if depth > MAX_DEPTH:
             raise BadRow(origin, f"{name} is nested more than {MAX_DEPTH} levels deep; make it flatter.")

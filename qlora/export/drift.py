@@ -1,4 +1,4 @@
-"""Measure how far a merged model is from base + adapter: run both over the same texts in fp32, one after the other.
+"""Measure how far a merged model is from base + adapter: run both on the same texts in fp32, one after the other.
 
 The texts are built-in prompts and paragraphs (export/texts.py) or a user's file. The paragraphs (or the file) also
 give the perplexity of both models.

@@ -66,7 +66,8 @@ def export_model(
         adapter: adapter directory.
         pre_tokenizer: llama.cpp's name for the tokenizer's splitter, if it is not recognized.
     Raises:
-        InputError: llama.cpp does not support the architecture, tokenizer or a setting; or the adapter does not fit.
+        InputError: llama.cpp does not support the architecture, tokenizer or a setting; or the adapter does not
+            fit.
     """
     network = empty_model(model)
     architecture = _architecture(network.config)

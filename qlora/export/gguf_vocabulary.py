@@ -180,7 +180,7 @@ def _flatten(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
 
 
 def _add_special_ids(writer: Any, tokenizer: Any) -> None:
-    """Write special ids by role, whether BOS and EOS are added to plain text, and the trained end-of-turn token."""
+    """Write special ids by role, whether BOS and EOS are added to plain text, and the trained end of turn."""
     for role in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
         if token is not None:

@@ -65,9 +65,7 @@ class Mixture:
                 for layer in saved.adapted_layers[:1]:
                     saved.low_rank(layer)
             if read_tokenizer_files(saved.directory):
-                raise InputError(
-                    f"{saved.directory} has its own tokenizer; merge it alone, with weight 1."
-                )
+                raise InputError(f"{saved.directory} has its own tokenizer; merge it alone, with weight 1.")
 
     def merged_shapes(self, network: Any) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of the merged model by name; new tokens add rows.

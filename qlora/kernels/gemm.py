@@ -1,9 +1,9 @@
 """x W^T and x W for the many rows x of a training step, computed from the frozen weight as stored.
 
 Dequantizing W first would write and read 2 or 4 bytes per half-byte weight, and torch would then copy them into
-the layout of its product. gemm.c decodes a panel of W into the processor's cache, in the layout that it multiplies.
-Each weight equals the dequantized one to the last bit; sums are in fp32, and a row's result does not depend on
-the other rows.
+the layout of its product. gemm.c decodes a panel of W into the processor's cache, in the layout that it
+multiplies. Each weight equals the dequantized one to the last bit; sums are in fp32, and a row's result does not
+depend on the other rows.
 
 Requires a CPU with AVX-512 and GCC; for bf16 also AVX512-BF16 and no AMX, for which torch has faster products.
 """

@@ -23,8 +23,8 @@ class PackedAttention(torch.autograd.Function):
                    O = P V                 (R, d)                   dQ = dS K      dK = dS^T Q      dV = P^T dO
 
     P is recomputed in the backward pass. Scores exist for one block of queries at a time, and those above the
-    diagonal are skipped: half the work of whole matrices. For bf16 tensors on a processor with bf16 products, P and
-    dS are rounded to bf16, as in flash attention; otherwise they stay in fp32.
+    diagonal are skipped: half the work of whole matrices. For bf16 tensors on a processor with bf16 products, P
+    and dS are rounded to bf16, as in flash attention; otherwise they stay in fp32.
 
     Args:
         query: (N, heads d); key, value: (N, kv_heads d), before rotation; d is a multiple of 16.

@@ -10,8 +10,8 @@ compute each layer together; P parameters train. Each rank holds:
     --tensor-parallel T               1 / T of the codes and 8-bit scales of q, k, v, o, gate, up, down; all of
                                       their fp32 scales (1 / 2000 of the base), the biases of o and down, the rest
 
-A 4-bit weight is stored as codes (a row of 32 bytes per 64 weights), one scale per row (1 byte, or 4 without double
-quantization) and one fp32 scale per 256 of these. Its tables and offset (1 KiB) are ignored.
+A 4-bit weight is stored as codes (a row of 32 bytes per 64 weights), one scale per row (1 byte, or 4 without
+double quantization) and one fp32 scale per 256 of these. Its tables and offset (1 KiB) are ignored.
 
 A sharded base is gathered in units: the embeddings, each decoder block, the rest, and the head if it is a separate
 matrix. A gathered tensor of r rows has K ceil(r / K) rows; a unit takes u bytes. torch's FSDP2 receives a unit in
@@ -100,7 +100,9 @@ class DeviceLayout:
 
 def layout_of(ranks: Ranks) -> DeviceLayout:
     """The layout of a run as far as memory depends on it: the number of nodes is left out."""
-    return DeviceLayout(ranks.size, 1, ranks.base_size, ranks.tensor_size, ranks.sequence_parallel, ranks.cpu_offload)
+    return DeviceLayout(
+        ranks.size, 1, ranks.base_size, ranks.tensor_size, ranks.sequence_parallel, ranks.cpu_offload
+    )
 
 
 def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> DeviceLayout:
@@ -133,8 +135,7 @@ def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> De
     for group, flag in ((tensor, "--tensor-parallel"), (base_ranks, "--shard-size")):
         if within % group and group % within:
             raise InputError(
-                f"{flag} {group} does not fit nodes of {within} devices; give a divisor or a multiple of "
-                f"{within}."
+                f"{flag} {group} does not fit nodes of {within} devices; give a divisor or a multiple of {within}."
             )
     return DeviceLayout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
 
@@ -270,7 +271,9 @@ def measure_layout(model: Any, tensor_parallel: int = 1) -> Census:
     )
 
 
-def divide_plans(plans: Sequence[MemoryPlan], census: Census, layout: DeviceLayout, num_tokens: int) -> list[MemoryPlan]:
+def divide_plans(
+    plans: Sequence[MemoryPlan], census: Census, layout: DeviceLayout, num_tokens: int
+) -> list[MemoryPlan]:
     """Turn plans with the whole base (`plan_recomputing` with the layout's T) into plans of one rank.
 
     Args:
@@ -298,7 +301,9 @@ def add_communication(
     """
     held = gathered = 0
     if layout.tensor_parallel > 1:
-        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one copy is counted in the workspace
+        held = (
+            num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)
+        )  # one copy is counted in the workspace
     elif layout.base_ranks > 1:
         *_, head = census.units
         held = (head if head.tensors else census.units[0]).gathered(layout.base_ranks)

@@ -13,21 +13,21 @@ Each adapter (lora/layer.py) saves h, c R; with dropout a mask, 1 byte per input
 (`adapter_bytes`, averaged over the layers).
 
 In a mixture of experts a token uses K of them: F is K times the width of one (plus the shared expert's), and K
-outputs, c K D, are saved for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms after
-attention and MLP (Gemma 2 and 3) 8 D. Explicit scores (Gemma 2's soft-capped attention) are not counted: a few times
-c x heads x the length of the token's sequence.
+outputs, c K D, are saved for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms
+after attention and MLP (Gemma 2 and 3) 8 D. Explicit scores (Gemma 2's soft-capped attention) are not counted: a
+few times c x heads x the length of the token's sequence.
 
 With tensor parallel, Q, K and F are those of one rank, 1 / T. With sequence parallel the norms are split by tokens
 too, and so is what the norms and a recomputed layer save; A of q, k, v, gate and up, which reads their gathered
 outputs, saves all of them.
 
-Layers below the first trained one save nothing. A recomputed layer saves only its input, c D. The lowest layers are
-recomputed: the backward pass reaches them after the others' activations are freed, so the one layer that it then
-holds in full takes no extra memory. One layer at a time is differentiated: its gradients take at most as much as what
-it saves, and one of its weights exists in the compute dtype.
+Layers below the first trained one save nothing. A recomputed layer saves only its input, c D. The lowest layers
+are recomputed: the backward pass reaches them after the others' activations are freed, so the one layer that it
+then holds in full takes no extra memory. One layer at a time is differentiated: its gradients take at most as much
+as what it saves, and one of its weights exists in the compute dtype.
 
-The plan counts live tensors. A process takes more: Python and libraries (about 0.4 GiB with torch, transformers and
-accelerate on Linux), the CUDA context on a GPU, and freed memory that an allocator keeps.
+The plan counts live tensors. A process takes more: Python and libraries (about 0.4 GiB with torch, transformers
+and accelerate on Linux), the CUDA context on a GPU, and freed memory that an allocator keeps.
 """
 
 from __future__ import annotations

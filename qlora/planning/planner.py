@@ -1,12 +1,12 @@
 """Plan the memory of a run from the model's config alone, on one or many devices, without reading any weights.
 
 The modules are created on the meta device, with the base as it would be loaded and the adapter, and measured by
-`plan_recomputing`, as every run measures its own model before the first step. The number of recomputed layers follows
-from the given memory by the same rule as in a run. planning/devices.py divides a run over devices; planning/step.py
-estimates communication and step time.
+`plan_recomputing`, as every run measures its own model before the first step. The number of recomputed layers
+follows from the given memory by the same rule as in a run. planning/devices.py divides a run over devices;
+planning/step.py estimates communication and step time.
 
-If a run does not fit, changes to its settings are tried one by one, those that do not affect results first, and then
-combined until it fits.
+If a run does not fit, changes to its settings are tried one by one, those that do not affect results first, and
+then combined until it fits.
 """
 
 from __future__ import annotations
@@ -207,7 +207,8 @@ class Planner:
         """Changes that would make a run fit.
 
         Returns:
-            (each change alone, if it saves memory; the first combination that fits, mildest changes first, or None).
+            (each change alone, if it saves memory; the first combination that fits, mildest changes first, or
+            None).
         """
         before = self._memory_plan(config, devices).total
         choices = tuple(possible_counts(self._adapted_model(config).config)) if devices else ()

@@ -1,8 +1,8 @@
 """Estimate computation, communication and time of one optimizer step on many devices.
 
 Letters as in planning/devices.py, and: D hidden, Q the queries' width, L tokens per example, V vocabulary, c bytes
-of the compute dtype. Each rank gets n tokens per step in M micro-batches; all examples have length L and all tokens
-are targets.
+of the compute dtype. Each rank gets n tokens per step in M micro-batches; all examples have length L and all
+tokens are targets.
 
 Each rank sends and receives per step, in rings (a ring of k ranks moves (k - 1) / k of the bytes to gather, and
 twice that of the bytes to sum):
@@ -15,10 +15,10 @@ twice that of the bytes to sum):
                                                           where it is differentiated
     shares       M times      u / K, by unit              --cpu-offload: from main memory
 
-The lowest differentiated layer needs no gradient of its input: one sum less. Sequence parallel uses all-gathers and
-reduce-scatters of (T - 1) / T each instead: 4 forward, 3 recomputed, 4 backward, one less in the lowest layer, one
-more for the last layer's output. (Gloo implements a reduce-scatter as an all-reduce and sends twice as much.) A ring
-that spans nodes enters and leaves each node once, so the bytes that a rank sends also pass its node's link.
+The lowest differentiated layer needs no gradient of its input: one sum less. Sequence parallel uses all-gathers
+and reduce-scatters of (T - 1) / T each instead: 4 forward, 3 recomputed, 4 backward, one less in the lowest layer,
+one more for the last layer's output. (Gloo implements a reduce-scatter as an all-reduce and sends twice as much.)
+A ring that spans nodes enters and leaves each node once, so the bytes that a rank sends also pass its node's link.
 
 Operations per rank and token, with w weights and a adapter parameters in a layer:
 
@@ -26,14 +26,15 @@ Operations per rank and token, with w weights and a adapter parameters in a laye
     backward  2 w + 4 a + 5 Q L      no gradient of w; scores recomputed
     head      4 V D, or 6 V D if it trains
 
-The forward pass covers all layers, again for recomputed ones; the backward pass covers those from the first trained
-layer on. A rank has 1 / T of w and Q L. In a mixture of experts, w counts the experts that a token uses.
+The forward pass covers all layers, again for recomputed ones; the backward pass covers those from the first
+trained layer on. A rank has 1 / T of w and Q L. In a mixture of experts, w counts the experts that a token uses.
 
 Gathers and shares of the next unit overlap computing; sums do not. So
 
     max(computing, gathers, shares) + sums  <=  time  <=  computing + gathers + shares + sums
 
-Not counted: latency (a ring of W ranks takes about 2 W steps), the optimizer, reading data, waiting for other ranks.
+Not counted: latency (a ring of W ranks takes about 2 W steps), the optimizer, reading data, waiting for other
+ranks.
 """
 
 from __future__ import annotations

@@ -10,7 +10,12 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MOST_ROWS, MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 100, 12, 8, 1500  # limits of what is shown; the rest is only counted
+MOST_ROWS, MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = (
+    100,
+    12,
+    8,
+    1500,
+)  # limits of what is shown; the rest is only counted
 OPEN_PROMPTS = 4  # answers to the other prompts are collapsed
 WIDE = (860, 260)  # view box of the loss on a large screen
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # not allowed in HTML
@@ -84,7 +89,9 @@ def _trace(prompt: str, samples: list[dict[str, Any]]) -> PromptHistory:
         is_expected = None if expected is None else text.strip() == expected.strip()
         answers.append(Answer(steps, mark_changes(before, cut(text)), is_expected))
         before = cut(text)
-    return PromptHistory(cut(prompt), None if expected is None else cut(expected), answers, len(runs) - len(answers))
+    return PromptHistory(
+        cut(prompt), None if expected is None else cut(expected), answers, len(runs) - len(answers)
+    )
 
 
 def cut(text: str) -> str:

@@ -122,9 +122,7 @@ def _draw_lengths(run: Run) -> Chart | None:
         f"({counts[top]:,.0f}) between {edges[top]:,.0f} and {edges[top + 1]:,.0f}"
     )
     table = _table("", ("from", "up to", "examples"), edges[:-1], edges[1:], counts)
-    return Chart(
-        "Example length in tokens", label, [draw_histogram("lengths", label, edges, counts)], [table]
-    )
+    return Chart("Example length in tokens", label, [draw_histogram("lengths", label, edges, counts)], [table])
 
 
 def _describe(steps: np.ndarray, values: np.ndarray) -> str:

@@ -69,7 +69,9 @@ def render_report(run: Run) -> str:
 
     def clean(value: Any) -> Any:
         """Clean any text for the page; escaping follows."""
-        return UNPRINTABLE.sub("\ufffd", redact(value)) if type(value) is str else value  # a drawing is Markup, not str
+        return (
+            UNPRINTABLE.sub("\ufffd", redact(value)) if type(value) is str else value
+        )  # a drawing is Markup, not str
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -85,13 +85,17 @@ def only_writer(target: Path) -> Iterator[bool]:
     with FileLock(lock):
         remove_leftovers(target.parent, target.name)
         yield not target.exists()
-        lock.unlink(missing_ok=True)  # waiting processes find `target`; after an error the lock file stays for the next
+        lock.unlink(
+            missing_ok=True
+        )  # waiting processes find `target`; after an error the lock file stays for the next
 
 
 def _settle(path: Path) -> None:
     """Sync a file to disk and give it ordinary permissions (safetensors creates private files)."""
     if path.is_file():
-        umask = os.umask(0o077)  # can only be read by setting it; a file that another thread creates now is private
+        umask = os.umask(
+            0o077
+        )  # can only be read by setting it; a file that another thread creates now is private
         os.umask(umask)
         path.chmod(0o666 & ~umask)
     _sync(path)

@@ -23,8 +23,8 @@ def trim_heap() -> None:
 def return_large_frees() -> None:
     """From now on, make glibc return freed tensors of a megabyte or more to the system.
 
-    By default it keeps freed pieces of up to 32 MB, with the few surviving tensors of a recomputed layer in between.
-    Fresh pages cost nothing next to a large model's products, and a tenth of a small model's step.
+    By default it keeps freed pieces of up to 32 MB, with the few surviving tensors of a recomputed layer in
+    between. Fresh pages cost nothing next to a large model's products, and a tenth of a small model's step.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if option is not None:

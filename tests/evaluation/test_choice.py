@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.choice import build_context, choice_scores, choose_shots, grade, read_questions, to_question
+from eval.choice import build_context, choice_scores, choose_shots, grade, read_choice_questions, to_question
 from qlora.data.rows import Record
 from qlora.system.errors import InputError
 from tests.lm_eval_models import evaluate_by_lm_eval, load_lm_eval, save_rounded_llama, write_choice_task
@@ -133,12 +133,12 @@ def test_hellaswag_layout_as_in_lm_eval() -> None:
 def test_bare_csv_has_its_name_for_a_subject(tmp_path: Path) -> None:
     file = tmp_path / "high_school_physics_test.csv"
     file.write_text('"What, then?",one,two,three,four,C\nWhy?,a,b,c,d,A\n')
-    first, second = read_questions(str(file))
+    first, second = read_choice_questions(str(file))
     assert (first.text, first.choices, first.answer) == ("What, then?", ["one", "two", "three", "four"], 2)
     assert (first.subject, first.style, second.answer) == ("high_school_physics", "letters", 0)
     file.write_text("Why?,a,b,c,d,A\nWhy?,a,b\n")
     with pytest.raises(InputError, match=r"test.csv:2: 3 columns, where the first row has 6"):
-        read_questions(str(file))
+        read_choice_questions(str(file))
 
 
 def test_shots_are_of_the_subject_and_never_the_question_itself() -> None:

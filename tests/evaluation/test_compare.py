@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 import eval.compare
 import eval.exact_match
-from eval.choice import Question, grade
+from eval.choice import ChoiceQuestion, grade
 from eval.compare import main
 from eval.pairs import compare_results
 from eval.tables import make_tables, print_tables, to_markdown
@@ -136,7 +136,7 @@ def test_log_likelihoods_are_compared_by_their_weights() -> None:
 
 def test_choices_are_shown_by_their_texts() -> None:
     """Rows as `choice` writes them."""
-    question = Question("mmlu.csv:1", "What barks?", ["cat", "dog"], 1, None, "letters")
+    question = ChoiceQuestion("mmlu.csv:1", "What barks?", ["cat", "dog"], 1, None, "letters")
     made = [
         {"task": "choice", "scores": [], "pairing": {"acc": ["acc"]}, "rows": [grade(question, nats, "letters")]}
         for nats in ([-1.0, -2.0], [-2.0, -1.0])

@@ -49,13 +49,17 @@ def main(argv: Sequence[str]) -> None:
         check_modelfile(output)
     if config.adapter_only:
         export_adapter(model, str(config.adapter), output, config.type)
-        print(f"Adapter saved to {output}. Load it with a .gguf of its base: llama-cli -m BASE.gguf --lora {output}")
+        print(
+            f"Adapter saved to {output}. Load it with a .gguf of its base: llama-cli -m BASE.gguf --lora {output}"
+        )
     else:
         export_model(model, output, config.type, config.adapter, config.pre_tokenizer)
         print(f"Model saved to {output} ({output.stat().st_size / 1e6:,.1f} MB)")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None
         name = write_modelfile(output, load_tokenizer(model, config.adapter), base)
-        print("Modelfile saved next to it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf"))
+        print(
+            "Modelfile saved next to it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf")
+        )
         if base is not None:
             print(f"It expects the base next to it as {base}")
