@@ -50,8 +50,8 @@ def token_ids_of(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     absent = [token for token in tokens if token not in vocabulary]
     if absent:
         raise InputError(
-            f"new_tokens names {absent[0]!r:.60}, which the tokenizer lacks; call add_tokens(tokenizer, tokens) and pass "
-            "that tokenizer."
+            f"new_tokens names {absent[0]!r:.60}, which the tokenizer lacks; call add_tokens(tokenizer, tokens) "
+            "and pass that tokenizer."
         )
     return [vocabulary[token] for token in tokens]
 

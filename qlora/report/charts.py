@@ -91,7 +91,7 @@ def draw_curves(
 def draw_histogram(
     name: str, label: str, edges: Sequence[float], counts: Sequence[float], size: tuple[int, int] = (400, 210)
 ) -> str:
-    """Counts between edges (one edge more than counts), as an <svg> element; name and label as in `draw_curves`."""
+    """Counts between edges (one more than counts), as an <svg> element; other arguments as in `draw_curves`."""
     figure, axes = _begin(size)
     axes.stairs(counts, edges, fill=True, color=COLOR["smooth"])
     axes.set_ylim(bottom=0)

@@ -137,7 +137,7 @@ def test_bare_csv_has_its_name_for_a_subject(tmp_path: Path) -> None:
     assert (first.text, first.choices, first.answer) == ("What, then?", ["one", "two", "three", "four"], 2)
     assert (first.subject, first.style, second.answer) == ("high_school_physics", "letters", 0)
     file.write_text("Why?,a,b,c,d,A\nWhy?,a,b\n")
-    with pytest.raises(InputError, match=r"test.csv:2: 3 columns, where the first row has 6"):
+    with pytest.raises(InputError, match=r"test.csv:2: 3 columns, but the first row has 6"):
         read_choice_questions(str(file))
 
 
@@ -262,13 +262,13 @@ def test_contexts_that_were_cut_are_counted(
 ) -> None:
     data = write_questions(tmp_path / "test.jsonl", "continued", 6)
     run("--model", directory, "--data", data, "--max-length", 512)
-    assert "lost their beginning" not in capsys.readouterr().out
+    assert "their beginning was cut" not in capsys.readouterr().out
     run("--model", directory, "--data", data, "--max-length", 70)
-    count = re.search(r"(\d) of 6 contexts were longer than 70 tokens and lost", capsys.readouterr().out)
+    count = re.search(r"(\d) of 6 contexts were longer than 70 tokens; their", capsys.readouterr().out)
     assert count is not None and 0 < int(count[1]) <= 6
 
 
 def test_few_shot_takes_both_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("--model", "m", "--data", "d", "--shots", 3)
-    assert stopped.value.code == 2 and "Few-shot takes both" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "Few-shot needs both" in capsys.readouterr().err
