@@ -214,7 +214,7 @@ def test_samples_are_shown_by_how_many_are_right() -> None:
         ([], "Nothing to compare; pass --model with --adapter or --merged, or two --results"),
         (["--model", "m"], "Nothing to compare"),
         (["--adapter", "a", "b"], "--adapter needs its base; pass --model"),
-        (["--model", "m", "--adapter", "a"], "pass --data"),
+        (["--model", "m", "--adapter", "a"], "--data is required"),
         (["--model", "m", "--adapter", "a", "a/"], "a/? is given twice"),
         (["--results", "a.json", "b.json"], "a.json is not readable JSON"),
         (["--results", "{folder}/a.json", "{folder}/c.json"], "c.json is not the result of an evaluation"),

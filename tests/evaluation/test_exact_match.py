@@ -231,7 +231,7 @@ def test_samples_depend_on_the_seed_alone(models: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "pass --model and --data"),
+        ([], "--model and --data are required"),
         (["--samples", "3"], "All 3 samples would be equal; give --temperature"),
         (["--samples", "3", "--temperature", "1", "--pass-at", "1,5"], "pass_at holds 5; give --pass-at"),
         (["--pass-at", "one"], "pass_at is 'one'; give --pass-at numbers, such as 1,5"),

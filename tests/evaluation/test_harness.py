@@ -154,7 +154,7 @@ def test_two_processes_equal_one(directory: Path, tasks: Path, tmp_path: Path) -
 
 def test_wrong_input(directory: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, message in (
-        (("--model", directory), "pass --tasks"),
+        (("--model", directory), "--tasks is required"),
         (("--model", directory, "--tasks", "x", "--data", "d"), "leave out --data"),
         (("--model", directory, "--tasks", ","), "--tasks is empty"),
         (("--model", directory, "--tasks", "no/file.yaml"), "lm-eval has no task no/file.yaml"),

@@ -187,8 +187,8 @@ def test_any_column_and_what_has_nothing_to_score(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "x.txt"], "pass --model"),
-        (["--model", "m"], "pass --data"),
+        (["--data", "x.txt"], "--model is required"),
+        (["--model", "m"], "--data is required"),
         (["--model", "m", "--data", "missing.txt"], "missing.txt cannot be read as UTF-8 text"),
         (["--model", "m", "--data", "x.txt", "--output", "no/where.json"], "--output no/where.json cannot be"),
     ],
