@@ -2,9 +2,9 @@
 
     python -m benchmarks.generation --model M          # the model, and a stack of layers of LLaMA-7B's shape
 
-Every side is a separate process with one model. The sides answer the same prompt in turns, greedily, with batch
-size 1. Ratios are medians over the rounds of (ours / theirs in the same round), since machines drift; the first
-answer of each process is a warm-up.
+Every side is a separate process with one model. The sides answer the same prompt in turns, greedily, at batch 1.
+Ratios are medians over the rounds of (ours / theirs in the same round), since machines drift; the first answer
+of each process is a warm-up.
 
     ours + LoRA        4-bit base with a rank-8 adapter on q_proj and v_proj
     ours               the same without an adapter
@@ -171,12 +171,14 @@ def table_of(title: str, results: dict[str, list[tuple[float, float, float]]]) -
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare generation with transformers'.")
-    parser.add_argument("--model", type=Path, help="a Hugging Face directory or .gguf file; default: only the
-    stack") parser.add_argument("--layers", type=int, default=4, help="layers of LLaMA-7B's shape in the stack; 0 =
-    no stack") parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory or .gguf file (only the stack)")
+    parser.add_argument("--layers", type=int, default=4, help="layers in the stack; 0 = no stack")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("--rounds", type=int, default=3) options = parser.parse_args(argv) console =
-    Console(width=100) with tempfile.TemporaryDirectory() as folder:
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(argv)
+    console = Console(width=100)
+    with tempfile.TemporaryDirectory() as folder:
         models = {}
         if options.model is not None:
             models[options.model.stem] = write_dense(options.model, Path(folder) / "dense")

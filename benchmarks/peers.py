@@ -15,8 +15,8 @@ with AdamW at a constant rate. Without --data the rows come from benchmarks/word
 The sides take turns, `--rounds` times. A step's rate counts real tokens without padding; the first step of each
 process is a warm-up. Ratios are medians over the rounds of (ours / theirs in the same round), since machines are
 shared and drift. Memory is the peak resident set of the process (of the CUDA allocator on a GPU). Losses are
-compared at every step with a run of ours in the same dtype; if `ours` uses another dtype, ours runs once more in
-that dtype for the losses. The limit is that of benchmarks/roofline.py.
+compared at every step with a run of ours in the same dtype; if `ours` uses another dtype, ours runs once more in that dtype
+for the losses. The limit is that of benchmarks/roofline.py.
 """
 
 from __future__ import annotations
@@ -152,10 +152,12 @@ def train_ours(job: dict[str, Any]) -> Run:
 
 def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> Run:
     """Start one side and read the JSON object that it prints last."""
-    file = folder / "job.json" file.write_text(json.dumps(job)) ours = [sys.executable, "-m", "benchmarks.peers",
-    "--job", str(file)] command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS
-    else ours environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # keeps temporary models out of
-    the user's cache if name in PEERS:
+    file = folder / "job.json"
+    file.write_text(json.dumps(job))
+    ours = [sys.executable, "-m", "benchmarks.peers", "--job", str(file)]
+    command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS else ours
+    environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # not the user's
+    if name in PEERS:
         environment.pop("GOMP_SPINCOUNT", None)  # qlora/__init__.py sets it, for the threads of this project
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
@@ -166,14 +168,18 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare training with PEFT + TRL's.")
     parser.add_argument("--model", help="a Hugging Face directory or .gguf file (SmolLM2-135M-Instruct)")
-    parser.add_argument("--data", help="training data (generated word problems)") parser.add_argument("--steps",
-    type=int, default=4, help="optimizer steps per process; the first is not measured")
-    parser.add_argument("--rounds", type=int, default=3) parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=1024) parser.add_argument("--learning-rate", type=float,
-    default=2e-4) parser.add_argument("--dtype", default="auto", help="our compute dtype")
+    parser.add_argument("--data", help="training data (generated word problems)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per process; the first is not measured")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--dtype", default="auto", help="our compute dtype")
     parser.add_argument("--peers", default=",".join(PEERS), help="peers to run")
     parser.add_argument("--peer-python", default=str(ROOT / "benchmarks/.venv/bin/python"))
-    parser.add_argument("--job", help=argparse.SUPPRESS) options = parser.parse_args(argv) if options.job:
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.job:
         print(json.dumps(train_ours(json.loads(Path(options.job).read_text()))))
         return
     peers = [name.strip() for name in options.peers.split(",")]

@@ -204,10 +204,13 @@ def measure_all(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
         raise InputError(f"--folder {options.folder} does not exist; create it or choose another.")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="seven_b-") as name:
-        folder = Path(name) (folder / "model").mkdir() write_config(folder / "model", options.layers) shapes =
-        weight_shapes(empty_model(str(folder / "model"))) sizes = {name: 2 * torch.Size(shape).numel() for name,
-        shape in shapes.items()} needed, free = 1.3 * sum(sizes.values()), shutil.disk_usage(folder).free  # a
-        quarter for 4 bits, plus the embeddings if free < needed:
+        folder = Path(name)
+        (folder / "model").mkdir()
+        write_config(folder / "model", options.layers)
+        shapes = weight_shapes(empty_model(str(folder / "model")))
+        sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
+        needed, free = 1.3 * sum(sizes.values()), shutil.disk_usage(folder).free  # 4 bits of 16, and embeddings
+        if free < needed:
             raise InputError(
                 f"{options.folder} has {free / GB:.1f} GB free and the benchmark writes {needed / GB:.1f}; "
                 "choose another --folder, or fewer --layers."

@@ -171,7 +171,7 @@ def test_a_pattern_names_its_files_in_order(tmp_path: Path) -> None:
         ("a.jsonl", [1e9], "the weight 1e.09; give a number above 0, at most 1000"),
         ("no/*.jsonl", [], "no/.*jsonl matches no file"), (" , ", [], "data is empty"),
         ("a.jsonl,b.jsonl,a.jsonl", [], "data names a.jsonl twice; give it a weight of 2 instead"),
-        ("no,such.jsonl", [], "such.jsonl does not exist|could not be loaded from the hub"),
+        ("no,such.jsonl", [], "such.jsonl does not exist|could be loaded from the hub"),
     ],
 )  # fmt: skip
 def test_sources_that_cannot_be(sources: str, weights: list[float], expected: str) -> None:
