@@ -15,8 +15,8 @@ with AdamW at a constant rate. Without --data the rows come from benchmarks/word
 The sides take turns, `--rounds` times. A step's rate counts real tokens without padding; the first step of each
 process is a warm-up. Ratios are medians over the rounds of (ours / theirs in the same round), since machines are
 shared and drift. Memory is the peak resident set of the process (of the CUDA allocator on a GPU). Losses are
-compared at every step with a run of ours in the same dtype; if `ours` uses another dtype, ours runs once more in that dtype
-for the losses. The limit is that of benchmarks/roofline.py.
+compared at every step with a run of ours in the same dtype; if `ours` uses another dtype, ours runs once more in
+that dtype for the losses. The limit is that of benchmarks/roofline.py.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare training with PEFT + TRL's.")
     parser.add_argument("--model", help="a Hugging Face directory or .gguf file (SmolLM2-135M-Instruct)")
     parser.add_argument("--data", help="training data (generated word problems)")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per process; the first is not measured")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per process, the first unmeasured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
