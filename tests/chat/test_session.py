@@ -518,7 +518,7 @@ def test_a_full_disk_costs_no_turn(tiny: Path, tmp_path: Path, monkeypatch: pyte
         ("chat.jsonl", b'{"text": "Once upon a time"}\n', "ends with plain text, not a conversation"),
         ("chat.jsonl", b"\xff\xfeH\x00", "it is UTF-16"),
         ("chat.txt", b"Hi\n", "does not end in .jsonl"),
-        ("nowhere/chat.jsonl", None, "Directory nowhere does not exist"),
+        ("nowhere/chat.jsonl", None, "nowhere does not exist; create it first"),
     ],
 )
 def test_a_file_that_is_no_history_is_left_as_it_is(
