@@ -48,8 +48,10 @@ from qlora.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from qlora.training.lines import MetricsFile
-from qlora.training.loop import fit
+from qlora.training.held_out import HeldOut
+from qlora.training.lines import LinesFile, Metrics
+from qlora.training.loop import Limits, Trainer, TrainingData
+from qlora.training.observer import Observer, Stop
 from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.schedule import build_schedule
@@ -526,7 +528,7 @@ def train_piece(base: str, directory: Path, plan: Plan, interruption: tuple[int,
     else:
         progress, optimizer = load_checkpoint(checkpoint, model, make_optimizer, {})
     begun_at = progress.step
-    metrics = MetricsFile(directory / "metrics.jsonl", progress)
+    metrics = LinesFile(directory / "metrics.jsonl", progress)
     limit, is_killed = interruption or (10**6, True)
     lines = questions = 0
 
