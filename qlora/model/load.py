@@ -89,7 +89,7 @@ def load_base_model(
             make_cache()
             with only_writer(cached) as is_first:
                 if is_first:
-                    write_cache(network, stored_weights(network, source, quant, device), quant, cached)
+                    write_cache(network, source, quant, device, cached)
     if cached is not None:
         source = open_cache(cached)
     dtype = cached_compute_dtype(compute_dtype, device, cache)
