@@ -20,13 +20,11 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.load import check_adapter, with_base_shift
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
 from qlora.lora.targets import linear_layers
@@ -34,9 +32,8 @@ from qlora.model.skeleton import empty_model
 from qlora.model.weights import dequantized_weights
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
-from qlora.system.redact import redact
-
-NUM_LISTED = 10  # names in one line
+from qlora.system.file_names import WEIGHTS
+from qlora.system.wording import list_first, show_value
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Inspection:
         start = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(start), start)
         names = {"AdaLoRA": config.use_adalora, "DoRA": config.use_dora, "rsLoRA": config.use_rslora}
         name = " + ".join(name for name, used in names.items() if used) or "LoRA"
-        return f"{name}, started as {show_value(start)}" if isinstance(start, str) else name
+        return f"{name}, started as {show_value(start, 200)}" if isinstance(start, str) else name
 
     @property
     def is_partial(self) -> bool:
@@ -171,9 +168,7 @@ def _check_layers(adapter: SavedAdapter) -> None:
         elif shapes.get(f"{layer}.lora_E", (A[0], 1)) != (A[0], 1):
             problems.append(f"{layer} has rank {A[0]} and not as many singular values in E")
     if problems:
-        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-        listed = "; ".join([*problems[:NUM_LISTED], *rest])
-        raise InputError(f"The adapter in {adapter.directory} is damaged: {listed}; save it again.")
+        raise InputError(f"The adapter in {adapter.directory} is damaged: {list_first(problems)}; save it again.")
 
 
 def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
@@ -228,8 +223,3 @@ def _quantization(directory: Path, quant: QuantConfig | None) -> str:
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         recorded = "base_quantization" in (file.metadata() or {})
     return text if recorded else f"not recorded; taken for {text}"
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line, not too long and without secrets."""
-    return redact(value if isinstance(value, str) and value.isprintable() else repr(value))[:200]

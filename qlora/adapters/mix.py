@@ -32,12 +32,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora.adapters.peft_config import PREFIX, WEIGHTS, describe_adapter
+from qlora.adapters.peft_config import PREFIX, describe_adapter
 from qlora.adapters.peft_files import AdapterSnapshot, SavedAdapter, read_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import Adapter
 from qlora.system.errors import InputError
-from qlora.system.wording import list_problems
+from qlora.system.file_names import WEIGHTS
+from qlora.system.wording import list_first
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R), the update being B A
 Method = Literal["cat", "svd", "linear"]
@@ -138,7 +139,7 @@ def _check(adapters: Sequence[Factors], weights: Sequence[float], equal_ranks: b
             problems.append(f"{layer} has the ranks {' and '.join(map(str, sorted(ranks)))}")
     if problems:
         advice = "adapters of one base, and of one rank under linear (cat and svd take any)"
-        raise InputError(f"The adapters do not go together: {list_problems(problems)}; mix {advice}.")
+        raise InputError(f"The adapters do not go together: {list_first(problems)}; mix {advice}.")
 
 
 # ---- on adapters ------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def saved_factors(saved: SavedAdapter) -> Factors:
             if A.dim() != 2 or B.dim() != 2 or A.shape[0] != rank or B.shape[1] != rank:
                 problems.append(f"{layer} has A {tuple(A.shape)} and B {tuple(B.shape)}, not of rank {rank}")
     if problems:
-        raise InputError(f"The adapter in {saved.directory} is damaged: {list_problems(problems)}.")
+        raise InputError(f"The adapter in {saved.directory} is damaged: {list_first(problems)}.")
     result = {}
     for layer in saved.adapted_layers:
         A, B = saved.low_rank(layer)  # all of the scaling in B

@@ -11,11 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.peft_config import CONFIG
 from qlora.export.drift import Drift
 from qlora.export.mixture import Mixture
 from qlora.report.curve import read_metrics
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG
 from qlora.system.files import read_json
 from qlora.system.redact import redact
 

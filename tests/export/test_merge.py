@@ -25,7 +25,6 @@ import qlora.export.merged_weights
 import qlora.export.mixture
 import qlora.model.shards
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.provenance import adapter_quantization
 from qlora.cli import main as command_line
 from qlora.cli.exits import run
@@ -37,6 +36,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.library import Params4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from tests import reference
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import train
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import Batch, make_batches
@@ -34,6 +33,7 @@ from qlora.model.loss import causal_lm_loss
 from qlora.model.tokenizer import load_tokenizer
 from qlora.planning.memory import plan_memory
 from qlora.system.errors import InputError, TrainingStopped
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.fingerprint import base_fingerprint
 from qlora.training.optimizer import build_optimizer
 from qlora.training.step import _sum_gradients, check_adapters_learn, train_step

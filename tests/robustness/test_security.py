@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.adapters.provenance import base_model_of
 from qlora.config.lora import LoRAConfig
@@ -37,6 +36,7 @@ from qlora.model.resolve import resolve_model
 from qlora.model.skeleton import empty_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import is_file_name
 from qlora.system.redact import redact
 from tests.models import save_tiny_llama
