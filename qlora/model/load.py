@@ -128,7 +128,7 @@ def plan_base_model(
     """What `load_base_model` returns, every tensor of the same shape and dtype, but on the meta device.
 
     Nothing but the config is read, and of a hub id nothing else downloaded. Adapters go into it as into the loaded
-    model, and `plan_memory` counts both by the same lines.
+    model, and `plan_recomputing` counts both by the same lines.
 
     Args:
         model, use_4bit, quant: as for `load_base_model`. Of a checkpoint in 4 bits its config says how.
