@@ -1,8 +1,7 @@
 """What is in an adapter: inspect_adapter gathers, print_inspection prints, draw_inspection draws.
 
-The update of a layer is B A (every factor in B), of at most rank R. With QR decompositions B = Q1 R1 and
-A^T = Q2 R2, its singular values are those of the small matrix R1 R2^T (R, R), so that the update itself, (O, I),
-is never formed. Of these singular values, in fp64:
+The update of a layer is B A (every factor in B), of at most rank R. Of its singular values, in fp64 (the update
+itself, (O, I), is never formed; lora/linalg.py):
 
     norm            the Frobenius norm: root of the sum of their squares
     spectral norm   the largest one: how far the update can stretch an input
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from qlora.adapters.load import check_adapter, with_base_shift
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
+from qlora.lora.linalg import low_rank_svd
 from qlora.lora.targets import linear_layers
 from qlora.model.skeleton import empty_model
 from qlora.model.weights import dequantized_weights
@@ -181,9 +181,9 @@ def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
         plain = replace(plain, config=replace(plain.config, init="kaiming"))
     updates = {}
     for layer in adapter.adapted_layers:
-        A, B = (factor.double() for factor in plain.low_rank(layer))
+        A, B = plain.low_rank(layer)
         if torch.isfinite(A).all() and torch.isfinite(B).all():
-            sizes = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)
+            sizes = low_rank_svd(A, B)[1]
             norm, largest = sizes.norm().item(), sizes.max().item()
         else:
             norm = largest = math.nan
