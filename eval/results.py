@@ -9,9 +9,10 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from eval.scores import Score
 from qlora.system.errors import InputError
 from qlora.system.versions import versions
+
+from .scores import Score
 
 SCORE_KEYS = {item.name for item in fields(Score)}
 PACKAGES = ("python", "qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
