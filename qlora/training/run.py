@@ -63,6 +63,7 @@ from qlora.training.saver import CheckpointWriter, Saver, TrainedState
 from qlora.training.schedule import build_schedule
 from qlora.training.trackers import Trackers, start_accelerator, start_trackers
 
+
 class TrainingRun:
     """One run of training; a context from `open` to its end.
 

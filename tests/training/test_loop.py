@@ -88,14 +88,16 @@ class Log(Observer):
 
 
 def run(model: Any, examples: list[Example], steps: int, **options: Any) -> list[dict[str, Any]]:
-    """Train `steps` steps, watched as a run is; options belong to what they are named after. The lines of metrics."""
+    """Train `steps` steps, watched as a run is; each option goes where it belongs; the lines of metrics."""
     lines: list[dict[str, Any]] = []
     take, o = options.pop, options
     optimizer = take("optimizer", None) or build_optimizer(lora_parameters(model), "adamw")
     schedule = build_schedule("cosine", 1e-2, 2, take("schedule_steps", take("total_steps", steps)))
     progress, stop = take("progress", None) or Progress(), take("stop", lambda: None)
     names = ("batch_size", "grad_accum", "max_length", "packing", "seed")
-    of_data = {"batch_size": 4, "grad_accum": 1, "max_length": 64, "seed": 3} | {n: take(n) for n in names if n in o}
+    of_data = {"batch_size": 4, "grad_accum": 1, "max_length": 64, "seed": 3} | {
+        n: take(n) for n in names if n in o
+    }
     data = TrainingData(examples, held_out=take("eval_examples", ()), **of_data)
     limits = Limits(steps, take("max_grad_norm", 1.0), take("max_skipped", 0), take("skipped_dir", None))
     judged = {name: take(name) for name in ("score", "patience", "min_delta") if name in o}
