@@ -27,7 +27,7 @@ TIMING = {"tokens_per_second": 1.0, "peak_memory_gib": 1.0}
 
 
 class Output:
-    """What `TrainingRun` opens in a directory, in its order; it ends as a run does: as a context, or by `close`."""
+    """What `TrainingRun` opens in a directory, in its order; it ends as a run does: as a context or by `close`."""
 
     def __init__(
         self,
