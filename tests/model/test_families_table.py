@@ -84,7 +84,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ministral(**settings: Any) -> Any:
-    return make_model("Ministral", **LAYERS, **settings)
+    return make_model("Ministral", model_type="ministral", **LAYERS, **settings)  # LLaMA's config has its own
 
 
 def test_without_its_row_nothing_is_done(tmp_path: Path) -> None:
