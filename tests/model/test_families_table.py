@@ -28,7 +28,13 @@ from tests.tiny import tiny_tokenizer
 # Ministral's block is Mistral's, with a window of each layer's own.
 ROW = Family("ministral", "MinistralDecoderLayer", True, gguf=GGUFForm("mistral3", "interleaved"))
 LAYERS = {"sliding_window": 30, "layer_types": ["sliding_attention", "full_attention"]}
-DIVISIBLE = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+DIVISIBLE = {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 256,
+    "head_dim": 64,
+}
 
 
 def exercised_config(name: str) -> Any:
