@@ -16,13 +16,14 @@ from qlora.model.families import FAMILIES, ROWS, Family, GGUFForm, gguf_forms
 from qlora.model.gguf_source import GGUFSource
 from qlora.model.skeleton import matrix_layers
 from qlora.parallel.divisibility import check_widths, possible_counts
-from qlora.planning.memory import layer_bytes, plan_memory
+from qlora.planning.memory import layer_bytes
 from qlora.system.errors import InputError
 from tests.model.test_block import make_model, outputs
 from tests.models import tiny_llama_config
 from tests.parity.test_families import FAMILIES as EXERCISED
 from tests.parity.test_families import GPT2_SIZES, SIZES
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 # Ministral's block is Mistral's, with a window of each layer's own.
