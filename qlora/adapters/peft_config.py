@@ -14,6 +14,7 @@ import torch
 
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import ORTHOGONALITY, SMOOTHING
+from qlora.model.families import known_layers
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
 from qlora.system.wording import explain, quote
@@ -46,7 +47,6 @@ def describe_adalora(
 
 PREFIX = "base_model.model."
 STARTS = ("gaussian", "pissa", "loftq")
-VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
@@ -194,6 +194,11 @@ def own_key(key: str) -> str:
     return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter is the weight of an embedding or of an output head."""
+    return name.endswith(tuple(f"{layer}.weight" for layer in known_layers("embedding") | {"lm_head"}))
+
+
 def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
     """Whether an adapter of this configuration may hold such a tensor."""
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
@@ -202,7 +207,7 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
         return config.use_dora
     if key.endswith(".lora_E"):
         return config.use_adalora
-    if key.endswith(VOCABULARY) or (key.endswith(".bias") and config.bias != "none"):
+    if is_vocabulary(key) or (key.endswith(".bias") and config.bias != "none"):
         return True
     module = "." + key.rpartition(".")[0]
     return any(module.endswith("." + name) for name in config.trained_modules)

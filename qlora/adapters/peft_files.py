@@ -29,11 +29,11 @@ from qlora.adapters.other_formats import recognise
 from qlora.adapters.peft_config import (
     PREFIX,
     UNSUPPORTED,
-    VOCABULARY,
     belongs_to_adapter,
     describe_adalora,
     describe_adapter,
     file_key,
+    is_vocabulary,
     own_key,
     read_settings,
 )
@@ -267,7 +267,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
         state = unpack_triplets(state, description.get("rank_pattern"), config.rank, directory / CONFIG)
     saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
     # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
-    vocabulary = [name for name in saved.trained if name.endswith(VOCABULARY)]
+    vocabulary = [name for name in saved.trained if is_vocabulary(name)]
     config.modules_to_save = ",".join([*config.trained_modules, *(n.rpartition(".")[0] for n in vocabulary)])
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
     if ranks and not config.rank_pattern and config.rank not in ranks:
