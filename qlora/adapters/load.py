@@ -20,6 +20,7 @@ from qlora.lora.full_parameters import base_shapes, trained_names, trained_probl
 from qlora.lora.state import adapter_state, load_lora_state_dict
 from qlora.lora.targets import linear_layers
 from qlora.lora.trainable import freeze_base
+from qlora.model.base import find_base_info
 from qlora.quant.layers import logical_shape
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
@@ -98,7 +99,8 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
     Raises:
         InputError: a mismatch, or a base that other adapters share; the model is then unchanged.
     """
-    saved = with_base_shift(saved, model, getattr(model, "source", None))
+    info = find_base_info(model)
+    saved = with_base_shift(saved, model, None if info is None else info.source)
     if not same_shift(base_shift(model), saved.base_shift):
         check_adapter(saved, model)
         check_base(model, saved.base_shift)

@@ -48,6 +48,7 @@ from qlora.lora.base_shift import BaseShift, base_shift
 from qlora.lora.dora import with_magnitude
 from qlora.lora.full_parameters import saved_modules
 from qlora.lora.state import lora_state_dict
+from qlora.model.base import find_base_info
 from qlora.system.errors import InputError
 from qlora.system.files import new_file, read_json, read_tensors
 from qlora.system.wording import explain
@@ -85,7 +86,8 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
         raise RuntimeError("The model has no LoRA layers to save.")
     state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
     transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
-    quantization = getattr(model, "quantization", None)
+    info = find_base_info(model)
+    quantization = None if info is None else info.quantization
     # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
     metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
     description = describe_adapter(config, list(layers), base_model, transposed)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora.lora.adapter import wrapped_layers
 from qlora.lora.layer import LoRALinear
 from qlora.lora.linalg import split_svd
+from qlora.model.base import find_base_info
 from qlora.model.weights import read_weights, shifted_weight
 from qlora.quant.layers import dense_weight
 from qlora.quant.library import Params4bit
@@ -98,9 +99,9 @@ def pissa_shift(model: str, scalings: dict[str, tuple[int, float]]) -> BaseShift
 def original_weights(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """(layer, W (out, in) fp32 on its device): out of the model's files, or for want of them as it lies here."""
     device = next(model.parameters()).device
-    source: Any = getattr(model, "source", None)
-    if source is not None:
-        yield from ((name, weight.to(device)) for name, weight in read_weights(source, layers))
+    info = find_base_info(model)
+    if info is not None:
+        yield from ((name, weight.to(device)) for name, weight in read_weights(info.source, layers))
         return
     for name in layers:
         layer = model.get_submodule(name)

@@ -20,7 +20,6 @@ A base that is stored in 4 bits has no original: what its codes stand for is W t
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import lora_layers
 from qlora.lora.base_shift import ANOTHERS_BASE, base_shift, original_weights, store_weight
 from qlora.lora.linalg import split_svd
+from qlora.model.base import find_base_info
 from qlora.model.weights import is_stored_in_4bit, shifted_weight
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantization_of, quantize_weight
 from qlora.system.errors import InputError
@@ -70,10 +70,10 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
         return
     if base_shift(model):
         raise InputError(ANOTHERS_BASE)
-    source: Any = getattr(model, "source", None)
-    if config.init == "loftq" and getattr(model, "quantization", None) is None:
+    info = find_base_info(model)
+    if config.init == "loftq" and (info is None or info.quantization is None):
         raise InputError("init loftq fits the error of quantizing, but this base is in 16 bits; pass --use-4bit.")
-    if config.init == "loftq" and (source is None or is_stored_in_4bit(source)):
+    if config.init == "loftq" and info is not None and is_stored_in_4bit(info.source):
         raise InputError(
             "init loftq fits the error of quantizing, but this base is there in 4 bits only; pass --model "
             "with the one that was quantized, or --init pissa."

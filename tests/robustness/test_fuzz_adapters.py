@@ -40,6 +40,7 @@ from qlora.cli.exits import run as run_main
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, active_adapter, lora_layers
 from qlora.lora.trainable import lora_parameters
+from qlora.model.base import base_info
 from qlora.model.gguf_source import GGUFSource
 from qlora.model.hf_config import load_config
 from qlora.model.load import load_base_model
@@ -704,7 +705,8 @@ def test_parts_of_a_4bit_weight(quantized: Path, tmp_path: Path, kind: str) -> N
 
 def test_the_parts_that_load(quantized: Path) -> None:
     """Unchanged, they do; otherwise the refusals above could have another reason."""
-    assert load_base_model(str(quantized), compute_dtype="float32", cache=False).quantization == QuantConfig()
+    quantized_model = load_base_model(str(quantized), compute_dtype="float32", cache=False)
+    assert base_info(quantized_model).quantization == QuantConfig()
 
 
 def test_a_damaged_cache_is_to_be_deleted(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
