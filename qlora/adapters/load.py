@@ -14,9 +14,10 @@ from qlora.adapters.peft_config import CONFIG, show_value
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
-from qlora.lora.adapter import Adapter, activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shift, shift_base
 from qlora.lora.full_parameters import base_shapes, trained_names, trained_problems
+from qlora.lora.slot import Adapter
 from qlora.lora.state import adapter_state, load_lora_state_dict
 from qlora.lora.targets import linear_layers
 from qlora.lora.trainable import freeze_base

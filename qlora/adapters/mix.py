@@ -35,7 +35,7 @@ from torch import Tensor
 from qlora.adapters.peft_config import PREFIX, WEIGHTS, describe_adapter
 from qlora.adapters.peft_files import AdapterSnapshot, SavedAdapter, read_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adapter import Adapter
+from qlora.lora.slot import Adapter
 from qlora.system.errors import InputError
 from qlora.system.wording import list_problems
 

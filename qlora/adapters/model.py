@@ -19,9 +19,10 @@ from qlora.adapters.load import build_adapter, compare_base, load_adapter, settl
 from qlora.adapters.mix import Method, adapter_factors, mix, mixed_config
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adapter import Adapter, activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift
 from qlora.lora.full_parameters import replaced_parameters
+from qlora.lora.slot import Adapter
 from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import (
     ParameterSummary,

@@ -44,9 +44,10 @@ from qlora.adapters.peft_config import (
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import pack_triplets, unpack_triplets
 from qlora.lora.adapter import active_adapter, lora_layers
-from qlora.lora.base_shift import BaseShift, base_shift
+from qlora.lora.base_shift import base_shift
 from qlora.lora.dora import with_magnitude
 from qlora.lora.full_parameters import saved_modules
+from qlora.lora.slot import BaseShift
 from qlora.lora.state import lora_state_dict
 from qlora.model.base import find_base_info
 from qlora.system.errors import InputError

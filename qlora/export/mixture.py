@@ -16,9 +16,10 @@ from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
-from qlora.lora.adapter import Adapter, activate, wrap_layers
+from qlora.lora.adapter import activate, wrap_layers
 from qlora.lora.full_parameters import vocabulary_names
 from qlora.lora.layer import LoRAWeights
+from qlora.lora.slot import Adapter
 from qlora.model.skeleton import weight_shapes
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError

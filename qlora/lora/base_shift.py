@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora.lora.adapter import wrapped_layers
 from qlora.lora.layer import LoRALinear
 from qlora.lora.linalg import split_svd
+from qlora.lora.slot import BaseShift, slot_of
 from qlora.model.base import find_base_info
 from qlora.model.weights import read_weights, shifted_weight
 from qlora.quant.layers import dense_weight
@@ -22,13 +23,12 @@ from qlora.quant.library import Params4bit
 from qlora.quant.weight import quantization_of, quantize_weight
 from qlora.system.errors import InputError
 
-BaseShift = dict[str, tuple[Tensor, Tensor]]  # layer -> (A' (r, in), B' (out, r)) fp32; its base is q(W - B' A')
 ANOTHERS_BASE = "The base was changed for a PiSSA or LoftQ adapter and fits no other one; load the base afresh."
 
 
 def base_shift(model: nn.Module) -> BaseShift:
     """What was subtracted from the weights of this model; empty for an ordinary base."""
-    return model.__dict__.get("_base_shift", {})
+    return slot_of(model).shift
 
 
 def same_shift(one: BaseShift, other: BaseShift) -> bool:
@@ -78,7 +78,7 @@ def shift_base(model: nn.Module, shift: BaseShift) -> None:
         )
         if isinstance(layer, LoRALinear):
             layer._squared_norms = None
-    model.__dict__["_base_shift"] = shift
+    slot_of(model).shift = shift
 
 
 def pissa_shift(model: str, scalings: dict[str, tuple[int, float]]) -> BaseShift:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qlora.lora.adapter import Adapter, active_adapter
+from qlora.lora.adapter import active_adapter
 from qlora.lora.layer import LoRAWeights
+from qlora.lora.slot import Adapter
 from qlora.system.errors import InputError
 from qlora.system.wording import list_problems
 

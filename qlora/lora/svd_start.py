@@ -28,6 +28,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import lora_layers
 from qlora.lora.base_shift import ANOTHERS_BASE, base_shift, original_weights, store_weight
 from qlora.lora.linalg import split_svd
+from qlora.lora.slot import slot_of
 from qlora.model.base import find_base_info
 from qlora.model.weights import is_stored_in_4bit, shifted_weight
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantization_of, quantize_weight
@@ -100,7 +101,7 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
         layer._squared_norms = None
         if layer.weights.magnitude is not None:
             layer.weights.magnitude.copy_(layer.weight_norm())
-    model.__dict__["_base_shift"] = shift
+    slot_of(model).shift = shift
 
 
 def _share(tensors: Collection[Tensor]) -> None:

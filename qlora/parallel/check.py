@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora.model.attention import packed_arguments
 from qlora.model.base import base_info
-from qlora.model.block import ALONE, decoder_layers
+from qlora.model.block import decoder_layers, exchange_of
 from qlora.model.cache import find_source
 from qlora.model.load import cached_compute_dtype, load_first_block
 from qlora.quant.layers import drop_scratch
@@ -81,7 +81,7 @@ def check_block(network: Any, sample: BlockSample) -> float:
         block.reshard()
     else:
         found = block(*args, **kwargs)
-    found = getattr(block, "exchange", ALONE).collect(found, expected.shape[1])
+    found = exchange_of(block).collect(found, expected.shape[1])
     error = ((found - expected).float().norm() / (expected - args[0]).float().norm()).item()
     if not error <= TOLERANCE[base_info(network).compute_dtype]:
         raise TrainingStopped(

@@ -78,9 +78,6 @@ def load_sharded_model(
     samples = _Loader(network, source, ranks, device).load(stored, transposed)
     network.base_info = replace(base_info(network), ranks=ranks, weight_samples=samples)
     network.generation_config = generation_config_of(network, metadata_directory(model))
-    for module in network.modules():
-        if isinstance(module, ShardedLinear4bit):
-            module.count_weights()
     trim_heap()
     return network.eval()
 

@@ -44,7 +44,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.model.base import base_info
@@ -244,16 +244,6 @@ def split_model(network: Any, cut: WeightCut) -> None:
     network.base_info = replace(base_info(network), ranks=ranks, weight_samples=whole | cut.samples)
     for name, module in network.named_modules():
         if isinstance(module, (Linear4bit, Linear16bit)):
-            module.__dict__["part"] = part = split_of(name, ranks)
-            if part is not None:
-                _count_whole(module, part)
+            module.part = split_of(name, ranks)
     for index, layer in enumerate(layers):
-        layer.__dict__["exchange"] = GroupExchange(ranks, index == 0, index == len(layers) - 1)
-
-
-def _count_whole(layer: nn.Module, part: Part) -> None:
-    """Tell `logical_numel` what a layer's dense parts stand for; 4-bit ones know it."""
-    for kind, parameter in layer.named_parameters(recurse=False):
-        is_cut = not (kind == "bias" and part.dim == 1)
-        if is_cut and not isinstance(parameter, Params4bit):
-            vars(parameter)["logical_numel"] = parameter.numel() * part.count
+        layer.exchange = GroupExchange(ranks, index == 0, index == len(layers) - 1)

@@ -44,7 +44,7 @@ from qlora.lora.full_parameters import replaced_parameters
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
 from qlora.parallel.divisibility import split_axis
-from qlora.quant.layers import logical_numel
+from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
 from qlora.system.memory import GIB
 
@@ -229,7 +229,7 @@ def plan_recomputing(
     layer += -(-adapter_bytes(model, dtype, tensor_parallel) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size // (tensor_parallel if sequence_parallel else 1)
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
-    largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
+    largest = max((size for block in layers for _, size in logical_sizes(block)), default=0)
     plan = MemoryPlan(
         base=sum(local(p).numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),

@@ -39,6 +39,7 @@ from qlora.adapters.provenance import adapter_quantization
 from qlora.cli.exits import run as run_main
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, active_adapter, lora_layers
+from qlora.lora.slot import slot_of
 from qlora.lora.trainable import lora_parameters
 from qlora.model.base import base_info
 from qlora.model.gguf_source import GGUFSource
@@ -950,7 +951,7 @@ def unwrap(model: nn.Module) -> None:
     """Take the adapters off again."""
     layers = lora_layers(model)
     activate(model, None)
-    model.__dict__.pop("_wrapped_layers", None)
+    slot_of(model).wrapped = None
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)
