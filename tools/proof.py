@@ -189,7 +189,7 @@ def train_case(case: Case, accelerator: Accelerator, adapter: Path) -> dict[str,
     inject_lora(model, lora, seed=1)
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model).values():  # a B of zeros would leave A without a gradient
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)
+        layer.weights.lora_B.data.copy_(torch.randn(layer.weights.lora_B.shape, generator=generator) * 0.02)
     freeze_base(model)
     choose_recomputed_layers(
         model, case.checkpointing, case.longest * case.batch_size, None, accelerator, lambda line: None

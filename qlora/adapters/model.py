@@ -99,7 +99,7 @@ class LoRAModel(nn.Module):
         Raises:
             InputError: targets that match nothing, or a start that may change the base (PiSSA, LoftQ).
         """
-        if config.init in ("pissa", "loftq"):
+        if config.starts_from_base:
             raise InputError(
                 f"init {config.init} is for the adapter that a LoRAModel is made with; give that its config."
             )
@@ -262,9 +262,8 @@ def _let_train(adapter: Adapter | None, train: bool) -> None:
     if adapter is None:
         return
     for weights in adapter.layers.values():
-        for parameter in weights._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad = train
+        for parameter in weights.parameters():
+            parameter.requires_grad = train
     for parameter in adapter.trained.values():
         parameter.requires_grad = train
 

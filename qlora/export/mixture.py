@@ -95,8 +95,8 @@ class Mixture:
         updates = [{layer: saved.low_rank(layer) for layer in saved.adapted_layers} for saved in self.adapters]
         layers = {}
         for layer, (A, B) in mix(updates, self.weights).items():
-            layers[layer] = LoRAWeights(A.shape[1], len(B), rank=len(A), alpha=len(A), dtype=torch.float32)
-            layers[layer].lora_A.data, layers[layer].lora_B.data = A, B
+            layers[layer] = LoRAWeights(A, len(B), alpha=len(A), dtype=torch.float32)
+            layers[layer].lora_B.data = B
         parameters = dict(network.named_parameters())
         names = {name for saved in self.adapters for name in saved.trained}
         trained = {name: nn.Parameter(self.merge_into(name, parameters[name].detach().float())) for name in names}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import token_ids_of, tokenizer_files
-from qlora.lora.dora import squared_norms
 from qlora.lora.full_parameters import copy_trained, start_new_tokens, swap_parameters, trained_names
-from qlora.lora.layer import LoRALinear, LoRAWeights
+from qlora.lora.layer import LoRALinear, LoRAWeights, draw_A
 from qlora.lora.slot import Adapter, slot_of
 from qlora.lora.targets import match_targets
+from qlora.lora.variants import variant_of
 from qlora.quant.layers import logical_shape
 from qlora.system.errors import InputError
 
@@ -37,18 +37,15 @@ def create_adapter(
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
-    weights = {}
+    weights, variant = {}, variant_of(config)
     for name, layer in match_targets(model, config.targets, config.layer_numbers).items():
         (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
         rank = config.rank_of(name)
-        weights[name] = LoRAWeights(
-            columns, rows, rank, config.alpha_of(name), config.dropout, dtype, config.init, generator,
-            device, config.scaling_of(name, rank),
-        )  # fmt: skip
-        if config.use_adalora:
-            weights[name].add_singular_values(generator)
-        if config.use_dora:  # the outputs' magnitudes as they are, so that c = 1
-            weights[name].magnitude = nn.Parameter(squared_norms(layer).sqrt())
+        A, scaling = draw_A(rank, columns, config.init, generator, device), config.scaling_of(name, rank)
+        own = LoRAWeights(A, rows, config.alpha_of(name), config.dropout, dtype, device, scaling)
+        weights[name], own.variant = own, variant
+        if variant is not None:
+            variant.start(own, layer, generator)
     if trained is not None:
         return Adapter(config, weights, copy_trained(model, trained))
     copies = copy_trained(model, trained_names(model, config, list(weights)))
@@ -84,7 +81,7 @@ def activate(model: nn.Module, adapter: Adapter | None) -> None:
     weights = {} if adapter is None else adapter.layers
     for name, layer in layers.items():  # by dict entry: nn.Module's own setattr takes a microsecond each
         layer._modules["lora"] = weights.get(name)
-        layer.__dict__["fixed_scale"] = layer.__dict__["_squared_norms"] = None
+        layer.__dict__["fixed_scale"] = layer.__dict__["kept_of_base"] = None
     swap_parameters(model, slot.replaced)
     slot.replaced = {} if adapter is None else swap_parameters(model, adapter.trained)
     slot.active = adapter

@@ -77,7 +77,7 @@ def shift_base(model: nn.Module, shift: BaseShift) -> None:
             layer.base_layer if isinstance(layer, LoRALinear) else layer, shifted_weight(weight, shift[name])
         )
         if isinstance(layer, LoRALinear):
-            layer._squared_norms = None
+            layer.kept_of_base = None
     slot_of(model).shift = shift
 
 

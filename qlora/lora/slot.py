@@ -23,14 +23,14 @@ class Adapter:
         layers: qualified layer name -> its weights there.
         trained: parameter name -> a copy of a base parameter that trains in full (biases, embeddings, ...).
         tokenizer: files by name of the tokenizer that goes with the adapter; none where it is the base's.
-        budget: t_i, t_f and T of the run in which AdaLoRA trains it, for its file.
+        run_fields: whole numbers of its adapter_config.json that come from the run (AdaLoRA's schedule).
     """
 
     config: LoRAConfig
     layers: dict[str, LoRAWeights]
     trained: dict[str, nn.Parameter] = field(default_factory=dict)
     tokenizer: dict[str, bytes] = field(default_factory=dict)
-    budget: tuple[int, int, int] = (0, 0, 1)
+    run_fields: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

@@ -67,7 +67,7 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         InputError: a base that this start is not made for, or one that is shifted already.
     """
-    if config.init not in ("pissa", "loftq"):
+    if not config.starts_from_base:
         return
     if base_shift(model):
         raise InputError(ANOTHERS_BASE)
@@ -82,25 +82,27 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
     layers, shift = lora_layers(model), {}
     for name, layer in layers.items():
         most = min(layer.out_features, layer.in_features)
-        if layer.rank > most:
-            raise InputError(f"{name} has rank {layer.rank} but only {most} singular values; give --rank {most}.")
+        if layer.weights.rank > most:
+            raise InputError(
+                f"{name} has rank {layer.weights.rank} but only {most} singular values; give --rank {most}."
+            )
     for name, weight in original_weights(model, layers):
         layer, stored = layers[name], layers[name].base_layer.weight
-        rank, scaling = layer.rank, layer.scaling
+        rank, scaling = layer.weights.rank, layer.weights.scaling
         if config.init == "pissa":
             A, B = split_svd(weight, rank, scaling)
             taken: tuple[Tensor, Tensor] | None = (A, scaling * B)
         else:
             A, B, taken = loftq_factors(weight, quantization_of(stored), rank, scaling, config.loftq_iterations)
         _share((A, B, *(taken or ())))
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+        layer.weights.lora_A.copy_(A)
+        layer.weights.lora_B.copy_(B)
         if taken is not None:
             shift[name] = taken
             store_weight(layer.base_layer, shifted_weight(weight, taken))
-        layer._squared_norms = None
-        if layer.weights.magnitude is not None:
-            layer.weights.magnitude.copy_(layer.weight_norm())
+        layer.kept_of_base = None
+        if layer.weights.variant is not None:
+            layer.weights.variant.follow_start(layer)
     slot_of(model).shift = shift
 
 

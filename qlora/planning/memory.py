@@ -126,8 +126,9 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
     kept = 0
     for name, layer in lora_layers(model).items():
         ranks = tensor_parallel if split_axis(name) == 1 else 1
-        kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
-        kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
+        weights = layer.weights
+        kept += weights.rank * dtype.itemsize + layer.in_features // ranks * (weights.dropout > 0)
+        kept += 0 if weights.variant is None else weights.variant.token_bytes(layer, dtype.itemsize)
     return kept
 
 

@@ -145,7 +145,9 @@ def check_adapters_learn(model: nn.Module) -> None:
         TrainingStopped: names the layers without one; what they would have learned is lost otherwise.
     """
     silent = [
-        n for n, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
+        n
+        for n, layer in lora_layers(model).items()
+        if layer.weights.lora_A.grad is None or layer.weights.lora_B.grad is None
     ]
     adapter = active_adapter(model)
     trained = {} if adapter is None else adapter.trained
