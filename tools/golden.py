@@ -1,7 +1,7 @@
 """Run two commits on the same inputs, in turns, and compare byte for byte what they wrote.
 
     git clone . /tmp/old && git -C /tmp/old checkout COMMIT
-    python -m tools.golden /tmp/old                     # against this checkout, about eight minutes on two cores
+    python -m tools.golden /tmp/old                     # against this checkout, 10 to 20 minutes on two cores
     python -m tools.golden /tmp/old /tmp/new --only dora merge
     python -m tools.golden /tmp/old --only demo --demo-steps 32      # the whole training of `make demo`
     python -m tools.golden --list

@@ -1,7 +1,8 @@
-"""Every variant of LoRA through every stage of its life; `python -m tools.variants` prints README's table of it.
+"""Every variant of LoRA through every stage of its life; `python -m tools.variants` prints the table of
+docs/adapters.md.
 
-A stage is a function that asserts what README's column says and returns the words for the cell. test_variants.py
-runs each as a test; here they are run for their outcomes. A new variant is a new row of VARIANTS.
+A stage is a function that asserts what the table's column says and returns the words for the cell.
+test_variants.py runs each as a test; here they are run for their outcomes. A new variant is a new row of VARIANTS.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 TOP = (
-    "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt",
-    "requirements.txt", "setup.py", "train.py",
+    "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "pyproject.toml",
+    "requirements-dev.txt", "requirements.txt", "setup.py", "train.py",
 )  # fmt: skip
 FOLDERS = ("benchmarks", "configs", "docs", "eval", "examples", "qlora", "tests", "tools")
 MADE = {"__pycache__", ".venv", ".peers", ".pytest_cache"}  # by running things

@@ -576,7 +576,7 @@ def test_no_network_without_a_hub_id(whole_run: tuple[Path, dict[str, Any], str]
     assert "--model owner/name is neither a local path nor" in report["refused"] and "\n" not in report["refused"]
 
 
-@pytest.mark.parametrize("module", ["bitsandbytes", "qlora.quantize"])
+@pytest.mark.parametrize("module", ["bitsandbytes", "qlora.quant.weight"])
 def test_no_code_is_fetched_at_import(tmp_path: Path, module: str) -> None:
     """Where the package `kernels` is installed, bitsandbytes by itself fetches some for a CPU with AVX512-BF16."""
     (tmp_path / "kernels.py").write_text(

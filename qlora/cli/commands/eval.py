@@ -1,6 +1,6 @@
 """Score a base model, an adapter or a merged model on held-out data.
 
-A wheel installs that folder as `qlora.evaluation`. In a checkout it stands beside qlora/ and is loaded from there,
+A wheel installs eval/ as `qlora.evaluation`. In a checkout it stands beside qlora/ and is loaded from there,
 by its path and under the same name, so that an eval/ in the current directory is never taken for it.
 """
 
