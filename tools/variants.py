@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import make_batches
@@ -36,6 +35,7 @@ from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import base_parameters, freeze_base, merge_lora, unmerge_lora
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.adalora_optimizer import build_adapter_optimizer
 from qlora.training.step import train_step
 from tests.models import save_tiny_llama

@@ -6,7 +6,6 @@ not compute is refused by name, never half loaded.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from qlora.system.errors import InputError
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 
-WEIGHTS, CONFIG, BASE_SHIFT = "adapter_model.safetensors", "adapter_config.json", "base_shift.safetensors"
 PREFIX = "base_model.model."
 VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
 # PEFT's fields that change the forward pass, with the values that mean "not used".
@@ -169,8 +167,3 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
         return True
     module = "." + key.rpartition(".")[0]
     return any(module.endswith("." + name) for name in config.trained_modules)
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line and not too long."""
-    return value[:60] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)[:60]

@@ -27,18 +27,14 @@ from torch import Tensor, nn
 
 from qlora.adapters.other_formats import recognise
 from qlora.adapters.peft_config import (
-    BASE_SHIFT,
-    CONFIG,
     PREFIX,
     UNSUPPORTED,
     VOCABULARY,
-    WEIGHTS,
     belongs_to_adapter,
     describe_adapter,
     file_key,
     own_key,
     read_settings,
-    show_value,
 )
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import active_adapter, lora_layers
@@ -49,8 +45,9 @@ from qlora.lora.state import lora_state_dict
 from qlora.lora.variants import PEFT_TYPES, variant_of
 from qlora.model.base import find_base_info
 from qlora.system.errors import InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_json, read_tensors
-from qlora.system.wording import explain
+from qlora.system.wording import explain, show_value
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

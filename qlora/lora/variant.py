@@ -10,7 +10,6 @@ I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from qlora.config.lora import LoRAConfig
 from qlora.lora.layer import LoRALinear, LoRAWeights
 from qlora.system.errors import InputError
+from qlora.system.wording import quote
 
 
 class PeftFields:
@@ -32,7 +32,7 @@ class PeftFields:
     def check(self, name: str, wanted: str, fits: bool) -> None:
         """Raises an InputError unless `fits`."""
         if not fits:
-            value = reprlib.repr(self.description[name])[:60] if name in self.description else "no value"
+            value = quote(self.description[name]) if name in self.description else "no value"
             raise InputError(f"{self.file} has {name} = {value}, not {wanted}; save the adapter again.")
 
     def given(self, name: str, default: Any) -> Any:

@@ -27,15 +27,17 @@ from qlora.chat.stream import AnswerStream
 from qlora.config.generate import GenerateConfig
 from qlora.config.lora import LoRAConfig
 from qlora.data.conversations import to_messages
-from qlora.data.encode import encode_example, encode_prompt
-from qlora.data.example import IGNORE_INDEX, show_controls
+from qlora.data.encode import encode_prompt
+from qlora.data.example import IGNORE_INDEX
 from qlora.data.readers import read_records
 from qlora.generation import generate
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.layers import Linear4bit
 from qlora.system.errors import InputError
+from qlora.system.wording import show_controls
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
