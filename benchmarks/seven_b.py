@@ -116,6 +116,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
     from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.model.base import base_info
     from qlora.system.device import choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.loop import fit
@@ -138,7 +139,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
 
     def measure() -> None:
         """In the place of "should the run stop?", which `fit` asks between steps, on no step's time."""
-        rates.append(product_rate(model.compute_dtype, device))
+        rates.append(product_rate(base_info(model).compute_dtype, device))
 
     fit(
         model, optimizer, build_schedule("constant", 2e-4, 0, steps), examples, accelerator,
@@ -152,7 +153,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
         "shares": [limit / second for limit, second in zip(limits, seconds, strict=True)],
         "losses": [line["loss"] for line in lines],
         "recomputed": recomputed,
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "peak": peak_memory_gib(device) * GIB,
     }
 

@@ -10,6 +10,12 @@ from typing import Any, Literal
 from qlora.config.fields import fits_pattern, join_fields, read_pattern, split_names
 from qlora.system.errors import InputError
 
+BASE_STARTS = ("pissa", "loftq")  # those that may change the base; lora/svd_start.py
+STARTS = ("kaiming", "gaussian", *BASE_STARTS)
+# Flags of variants and their names in the field; the objects behind the flags are in lora/variants.py.
+VARIANTS = {"use_adalora": "AdaLoRA", "use_dora": "DoRA", "use_rslora": "rsLoRA"}
+WHOLE_LAYERS = ("use_dora", "use_adalora")  # variants that tensor parallel does not compute
+
 
 @dataclass
 class LoRAConfig:
@@ -69,7 +75,7 @@ class LoRAConfig:
             raise InputError(f"dropout is {self.dropout}; give --dropout a number from 0 up to, not including, 1.")
         for name, value, choices in (
             ("adapter_dtype", self.adapter_dtype, ("bfloat16", "float32")),
-            ("init", self.init, ("kaiming", "gaussian", "pissa", "loftq")),
+            ("init", self.init, STARTS),
             ("bias", self.bias, ("none", "all", "lora_only")),
         ):
             if value not in choices:
@@ -96,6 +102,16 @@ class LoRAConfig:
         if self.use_adalora and (self.init != "kaiming" or any(getattr(self, name) for name in others)):
             raise InputError(f"use_adalora sets start, ranks and scale; leave out init, {', '.join(others)}.")
         _ = self.layer_numbers, self.rank_patterns, self.alpha_patterns  # each raises if it does not read
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether A and B start from the base's weights, which may change the base (PiSSA, LoftQ)."""
+        return self.init in BASE_STARTS
+
+    @property
+    def variant_name(self) -> str:
+        """The variant's name in the field."""
+        return " + ".join(name for flag, name in VARIANTS.items() if getattr(self, flag)) or "LoRA"
 
     @property
     def targets(self) -> list[str]:

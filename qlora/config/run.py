@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from qlora.config.data import DataConfig
 from qlora.config.generate import GenerateConfig
-from qlora.config.lora import LoRAConfig
+from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.train import TrainConfig
@@ -61,9 +61,8 @@ class RunConfig:
             "--modules-to-save": bool(lora.trained_modules),
             "--new-tokens": bool(lora.added_tokens),
             f"--bias {lora.bias}": lora.bias != "none",
-            f"--init {lora.init}": lora.init in ("pissa", "loftq"),
-            "--use-dora": lora.use_dora and is_tensor,
-            "--use-adalora": lora.use_adalora and is_tensor,
+            f"--init {lora.init}": lora.starts_from_base,
+            **{f"--{name.replace('_', '-')}": getattr(lora, name) and is_tensor for name in WHOLE_LAYERS},
             "--no-4bit": not self.model.use_4bit and is_tensor,
             "--best-metric exact_match": self.train.best_metric == "exact_match",
         }

@@ -31,6 +31,7 @@ from qlora.adapters.provenance import adapter_quantization
 from qlora.data.chat_template import fallback_template
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.export.gguf_vocabulary import add_vocabulary
+from qlora.lora.variants import variant_of
 from qlora.model.attention import head_counts
 from qlora.model.families import FAMILIES, GGUFForm, family_of
 from qlora.model.resolve import resolve_model
@@ -119,8 +120,10 @@ def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encod
     architecture = _gguf_form(config).architecture
     lora = read_adapter(adapter)
     check_adapter(lora, network)
-    if lora.config.use_dora or lora.trained:
-        extra = "DoRA's magnitudes" if lora.config.use_dora else f"trained parameters ({next(iter(lora.trained))})"
+    variant = variant_of(lora.config)
+    beyond = "" if variant is None else variant.beyond
+    if beyond or lora.trained:
+        extra = beyond or f"trained parameters ({next(iter(lora.trained))})"
         raise InputError(
             f"The adapter {adapter} has {extra}, which a LoRA .gguf cannot hold; export the merged model instead "
             "(without --adapter-only)."

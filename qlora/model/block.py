@@ -67,6 +67,16 @@ class Exchange:
 ALONE = Exchange()
 
 
+class FusedBlock:
+    """A block that computes by `block_forward`: the base class that `fuse_blocks` adds to transformers' own.
+
+    Attributes:
+        exchange: set by tensor parallelism.
+    """
+
+    exchange: Exchange = ALONE
+
+
 class AddNorm(torch.autograd.Function):
     """(x + delta, RMSNorm(x + delta)); both gradients are taken in one pass."""
 
@@ -120,7 +130,12 @@ def fuse_blocks(network: nn.Module) -> None:
 
 def is_fused(block: nn.Module) -> bool:
     """Whether a decoder block computes by `block_forward`."""
-    return getattr(block, "is_fused", False) is True
+    return isinstance(block, FusedBlock)
+
+
+def exchange_of(block: nn.Module) -> Exchange:
+    """What a decoder block exchanges; one of transformers' own, which is never split, nothing."""
+    return block.exchange if isinstance(block, FusedBlock) else ALONE
 
 
 def _is_plain(block: Any) -> bool:
@@ -133,18 +148,18 @@ def _is_plain(block: Any) -> bool:
 def _fused_class(plain: Any) -> Any:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs.get("past_key_values") is not None:
-            if getattr(self, "exchange", ALONE) is not ALONE:
+            if self.exchange is not ALONE:
                 raise InputError("A model split by --tensor-parallel only trains; answer with the whole one.")
             return plain.forward(self, hidden_states, *args, **kwargs)
         return block_forward(self, hidden_states, kwargs)
 
     # transformers wraps the forward of every subclass in its gradient checkpointing
-    return type(plain.__name__, (plain,), {"forward": forward, "is_fused": True, "__module__": plain.__module__})
+    return type(plain.__name__, (FusedBlock, plain), {"forward": forward, "__module__": plain.__module__})
 
 
 def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(B, T, D) -> (B, T, D); `kwargs` as transformers passes them to its block."""
-    exchange: Exchange = getattr(block, "exchange", ALONE)
+    exchange: Exchange = block.exchange
     first, second, mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
     batch, length = hidden.shape[0], kwargs["position_embeddings"][0].shape[1]
     hidden = exchange.begin(hidden)

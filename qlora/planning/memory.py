@@ -46,7 +46,7 @@ from qlora.model.block import decoder_layers, is_fused
 from qlora.model.families import family_of, known_layers
 from qlora.model.loss import CHUNK_SIZE
 from qlora.parallel.divisibility import split_axis
-from qlora.quant.layers import logical_numel
+from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
 from qlora.system.memory import GIB
 
@@ -127,8 +127,9 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
     kept = 0
     for name, layer in lora_layers(model).items():
         ranks = tensor_parallel if split_axis(name) == 1 else 1
-        kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
-        kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
+        weights = layer.weights
+        kept += weights.rank * dtype.itemsize + layer.in_features // ranks * (weights.dropout > 0)
+        kept += 0 if weights.variant is None else weights.variant.token_bytes(layer, dtype.itemsize)
     return kept
 
 
@@ -215,7 +216,7 @@ def plan_recomputing(
     layer += -(-adapter_bytes(model, dtype, tensor_parallel) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size // (tensor_parallel if sequence_parallel else 1)
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
-    largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
+    largest = max((size for block in layers for _, size in logical_sizes(block)), default=0)
     plan = MemoryPlan(
         base=sum(local(p).numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),

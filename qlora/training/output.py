@@ -281,7 +281,7 @@ class RunOutput:
             TrainingStopped: steps were made, but no adapter's B has left zero: nothing was learned.
         """
         made = progress.step - progress.skipped
-        if made > 0 and not any(layer.lora_B.any() for layer in lora_layers(self.model).values()):
+        if made > 0 and not any(layer.weights.lora_B.any() for layer in lora_layers(self.model).values()):
             raise TrainingStopped(f"After {made} steps every lora_B is still zero, so the adapter does nothing.")
         if self.accelerator.is_main_process:
             self._finish_writing()

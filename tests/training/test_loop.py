@@ -64,7 +64,7 @@ def adapted(tiny: str, dtype: str = "float32", dropout: float = 0.0, compute: st
     freeze_base(model)
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model).values():  # a B of zeros would leave A without a real gradient
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+        layer.weights.lora_B.data.copy_(torch.randn(layer.weights.lora_B.shape, generator=generator) * 0.05)
     return model.train()
 
 
