@@ -48,8 +48,7 @@ from qlora.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from qlora.training.lines import MetricsFile
-from qlora.training.loop import fit
+from qlora.training.lines import LinesFile
 from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.schedule import build_schedule
@@ -527,7 +526,7 @@ def train_piece(base: str, directory: Path, plan: Plan, interruption: tuple[int,
     else:
         progress, optimizer = load_checkpoint(checkpoint, model, make_optimizer, {})
     begun_at = progress.step
-    metrics = MetricsFile(directory / "metrics.jsonl", progress)
+    metrics = LinesFile(directory / "metrics.jsonl", progress)
     limit, is_killed = interruption or (10**6, True)
     lines = questions = 0
 
