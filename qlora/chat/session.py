@@ -34,7 +34,7 @@ from qlora.chat.commands import COMMANDS, NO_ADAPTER
 from qlora.chat.history import History, Turn, from_turns, to_turns
 from qlora.chat.stream import AnswerStream
 from qlora.config.generate import GenerateConfig
-from qlora.config.train import TrainConfig
+from qlora.config.loop import LoopConfig
 from qlora.data.encode import encode_prompt
 from qlora.data.example import show_controls
 from qlora.generation import end_ids, generate
@@ -255,7 +255,7 @@ class Chat:
                 changes[name] = kinds[name](value)
             except ValueError as error:
                 raise InputError(f"{name} is {value!r}; give a number.") from error
-        seed = TrainConfig(seed=changes.pop("seed", self.seed)).seed  # checked
+        seed = LoopConfig(seed=changes.pop("seed", self.seed)).seed  # checked
         self.options, self.seed = replace(self.options, **changes), seed
         shown = {**vars(self.options), "seed": seed}
         self._print("  ".join(f"{name}={shown[name]}" for name in kinds))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from qlora.config.data import DataConfig
 from qlora.config.generate import GenerateConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
+from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
-from qlora.config.train import TrainConfig
+from qlora.config.saving import SavingConfig
+from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError
+
+TRAINING = ("loop", "optimizer", "watching", "saving")
 
 
 @dataclass
@@ -20,11 +26,26 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    watching: WatchingConfig = field(default_factory=WatchingConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     debug: bool = False
     """Show the traceback of an error."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a setting needs the best state as a checkpoint, however often others are saved."""
+        watching = self.watching
+        return self.saving.load_best or watching.early_stopping_patience > 0 or watching.best_metric != "eval_loss"
+
+    def saved(self) -> dict[str, Any]:
+        """The sections of run.json and of checkpoints: the four of training are one there, `train`."""
+        sections = asdict(self)
+        train = {name: value for group in TRAINING for name, value in sections.pop(group).items()}
+        return {**sections, "train": train}
 
     def check_training(self) -> None:
         """Whether the settings of a training run go together.
@@ -32,16 +53,20 @@ class RunConfig:
         Raises:
             InputError: they do not.
         """
-        t, held_out = self.train, self.data.eval_data is not None or self.data.eval_split > 0
-        if t.eval_every and not held_out:
+        watching, held_out = self.watching, self.data.eval_data is not None or self.data.eval_split > 0
+        if watching.eval_every and not held_out:
             raise InputError(
                 "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
             )
-        if t.keeps_best and not t.eval_every:
-            names = ("early_stopping_patience", "load_best")
-            flag = next((n for n in names if getattr(t, n)), "best_metric").replace("_", "-")
-            raise InputError(f"--{flag} goes by evaluations; pass --eval-every N with it.")
-        if t.best_metric == "exact_match" and self.data.train_on == "all":
+        if self.keeps_best and not watching.eval_every:
+            asked = {
+                "--early-stopping-patience": watching.early_stopping_patience > 0,
+                "--load-best": self.saving.load_best,
+                "--best-metric": True,
+            }
+            flag = next(flag for flag, is_asked in asked.items() if is_asked)
+            raise InputError(f"{flag} goes by evaluations; pass --eval-every N with it.")
+        if watching.best_metric == "exact_match" and self.data.train_on == "all":
             raise InputError(
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
@@ -65,7 +90,7 @@ class RunConfig:
             "--use-dora": lora.use_dora and is_tensor,
             "--use-adalora": lora.use_adalora and is_tensor,
             "--no-4bit": not self.model.use_4bit and is_tensor,
-            "--best-metric exact_match": self.train.best_metric == "exact_match",
+            "--best-metric exact_match": self.watching.best_metric == "exact_match",
         }
         for other in (flag for flag, is_asked in unable.items() if is_asked and parallel.is_split):
             raise InputError(f"{other} needs the whole base on every device; leave it out, or {parallel.flag}.")

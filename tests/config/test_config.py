@@ -27,7 +27,8 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parse import config_file_flags, parse_args
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
+from qlora.config.saving import SavingConfig
+from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError, StoppedOnRequest, TrainingStopped
 
 REPOSITORY = Path(train.__file__).parent
@@ -51,32 +52,32 @@ FLAGS: list[tuple[list[str], str, str, Any]] = [
     (["--max-length", "77"], "data", "max_length", 77),
     (["--packing"], "data", "packing", True),
     (["--no-packing"], "data", "packing", False),
-    (["--output-dir", "elsewhere"], "train", "output_dir", "elsewhere"),
-    (["--max-steps", "5"], "train", "max_steps", 5),
-    (["--epochs", "2"], "train", "epochs", 2),
-    (["--batch-size", "3"], "train", "batch_size", 3),
-    (["--grad-accum", "6"], "train", "grad_accum", 6),
-    (["--learning-rate", "1e-5"], "train", "learning_rate", 1e-5),
-    (["--schedule", "constant"], "train", "schedule", "constant"),
-    (["--warmup-steps", "0"], "train", "warmup_steps", 0),
-    (["--seed", "7"], "train", "seed", 7),
-    (["--gradient-checkpointing", "on"], "train", "gradient_checkpointing", "on"),
-    (["--gradient-checkpointing", "off"], "train", "gradient_checkpointing", "off"),
-    (["--gradient-checkpointing", "auto"], "train", "gradient_checkpointing", "auto"),
-    (["--optim", "paged_adamw_8bit"], "train", "optim", "paged_adamw_8bit"),
-    (["--eval-every", "9"], "train", "eval_every", 9),
-    (["--save-every", "8"], "train", "save_every", 8),
-    (["--resume", "auto"], "train", "resume", "auto"),
-    (["--sample-every", "5"], "train", "sample_every", 5),
-    (["--num-samples", "0"], "train", "num_samples", 0),
-    (["--sample-prompts", "p.jsonl"], "train", "sample_prompts", "p.jsonl"),
-    (["--report-to", "tensorboard,wandb"], "train", "report_to", "tensorboard,wandb"),
-    (["--run-name", "first"], "train", "run_name", "first"),
-    (["--best-metric", "exact_match"], "train", "best_metric", "exact_match"),
-    (["--score-match", "gsm8k"], "train", "score_match", "gsm8k"),
-    (["--early-stopping-patience", "3"], "train", "early_stopping_patience", 3),
-    (["--early-stopping-min-delta", "0.01"], "train", "early_stopping_min_delta", 0.01),
-    (["--load-best"], "train", "load_best", True),
+    (["--output-dir", "elsewhere"], "saving", "output_dir", "elsewhere"),
+    (["--max-steps", "5"], "loop", "max_steps", 5),
+    (["--epochs", "2"], "loop", "epochs", 2),
+    (["--batch-size", "3"], "loop", "batch_size", 3),
+    (["--grad-accum", "6"], "loop", "grad_accum", 6),
+    (["--learning-rate", "1e-5"], "optimizer", "learning_rate", 1e-5),
+    (["--schedule", "constant"], "optimizer", "schedule", "constant"),
+    (["--warmup-steps", "0"], "optimizer", "warmup_steps", 0),
+    (["--seed", "7"], "loop", "seed", 7),
+    (["--gradient-checkpointing", "on"], "loop", "gradient_checkpointing", "on"),
+    (["--gradient-checkpointing", "off"], "loop", "gradient_checkpointing", "off"),
+    (["--gradient-checkpointing", "auto"], "loop", "gradient_checkpointing", "auto"),
+    (["--optim", "paged_adamw_8bit"], "optimizer", "optim", "paged_adamw_8bit"),
+    (["--eval-every", "9"], "watching", "eval_every", 9),
+    (["--save-every", "8"], "saving", "save_every", 8),
+    (["--resume", "auto"], "saving", "resume", "auto"),
+    (["--sample-every", "5"], "watching", "sample_every", 5),
+    (["--num-samples", "0"], "watching", "num_samples", 0),
+    (["--sample-prompts", "p.jsonl"], "watching", "sample_prompts", "p.jsonl"),
+    (["--report-to", "tensorboard,wandb"], "watching", "report_to", "tensorboard,wandb"),
+    (["--run-name", "first"], "watching", "run_name", "first"),
+    (["--best-metric", "exact_match"], "watching", "best_metric", "exact_match"),
+    (["--score-match", "gsm8k"], "watching", "score_match", "gsm8k"),
+    (["--early-stopping-patience", "3"], "watching", "early_stopping_patience", 3),
+    (["--early-stopping-min-delta", "0.01"], "watching", "early_stopping_min_delta", 0.01),
+    (["--load-best"], "saving", "load_best", True),
     (["--adapter", "out"], "generate", "adapter", "out"),
     (["--prompt", "Who are you?"], "generate", "prompt", "Who are you?"),
     (["--max-new-tokens", "12"], "generate", "max_new_tokens", 12),
@@ -164,7 +165,7 @@ def test_no_flags_give_the_defaults() -> None:
 
 def test_equals_sign_and_underscores() -> None:
     config = parse("--max_length=99", "--learning-rate=1e-3", "--use_4bit")
-    assert (config.data.max_length, config.train.learning_rate, config.model.use_4bit) == (99, 1e-3, True)
+    assert (config.data.max_length, config.optimizer.learning_rate, config.model.use_4bit) == (99, 1e-3, True)
 
 
 def test_target_modules_are_split_and_stripped() -> None:
@@ -338,9 +339,9 @@ def test_file_values(tmp_path: Path) -> None:
     config = parse_file(tmp_path, text)
     expected = RunConfig(model=ModelConfig("some/model", use_4bit=False))
     expected.lora = LoRAConfig(rank=4, alpha=32.0, target_modules="q_proj,k_proj")
-    expected.data.max_length, expected.train.learning_rate = 128, 1e-4
+    expected.data.max_length, expected.optimizer.learning_rate = 128, 1e-4
     assert config == expected
-    assert type(config.train.learning_rate) is float and type(config.lora.alpha) is float
+    assert type(config.optimizer.learning_rate) is float and type(config.lora.alpha) is float
 
 
 def test_command_line_wins(tmp_path: Path) -> None:
@@ -352,14 +353,14 @@ def test_command_line_wins(tmp_path: Path) -> None:
     ):
         config = parse(*argv)
         assert (config.lora.rank, config.model.use_4bit, config.data.packing) == (16, True, False)
-        assert config.train.seed == 3
+        assert config.loop.seed == 3
 
 
 @pytest.mark.parametrize("word", ["on", "off", "auto"])
 def test_file_on_and_off(tmp_path: Path, word: str) -> None:
     """YAML 1.1 reads a bare on or off as a boolean; for this flag they are words."""
     config = parse_file(tmp_path, f"gradient_checkpointing: {word}")
-    assert config.train.gradient_checkpointing == word
+    assert config.loop.gradient_checkpointing == word
 
 
 @pytest.mark.parametrize("prompt", ["--use-4bit", "-5", "- a list?", "", "two words", "'quoted' \"twice\""])
@@ -636,18 +637,18 @@ def test_any_bytes_are_flags_or_one_sentence(content: bytes) -> None:
     ("text", "seconds"), [("45s", 45), ("90m", 5400), ("3h", 10800), ("1h30m", 5400), ("2d", 172800), ("0s", 0)]
 )
 def test_times(text: str, seconds: int) -> None:
-    assert TrainConfig(stop_after=text).stop_after_seconds == seconds
+    assert WatchingConfig(stop_after=text).stop_after_seconds == seconds
 
 
 @pytest.mark.parametrize("text", ["", "3", "h", "-1h", "1.5h", "3 h", "30m1h", "1h\n"])
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(InputError, match="give --stop-after a time such as 45s, 90m or 1h30m"):
-        TrainConfig(stop_after=text)
+        WatchingConfig(stop_after=text)
 
 
 def test_forcing_without_resuming_is_refused() -> None:
     with pytest.raises(InputError, match="force_resume is given without resume"):
-        TrainConfig(force_resume=True)
+        SavingConfig(force_resume=True)
 
 
 def test_sources_weights_and_columns_in_yaml(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qlora.config.generate import GenerateConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parse import parse_args
-from qlora.config.train import TrainConfig
 from qlora.system.errors import InputError
 from qlora.system.startup import collection_paused, importing_transformers
 
@@ -30,7 +30,7 @@ class ChatConfig:
     """0 = greedy; higher is more random."""
     top_p: float = GenerateConfig.top_p
     """Sample from the smallest set of tokens with this much probability."""
-    seed: int = TrainConfig.seed
+    seed: int = LoopConfig.seed
     """Seeds the sampling; each answer adds 1."""
     history: str | None = None
     """Keep the conversation in this .jsonl file, as training data, and go on with the newest one there."""
@@ -41,7 +41,7 @@ class ChatConfig:
         self.options = GenerateConfig(
             max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p
         )
-        TrainConfig(seed=self.seed)  # the same range
+        LoopConfig(seed=self.seed)  # the same range
 
 
 def main(argv: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from qlora.config.parse import parse_args
 from qlora.config.run import RunConfig
@@ -44,7 +43,7 @@ def answer(config: RunConfig, name: str) -> None:
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     if gen.adapter is not None:
         load_adapter(model, gen.adapter, name)
-    options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.train.seed)
+    options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.loop.seed)
     tokenizer = load_tokenizer(name, gen.adapter)
     if config.data.chat_template is not None:
         set_chat_template(tokenizer, config.data.chat_template)
@@ -83,15 +82,16 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         from qlora.training.schedule import build_schedule
         from qlora.training.trackers import start_accelerator
 
-    m, d, t, lora = config.model, config.data, config.train, config.lora
+    m, d, lora, o = config.model, config.data, config.lora, config.optimizer
+    t, w, s = config.loop, config.watching, config.saving
     config.check_training()
-    if t.push_to_hub is not None:
-        check_destination(t.push_to_hub)
-    accelerator = start_accelerator(t.trackers, t.output_dir)
+    if s.push_to_hub is not None:
+        check_destination(s.push_to_hub)
+    accelerator = start_accelerator(w.trackers, s.output_dir)
     say, device = accelerator.print, accelerator.device
     ranks = arrange_ranks(config.parallel, accelerator)
-    output = RunOutput(t.output_dir, name, t.resume, accelerator, asdict(config), t.keep_last, t.load_best)
-    output.start_trackers(t.project_name, t.run_name)
+    output = RunOutput(s.output_dir, name, s.resume, accelerator, config.saved(), s.keep_last, s.load_best)
+    output.start_trackers(w.project_name, w.run_name)
 
     tokenizer = load_tokenizer(name, config.generate.adapter)
     add_tokens(tokenizer, lora.added_tokens)
@@ -103,8 +103,8 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
         parse_special=d.parse_special, num_workers=d.num_workers, weights=d.weights, columns=d.column_names,
         cache=d.token_cache,
     )  # fmt: skip
-    num_samples = 0 if ranks.is_split else t.num_samples  # one process alone cannot answer with a split base
-    prompts = choose_prompts(held_out or examples, tokenizer, num_samples, t.sample_prompts, d.parse_special)
+    num_samples = 0 if ranks.is_split else w.num_samples  # one process alone cannot answer with a split base
+    prompts = choose_prompts(held_out or examples, tokenizer, num_samples, w.sample_prompts, d.parse_special)
     quant, dtype = QuantConfig(m.quant_type, m.double_quant), output.compute_dtype(m.compute_dtype)
     model = load_for_ranks(name, ranks, accelerator, m.use_4bit, quant, dtype, m.cache)
     if config.generate.adapter is not None:
@@ -117,36 +117,36 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     say(parameter_summary(model))
     longest = max(lengths_of(examples))
     num_tokens = largest_micro_batch(t.batch_size, d.max_length, longest, d.packing, device.type)
-    optim, budget = choose_optimizer(t.optim, device, say), t.memory_budget_bytes
+    optim, budget = choose_optimizer(o.optim, device, say), t.memory_budget_bytes
     _, plan = choose_recomputed_layers(
         model, t.gradient_checkpointing, num_tokens, budget, accelerator, say, optim
     )
 
     window = t.batch_size * t.grad_accum * ranks.data_size
     total_steps = t.max_steps or t.epochs * WindowOrder(examples.sources, window, t.seed).steps_per_epoch
-    settings = run_settings(model, lora, d, t, examples, window, total_steps, optim, tokenizer.chat_template)
+    settings = run_settings(model, lora, config, examples, window, total_steps, optim, tokenizer.chat_template)
     if config.generate.adapter is None and output.checkpoint is None:
         initialize_adapter(model, lora)  # may change the base, of which settings hold the original's fingerprint
     optimizer = output.begin(
-        model, lora, lambda: build_adapter_optimizer(model, lora, optim, t.weight_decay, total_steps), settings,
-        total_steps, t.force_resume, gather_facts(argv, accelerator, model, plan, examples, len(held_out)),
+        model, lora, lambda: build_adapter_optimizer(model, lora, optim, o.weight_decay, total_steps), settings,
+        total_steps, s.force_resume, gather_facts(argv, accelerator, model, plan, examples, len(held_out)),
     )  # fmt: skip
-    sample = Sampler(model, tokenizer, prompts, t.sample_tokens, accelerator, output.write_samples, output.say)
-    num_scored = (t.score_examples or len(held_out)) if t.best_metric == "exact_match" else 0
-    asked, is_match = choose_prompts(held_out, tokenizer, num_scored), make_matcher(t.score_match).same
+    sample = Sampler(model, tokenizer, prompts, w.sample_tokens, accelerator, output.write_samples, output.say)
+    num_scored = (w.score_examples or len(held_out)) if w.best_metric == "exact_match" else 0
+    asked, is_match = choose_prompts(held_out, tokenizer, num_scored), make_matcher(w.score_match).same
     score = AnswerScore(model, tokenizer, asked, is_match, config.generate.max_new_tokens, accelerator)
-    limit = t.stop_after_seconds
+    limit = w.stop_after_seconds
     with StopRequest(None if limit is None else started + limit) as stop, output:
         fit(
-            model, optimizer, build_schedule(t.schedule, t.learning_rate, t.warmup_steps, total_steps),
+            model, optimizer, build_schedule(o.schedule, o.learning_rate, o.warmup_steps, total_steps),
             examples, accelerator, progress=output.progress, total_steps=total_steps,
             batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=d.max_length, packing=d.packing,
-            max_grad_norm=t.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=t.eval_every,
-            patience=t.early_stopping_patience, min_delta=t.early_stopping_min_delta,
-            score=score if asked else None, sample=sample if prompts else None, sample_every=t.sample_every,
-            save_every=t.save_every, keep_best=t.keeps_best, max_skipped=t.max_skipped, save=output.save,
+            max_grad_norm=o.max_grad_norm, seed=t.seed, eval_examples=held_out, eval_every=w.eval_every,
+            patience=w.early_stopping_patience, min_delta=w.early_stopping_min_delta,
+            score=score if asked else None, sample=sample if prompts else None, sample_every=w.sample_every,
+            save_every=s.save_every, keep_best=config.keeps_best, max_skipped=t.max_skipped, save=output.save,
             log=output.log, keep_batch=output.keep_batch, stop=stop, say=output.say,
         )  # fmt: skip
     say(f"adapter in {output.directory}, loss curve in loss.png, all about the run in report.html there")
-    if t.push_to_hub is not None and accelerator.is_main_process:
-        say(f"uploaded to {push_to_hub(output.directory, t.push_to_hub)}")
+    if s.push_to_hub is not None and accelerator.is_main_process:
+        say(f"uploaded to {push_to_hub(output.directory, s.push_to_hub)}")
