@@ -263,7 +263,9 @@ class Bench:
         c, kind = self.config, self.accelerator.device.type
         lora_model = self.take_base(cell.base)
         lora_model.add_adapter(
-            cell.name, LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]), seed
+            cell.name,
+            LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets].split(",")),
+            seed,
         )
         lora_model.set_adapter(cell.name)
         network = lora_model.model

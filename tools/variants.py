@@ -138,7 +138,7 @@ class Bench:
     def fresh(self, name: str) -> Any:
         """The base with a new adapter."""
         model, config, tokenizer = self.load(name), self.config(name), load_tokenizer(str(self.base))
-        add_tokens(tokenizer, config.added_tokens)
+        add_tokens(tokenizer, config.new_tokens)
         inject_lora(model, config, 1, tokenizer)
         freeze_base(model)
         initialize_adapter(model, config)

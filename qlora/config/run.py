@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from qlora.config.data import DataConfig
+from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
@@ -13,6 +14,7 @@ from qlora.config.model import ModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.saving import SavingConfig
+from qlora.config.settings import Settings
 from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError
 
@@ -20,7 +22,7 @@ TRAINING = ("loop", "optimizer", "watching", "saving")
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Settings):
     """Fine-tune a 4-bit base with LoRA, or answer a --prompt with one."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -42,10 +44,14 @@ class RunConfig:
         return self.saving.load_best or watching.early_stopping_patience > 0 or watching.best_metric != "eval_loss"
 
     def saved(self) -> dict[str, Any]:
-        """The sections of run.json and of checkpoints: the four of training are one there, `train`."""
+        """The sections of run.json and of checkpoints: the four of training are one there, `train`; lists and
+        maps are text."""
         sections = asdict(self)
-        train = {name: value for group in TRAINING for name, value in sections.pop(group).items()}
-        return {**sections, "train": train}
+        sections["train"] = {name: value for group in TRAINING for name, value in sections.pop(group).items()}
+        for values in sections.values():
+            if isinstance(values, dict):
+                values.update({name: to_text(value) for name, value in values.items()})
+        return sections
 
     def check_training(self) -> None:
         """Whether the settings of a training run go together.
@@ -71,7 +77,7 @@ class RunConfig:
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
         self.check_split()
-        if self.generate.adapter is not None and self.lora.added_tokens:
+        if self.generate.adapter is not None and self.lora.new_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
 
     def check_split(self) -> None:
@@ -83,8 +89,8 @@ class RunConfig:
         parallel, lora = self.parallel, self.lora
         is_tensor = parallel.tensor_parallel > 1
         unable = {
-            "--modules-to-save": bool(lora.trained_modules),
-            "--new-tokens": bool(lora.added_tokens),
+            "--modules-to-save": bool(lora.modules_to_save),
+            "--new-tokens": bool(lora.new_tokens),
             f"--bias {lora.bias}": lora.bias != "none",
             f"--init {lora.init}": lora.init in ("pissa", "loftq"),
             "--use-dora": lora.use_dora and is_tensor,

@@ -17,12 +17,24 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from qlora.config.fields import (
+    flag_of,
+    read_alphas,
+    read_columns,
+    read_layers,
+    read_names,
+    read_numbers,
+    read_ranks,
+    read_sources,
+)
 from qlora.system.errors import InputError
 
 WORDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+NUMBERS: dict[type, type] = {int: Integral, float: Real}
 
 
 @dataclass(frozen=True)
@@ -43,13 +55,24 @@ def between(low: float, high: float, wanted: str) -> Check:
     return Check(wanted, lambda x: low <= x < high)
 
 
+@dataclass(frozen=True)
+class Read:
+    """How a list or map is read: (name of the field, text or collection) -> the value."""
+
+    read: Callable[[str, Any], Any]
+
+
+Names = Annotated[list[str], Read(read_names)]
+Sources = Annotated[list[str], Read(read_sources)]
+Numbers = Annotated[list[float], Read(read_numbers)]
+Layers = Annotated[list[int], Read(read_layers)]
+Ranks = Annotated[dict[str, int], Read(read_ranks)]
+Alphas = Annotated[dict[str, float], Read(read_alphas)]
+Columns = Annotated[dict[str, str], Read(read_columns)]
+
 ABOVE_ZERO = Check("a number above 0", lambda x: 0 < x < math.inf)
 Count = Annotated[int, at_least(0)]  # 0 often means never, or all
 Positive = Annotated[int, at_least(1)]
-
-
-def flag_of(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 @lru_cache(maxsize=64)
@@ -87,9 +110,13 @@ def read_value(name: str, hint: Any, value: Any) -> Any:
     Raises:
         InputError: it has another type, or lies outside the range.
     """
-    check = None
+    check: Check | None = None
     if get_origin(hint) is Annotated:
-        hint, check = get_args(hint)[:2]
+        hint, *notes = get_args(hint)
+        for note in notes:
+            if isinstance(note, Read):
+                return note.read(name, value)
+            check = note if isinstance(note, Check) else check
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and type(None) in kinds:
         return None
@@ -98,11 +125,12 @@ def read_value(name: str, hint: Any, value: Any) -> Any:
         if value not in get_args(kind):
             raise InputError(f"{name} is {value!r:.80}; choose one of {', '.join(get_args(kind))}.")
         return value
-    if kind is float and type(value) is int:
-        value = float(value)
+    if kind in NUMBERS and isinstance(value, NUMBERS[kind]) and not isinstance(value, bool):
+        value = kind(value)  # numpy's, too
     elif kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
-    if type(value) is not kind or (check is not None and not check.fits(value)):
-        wanted = check.wanted if check is not None else WORDS[kind]
+    fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if not fits or (check is not None and not check.fits(value)):
+        wanted = check.wanted if check is not None else WORDS.get(kind, f"a {kind.__name__}")
         raise InputError(f"{name} is {value!r:.80}; give {flag_of(name)} {wanted}.")
     return value

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from qlora.config.fields import split_names
-from qlora.config.settings import Check, Count, Positive, Settings, at_least
+from qlora.config.settings import Check, Count, Names, Positive, Settings, at_least
 
 
 def seconds_in(text: str) -> float | None:
@@ -48,17 +47,12 @@ class WatchingConfig(Settings):
     """Smallest improvement that counts."""
     stop_after: Time = None
     """Save and stop after this long: 45s, 90m, 3h or 1h30m."""
-    report_to: str = ""
+    report_to: Names = field(default_factory=list)
     """Trackers to log to, separated by commas: tensorboard, wandb, trackio, ..., or all that are installed."""
     project_name: str = "qlora"
     """The project of the run in trackers."""
     run_name: str | None = None
     """The run's name in trackers; by default that of --output-dir."""
-
-    @property
-    def trackers(self) -> list[str]:
-        """The names in --report-to, split and stripped."""
-        return split_names(self.report_to)
 
     @property
     def stop_after_seconds(self) -> float | None:

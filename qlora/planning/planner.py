@@ -168,9 +168,9 @@ class Planner:
         if self._adapted == key:
             return model
         tokenizer = None
-        if config.lora.added_tokens:
+        if config.lora.new_tokens:
             tokenizer = load_tokenizer(self.name)
-            add_tokens(tokenizer, config.lora.added_tokens)
+            add_tokens(tokenizer, config.lora.new_tokens)
         activate(model, None)
         adapter = create_adapter(model, config.lora, config.loop.seed, tokenizer)
         wrap_layers(model, adapter.layers)

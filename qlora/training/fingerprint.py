@@ -54,8 +54,10 @@ def run_settings(
         window: examples of an optimizer step.
         chat_template: what `config.data.chat_template` holds.
     """
-    own: dict[str, Any] = {"data_weights": config.data.weights} if set(config.data.weights) - {1.0} else {}
-    if config.data.chat_template is not None:
+    data, own = config.data, dict[str, Any]()
+    if set(data.data_weights) - {1.0}:
+        own["data_weights"] = data.data_weights
+    if data.chat_template is not None:
         own["chat_template"] = hashlib.sha256(str(chat_template).encode()).hexdigest()[:16]
     names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
     return {

@@ -47,9 +47,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def adapted(model: Any, name: str, lora: LoRAConfig) -> Any:
     tokenizer = None
-    if lora.added_tokens:
+    if lora.new_tokens:
         tokenizer = load_tokenizer(name)
-        add_tokens(tokenizer, lora.added_tokens)
+        add_tokens(tokenizer, lora.new_tokens)
     inject_lora(model, lora, tokenizer=tokenizer)
     freeze_base(model)
     return model

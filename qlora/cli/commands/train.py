@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
         if config.parallel.is_split:
             raise InputError(f"{config.parallel.flag} is for training; leave it out to answer a --prompt.")
         answer(config, config.model.model)
-    elif config.data.data is not None:
+    elif config.data.data:
         train(config, config.model.model, config.data.data, argv)
     else:
         raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
@@ -50,7 +50,7 @@ def answer(config: RunConfig, name: str) -> None:
     stream_answer(model, tokenizer, gen.prompt or "", *options)
 
 
-def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
+def train(config: RunConfig, name: str, data: list[str], argv: Sequence[str]) -> None:
     started = time.monotonic()
     with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
@@ -87,20 +87,20 @@ def train(config: RunConfig, name: str, data: str, argv: Sequence[str]) -> None:
     config.check_training()
     if s.push_to_hub is not None:
         check_destination(s.push_to_hub)
-    accelerator = start_accelerator(w.trackers, s.output_dir)
+    accelerator = start_accelerator(w.report_to, s.output_dir)
     say, device = accelerator.print, accelerator.device
     ranks = arrange_ranks(config.parallel, accelerator)
     output = RunOutput(s.output_dir, name, s.resume, accelerator, config.saved(), s.keep_last, s.load_best)
     output.start_trackers(w.project_name, w.run_name)
 
     tokenizer = load_tokenizer(name, config.generate.adapter)
-    add_tokens(tokenizer, lora.added_tokens)
+    add_tokens(tokenizer, lora.new_tokens)
     if d.chat_template is not None:
         set_chat_template(tokenizer, d.chat_template)
     examples, held_out = load_examples(
         data, tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data, eval_split=d.eval_split,
         seed=t.seed, say=say, show_sample=d.show_sample, on_bad_row=d.on_bad_row, bad_rows_file=output.bad_rows,
-        parse_special=d.parse_special, num_workers=d.num_workers, weights=d.weights, columns=d.column_names,
+        parse_special=d.parse_special, num_workers=d.num_workers, weights=d.data_weights, columns=d.columns,
         cache=d.token_cache,
     )  # fmt: skip
     num_samples = 0 if ranks.is_split else w.num_samples  # one process alone cannot answer with a split base
