@@ -169,9 +169,10 @@ def test_equals_sign_and_underscores() -> None:
 
 
 def test_target_modules_are_split_and_stripped() -> None:
-    for given in (" q_proj, k_proj ,", ["q_proj", "k_proj"], ("q_proj", "k_proj")):
-        assert LoRAConfig(target_modules=given).target_modules == ["q_proj", "k_proj"]  # type: ignore[arg-type]
-    assert LoRAConfig(target_modules={"q_proj", "k_proj"}).target_modules == ["k_proj", "q_proj"]  # type: ignore[arg-type]
+    for names in (" q_proj, k_proj ,", ["q_proj", "k_proj"], ("q_proj", "k_proj")):
+        assert LoRAConfig(target_modules=names).target_modules == ["q_proj", "k_proj"]  # type: ignore[arg-type]
+    unordered: Any = {"q_proj", "k_proj"}
+    assert LoRAConfig(target_modules=unordered).target_modules == ["k_proj", "q_proj"]
 
 
 def test_a_name_is_in_one_class_only() -> None:
