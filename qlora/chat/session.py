@@ -33,8 +33,7 @@ from qlora.adapters.model import LoRAModel
 from qlora.chat.commands import COMMANDS, NO_ADAPTER
 from qlora.chat.history import History, Turn, from_turns, to_turns
 from qlora.chat.stream import AnswerStream
-from qlora.config.generate import GenerateConfig
-from qlora.config.loop import LoopConfig
+from qlora.config.generate import Sampling, SamplingConfig
 from qlora.data.encode import encode_prompt
 from qlora.data.example import show_controls
 from qlora.generation import end_ids, generate
@@ -72,7 +71,7 @@ class Chat:
 
     model: LoRAModel
     name: str
-    options: GenerateConfig
+    options: SamplingConfig
     seed: int = 0
     system: str = ""
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
@@ -119,11 +118,11 @@ class Chat:
         active = self.model.active_adapter
         self.model.set_adapter(adapter)
         stream = AnswerStream(tokenizer, write)
-        options = (num_tokens, self.options.temperature, self.options.top_p, self.seed + self._num_answers)
+        drawn = Sampling(num_tokens, self.options.temperature, self.options.top_p, self.seed + self._num_answers)
         in_main = threading.current_thread() is threading.main_thread()
         previous = signal.signal(signal.SIGINT, stream.stop) if in_main else None
         try:
-            answer = generate(self.model.model, tokenizer, [messages], *options, streamer=stream)[0]
+            answer = generate(self.model.model, tokenizer, [messages], drawn, streamer=stream)[0]
         finally:
             if in_main:
                 signal.signal(signal.SIGINT, previous)
@@ -255,7 +254,7 @@ class Chat:
                 changes[name] = kinds[name](value)
             except ValueError as error:
                 raise InputError(f"{name} is {value!r}; give a number.") from error
-        seed = LoopConfig(seed=changes.pop("seed", self.seed)).seed  # checked
+        seed = Sampling(seed=changes.pop("seed", self.seed)).seed  # checked
         self.options, self.seed = replace(self.options, **changes), seed
         shown = {**vars(self.options), "seed": seed}
         self._print("  ".join(f"{name}={shown[name]}" for name in kinds))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from qlora.config.settings import Check, Count, Positive, Settings, at_least
@@ -30,6 +30,8 @@ class Sampling(SamplingConfig):
 
     seed: Count = 0
     """Seeds what is drawn."""
+    stop_texts: list[str] = field(default_factory=list)
+    """An answer ends before the first of these; for `continue_prompts`."""
 
 
 @dataclass

@@ -125,6 +125,7 @@ def read_value(name: str, hint: Any, value: Any) -> Any:
         if value not in get_args(kind):
             raise InputError(f"{name} is {value!r:.80}; choose one of {', '.join(get_args(kind))}.")
         return value
+    kind = get_origin(kind) or kind
     if kind in NUMBERS and isinstance(value, NUMBERS[kind]) and not isinstance(value, bool):
         value = kind(value)  # numpy's, too
     elif kind is str and isinstance(value, os.PathLike):

@@ -43,11 +43,10 @@ def answer(config: RunConfig, name: str) -> None:
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     if gen.adapter is not None:
         load_adapter(model, gen.adapter, name)
-    options = (gen.max_new_tokens, gen.temperature, gen.top_p, config.loop.seed)
     tokenizer = load_tokenizer(name, gen.adapter)
     if config.data.chat_template is not None:
         set_chat_template(tokenizer, config.data.chat_template)
-    stream_answer(model, tokenizer, gen.prompt or "", *options)
+    stream_answer(model, tokenizer, gen.prompt or "", gen.sampling(config.loop.seed))
 
 
 def train(config: RunConfig, name: str, data: list[str], argv: Sequence[str]) -> None:
