@@ -1,12 +1,13 @@
 # make demo   set up, then run the main job on a real model          (configs/demo.yaml, about 10 minutes)
 # make test   set up, then check style, types and imports, and run all tests
+# make resolve   whether the requirements can be met on every Python that is supported
 # make bench  set up PEFT + TRL beside it and compare speed, memory and losses (DATA=train.jsonl for your own rows)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test bench lint clean-demo clean
+.PHONY: setup demo test resolve bench lint clean-demo clean
 
 $(VENV)/.runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +39,18 @@ lint: $(VENV)/.dev
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Only what each package says that it needs is downloaded; these Pythons need not be there. Wheels alone count, but for
+# two packages that lm-eval needs and that have none.
+resolve: $(VENV)/.runtime
+	$(BIN)/python -m pip install -q uv==0.13.9
+	for version in 3.10 3.11 3.12 3.13; do \
+		for files in requirements.txt pyproject.toml "requirements.txt requirements-dev.txt"; do \
+			$(BIN)/uv pip compile -q --no-python-downloads --only-binary :all: --no-binary sqlitedict,word2number \
+				--python-version $$version $$files > /dev/null || exit 1; \
+			echo "Python $$version: $$files can be installed"; \
+		done; \
+	done
+
 bench: $(VENV)/.runtime benchmarks/.venv/.peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.peers $(if $(DATA),--data $(DATA))
 
@@ -45,4 +58,4 @@ clean-demo:
 	rm -rf demo
 
 clean: clean-demo
-	rm -rf $(VENV) benchmarks/.venv
+	rm -rf $(VENV) benchmarks/.venv build dist *.egg-info

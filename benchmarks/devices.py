@@ -128,7 +128,7 @@ def work(part: Part, model_folder: Path) -> Result:
     from qlora.parallel.check import check_split
     from qlora.parallel.launch import arrange_ranks
     from qlora.parallel.load import load_for_ranks
-    from qlora.planning.memory import plan_memory
+    from qlora.planning.memory import plan_recomputing
     from qlora.training.loop import fit
     from qlora.training.optimizer import build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
@@ -150,7 +150,7 @@ def work(part: Part, model_folder: Path) -> Result:
         result["check_peak"] = peak()
     inject_lora(model, config.lora)
     freeze_base(model)
-    result["base"] = plan_memory(model, 1, torch.float32).base
+    result["base"] = plan_recomputing(model, 1, torch.float32)[0].base
     result["trainable"] = sum(p.numel() for p in lora_parameters(model))
     if not part.steps:
         return result

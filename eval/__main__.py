@@ -1,4 +1,4 @@
-"""python -m eval COMMAND: score a base model, an adapter or a merged model on held-out data.
+"""Score a base model, an adapter or a merged model on held-out data.
 
 perplexity    of any text or data set: per token, per word, per byte
 choice        the likeliest of several answers: MMLU, ARC, HellaSwag and their like
@@ -16,14 +16,16 @@ from importlib import import_module
 from qlora.cli.exits import run
 from qlora.system.errors import InputError
 
+from . import PROGRAM
+
 COMMANDS = ("perplexity", "choice", "exact_match", "harness", "compare")
 
 
 def main(argv: Sequence[str]) -> None:
     if list(argv[:1]) in ([], ["-h"], ["--help"]):
-        print(f"{__doc__}\nusage: python -m eval COMMAND [--help] [OPTIONS]")
+        print(f"usage: {PROGRAM} COMMAND [--help] [OPTIONS]\n\n{__doc__}")
     elif argv[0] in COMMANDS:
-        import_module(f"eval.{argv[0]}").main(argv[1:])
+        import_module(f".{argv[0]}", __package__).main(argv[1:])
     else:
         raise InputError(f"Unknown evaluation {argv[0]!r}; choose {', '.join(COMMANDS)}.")
 

@@ -41,14 +41,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
-from eval.results import check_output, print_scores, write_result
-from eval.scores import Score, mean_of_groups, proportion
 from qlora.config.parse import parse_args
 from qlora.data.readers import read_records
 from qlora.data.rows import BadRow, Record
 from qlora.system.errors import InputError
 from qlora.system.wording import quote
+
+from . import PROGRAM
+from .model import EvalConfig, load_evaluated, require, require_at_least, share_out
+from .results import check_output, print_scores, write_result
+from .scores import Score, mean_of_groups, proportion
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 Style = Literal["letters", "text"]
@@ -257,7 +259,7 @@ def score_choices(
         asked: (context, continuations) of each question.
         max_length, budget, is_shown: as `log_likelihoods`.
     """
-    from eval.likelihood import encode_pairs, log_likelihoods
+    from .likelihood import encode_pairs, log_likelihoods
 
     requests = [encode_pairs(context, texts, tokenizer) for context, texts in asked]
     found = log_likelihoods(model, requests, max_length, budget, is_shown)
@@ -304,7 +306,7 @@ def choice_scores(rows: Sequence[dict[str, Any]], seed: int = 0, confidence: flo
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ChoiceConfig, "python -m eval choice", argv)
+    config = parse_args(ChoiceConfig, f"{PROGRAM} choice", argv)
     require(config, "model", "data")
     check_output(config.output)
     questions = read_questions(config.data or "")[: config.max_examples or None]
@@ -315,7 +317,7 @@ def main(argv: Sequence[str]) -> None:
         for question, style in zip(questions, styles, strict=True)
     ]
     model, tokenizer, accelerator = load_evaluated(config)
-    from eval.likelihood import longest_window
+    from .likelihood import longest_window
 
     max_length = longest_window(model, config.max_length)
 

@@ -17,9 +17,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from eval.models import EvalConfig, load_evaluated, require, share_out
-from eval.results import check_output, print_scores, write_result
-from eval.scores import Score, mean_score, proportion
 from qlora.config.generate import Sampling, SamplingConfig
 from qlora.config.parse import parse_args
 from qlora.config.settings import Count, Positive
@@ -29,6 +26,11 @@ from qlora.data.readers import read_records
 from qlora.data.rows import Record
 from qlora.system.errors import InputError
 from qlora.system.wording import quote
+
+from . import PROGRAM
+from .model import EvalConfig, load_evaluated, require, share_out
+from .results import check_output, print_scores, write_result
+from .scores import Score, mean_score, proportion
 
 
 @dataclass
@@ -305,7 +307,7 @@ def measure(
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ExactMatchConfig, "python -m eval exact_match", argv)
+    config = parse_args(ExactMatchConfig, f"{PROGRAM} exact_match", argv)
     require(config, "model", "data")
     check_output(config.output)
     questions = read_questions(config)

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.models import EvalConfig, load_evaluated, require, require_at_least
-from eval.results import check_output, print_scores, write_result
-from eval.scores import Score, proportion
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
+
+from . import PROGRAM
+from .model import EvalConfig, load_evaluated, require, require_at_least
+from .results import check_output, print_scores, write_result
+from .scores import Score, proportion
 
 
 @dataclass
@@ -116,7 +118,7 @@ def task_scores(found: dict[str, Any], seed: int = 0, confidence: float = 0.95) 
     Hits have Wilson's interval, other means a bootstrap; a figure that lm-eval computes from all samples at once,
     such as a perplexity or a group's mean, has none.
     """
-    from eval.scores import mean_score
+    from .scores import mean_score
 
     scores = []
     for task, metrics in found["results"].items():
@@ -141,7 +143,7 @@ def task_scores(found: dict[str, Any], seed: int = 0, confidence: float = 0.95) 
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(HarnessConfig, "python -m eval harness", argv)
+    config = parse_args(HarnessConfig, f"{PROGRAM} harness", argv)
     require(config, "model", "tasks")
     if config.data is not None or config.max_examples:
         raise InputError("A task names its own data; leave out --data and --max-examples, and pass --limit N.")
@@ -152,7 +154,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--tasks is empty; give the name of a task of lm-eval, or a .yaml file.")
     manager, tasks = find_tasks(names, config.include_path)
     model, tokenizer, accelerator = load_evaluated(config)
-    from eval.task_model import TaskModel
+    from .lm_eval_model import TaskModel
 
     asked = TaskModel(model, None, tokenizer, accelerator, config.max_length, config.batch_size, config.seed)
     found = run_tasks(

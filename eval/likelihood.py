@@ -10,10 +10,9 @@ A context with four continuations of a few tokens is one passage: the trunk hold
 continuation but its last token, and the first token of every continuation is asked at the trunk's end. So a
 context is computed once, and where all continuations are single tokens (the letters of MMLU) nothing else is.
 
-Passages without branches are packed by qlora/data/batches.py and its block-diagonal attention. With branches,
-several passages share a row too, and a mask says who sees whom: (N, N) booleans for a row of N tokens,
-SHARED_TOKENS where no passage is longer. A model with sliding windows gets each branch with a copy of its trunk
-instead.
+Passages without branches are packed by qlora/packing.py and its block-diagonal attention. With branches, several
+passages share a row too, and a mask says who sees whom: (N, N) booleans for a row of N tokens, SHARED_TOKENS where
+no passage is longer. A model with sliding windows gets each branch with a copy of its trunk instead.
 
 How text becomes tokens, and where a context too long for the model is cut, is lm-eval's way (0.4.13,
 lm_eval/api/model.py and models/huggingface.py), so that the sums are comparable with its own.

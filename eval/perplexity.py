@@ -26,15 +26,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.models import EvalConfig, load_evaluated, require, require_at_least, share_out
-from eval.results import check_output, print_scores, write_result
-from eval.scores import Score, mean_score
 from qlora.config.parse import parse_args
 from qlora.data.conversations import to_messages
 from qlora.data.readers import read_records
 from qlora.data.rows import BadRow, Record
 from qlora.system.errors import InputError
 from qlora.system.wording import quote
+
+from . import PROGRAM
+from .model import EvalConfig, load_evaluated, require, require_at_least, share_out
+from .results import check_output, print_scores, write_result
+from .scores import Score, mean_score
 
 
 @dataclass
@@ -102,8 +104,9 @@ def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = 
     Raises:
         InputError: none is left.
     """
-    from eval.likelihood import prefix_token, text_ids
     from qlora.data.row_encoder import RowEncoder
+
+    from .likelihood import prefix_token, text_ids
 
     encoder, documents = RowEncoder(tokenizer), []
     for record in records:
@@ -128,7 +131,7 @@ def score_documents(
     model: Any, documents: Sequence[Document], max_length: int, stride: int, budget: int, is_shown: bool = False
 ) -> list[DocumentScore]:
     """Nats and tokens of every document; arguments as `rolling_windows` and `score_passages`."""
-    from eval.likelihood import rolling_windows, score_passages
+    from .likelihood import rolling_windows, score_passages
 
     passages, places = [], []
     for index, document in enumerate(documents):
@@ -178,12 +181,12 @@ def perplexity_scores(
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(PerplexityConfig, "python -m eval perplexity", argv)
+    config = parse_args(PerplexityConfig, f"{PROGRAM} perplexity", argv)
     require(config, "model", "data")
     check_output(config.output)
     records = read_texts(config.data or "", config.text_column)[: config.max_examples or None]
     model, tokenizer, accelerator = load_evaluated(config)
-    from eval.likelihood import longest_window
+    from .likelihood import longest_window
 
     documents = encode_documents(records, tokenizer, config.train_on)
     max_length = longest_window(model, config.max_length)

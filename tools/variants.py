@@ -1,7 +1,8 @@
-"""Every variant of LoRA through every stage of its life; `python -m tools.variants` prints README's table of it.
+"""Every variant of LoRA through every stage of its life; `python -m tools.variants` prints the table of
+docs/adapters.md.
 
-A stage is a function that asserts what README's column says and returns the words for the cell. test_variants.py
-runs each as a test; here they are run for their outcomes. A new variant is a new row of VARIANTS.
+A stage is a function that asserts what the table's column says and returns the words for the cell.
+test_variants.py runs each as a test; here they are run for their outcomes. A new variant is a new row of VARIANTS.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
@@ -36,6 +36,7 @@ from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import base_parameters, freeze_base, merge_lora, unmerge_lora
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.adalora_optimizer import build_adapter_optimizer
 from qlora.training.step import train_step
 from tests.models import save_tiny_llama

@@ -6,7 +6,6 @@ not compute is refused by name, never half loaded.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import ORTHOGONALITY, SMOOTHING
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
-from qlora.system.wording import explain
+from qlora.system.wording import explain, quote
 
 
 def describe_adalora(
@@ -45,7 +44,6 @@ def describe_adalora(
     }
 
 
-WEIGHTS, CONFIG, BASE_SHIFT = "adapter_model.safetensors", "adapter_config.json", "base_shift.safetensors"
 PREFIX = "base_model.model."
 STARTS = ("gaussian", "pissa", "loftq")
 VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
@@ -114,7 +112,7 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
 
     def check(field: str, wanted: str, fits: bool) -> None:
         if not fits:
-            value = reprlib.repr(description[field])[:60] if field in description else "no value"
+            value = quote(description[field]) if field in description else "no value"
             raise InputError(f"{file} has {field} = {value}, not {wanted}; save the adapter again.")
 
     def given(field: str, default: Any) -> Any:
@@ -208,8 +206,3 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
         return True
     module = "." + key.rpartition(".")[0]
     return any(module.endswith("." + name) for name in config.modules_to_save)
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line and not too long."""
-    return value[:60] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)[:60]

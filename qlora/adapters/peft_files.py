@@ -27,19 +27,15 @@ from torch import Tensor, nn
 
 from qlora.adapters.other_formats import recognise
 from qlora.adapters.peft_config import (
-    BASE_SHIFT,
-    CONFIG,
     PREFIX,
     UNSUPPORTED,
     VOCABULARY,
-    WEIGHTS,
     belongs_to_adapter,
     describe_adalora,
     describe_adapter,
     file_key,
     own_key,
     read_settings,
-    show_value,
 )
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import pack_triplets, unpack_triplets
@@ -49,8 +45,9 @@ from qlora.lora.dora import with_magnitude
 from qlora.lora.full_parameters import saved_modules
 from qlora.lora.state import lora_state_dict
 from qlora.system.errors import InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_json, read_tensors
-from qlora.system.wording import explain
+from qlora.system.wording import explain, show_value
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

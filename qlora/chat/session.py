@@ -35,12 +35,12 @@ from qlora.chat.history import History, Turn, from_turns, to_turns
 from qlora.chat.stream import AnswerStream
 from qlora.config.generate import Sampling
 from qlora.data.encode import encode_prompt
-from qlora.data.example import show_controls
 from qlora.generation import end_ids, generate
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
 from qlora.system.memory import is_out_of_memory
 from qlora.system.redact import redact
+from qlora.system.wording import show_controls
 
 
 def split_adapter(text: str, taken: Sequence[str] = ()) -> tuple[str, Path]:

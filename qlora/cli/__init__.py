@@ -1,0 +1,1 @@
+"""A file per command: its flags, its words, its exit code."""

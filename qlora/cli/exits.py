@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 
 from qlora.system.errors import CheckFailed, InputError, StoppedOnRequest, TrainingStopped
-from qlora.system.memory import is_out_of_memory
 from qlora.system.redact import redact
 
 
@@ -28,6 +27,8 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _say("interrupted; nothing that was saved is lost", 130)
     except (InputError, TrainingStopped, CheckFailed, OSError, RuntimeError, MemoryError) as error:
+        from qlora.system.memory import is_out_of_memory  # imports torch, which --help does without
+
         expected = isinstance(error, (InputError, TrainingStopped, CheckFailed, OSError))
         if "--debug" in argv or not (expected or is_out_of_memory(error)):
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,8 @@ from qlora.config.settings import (
     Settings,
     at_least,
     between,
+    hints_of,
+    read_value,
 )
 from qlora.system.errors import InputError
 
@@ -108,3 +111,12 @@ class LoRAConfig(Settings):
         if self.use_adalora:
             return self.alpha / (self.rank + 1e-5)  # PEFT's guard against a rank of zero
         return self.alpha_of(layer) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def canonical(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved settings with lists and maps spelled as `LoRAConfig.variant` spells them."""
+    hints = hints_of(LoRAConfig)
+    return {
+        name: to_text(read_value(name, hints[name], value)) if name in hints and type(value) is str else value
+        for name, value in settings.items()
+    }

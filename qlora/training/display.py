@@ -92,7 +92,7 @@ class RunDisplay:
             start = f"step {sample['step']:>5}/{self.total_steps}  sample {number}"
             for name in ("prompt", "completion", "expected"):
                 if sample[name] is not None:
-                    self.say(f"{start}  {name:10}  {shorten(sample[name], keep_end=name == 'prompt')}")
+                    self.say(f"{start}  {name:10}  {one_line(sample[name], keep_end=name == 'prompt')}")
                     start = " " * len(start)
         self._begin_again()
 
@@ -119,7 +119,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m {rest:02}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02}m"
 
 
-def shorten(text: str, limit: int = 200, keep_end: bool = False) -> str:
+def one_line(text: str, limit: int = 200, keep_end: bool = False) -> str:
     """Text on one line of at most `limit` characters, none of which a terminal would obey."""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     if len(line) <= limit:

@@ -32,7 +32,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
 
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.peft_files import AdapterSnapshot, snapshot_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.data.example import IGNORE_INDEX, Example
@@ -40,6 +39,7 @@ from qlora.lora.adapter import lora_layers
 from qlora.report.curve import plot_loss
 from qlora.report.live import LiveReport
 from qlora.system.errors import InputError, StoppedOnRequest, TrainingStopped
+from qlora.system.file_names import WEIGHTS
 from qlora.system.files import new_file, remove_leftovers
 from qlora.system.memory import GIB
 from qlora.system.redact import redact

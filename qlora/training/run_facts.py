@@ -18,6 +18,7 @@ from qlora.system.device import describe_device
 from qlora.system.versions import versions
 
 NUM_BINS = 20
+PACKAGES = ("python", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "qlora")
 
 
 def gather_facts(
@@ -40,7 +41,7 @@ def gather_facts(
         num_targets = sum(example.num_targets for example in examples)
     return {
         "command": describe_command(arguments, accelerator.num_processes),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": describe_device(accelerator.device),
         "num_processes": accelerator.num_processes,

@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.other_formats import MLX_WEIGHTS, read_foreign_adapter, recognise
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.cli.exits import run
 from qlora.cli.main import main
 from qlora.model.hf_config import load_config
 from qlora.model.load import load_base_model
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from tests.models import TINY, save_tiny_llama
 from tests.reference import relative_error
 
@@ -338,7 +338,7 @@ BAD_MLX = {
     "no JSON": (lambda d: (d / CONFIG).write_text("{"), "is not readable JSON"),
     "full fine-tune": (edit_settings(lambda s: s.update(fine_tune_type="full")), "holds a full fine-tune"),
     "unknown type": (edit_settings(lambda s: s.update(fine_tune_type="ia3")), "has fine_tune_type = 'ia3'"),
-    "no settings": (edit_settings(lambda s: s.update(lora_parameters=None)), "lora_parameters = None"),
+    "no settings": (edit_settings(lambda s: s.update(lora_parameters=None)), "lora_parameters = null"),
     "rank of text": (lora(rank="4"), "has rank = '4', not a whole number of 1 or more"),
     "rank 0": (lora(rank=0), "has rank = 0"),
     "rank true": (lora(rank=True), "has rank = True"),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import LoRAModel, get_lora_model
-from qlora.adapters.peft_config import CONFIG, PREFIX, UNSUPPORTED, WEIGHTS
+from qlora.adapters.peft_config import PREFIX, UNSUPPORTED
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import lora_layers
@@ -25,6 +25,7 @@ from qlora.lora.trainable import lora_parameters, unfreeze
 from qlora.model.load import load_base_model
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from tests import reference
 from tests.models import save_tiny_llama
 from tests.reference import relative_error

@@ -24,7 +24,7 @@ from tests.tiny import tiny_tokenizer
 CONFIGS = Path(__file__).parents[2] / "configs"
 SHAPES = CONFIGS / "shapes"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "demo")
-README, PAGE = ((CONFIGS.parent / name).read_text() for name in ("README.md", "docs/qlora.md"))
+MEMORY, PAGE = ((CONFIGS.parent / "docs" / name).read_text() for name in ("memory.md", "qlora.md"))
 PLANNED = re.compile(r"^# +([\d.]+) GiB  (.*)$", re.MULTILINE)
 PAPER_GB = {"7b": 6.9, "13b": 11.3, "33b": 24.7, "65b": 45.0}  # arXiv 2305.14314, figure 6
 # Parameters as their authors and the hub give them.
@@ -85,9 +85,9 @@ def test_a_recipe_takes_what_it_says(recipe: str, monkeypatch: pytest.MonkeyPatc
         parts = [number / 1e9 for number in vars(plan.memory).values()]
         row = [f"{plan.total / 1e9:.1f}", *(f"{part:.2f}" for part in parts[:4]), f"{sum(parts[4:]):.2f}"]
         assert f"| {size.upper()} | {PAPER_GB[size]} | {' | '.join(row)} |" in PAGE
-        assert re.search(rf"^\| planned, GB: .*\| {row[0]} \|", README, re.MULTILINE)
+        assert re.search(rf"^\| planned, GB: .*\| {row[0]} \|", MEMORY, re.MULTILINE)
         less = (plan.total - 6 * plan.summary.trainable) / 1e9
-        assert re.search(rf"^\| without fp32 copies .*\| {less:.1f} \|", README, re.MULTILINE)
+        assert re.search(rf"^\| without fp32 copies .*\| {less:.1f} \|", MEMORY, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_the_template_goes_with_the_adapter(run: Path, folder: Path, tmp_path: P
     merged = load_tokenizer(str(tmp_path / "m"))
     assert merged.chat_template == OWN_TEMPLATE
     assert encode_prompt(question, merged) == encode_prompt(question, tokenizer)
-    add_vocabulary = "qlora.export.add_vocabulary"  # the tiny tokenizer is none of llama.cpp's
+    add_vocabulary = "qlora.export.gguf.add_vocabulary"  # the tiny tokenizer is none of llama.cpp's
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             add_vocabulary, lambda writer, tokenizer, *_: writer.add_chat_template(tokenizer.chat_template)

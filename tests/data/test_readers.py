@@ -313,7 +313,8 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path, end):
 
 
 def test_the_longest_text(tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora.data.conversations.MAX_TEXT", 64)
+    for module in ("conversations", "readers"):
+        monkeypatch.setattr(f"qlora.data.{module}.MAX_TEXT", 64)
     line = json.dumps({"text": "x" * 52})
     assert len(line) == 64
     path = write(tmp_path / "a.jsonl", f"{line}\n{line}")
@@ -598,5 +599,5 @@ def test_a_bad_record_is_named(fields, expected):
 
 def test_import_is_light():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow'}"
-    code = f"import sys, qlora.records; assert not {heavy} & set(sys.modules)"
+    code = f"import sys, qlora.data.readers; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

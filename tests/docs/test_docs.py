@@ -1,14 +1,11 @@
-"""Links and code in README.md and docs/ hold.
-
-`python -m tests.docs.test_docs` moves links to where the lines are.
-"""
+"""Links, names, code and figures in README.md and docs/ hold."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,20 +13,13 @@ import torch
 
 from docs.pictures import LAYERS, relative_error
 from qlora.model.weights import read_weights
+from tests.docs.pages import LOG, PAGES, README, ROOT, code_spans, commands, links, name_of
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINK = re.compile(r"\[([^\[\]]*)\]\(([^()\s]+)\)")
 BLOCK = re.compile(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", re.DOTALL)
+NAME = re.compile(r"`([A-Za-z_][\w.]*)`")
+FILE = re.compile(r"\.(py|c|md|json|yaml|html|sbatch)$")
 MAX_PICTURE = 150 * 1024
-
-
-def links(text: str) -> Iterator[tuple[str, str, str]]:
-    """(text, path, anchor) of every relative link; code blocks hold none."""
-    for words, target in LINK.findall(re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-        if not re.match(r"[a-z]+:", target):
-            path, _, anchor = target.partition("#")
-            yield words, path, anchor
+MAX_LINES = 250
 
 
 def heading_anchor(heading: str) -> str:
@@ -37,10 +27,24 @@ def heading_anchor(heading: str) -> str:
     return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
 
 
-def definition_of(name: str, file: Path) -> int:
-    """Number of the line that defines a name; 0 if none does."""
-    pattern = re.compile(rf"\s*(def|class) {re.escape(name)}\b|{re.escape(name)}\b[^=]* = ")
-    return next((n for n, line in enumerate(file.read_text().splitlines(), 1) if pattern.match(line)), 0)
+def defined_names(file: Path) -> set[str]:
+    """The functions, classes and variables of a Python file; members as Class.member."""
+    names: set[str] = set()
+
+    def collect(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                collect(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                names.add(prefix + node.target.id)
+            elif isinstance(node, ast.Assign):
+                for target in node.targets:
+                    names.update(prefix + part.id for part in ast.walk(target) if isinstance(part, ast.Name))
+
+    collect(ast.parse(file.read_text()).body, "")
+    return names
 
 
 def problems_of(page: Path, text: str) -> list[str]:
@@ -48,58 +52,63 @@ def problems_of(page: Path, text: str) -> list[str]:
     problems = []
     for words, path, anchor in links(text):
         target = (page.parent / path).resolve() if path else page
+        name = NAME.fullmatch(words)
         if not target.is_relative_to(ROOT) or not target.exists():
-            problems.append(f"{path} is not there")
-        elif anchor.startswith("L"):
-            lines, number, name = target.read_text().splitlines(), int(anchor[1:]), words.strip("`")
-            if number > len(lines) or not re.search(rf"\b{re.escape(name)}\b", lines[number - 1]):
-                problems.append(
-                    f"{path}#{anchor}: no {name} there; it is defined in line {definition_of(name, target)}"
-                )
-        elif anchor:
-            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
-            if anchor not in map(heading_anchor, headings):
-                problems.append(f"{path}#{anchor}: no such heading")
+            problems.append(f"{path}: no such file")
+        elif re.match(r"L\d", anchor):
+            problems.append(f"{path}#{anchor}: links to a line; link to the file, and put the name in the text")
+        elif anchor and anchor not in map(
+            heading_anchor, re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+        ):
+            problems.append(f"{path}#{anchor}: no such heading")
+        elif target.suffix == ".py" and name and not FILE.search(name[1]) and name[1] not in defined_names(target):
+            problems.append(f"{path} does not define {name[1]}")
     return problems
 
 
-def mended(page: Path, text: str) -> str:
-    """The page with every link to a line at the line that defines the name."""
-
-    def move(match: re.Match[str]) -> str:
-        path, _, anchor = match[2].partition("#L")
-        target = page.parent / path
-        if not anchor or not target.is_file():
-            return match[0]
-        return f"[{match[1]}]({path}#L{definition_of(match[1].strip('`'), target) or anchor})"
-
-    return LINK.sub(move, text)
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_lead_somewhere(page: Path) -> None:
-    """Files and headings are there, and a link to a line leads to the name it gives."""
-    assert problems_of(page, page.read_text()) == [], "python -m tests.docs.test_docs moves links to lines"
+    """Files and headings exist, and a link from a name leads to the file that defines it."""
+    assert problems_of(page, page.read_text()) == []
 
 
-def test_there_are_links_to_lines() -> None:
-    page = ROOT / "docs" / "qlora.md"
-    assert sum(anchor.startswith("L") for _, _, anchor in links(page.read_text())) > 10
+def test_many_names_are_linked() -> None:
+    """At least these, so that the test above does not pass on nothing."""
+    for page, least in ((ROOT / "docs" / "qlora.md", 10), (ROOT / "docs" / "architecture.md", 15)):
+        linked = [words for words, path, _ in links(page.read_text()) if path.endswith(".py")]
+        assert len([words for words in linked if NAME.match(words)]) >= least
 
 
-def test_bad_links_are_found_and_mended(tmp_path: Path) -> None:
+def test_bad_links_are_found() -> None:
     page = ROOT / "docs" / "page.md"
-    at = definition_of("inject_lora", ROOT / "qlora" / "injection.py")
-    good = f"[`inject_lora`](../qlora/injection.py#L{at})"
-    assert at > 0 and problems_of(page, good) == []
-    bad = good.replace(f"#L{at}", "#L1")
-    assert problems_of(page, bad) == [
-        f"../qlora/injection.py#L1: no inject_lora there; it is defined in line {at}"
+    here = "../tests/docs/test_docs.py"
+    good = f"[`problems_of`]({here}) [`MAX_LINES`]({here}) [`tests/docs/test_docs.py`]({here}) [any words]({here})"
+    assert problems_of(page, f"{good} [x](https://example.org) [y](../README.md#pages)") == []
+    assert problems_of(page, f"[`nothing`]({here})") == [f"{here} does not define nothing"]
+    assert problems_of(page, f"[`links`]({here})") == [f"{here} does not define links"], "imported, not defined"
+    assert problems_of(page, f"[`problems_of`]({here}#L40)") == [
+        f"{here}#L40: links to a line; link to the file, and put the name in the text"
     ]
-    assert mended(page, bad) == good
-    wrong = f"[a](../none.py) [b](../README.md#none) [c](../../outside) {good.replace(str(at), '99999')}"
-    assert len(problems_of(page, wrong)) == 4
-    assert problems_of(page, "[x](https://example.org) [y](../README.md#file-tree)") == []
+    assert len(problems_of(page, "[a](../none.py) [b](../README.md#none) [c](../../outside)")) == 3
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= MAX_LINES
+
+
+def test_every_page_can_be_reached_from_the_readme() -> None:
+    linked = {(ROOT / path).resolve() for _, path, _ in links(README.read_text())}
+    assert [name_of(page) for page in PAGES if page != README and page not in linked] == []
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=name_of)
+def test_files_and_programs_of_a_page_exist(page: Path) -> None:
+    """Test files, programs started with -m, and scripts that commands and code spans name."""
+    for code in (*commands(page), *code_spans(page)):
+        for path in re.findall(r"(?<![\w/])(?:tests|examples|configs)/[\w./-]+", code):
+            assert "<" in code or (ROOT / path).exists(), code
+        for program in re.findall(r"python -m ((?:benchmarks|tools|docs|tests)[\w.]*)", code):
+            assert (ROOT / program.replace(".", "/")).with_suffix(".py").exists(), code
 
 
 def test_the_page_s_code_prints_what_it_says() -> None:
@@ -128,12 +137,7 @@ def test_the_quantization_errors_are_those_of_the_page(smollm2: str) -> None:
 
 
 def test_pictures_are_small_and_shown() -> None:
-    shown = {path for page in PAGES for _, path, _ in links(page.read_text())}
+    shown = {(page.parent / path).resolve() for page in PAGES for _, path, _ in links(page.read_text())}
     for picture in (ROOT / "docs").glob("*.png"):
         assert picture.stat().st_size < MAX_PICTURE
-        assert {picture.name, f"docs/{picture.name}"} & shown, f"no page shows {picture.name}"
-
-
-if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(mended(page, page.read_text()))
+        assert picture in shown, f"no page shows {picture.name}"

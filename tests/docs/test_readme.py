@@ -1,56 +1,77 @@
-"""What the README says of flags, files and names is so."""
+"""What the README and the pages say of rooms, data shapes and names is so."""
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
-from pathlib import Path
 
 import pytest
 
 import qlora
-from qlora.config.fields import to_text
-from qlora.config.run import RunConfig
 from qlora.data.conversations import to_messages
 from qlora.data.rows import Record
+from tests.docs.pages import README, ROOT
 
-ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-
-
-def test_the_table_of_flags_is_complete_and_its_defaults_are_the_code_s() -> None:
-    table = README.partition("## Flags of train.py")[2].partition("\n## ")[0]
-    rows = dict(re.findall(r"^\| `--([a-z0-9-]+)`[^|]*\| ([^|]+) \|", table, flags=re.MULTILINE))
-    expected = {"config": "—"}
-    sections = [field.default_factory for field in dataclasses.fields(RunConfig) if field.name != "debug"]
-    for config in (*sections, RunConfig):
-        for field in dataclasses.fields(config):  # type: ignore[arg-type]
-            if field.default is dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory):
-                continue
-            default = to_text(getattr(config(), field.name))
-            shown = {None: "—", "": "—", True: "`on`", False: "`off`"}.get(default, f"`{default}`")
-            if isinstance(default, (int, float)) and not isinstance(default, bool):
-                shown = f"`{default}`"  # 0 and 1 are no booleans here
-            expected[field.name.replace("_", "-")] = shown
-    assert rows == expected
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text()
+DATA = (ROOT / "docs" / "data.md").read_text()
+TREE = README.read_text().partition("## Finding your way")[2].partition("\n## ")[0]
 
 
-def test_the_tree_names_every_module() -> None:
-    tree = README.partition("## File tree")[2].partition("##")[0]
-    for package in ("qlora",):
-        for path in (ROOT / package).glob("*.py"):
-            if path.name != "__init__.py":
-                assert re.search(rf"^ +{re.escape(path.name)} ", tree, flags=re.MULTILINE), path.name
-    for name in ("eval/", "examples/", "configs/", "tests/", "docs/LOG.md", "train.py"):
-        assert name in tree and (ROOT / name).exists()
+def test_the_tree_names_every_room_at_its_level() -> None:
+    rooms = {
+        path.stem
+        for path in (ROOT / "qlora").iterdir()
+        if (path.is_dir() and (path / "__init__.py").exists())
+        or (path.suffix == ".py" and not path.stem.startswith("__"))
+    }
+    named = {name: int(level) for name, level in re.findall(r"^ {6}(\w+)(?:/|\.py) +(\d) ", TREE, re.MULTILINE)}
+    assert named.keys() == rooms and len(rooms) == 16
+    contract = (ROOT / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
+    layers = [re.findall(r"qlora\.(\w+)", line) for line in contract.splitlines() if "qlora." in line]
+    assert {name: level for level, names in enumerate(reversed(layers)) for name in names} == named
+
+
+def test_the_contract_on_the_page_is_the_one_that_is_checked() -> None:
+    block = ARCHITECTURE.partition("## The contract")[2].partition("Three rules")[0]
+    shown = [re.findall(r"\w+", line) for line in block.splitlines() if line.startswith("    ")]
+    contract = (ROOT / "pyproject.toml").read_text().partition("layers = [")[2].partition("]")[0]
+    layers = [re.findall(r"qlora\.(\w+)", line) for line in contract.splitlines() if "qlora." in line]
+    assert [sorted(line) for line in shown] == [sorted(line) for line in layers]
+
+
+def test_the_architecture_names_every_file() -> None:
+    """Room by room, and no file that does not exist."""
+    listing = ARCHITECTURE.partition("## Every file")[2].partition("\n## ")[0]
+    named = set()
+    part = re.compile(r"^\*\*([\w.]+)\*\*(, level \d)?:?(.*?)(?=^\*\*|\Z)", re.MULTILINE | re.DOTALL)
+    for room, level, text in part.findall(listing):
+        folder = "qlora/" if level else ""
+        if room.endswith(".py"):
+            named.add(folder + room)
+        for line in re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE):
+            names = re.findall(r"[\w/]+\.(?:py|c|h|html)(?=[,\s]|$)", line)
+            named.update(f"{folder}{room}/{name}" for name in names)
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("qlora", "eval")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in (".py", ".c", ".h", ".html") and path.name != "__init__.py"
+    }
+    assert sorted(named - found) == [] and sorted(found - named) == ["qlora/__main__.py"]
+
+
+def test_what_the_tree_names_exists() -> None:
+    for name in ("eval/", "examples/", "configs/", "tests/", "tools/", "benchmarks/", "train.py"):
+        assert name in TREE and (ROOT / name).exists()
+    for path in re.findall(r"^\d\. (.*?):", TREE, re.MULTILINE):
+        for part in re.findall(r"`([^`]+)`", path):
+            assert (ROOT / "qlora" / part).exists(), part
 
 
 def test_every_data_shape_reads_as_shown() -> None:
-    import json
-
-    examples = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \|$", README, flags=re.MULTILINE)
+    examples = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \|$", DATA, flags=re.MULTILINE)
     assert len(examples) == 8
-    expected = {"text": ["document"], "tokenised": ["tokens"]}
+    expected = {"text": ["document"], "tokenized": ["tokens"]}
     expected["tools (OpenAI)"] = ["tools", "user", "assistant", "tool", "assistant"]
     for shape, text in examples:
         roles = [m["role"] for m in to_messages(Record(json.loads(text), shape))]

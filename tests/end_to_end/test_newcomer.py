@@ -1,4 +1,4 @@
-"""A newcomer's path: the commands of the README and of docs/ run as they stand there, in their order."""
+"""A newcomer's path: the commands of the README and of docs/ run as written, page by page, in their order."""
 
 from __future__ import annotations
 
@@ -19,35 +19,42 @@ from tokenizers import pre_tokenizers
 
 from eval.__main__ import main as evaluate
 from examples.orders import write_task
-from tests.adapters.test_other_formats import (
-    LAYERS,
-    hf_model,
-    random_factors,
-    round_to_bf16,
-    write_mlx,
-    write_torchtune,
-)
+from tests.docs.pages import LOG, PAGES, commands, name_of
 from tests.models import save_tiny_llama
+from tests.test_foreign import LAYERS, hf_model, random_factors, round_to_bf16, write_mlx, write_torchtune
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-# Beginnings of the commands that are not run here, and why.
+# Beginnings of commands that are not run here, and why.
 NOT_RUN = {
     "make": "CI and the tests themselves are what it runs",
     "pip": "installs",
     "python -m venv": "installs",
-    ". .venv": "is for a shell",
-    "head": "shows a file",
+    ". .venv": "needs a shell",
+    "head": "only shows a file",
     **dict.fromkeys(
         ("vllm", "curl", "python -m sglang", "transformers", "text-generation-launcher", "llama-", "ollama"),
-        "is another project's; tests/docs/test_serving.py checks what they read",
+        "belongs to another project; tests/docs/test_serving.py checks what it reads",
+    ),
+    **dict.fromkeys(
+        ("accelerate launch --config_file", "torchrun", "sbatch", "export"),
+        "needs several devices or machines; tests/several_processes/test_launch.py has the launchers read it",
     ),
     "python -m qlora push": "uploads; tests/export/test_hub.py runs it against a stand-in",
     "python -m benchmarks": "measures for minutes; tests/benchmarks/test_benchmarks.py runs them small",
+    "python -m tools": "proves for minutes; their tests run them small",
 }
+# Pages whose commands run here, and how many; of the others every command is named in NOT_RUN.
+RUN = {
+    "README.md": 7, "docs/adapters.md": 4, "docs/chat.md": 2, "docs/data.md": 2, "docs/evaluation.md": 10,
+    "docs/fidelity.md": 1, "docs/memory.md": 1, "docs/merge-and-export.md": 6, "docs/serving.md": 6,
+    "docs/training.md": 3, "docs/tutorial.md": 16,
+}  # fmt: skip
 STAND_INS = {  # words of the pages, for what tests cannot reach, or what only stands for something
     "huggyllama/llama-7b": "M",
     "BASE": "M",
+    "out/sql": "A",
+    "out/chat": "B",
     "sql=out/sql": "sql=A",
     "chat=out/chat": "chat=B",
     "chat.jsonl,code/*.jsonl,owner/name": "chat.jsonl,code/*.jsonl,train.jsonl",
@@ -58,13 +65,6 @@ STAND_INS = {  # words of the pages, for what tests cannot reach, or what only s
 }
 TINY_STEPS = ["--max-steps", "2"]
 TINY_ANSWERS = ["--max-new-tokens", "8"]
-
-
-def commands(document: Path) -> list[str]:
-    """The commands in a page's `sh` blocks, one a line, without comments."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", document.read_text(), flags=re.DOTALL | re.MULTILINE)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.join(words) for line in lines if (words := shlex.split(line, comments=True))]
 
 
 def reason_not_to_run(command: str) -> str | None:
@@ -90,9 +90,10 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         subprocess.run(launch, check=True, timeout=300, capture_output=True)
         return
     assert words[0] == "python", f"the test cannot run {command}"
-    if words[1].startswith("examples/"):
-        monkeypatch.setattr(sys, "argv", words[1:])
-        runpy.run_path(words[1], run_name="__main__")
+    if words[1].startswith("examples/") or words[2].startswith("examples."):
+        script = words[1] if words[1] != "-m" else f"{words[2].replace('.', '/')}.py"
+        monkeypatch.setattr(sys, "argv", words[1:] if words[1] != "-m" else words[2:])
+        runpy.run_path(script, run_name="__main__")
         return
     module, arguments = (f"{words[2]}.__main__", words[3:]) if words[1] == "-m" else ("train", words[2:])
     answers = {"chat", "exact_match", "compare"} & set(words[:4]) and "--results" not in words
@@ -157,13 +158,37 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["README.md", "docs/serving.md", "docs/tutorial.md"])
-def test_the_commands_of_a_page(page: str, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) in RUN], ids=name_of)
+def test_the_commands_of_a_page(page: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workspace)
     run = 0
-    for command in commands(ROOT / page):
+    for command in commands(page):
         if reason_not_to_run(command) is None:
             print(f"$ {command}")
             run_command(command, monkeypatch)
             run += 1
-    assert run > 4
+    assert run == RUN[name_of(page)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "number"), [("README.md", 2), ("docs/adapters.md", 1)])
+def test_the_python_of_a_page(page: str, number: int, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks as a reader types them, the path replaced; docs/qlora.md has its own test."""
+    monkeypatch.chdir(workspace)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert len(blocks) == number
+    names: dict[str, object] = {}
+    for block in blocks:
+        for output in ("out", "merged"):  # of earlier commands
+            shutil.rmtree(output, ignore_errors=True)
+        for name, adapter in (("out/sql", "A"), ("out/chat", "B")):
+            shutil.copytree(adapter, name)
+        exec(compile(block.replace("path/to/llama", "M"), page, "exec"), names)
+    shutil.copytree("A", "out", dirs_exist_ok=True)  # for the commands of later pages
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=name_of)
+def test_no_command_escapes(page: Path) -> None:
+    """Every command of a page's blocks is run above, or named with the reason why not."""
+    runnable = [command for command in commands(page) if reason_not_to_run(command) is None]
+    assert len(runnable) == RUN.get(name_of(page), 0), runnable

@@ -13,7 +13,9 @@ from scipy.stats import binomtest
 import eval.compare
 import eval.exact_match
 from eval.choice import Question, grade
-from eval.compare import compare_results, main, make_tables, print_tables, to_markdown
+from eval.compare import main
+from eval.pairs import compare_results
+from eval.tables import make_tables, print_tables, to_markdown
 from qlora.adapters.model import get_lora_model
 from qlora.config.lora import LoRAConfig
 from qlora.model.load import load_base_model

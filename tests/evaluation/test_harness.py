@@ -17,7 +17,6 @@ from qlora.generation import continue_prompts, cut_before
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
-from tests.evaluation.test_choice import write_questions
 from tests.lm_eval_models import (
     evaluate_by_lm_eval,
     instances,
@@ -26,6 +25,7 @@ from tests.lm_eval_models import (
     write_choice_task,
 )
 from tests.processes import launch
+from tests.test_choice import write_questions
 
 pytest.importorskip("lm_eval")
 
@@ -124,7 +124,7 @@ def test_a_file_in_4_bits_with_an_adapter(
 
 
 def test_from_python_by_its_name(directory: Path, tasks: Path) -> None:
-    import eval.task_model  # noqa: F401  (registers it)
+    import eval.lm_eval_model  # noqa: F401  (registers it)
 
     found: Any = evaluate_by_lm_eval("qlora", ["local_text"], tasks, f"model={directory},compute_dtype=float32")
     assert len(found["samples"]["local_text"]) == 8
@@ -197,7 +197,7 @@ def test_a_figure_that_is_no_mean_has_no_interval() -> None:
 
 def test_requests_come_back_in_their_order(directory: Path) -> None:
     """Contexts that repeat, far from each other, and an empty one."""
-    from eval.task_model import TaskModel
+    from eval.lm_eval_model import TaskModel
 
     pairs = [("the cat", " ate"), ("a hen", " and"), ("the cat", " in the barn"), ("", "bread"), ("a hen", "x")]
     model = TaskModel(str(directory), use_4bit=False, compute_dtype="float32", max_length=64)

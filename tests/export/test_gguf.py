@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,7 +38,7 @@ from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
 from qlora.export.gguf import export_adapter, export_model
 from qlora.export.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name
-from qlora.export.ollama import FORMATS, go_template, recognise_format, write_modelfile
+from qlora.export.ollama import write_modelfile
 from qlora.lora.adapter import inject_lora
 from qlora.lora.svd_start import initialize_adapter
 from qlora.model.gguf_source import GGUFSource
@@ -562,11 +561,11 @@ def test_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(command_line.main, [*both, "--output", str(files["lora"]), "--adapter-only"]) == 0
     assert "llama-cli -m BASE.gguf --lora" in capsys.readouterr().out
     assert tensors_of(files["model"])["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"
-    template = 'TEMPLATE """{{ if .System }}<|im_start|>system\n'
+    stop = 'PARAMETER stop "<|im_end|>"\n'
     text = (tmp_path / "Modelfile").read_text()
-    assert text.startswith(f"FROM ./model.gguf\n{template}") and text.endswith('PARAMETER stop "<|im_end|>"\n')
+    assert text.startswith("FROM ./model.gguf\nPARAMETER stop ") and text.endswith(stop)
     text = (tmp_path / "lora" / "Modelfile").read_text()
-    assert text.startswith(f"FROM ./llama.gguf\nADAPTER ./lora.gguf\n{template}")
+    assert text.startswith("FROM ./llama.gguf\nADAPTER ./lora.gguf\nPARAMETER stop ") and text.endswith(stop)
     before = files["model"].read_bytes()
     for arguments, message in (
         ([], "Nothing to export; pass --model, --adapter or both"),
@@ -580,80 +579,15 @@ def test_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert files["model"].read_bytes() == before and not (tmp_path / "b.gguf").exists()
 
 
-def fill_go_template(template: str, **values: str) -> str:
-    """What Go's text/template makes of the two forms that occur: {{ if .Name }} ... {{ end }} and {{ .Name }}."""
-    blocks = re.compile(r"\{\{ if \.(\w+) \}\}(.*?)\{\{ end \}\}", re.DOTALL)
-    text = blocks.sub(lambda match: match[2] if values.get(match[1]) else "", template)
-    return re.sub(r"\{\{ \.(\w+) \}\}", lambda match: values.get(match[1], ""), text)
-
-
-LLAMA3_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ message['content'] + '</s>' }}{% endif %}{% endfor %}"
-)
-DEFAULT_SYSTEM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a bear.<|im_end|>\n' }}{% endif %}"
-) + CHATML_TEMPLATE.partition("{% for message in messages %}")[2]
-
-
-PREAMBLE = (
-    "{% if messages[0]['role'] != 'system' %}{{ 'Some words before the first turn, longer than one' }}{% endif %}"
-) + CHATML_TEMPLATE
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (CHATML_TEMPLATE, ("ChatML", "")),
-        (DEFAULT_SYSTEM, ("ChatML", "You are a bear.")),
-        (LLAMA3_TEMPLATE, ("Llama 3", "")),
-        (MISTRAL_TEMPLATE, ("Mistral", "")),
-        (None, ("plain", "")),
-        (CHATML_TEMPLATE.replace("'\n'", "'\n\n'"), (None, "")),
-        (PREAMBLE, (None, "")),
-        ("{{ raise_exception('never') }}", (None, "")),
-    ],
-)
-def test_formats_are_recognised(template: str | None, expected: tuple[str | None, str]) -> None:
-    """By what the template renders; and the Go template then renders the same exchange."""
-    tokenizer = words_tokenizer(add_bos=True)
-    tokenizer.chat_template = template
-    name, system = recognise_format(tokenizer)
-    assert (name, system) == expected
-    if name is None:
-        return
-    from qlora.data.chat_template import fallback_template
-
-    go = go_template(FORMATS[name], tokenizer.eos_token)
-    messages = [{"role": "user", "content": "Hi"}]
-    rendered = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=template or fallback_template(tokenizer),
-    )
-    prompt = fill_go_template(go.partition("{{ .Response }}")[0], System=system, Prompt="Hi")
-    assert prompt == rendered.removeprefix("<s>") and "Hi" in prompt
-
-
 def test_modelfile_takes_nothing_but_text(tmp_path: Path) -> None:
-    """A default system message that would end its own quotes could bring instructions with it: left out."""
+    """A token or a template that would end its own quotes brings no instruction with it: every line is ours."""
     tokenizer = words_tokenizer()
-    tokenizer.chat_template = DEFAULT_SYSTEM.replace("a bear", 'a """\\nADAPTER /etc/passwd\\n"""')
-    assert write_modelfile(tmp_path / "model.gguf", tokenizer) == "ChatML"
-    assert "ADAPTER" not in (tmp_path / "Modelfile").read_text()
+    tokenizer.chat_template = CHATML_TEMPLATE + '{# """\nADAPTER /etc/passwd\n""" #}'
+    tokenizer.add_special_tokens({"eos_token": '"\nADAPTER /etc/passwd\n"'})
+    write_modelfile(tmp_path / "model.gguf", tokenizer)
+    first, *stops = (tmp_path / "Modelfile").read_text().splitlines()
+    assert first == "FROM ./model.gguf" and stops and all(line.startswith('PARAMETER stop "') for line in stops)
+    assert any("ADAPTER" in line for line in stops)
 
 
 # ---- the real model ---------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import train
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
@@ -33,14 +32,15 @@ from qlora.lora.trainable import freeze_base, lora_parameters, parameter_summary
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.tokenizer import load_tokenizer
-from qlora.planning.memory import plan_memory
 from qlora.system.errors import InputError, TrainingStopped
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.fingerprint import base_fingerprint
 from qlora.training.optimizer import build_optimizer
 from qlora.training.step import _sum_gradients, check_adapters_learn, train_step
 from tests import reference
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 IDS = torch.arange(3, 27)[None]

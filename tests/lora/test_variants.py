@@ -1,4 +1,4 @@
-"""The grid of variants and stages that README's table shows (variants.py), and the same on the real model."""
+"""The grid of variants and stages that docs/adapters.md shows (variants.py), and the same on the real model."""
 
 from __future__ import annotations
 

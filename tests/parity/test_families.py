@@ -33,7 +33,6 @@ from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.safetensors_source import module_name, saved_name
 from qlora.model.weights import dequantized_weights
-from qlora.planning.memory import plan_memory
 from qlora.quant.layers import FrozenMatrix, Linear4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
@@ -43,6 +42,7 @@ from tests.model.test_load import assert_same_tensors, packed_bytes, reference_m
 from tests.models import TINY
 from tests.planning.test_memory import kept_by_layer
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 VOCAB = 269  # the tiny tokenizer's

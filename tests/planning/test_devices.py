@@ -434,7 +434,7 @@ def test_a_measured_rate() -> None:
     ],
 )
 def test_llama(flags: tuple[str, ...], gib: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
-    """As README.md and the commands there have it."""
+    """As docs/memory.md and the commands there have it."""
     recipe, *others = flags
     settings = ("--config", f"configs/{recipe}.yaml", "--model", f"configs/shapes/{recipe}", "--batch-size", "1")
     main(["plan", *settings, "--device", "cuda", *others])

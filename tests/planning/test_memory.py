@@ -27,7 +27,6 @@ from qlora.planning.memory import (
     choose_recomputed,
     differentiated_layers,
     layer_bytes,
-    plan_memory,
 )
 from qlora.system import device
 from qlora.system.device import best_device, choose_compute_dtype
@@ -36,6 +35,7 @@ from qlora.system.memory import GIB, available_memory, peak_memory_gib
 from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama, tiny_llama_config
+from tests.shortcuts import plan_memory
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]

@@ -22,13 +22,14 @@ from qlora.lora.adapter import inject_lora
 from qlora.lora.trainable import freeze_base, parameter_summary
 from qlora.model.load import load_base_model, plan_base_model
 from qlora.model.tokenizer import load_tokenizer
-from qlora.planning.memory import plan_memory, plan_recomputing
+from qlora.planning.memory import plan_recomputing
 from qlora.planning.planner import Planner
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
 from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 TOKENS = 96

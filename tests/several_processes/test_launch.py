@@ -15,7 +15,7 @@ import yaml
 
 from qlora.config.parse import parse_args
 from qlora.config.run import RunConfig
-from tests.end_to_end.test_newcomer import commands
+from tests.docs.pages import commands
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"model in {output}, {output.stat().st_size / 1e6:,.1f} MB")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None
-        name = write_modelfile(output, load_tokenizer(model, config.adapter), base)
-        print("Modelfile beside it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf"))
+        write_modelfile(output, load_tokenizer(model, config.adapter), base)
+        print("Modelfile beside it; the chat template is in the .gguf")
         if base is not None:
             print(f"it expects the base beside it as {base}")

@@ -9,7 +9,6 @@ from qlora.config.parse import parse_args
 from qlora.config.run import RunConfig
 from qlora.system.errors import InputError
 from qlora.system.startup import collection_paused, importing_transformers
-from qlora.training.recompute import choose_recomputed_layers
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,6 +75,7 @@ def train(config: RunConfig, name: str, data: list[str], argv: Sequence[str]) ->
         from qlora.training.fingerprint import run_settings
         from qlora.training.loop import fit
         from qlora.training.output import RunOutput
+        from qlora.training.recompute import choose_recomputed_layers
         from qlora.training.run_facts import gather_facts
         from qlora.training.samples import AnswerScore, Sampler
         from qlora.training.schedule import build_schedule

@@ -1,12 +1,12 @@
 """The model that lm-eval's tasks run on: our base, in 4 bits or not, with an adapter or without.
 
-Importing this module registers it with lm-eval as "qlora",
+Importing this module registers it with lm-eval as "qlora" (in a checkout it is eval.lm_eval_model),
 
-    import eval.task_model, lm_eval
+    import qlora.evaluation.lm_eval_model, lm_eval
     lm_eval.simple_evaluate("qlora", model_args="model=M,adapter=A", tasks=["arc_easy"])
 
-and `python -m eval harness` does the same with flags. Requests are computed by eval/likelihood.py and
-qlora/generation.py, in each process its share; to lm-eval it looks like one.
+and `qlora eval harness` does the same with flags. Requests are computed by eval/likelihood.py and
+qlora/generate.py, in each process its share; to lm-eval it looks like one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from eval.likelihood import (
+from qlora.config.generate import Sampling
+from qlora.generation import continue_prompts
+from qlora.system.errors import InputError
+
+from .likelihood import (
     encode_pairs,
     log_likelihoods,
     longest_window,
@@ -28,10 +32,7 @@ from eval.likelihood import (
     score_passages,
     text_ids,
 )
-from eval.models import EvalConfig, load_evaluated, share_out
-from qlora.config.generate import Sampling
-from qlora.generation import continue_prompts
-from qlora.system.errors import InputError
+from .model import EvalConfig, load_evaluated, share_out
 
 Likelihood = tuple[float, bool]
 
