@@ -255,7 +255,8 @@ def _setting(file: Path, settings: dict[str, Any], name: str, wanted: str, fits:
     """A number out of a file's settings."""
     value = settings.get(name)
     if type(value) not in (int, float) or not fits(value):
-        raise InputError(f"{file} has {name} = {quote(value)}, not {wanted}; save the adapter again.")
+        has = quote(value) if name in settings else "no value"
+        raise InputError(f"{file} has {name} = {has}, not {wanted}; save the adapter again.")
     return value
 
 
