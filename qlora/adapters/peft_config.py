@@ -54,11 +54,11 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
         "lora_dropout": config.dropout,
         "target_modules": _saved_targets(config, layers),
         "use_rslora": config.use_rslora,
-        "rank_pattern": config.rank_patterns,
-        "alpha_pattern": config.alpha_patterns,
-        "layers_to_transform": config.layer_numbers,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": config.layers or None,
         "bias": config.bias,
-        "modules_to_save": config.trained_modules or None,
+        "modules_to_save": config.modules_to_save or None,
         "fan_in_fan_out": transposed,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "inference_mode": True,
@@ -68,8 +68,8 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
     """The targets as PEFT's list of name endings; "all-linear" as the endings it stood for."""
-    if config.targets != ["all-linear"]:
-        return config.targets
+    if config.target_modules != ["all-linear"]:
+        return config.target_modules
     return sorted({name.rpartition(".")[2] for name in names})
 
 
@@ -129,7 +129,7 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
             use_rslora=given("use_rslora", False),
             **{"rank_pattern": ranks} | own,
             alpha_pattern=alphas,
-            layers=",".join(map(str, numbers)),
+            layers=numbers,
             bias=given("bias", "none"),
             modules_to_save=modules,
             init=start
@@ -171,4 +171,4 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
     if is_vocabulary(key) or (key.endswith(".bias") and config.bias != "none"):
         return True
     module = "." + key.rpartition(".")[0]
-    return any(module.endswith("." + name) for name in config.trained_modules)
+    return any(module.endswith("." + name) for name in config.modules_to_save)
