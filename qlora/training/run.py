@@ -17,7 +17,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
@@ -140,37 +139,37 @@ class TrainingRun:
 
     def open(self) -> None:
         """Find the other processes, claim the output directory, start the trackers."""
-        t = self.config.train
-        self.accelerator = start_accelerator(t.trackers, t.output_dir)
+        w, s = self.config.watching, self.config.saving
+        self.accelerator = start_accelerator(w.report_to, s.output_dir)
         self.say = self.accelerator.print
         self.ranks = arrange_ranks(self.config.parallel, self.accelerator)
-        self.directory = RunDirectory(t.output_dir, t.resume, self.accelerator, asdict(self.config))
+        self.directory = RunDirectory(s.output_dir, s.resume, self.accelerator, self.config.saved())
         self._taken.callback(self.directory.release)
         self.trackers = Trackers([])
         if self.directory.is_main:
-            run = t.run_name or self.directory.path.resolve().name
-            start_trackers(self.accelerator, t.project_name, run, self.directory.settings, self.directory.done)
+            run = w.run_name or self.directory.path.resolve().name
+            start_trackers(self.accelerator, w.project_name, run, self.directory.settings, self.directory.done)
             self.trackers = Trackers(self.accelerator.trackers, self.say)
         self._taken.callback(self.trackers.finish)
 
     def read_data(self) -> None:
         """Tokenizer, examples, held-out examples, sample prompts."""
-        d, t, config = self.config.data, self.config.train, self.config
+        config, d, w = self.config, self.config.data, self.config.watching
         self.tokenizer = load_tokenizer(self._base, config.generate.adapter)
-        add_tokens(self.tokenizer, config.lora.added_tokens)
+        add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
         assert d.data is not None
         self.examples, self.held_out = load_examples(
             d.data, self.tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data,
-            eval_split=d.eval_split, seed=t.seed, say=self.say, show_sample=d.show_sample,
+            eval_split=d.eval_split, seed=config.loop.seed, say=self.say, show_sample=d.show_sample,
             on_bad_row=d.on_bad_row, bad_rows_file=self.directory.bad_rows, parse_special=d.parse_special,
-            num_workers=d.num_workers, weights=d.weights, columns=d.column_names, cache=d.token_cache,
+            num_workers=d.num_workers, weights=d.data_weights, columns=d.columns, cache=d.token_cache,
         )  # fmt: skip
         # One process alone cannot answer with a split base.
-        num_samples = 0 if self.ranks.is_split else t.num_samples
+        num_samples = 0 if self.ranks.is_split else w.num_samples
         rows = self.held_out or self.examples
-        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, t.sample_prompts, d.parse_special)
+        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, w.sample_prompts, d.parse_special)
 
     def load_base(self) -> None:
         """The frozen base."""
@@ -180,7 +179,7 @@ class TrainingRun:
 
     def add_adapter(self) -> None:
         """LoRA, memory plan, optimizer; of a resumed run as its checkpoint has them."""
-        config, t, lora = self.config, self.config.train, self.config.lora
+        config, t, lora = self.config, self.config.loop, self.config.lora
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
         else:
@@ -189,14 +188,13 @@ class TrainingRun:
         if config.data.chat_template is not None:
             set_tokenizer(self.model, self.tokenizer)
         self.say(parameter_summary(self.model))
-        optim = choose_optimizer(t.optim, self.accelerator.device, self.say)
+        optim = choose_optimizer(config.optimizer.optim, self.accelerator.device, self.say)
         self.plan = self._plan_memory(optim)
         window = t.batch_size * t.grad_accum * self.ranks.data_size
         steps_per_epoch = WindowOrder(self.examples.sources, window, t.seed).steps_per_epoch
         self.total_steps = t.max_steps or t.epochs * steps_per_epoch
         self.settings = run_settings(
-            self.model, lora, config.data, t, self.examples, window, self.total_steps, optim,
-            self.tokenizer.chat_template,
+            self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
         if config.generate.adapter is None and self.directory.checkpoint is None:
             initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
@@ -205,7 +203,7 @@ class TrainingRun:
 
     def fit(self) -> None:
         """Train to the last step."""
-        t, d = self.config.train, self.config.data
+        t, d, o = self.config.loop, self.config.data, self.config.optimizer
         observers = self._observers()
         data = TrainingData(
             self.examples, t.batch_size, t.grad_accum, d.max_length, d.packing, t.seed, self.held_out
@@ -213,8 +211,8 @@ class TrainingRun:
         skipped = self.directory.path / "skipped"
         self.trainer = Trainer(
             self.model, self.optimizer,
-            build_schedule(t.schedule, t.learning_rate, t.warmup_steps, self.total_steps), data, self.accelerator,
-            Limits(self.total_steps, t.max_grad_norm, t.max_skipped, skipped), observers, self.say,
+            build_schedule(o.schedule, o.learning_rate, o.warmup_steps, self.total_steps), data, self.accelerator,
+            Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
         )  # fmt: skip
         self.trainer.fit(self.progress)
 
@@ -234,7 +232,7 @@ class TrainingRun:
 
     def _plan_memory(self, optim: str) -> MemoryPlan:
         """Choose the layers that are recomputed."""
-        t, d, device = self.config.train, self.config.data, self.accelerator.device
+        t, d, device = self.config.loop, self.config.data, self.accelerator.device
         longest = max(lengths_of(self.examples))
         num_tokens = largest_micro_batch(t.batch_size, d.max_length, longest, d.packing, device.type)
         mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
@@ -244,24 +242,25 @@ class TrainingRun:
 
     def _optimizer(self, lora: LoRAConfig, optim: str) -> MasterOptimizer:
         """A fresh optimizer, or the checkpoint's, whose adapter and progress are restored with it."""
-        t, checkpoint = self.config.train, self.directory.checkpoint
+        o, checkpoint = self.config.optimizer, self.directory.checkpoint
 
         def make() -> MasterOptimizer:
-            return build_adapter_optimizer(self.model, lora, optim, t.weight_decay, self.total_steps)
+            return build_adapter_optimizer(self.model, lora, optim, o.weight_decay, self.total_steps)
 
         if checkpoint is None:
             return make()
         self.progress, optimizer = load_checkpoint(
-            checkpoint, self.model, make, self.settings, t.force_resume, self.say
+            checkpoint, self.model, make, self.settings, self.config.saving.force_resume, self.say
         )
         self.say(f"resumed from {checkpoint}, {self.progress.step} steps done")
         return optimizer
 
     def _observers(self) -> list[Observer]:
         """All that watches, in the order it is told. Every process judges and saves; the main one writes."""
-        t, directory, writing = self.config.train, self.directory, self._writing
+        w, s = self.config.watching, self.config.saving
+        directory, writing = self.directory, self._writing
         is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
-        deadline = None if t.stop_after_seconds is None else self.started + t.stop_after_seconds
+        deadline = None if w.stop_after_seconds is None else self.started + w.stop_after_seconds
         stop = writing.enter_context(StopRequest(deadline))
         writing.callback(self.trackers.finish)
         display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
@@ -271,17 +270,17 @@ class TrainingRun:
         directory.set_aside_later(self.progress.step)
         writer = writing.enter_context(
             CheckpointWriter(
-                directory, self.state, self.settings, self.progress, t.keep_last, t.load_best, self.say
+                directory, self.state, self.settings, self.progress, s.keep_last, s.load_best, self.say
             )
         )
         writing.callback(display.close)  # at the end it is the first to go
         writer.lines = self._open_lines() if is_main else []
         return [
-            HeldOut(t.eval_every, self._score(), t.early_stopping_patience, t.early_stopping_min_delta, stop),
+            HeldOut(w.eval_every, self._score(), w.early_stopping_patience, w.early_stopping_min_delta, stop),
             *self.observers,
             Stop(stop),
-            *([Samples(self._sampler(display, writer.lines), t.sample_every)] if self.prompts else []),
-            Saver(writer.save, self.progress, t.save_every, t.keeps_best),
+            *([Samples(self._sampler(display, writer.lines), w.sample_every)] if self.prompts else []),
+            Saver(writer.save, self.progress, s.save_every, self.config.keeps_best),
             *([Metrics(writer.lines[0])] if is_main else []),
             display,
             self.trackers,
@@ -307,16 +306,16 @@ class TrainingRun:
             self.trackers.log_samples(samples)
 
         return Sampler(
-            self.model, self.tokenizer, self.prompts, self.config.train.sample_tokens, self.accelerator, keep,
+            self.model, self.tokenizer, self.prompts, self.config.watching.sample_tokens, self.accelerator, keep,
             self.say,
         )  # fmt: skip
 
     def _score(self) -> AnswerScore | None:
         """Judges evaluations by exact match, if that is asked for."""
-        t = self.config.train
-        number = (t.score_examples or len(self.held_out)) if t.best_metric == "exact_match" else 0
+        w = self.config.watching
+        number = (w.score_examples or len(self.held_out)) if w.best_metric == "exact_match" else 0
         asked = choose_prompts(self.held_out, self.tokenizer, number)
         if not asked:
             return None
-        is_match, length = make_matcher(t.score_match).same, self.config.generate.max_new_tokens
+        is_match, length = make_matcher(w.score_match).same, self.config.generate.max_new_tokens
         return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)

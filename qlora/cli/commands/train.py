@@ -30,7 +30,7 @@ def answer_prompt(config: RunConfig) -> None:
     """Answer --prompt instead of training."""
     if config.parallel.is_split:
         raise InputError(f"{config.parallel.flag} is for training; leave it out to answer a --prompt.")
-    answer(config.model, config.generate, config.data.chat_template, config.train.seed)
+    answer(config.model, config.generate, config.data.chat_template, config.loop.seed)
 
 
 def start_run(config: RunConfig, argv: Sequence[str]) -> TrainingRun:
@@ -46,8 +46,8 @@ def start_run(config: RunConfig, argv: Sequence[str]) -> TrainingRun:
         from qlora.export.hub import check_destination
         from qlora.training.run import TrainingRun
     run = TrainingRun.from_config(config, argv, started=started)
-    if config.train.push_to_hub is not None:
-        check_destination(config.train.push_to_hub)
+    if config.saving.push_to_hub is not None:
+        check_destination(config.saving.push_to_hub)
     return run
 
 
@@ -55,6 +55,6 @@ def publish(run: TrainingRun) -> None:
     """Upload the adapter where --push-to-hub says."""
     from qlora.export.hub import push_to_hub
 
-    repository = run.config.train.push_to_hub
+    repository = run.config.saving.push_to_hub
     if repository is not None and run.directory.is_main:
         run.say(f"uploaded to {push_to_hub(run.directory.path, repository)}")
