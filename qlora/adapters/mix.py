@@ -184,13 +184,13 @@ def mixed_config(factors: Factors) -> LoRAConfig:
     """The configuration of an adapter of these factors: alpha = rank everywhere, so that the scaling is 1."""
     ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
     rank = mode(ranks.values())
-    others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+    others = {layer: own for layer, own in ranks.items() if own != rank}
     return LoRAConfig(
         rank=rank,
         alpha=float(rank),
         rank_pattern=others,
-        alpha_pattern=others,
-        target_modules=",".join(ranks),
+        alpha_pattern=dict[str, float](others),
+        target_modules=list(ranks),
         adapter_dtype="float32",
     )
 

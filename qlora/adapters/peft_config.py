@@ -15,12 +15,12 @@ import torch
 from qlora.config.lora import BASE_STARTS, LoRAConfig
 from qlora.lora.variant import PeftFields, Variant
 from qlora.lora.variants import VARIANTS, variant_of
+from qlora.model.families import known_layers
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 
 PREFIX = "base_model.model."
-VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
@@ -54,11 +54,11 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
         "lora_dropout": config.dropout,
         "target_modules": _saved_targets(config, layers),
         "use_rslora": config.use_rslora,
-        "rank_pattern": config.rank_patterns,
-        "alpha_pattern": config.alpha_patterns,
-        "layers_to_transform": config.layer_numbers,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": config.layers or None,
         "bias": config.bias,
-        "modules_to_save": config.trained_modules or None,
+        "modules_to_save": config.modules_to_save or None,
         "fan_in_fan_out": transposed,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "inference_mode": True,
@@ -68,8 +68,8 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
     """The targets as PEFT's list of name endings; "all-linear" as the endings it stood for."""
-    if config.targets != ["all-linear"]:
-        return config.targets
+    if config.target_modules != ["all-linear"]:
+        return config.target_modules
     return sorted({name.rpartition(".")[2] for name in names})
 
 
@@ -129,7 +129,7 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
             use_rslora=given("use_rslora", False),
             **{"rank_pattern": ranks} | own,
             alpha_pattern=alphas,
-            layers=",".join(map(str, numbers)),
+            layers=numbers,
             bias=given("bias", "none"),
             modules_to_save=modules,
             init=start
@@ -155,6 +155,11 @@ def own_key(key: str) -> str:
     return key
 
 
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter is the weight of an embedding or of an output head."""
+    return name.endswith(tuple(f"{layer}.weight" for layer in known_layers("embedding") | {"lm_head"}))
+
+
 def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
     """Whether an adapter of this configuration may hold such a tensor."""
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
@@ -163,7 +168,7 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
     owner = next((variant for variant in VARIANTS if kind in variant.extras), None)
     if owner is not None:
         return owner is variant_of(config)
-    if key.endswith(VOCABULARY) or (key.endswith(".bias") and config.bias != "none"):
+    if is_vocabulary(key) or (key.endswith(".bias") and config.bias != "none"):
         return True
     module = "." + key.rpartition(".")[0]
-    return any(module.endswith("." + name) for name in config.trained_modules)
+    return any(module.endswith("." + name) for name in config.modules_to_save)

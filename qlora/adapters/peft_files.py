@@ -29,10 +29,10 @@ from qlora.adapters.other_formats import recognise
 from qlora.adapters.peft_config import (
     PREFIX,
     UNSUPPORTED,
-    VOCABULARY,
     belongs_to_adapter,
     describe_adapter,
     file_key,
+    is_vocabulary,
     own_key,
     read_settings,
 )
@@ -245,10 +245,10 @@ class SavedAdapter:
             state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A, B
             ranks[layer] = len(A)
         rank = max(ranks.values())
-        others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+        others = {layer: own for layer, own in ranks.items() if own != rank}
         config = replace(
-            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=others, use_rslora=False,
-            init="kaiming", adapter_dtype="float32",
+            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=dict[str, float](others),
+            use_rslora=False, init="kaiming", adapter_dtype="float32",
         )  # fmt: skip
         return replace(self, config=config, state=state, base_shift={})
 
@@ -299,8 +299,8 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     state = state if variant is None else variant.unpack(state, description, config, directory / CONFIG)
     saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
     # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
-    vocabulary = [name for name in saved.trained if name.endswith(VOCABULARY)]
-    config.modules_to_save = ",".join([*config.trained_modules, *(n.rpartition(".")[0] for n in vocabulary)])
+    vocabulary = [name for name in saved.trained if is_vocabulary(name)]
+    config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
     if ranks and not config.rank_pattern and config.rank not in ranks:
         raise InputError(
@@ -308,7 +308,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
             f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
     # The exact layers: what the patterns of the file mean depends on the base.
-    config.target_modules, config.layers = ",".join(saved.adapted_layers), ""
+    config.target_modules, config.layers = saved.adapted_layers, []
     # The narrowest dtype that holds every value exactly.
     factors = {tensor.dtype for key, tensor in state.items() if ".lora_A." in key or ".lora_B." in key}
     config.adapter_dtype = "bfloat16" if factors == {torch.bfloat16} else "float32"
@@ -381,6 +381,6 @@ def written_config(saved: SavedAdapter) -> LoRAConfig:
     listed = [numbers] if type(numbers) is int else numbers or []
     return replace(
         saved.config,
-        target_modules=",".join(targets) if isinstance(targets, list) and targets else saved.config.target_modules,
-        layers=",".join(map(str, listed)),
+        target_modules=targets if isinstance(targets, list) and targets else saved.config.target_modules,
+        layers=listed,
     )

@@ -19,7 +19,8 @@ columns of the MLP, o and the MLP's output are summands of theirs, and what lies
 What they then exchange stands in the block's `exchange`.
 
 transformers' own block computes the same for every model; `fuse_blocks` puts this one in its place where it is
-known to be right: while whole sequences are computed. With a key-value cache transformers' own runs.
+known to be right (model/families.py): while whole sequences are computed. With a key-value cache transformers'
+own runs.
 """
 
 from __future__ import annotations
@@ -32,10 +33,8 @@ from torch import Tensor, nn
 
 from qlora.kernels import fused as kernels
 from qlora.kernels.packed_attention import PackedAttention
+from qlora.model.families import FAMILIES
 from qlora.system.errors import InputError
-
-# Blocks whose forward is the one above; Qwen 3 norms q and k of each head as well.
-FUSED_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 class Exchange:
@@ -122,8 +121,9 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 def fuse_blocks(network: nn.Module) -> None:
     """Give a transformers model's decoder blocks the forward above, where their own computes the same."""
+    blocks = {family.block for family in FAMILIES.values()}
     for module in list(network.modules()):
-        if type(module).__name__ in FUSED_BLOCKS and not is_fused(module) and _is_plain(module):
+        if type(module).__name__ in blocks and not is_fused(module) and _is_plain(module):
             kind: Any = type(module)
             module.__class__ = _fused_class(kind)
 

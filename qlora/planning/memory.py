@@ -43,6 +43,7 @@ from qlora.lora.adapter import lora_layers
 from qlora.lora.full_parameters import replaced_parameters
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
+from qlora.model.families import family_of, known_layers
 from qlora.model.loss import CHUNK_SIZE
 from qlora.parallel.divisibility import split_axis
 from qlora.quant.layers import logical_sizes
@@ -50,8 +51,6 @@ from qlora.quant.parts import local
 from qlora.system.memory import GIB
 
 FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
-POST_NORMS = ("gemma2", "gemma3_text")
 
 
 @dataclass
@@ -100,24 +99,25 @@ def layer_bytes(
         fused: whether the layer computes as model/block.py.
         tensor_parallel, sequence_parallel: T, and whether the norms' tokens are divided by it, too.
     """
+    family = family_of(config)
     (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
     queries, keys = heads * head_dim, kv_heads * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    inputs = hidden * (not {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}.isdisjoint(adapted))
-    inputs += hidden * (not {"gate_proj", "up_proj", "gate_up_proj", "c_fc"}.isdisjoint(adapted))
-    inputs += mlp // tensor_parallel * (not {"down_proj", "c_proj"}.isdisjoint(adapted))
+    inputs = hidden * (not known_layers("qkv").isdisjoint(adapted))
+    inputs += hidden * (not known_layers("mlp_in").isdisjoint(adapted))
+    inputs += mlp // tensor_parallel * (not known_layers("mlp_out").isdisjoint(adapted))
     experts = getattr(config, "num_experts_per_tok", None) or 0  # a token's
     if experts:
         shared = getattr(config, "shared_expert_intermediate_size", None) or 0
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp) + shared
     queries, keys, mlp = queries // tensor_parallel, keys // tensor_parallel, mlp // tensor_parallel
     stream = hidden // tensor_parallel if sequence_parallel else hidden
-    norms = 4 * (queries + keys) * (config.model_type in HEAD_NORMS)
+    norms = 4 * (queries + keys) * family.head_norms
     inputs += queries * ("o_proj" in adapted)
     if fused:
         return norms + c * (inputs + 2 * stream + queries + 2 * keys + 2 * mlp)
-    norms += 8 * stream * (2 if config.model_type in POST_NORMS else 1)
-    if config.model_type == "gpt2":  # its GELU is written out in torch, and keeps one step more
+    norms += 8 * stream * (2 if family.post_norms else 1)
+    if family.keeps_gelu:
         mlp = mlp * 4 // 3
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 

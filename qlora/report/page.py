@@ -7,7 +7,6 @@ missing there is said or left out. What came from data is escaped by the templat
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,7 +212,7 @@ def list_settings(settings: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, 
     """((flag, value, default) of those that differ from it, (flag, value) of the others)."""
     from qlora.config.run import RunConfig
 
-    defaults = asdict(RunConfig())
+    defaults = RunConfig().saved()
     changed: list[tuple[str, ...]] = []
     unchanged: list[tuple[str, ...]] = []
     for section, values in settings.items():

@@ -200,7 +200,7 @@ def test_ours_loads_ours(llama: Path, tmp_path: Path, dtype: str) -> None:
     config = load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(logits(fresh), logits(model))
     assert {p.dtype for p in lora_parameters(fresh)} == {getattr(torch, dtype)}
-    assert config.adapter_dtype == dtype and config.targets == ["q_proj", "v_proj"]
+    assert config.adapter_dtype == dtype and config.target_modules == ["q_proj", "v_proj"]
     randomize(fresh, seed=5)
     assert not torch.equal(logits(fresh), logits(model))
     load_adapter(fresh, tmp_path / "adapter")

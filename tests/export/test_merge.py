@@ -264,8 +264,8 @@ def make_variant(base: Path, directory: Path, size: float = 0.1, **settings: Any
     network = load_base_model(str(base), compute_dtype="float32", cache=False)
     config = LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings})
     tokenizer = load_tokenizer(str(base))
-    if config.added_tokens:
-        add_tokens(tokenizer, config.added_tokens)
+    if config.new_tokens:
+        add_tokens(tokenizer, config.new_tokens)
     inject_lora(network, config, 0, tokenizer)
     initialize_adapter(network, config)
     freeze_base(network)

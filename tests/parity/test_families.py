@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import Batch, collate_packed, collate_padded
 from qlora.data.encode import encode_prompt
@@ -253,8 +254,8 @@ def test_greedy_generation(family: str, make: Maker) -> None:
                 ids.append(int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
     assert any(expected)
-    assert generate(model, tokenizer, chats, max_new_tokens=8) == expected
-    twice = generate_samples(model, tokenizer, chats, 2, max_new_tokens=8)  # the prompts computed beforehand
+    assert generate(model, tokenizer, chats, Sampling(8)) == expected
+    twice = generate_samples(model, tokenizer, chats, 2, Sampling(8))  # the prompts computed beforehand
     assert twice == [[text, text] for text in expected]
 
 
