@@ -186,7 +186,7 @@ def test_24_steps_equal_pefts(llama: str, tmp_path: Path) -> None:
     names = {name: f"base_model.model.{name}.lora_%s.default" for name in layers}
     for name, layer in layers.items():
         for part in "AB":
-            parameters[names[name] % part].data.copy_(getattr(layer, f"lora_{part}"))
+            parameters[names[name] % part].data.copy_(getattr(layer.weights, f"lora_{part}"))
     adamw = torch.optim.AdamW(
         [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, betas=BETAS, eps=EPS, weight_decay=0.0
     )

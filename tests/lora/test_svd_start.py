@@ -500,7 +500,7 @@ def test_plain_lora_of_twice_the_rank(llama: str, tmp_path: Path) -> None:
         layer = lora_layers(network)[name]
         layer.base_layer.weight.data = W - B @ A
         low_A, low_B = plain.low_rank(name)
-        assert len(low_A) == 2 * layer.rank == plain.config.rank_of(name)
+        assert len(low_A) == 2 * layer.weights.rank == plain.config.rank_of(name)
         assert relative_error(W + low_B @ low_A, W - B @ A + layer.weights.delta_weight()) < 1e-6
         onto.get_submodule(name).weight.data = plain.merge_into(f"{name}.weight", W)
     assert relative_error(logits(onto), logits(network)) < 1e-5
