@@ -16,6 +16,7 @@ it: a merge that was killed goes on there, and the output appears whole or not a
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -78,6 +79,10 @@ def merge_adapter(
     if o.save_4bit and (o.base == "original" or quant is None):
         why = "--base original is asked for" if quant is not None else "The adapter was trained on a 16-bit base"
         raise InputError(f"{why}, so there is no 4-bit base to go back into; leave out --save-4bit.")
+    if o.max_drift is not None and not (o.drift and 0 <= o.max_drift < math.inf):
+        raise InputError(
+            f"max_drift is {o.max_drift}; give --max-drift a number of 0 or more, without --no-drift."
+        )
     network = empty_model(model)
     if o.save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
         raise InputError("transformers reads no mixture of experts in 4 bits; leave out --save-4bit.")
