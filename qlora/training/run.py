@@ -107,7 +107,7 @@ class TrainingRun:
             raise InputError(
                 "No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file."
             )
-        if config.data.data is None:
+        if not config.data.data:
             raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
         config.check_training()
         return cls(config, arguments, observers, started)
@@ -159,7 +159,6 @@ class TrainingRun:
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
-        assert d.data is not None
         self.examples, self.held_out = load_examples(
             d.data, self.tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data,
             eval_split=d.eval_split, seed=config.loop.seed, say=self.say, show_sample=d.show_sample,
