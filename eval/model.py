@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-from qlora.config.model import ComputeDtype
+from qlora.config.model import ModelConfig
 from qlora.system.errors import InputError
 
 T = TypeVar("T")
@@ -18,23 +18,11 @@ R = TypeVar("R")
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(ModelConfig):
     """What every evaluation asks; a command's own flags come on top."""
 
-    model: str | None = None
-    """A Hugging Face directory, a hub id, or a .gguf file."""
     adapter: str | None = None
     """Adapter directory; without one the base itself is measured."""
-    use_4bit: bool = True
-    """Quantize the base to 4 bits; --no-4bit keeps it in bf16."""
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 levels of a 4-bit weight: normal quantiles (nf4) or a tiny float (fp4)."""
-    double_quant: bool = True
-    """Quantize the block scales too."""
-    compute_dtype: ComputeDtype = "auto"
-    """Dtype of activations; auto picks the faster one on this device by measuring."""
-    cache: bool = True
-    """Keep the quantized base on disk ($QLORA_CACHE, else ~/.cache/qlora) for the next start."""
     data: str | None = None
     """What is measured on."""
     max_examples: int = 0

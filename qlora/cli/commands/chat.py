@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qlora.cli.program import program
 from qlora.config.generate import GenerateConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parse import parse_args
@@ -45,7 +46,7 @@ class ChatConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ChatConfig, "python -m qlora chat", argv)
+    config = parse_args(ChatConfig, program("chat"), argv)
     if config.model.model is None and not config.adapter:
         raise InputError("Nobody to chat with; pass --model, --adapter or both.")
     with collection_paused(), importing_transformers():

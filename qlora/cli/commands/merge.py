@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -41,7 +42,7 @@ class MergeConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(MergeConfig, "python -m qlora merge", argv)
+    config = parse_args(MergeConfig, program("merge"), argv)
     if not config.adapter:
         raise InputError("No adapter given; pass --adapter with the output directory of a run.")
     if not config.max_shard_gb > 0:
