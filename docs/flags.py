@@ -52,10 +52,10 @@ class Flag:
 
 
 def field_comments(config: type) -> dict[str, str]:
-    """Field -> the string literal below it in its class's source, on one line."""
+    """Field -> the string literal below it in the source of the class or its bases, on one line."""
     comments: dict[str, str] = {}
-    for base in filter(is_dataclass, reversed(config.__mro__)):
-        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+    for part in filter(is_dataclass, reversed(config.__mro__)):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
         assert isinstance(tree, ast.ClassDef)
         for item, below in zip(tree.body, tree.body[1:], strict=False):
             if (

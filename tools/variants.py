@@ -22,6 +22,7 @@ from torch import Tensor
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import make_batches
 from qlora.data.example import Example
@@ -139,7 +140,7 @@ class Bench:
     def fresh(self, name: str) -> Any:
         """The base with a new adapter."""
         model, config, tokenizer = self.load(name), self.config(name), load_tokenizer(str(self.base))
-        add_tokens(tokenizer, config.added_tokens)
+        add_tokens(tokenizer, config.new_tokens)
         inject_lora(model, config, 1, tokenizer)
         freeze_base(model)
         initialize_adapter(model, config)
@@ -155,7 +156,7 @@ class Bench:
             batches = make_batches([Example(row[:-1], row[1:]) for row in rows], 4, 24, packing=True)
             torch.manual_seed(0)
             rate = VARIANTS[name].learning_rate
-            losses = [train_step(model, optimizer, batches, Accelerator(), rate)[0] for _ in range(NUM_STEPS)]
+            losses = [train_step(model, optimizer, batches, Accelerator(), rate).loss for _ in range(NUM_STEPS)]
             self._trained[name] = model.eval(), losses
         return self._trained[name]
 
@@ -289,7 +290,7 @@ def check_generate(bench: Bench, name: str) -> str:
     texts = ["Hi", "What is the capital of France?"]
     expected = [greedy_reference(model, tokenizer, text, 8) for text in texts]
     before = logits(model)
-    assert generate(model, tokenizer, chats(texts), max_new_tokens=8) == expected
+    assert generate(model, tokenizer, chats(texts), Sampling(8)) == expected
     assert torch.equal(logits(model), before)
     return YES
 

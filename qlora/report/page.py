@@ -7,13 +7,13 @@ missing there is said or left out. What came from data is escaped by the templat
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qlora.config.lora import VARIANTS
 from qlora.report.answers import MOST_ROWS, OPEN_PROMPTS, UNPRINTABLE, cut, short_count, trace_samples, words
 from qlora.report.charts import smooth
 from qlora.report.figures import draw_charts
@@ -212,7 +212,7 @@ def list_settings(settings: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, 
     """((flag, value, default) of those that differ from it, (flag, value) of the others)."""
     from qlora.config.run import RunConfig
 
-    defaults = asdict(RunConfig())
+    defaults = RunConfig().saved()
     changed: list[tuple[str, ...]] = []
     unchanged: list[tuple[str, ...]] = []
     for section, values in settings.items():
@@ -260,7 +260,7 @@ def describe_adapter(run: Run) -> list[tuple[str, str]]:
     adapter, rows = run.adapter, []
     if not adapter:
         return []
-    ways = [name for key, name in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if adapter.get(key) is True]
+    ways = [name for key, name in VARIANTS.items() if adapter.get(key) is True]
     kind = " + ".join(ways) or {"ADALORA": "AdaLoRA"}.get(str(adapter.get("peft_type")), "LoRA")
     rows.append(("variant", kind))
     names = {"base_model_name_or_path": "base", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",

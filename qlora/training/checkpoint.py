@@ -23,6 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora.adapters.peft_files import AdapterSnapshot, read_adapter, write_adapter
+from qlora.config.lora import canonical
 from qlora.lora.base_shift import shift_base
 from qlora.lora.state import load_lora_state_dict
 from qlora.system.errors import InputError
@@ -211,7 +212,7 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     state = read_state(path)
-    saved, settings = dict(state["settings"]), dict(settings)
+    saved, settings = canonical(state["settings"]), dict(settings)
     planned, plan = saved.pop("total_steps", None), settings.pop("total_steps", None)
     differing = [
         f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"

@@ -345,7 +345,7 @@ BAD_MLX = {
     "scale 0": (lora(scale=0), "has scale = 0, not a number above 0"),
     "scale NaN": (lora(scale=float("nan")), "has scale = nan"),
     "scale infinite": (lora(scale=float("inf")), "has scale = inf"),
-    "no scale": (edit_settings(lambda s: s["lora_parameters"].pop("scale")), "has scale = None"),
+    "no scale": (edit_settings(lambda s: s["lora_parameters"].pop("scale")), "has scale = no value"),
     "dropout 1": (lora(dropout=1), "has dropout = 1"),
     "another rank": (lora(rank=8), f"{Q}.lora_A.weight has the shape (4, 64), not (8, 64)"),
     "mixed ranks": (put(f"{V}.lora_a", torch.ones(64, 2)), f"{V}.lora_A.weight has the shape (2, 64)"),
@@ -385,7 +385,7 @@ def test_a_bad_mlx_adapter_is_one_sentence(
 TUNE_V = "layers.0.attn.v_proj"
 BAD_TORCHTUNE = {
     "no config": (lambda d: (d / CONFIG).unlink(), 'with "r" and "lora_alpha"'),
-    "no rank": (edit_settings(lambda s: s.pop("r")), "has r = None, not a whole number"),
+    "no rank": (edit_settings(lambda s: s.pop("r")), "has r = no value, not a whole number"),
     "alpha of text": (edit_settings(lambda s: s.update(lora_alpha="6")), "has lora_alpha = '6'"),
     "unknown layer": (put("layers.0.attn.w9.lora_a.weight", torch.ones(4, 64)), "attn.w9.lora_a.weight is no"),
     "output head": (put("output.lora_a.weight", torch.ones(4, 64)), "output.lora_a.weight is no LoRA tensor"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import train
 from qlora.adapters.load import load_adapter
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import Batch, make_batches
 from qlora.data.encode import encode_prompt
@@ -299,7 +300,7 @@ def test_the_base_is_left_as_it_was(bases: dict[str, Path], kind: str) -> None:
 def test_decoding_uses_the_trained_head(bases: dict[str, Path]) -> None:
     model, tokenizer = adapted(bases["untied"], modules_to_save="embed_tokens,lm_head"), tiny_tokenizer()
     ids = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
-    answer = generate(model, tokenizer, [[{"role": "user", "content": "Hi"}]], max_new_tokens=8)[0]
+    answer = generate(model, tokenizer, [[{"role": "user", "content": "Hi"}]], Sampling(8))[0]
     for _ in range(8):
         ids.append(int(logits(model, torch.tensor([ids]))[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:

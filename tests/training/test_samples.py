@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from qlora.config.generate import Sampling
 from qlora.data.conversations import to_messages
 from qlora.data.prompts import Prompt, choose_prompts, prompt_of
 from qlora.data.rows import Record
@@ -244,5 +245,5 @@ def test_prompts_as_ids_answer_as_conversations_do(tiny: str) -> None:
     model = adapted(tiny)
     example = encode({"messages": TURNS})
     asked: list[Any] = [TURNS[:-1], prompt_of(example, TOKENIZER).ids]
-    one, other = generate(model, TOKENIZER, asked, max_new_tokens=6)
+    one, other = generate(model, TOKENIZER, asked, Sampling(6))
     assert one == other != ""

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     tokenizer = load_tokenizer(config.model) if config.model else None
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
-    options = (config.max_length, config.train_on, config.on_long, config.parse_special, config.column_names)
+    options = (config.max_length, config.train_on, config.on_long, config.parse_special, config.columns)
     found = check_data(config.data, tokenizer, *options)
     print_check(found)
     if found.bad_rows:
