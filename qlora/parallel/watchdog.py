@@ -6,10 +6,10 @@ the ranks watch one another, through the launcher's store (the TCPStore at MASTE
 them). Under the key rank/R, each keeps a count that it moves on once a second and, when it leaves, the error that
 ended it; it reads all the others' in one request (of 128 ranks: 1 ms), less often the more there are.
 
-A rank whose collective fails names the ranks that are gone from this machine, whose count stands still, or that left
-with an error (`describe`); then it saves and stops. One that goes on waiting in a collective (NCCL within a machine;
-a machine without power) ends itself GRACE seconds after it knows of a loss, since nothing can interrupt the wait:
-the last checkpoint counts. If the count moves again meanwhile, nothing happens.
+A rank whose collective fails names the ranks that are gone from this machine, whose count stands still, or that
+left with an error (`describe`); then it saves and stops. One that goes on waiting in a collective (NCCL within a
+machine; a machine without power) ends itself GRACE seconds after it knows of a loss, since nothing can interrupt
+the wait: the last checkpoint counts. If the count moves again meanwhile, nothing happens.
 
 Times: SILENCE + GRACE and two looks make 24 s, so that a run ends within 30 s of a death.
 """

@@ -18,7 +18,7 @@ from qlora.system.errors import InputError
 class CheckDataConfig(RowsConfig):
     """Say what is in a data file, and what a run would make of it."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field()
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field()  # type: ignore[assignment]
     """A .jsonl, .json, .csv or .parquet file, or a hub id."""
     model: str | None = None
     """Count in tokens of this model, of which only the tokenizer is loaded."""
