@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qlora.cli.program import program
 from qlora.config.merge import MergeOptions
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
@@ -25,7 +26,7 @@ class MergeConfig(MergeOptions):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(MergeConfig, "python -m qlora merge", argv)
+    config = parse_args(MergeConfig, program("merge"), argv)
     if not config.adapter:
         raise InputError("No adapter given; pass --adapter with the output directory of a run.")
     from qlora.adapters.provenance import base_model_of

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from qlora.cli.program import program
 from qlora.config.devices import DevicesConfig
 from qlora.config.fields import size_in_bytes
 from qlora.config.parse import parse_args
@@ -28,7 +29,7 @@ class PlanConfig(RunConfig):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(PlanConfig, "python -m qlora plan", argv)
+    config = parse_args(PlanConfig, program("plan"), argv)
     if config.model.model is None:
         raise InputError("No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file.")
     size = size_in_bytes(config.device_memory or "")
