@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from qlora.report.curve import smoothing_width
+from qlora.training.observer import Observer
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
 
 
 class _TwoLines(Progress):
@@ -23,7 +27,7 @@ class _TwoLines(Progress):
             yield Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
-class RunDisplay:
+class Display(Observer):
     """Loss, tokens/s, peak memory and time left: a live bar on a terminal, about twenty lines elsewhere.
 
     Args:
@@ -56,6 +60,12 @@ class RunDisplay:
             )  # fmt: skip
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="", status="")
             self._bar.start()
+
+    def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        self.show(line)
+
+    def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+        self.show(line)
 
     def show(self, line: dict[str, Any]) -> None:
         """Take one line of metrics.jsonl."""

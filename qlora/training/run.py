@@ -1,0 +1,321 @@
+"""A run of training, from its settings to its adapter, in six chapters.
+
+    open          the processes, the output directory, the trackers
+    read_data     rows -> token ids and targets, held-out rows, sample prompts
+    load_base     the frozen base, quantized, on this process's device
+    add_adapter   LoRA on it (or an adapter to go on with), optimizer, and what a resumed run was at
+    fit           the loop, and all that watches it
+    save          waits for the last checkpoint, makes the last page and the curve
+
+The command line and Python both come through here. Errors are `InputError` before the loop, `TrainingStopped` or
+`StoppedOnRequest` in it. Leaving the `with` block gives back whatever the run has taken: lock, threads, signal
+handlers, trackers. The process group of several processes stays the launcher's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
+
+from qlora.adapters.load import load_adapter
+from qlora.config.lora import LoRAConfig
+from qlora.config.run import RunConfig
+from qlora.data.answers import make_matcher
+from qlora.data.batches import largest_micro_batch, lengths_of
+from qlora.data.dataset import load_examples
+from qlora.data.order import WindowOrder
+from qlora.data.prompts import choose_prompts
+from qlora.data.row_encoder import set_chat_template
+from qlora.data.tokenizer_files import add_tokens
+from qlora.lora.adapter import inject_lora, set_tokenizer
+from qlora.lora.svd_start import initialize_adapter
+from qlora.lora.trainable import freeze_base, parameter_summary
+from qlora.model.tokenizer import load_tokenizer
+from qlora.parallel.launch import arrange_ranks
+from qlora.parallel.load import load_for_ranks
+from qlora.planning.memory import MemoryPlan
+from qlora.quant.weight import QuantConfig
+from qlora.system.device import choose_optimizer
+from qlora.system.errors import InputError
+from qlora.system.memory import GIB
+from qlora.system.signals import StopRequest
+from qlora.training.adalora_optimizer import build_adapter_optimizer
+from qlora.training.checkpoint import load_checkpoint
+from qlora.training.display import Display
+from qlora.training.fingerprint import run_settings
+from qlora.training.held_out import HeldOut
+from qlora.training.lines import LinesFile, Metrics, is_sampled
+from qlora.training.loop import Limits, Trainer, TrainingData
+from qlora.training.observer import Observer, Stop
+from qlora.training.optimizer import MasterOptimizer
+from qlora.training.page import Page
+from qlora.training.progress import Progress
+from qlora.training.recompute import choose_recomputed_layers
+from qlora.training.run_directory import RunDirectory
+from qlora.training.run_facts import gather_facts
+from qlora.training.samples import AnswerScore, Sampler, Samples
+from qlora.training.saver import CheckpointWriter, Saver, TrainedState
+from qlora.training.schedule import build_schedule
+from qlora.training.trackers import Trackers, start_accelerator, start_trackers
+
+class TrainingRun:
+    """One run of training; a context from `open` to its end.
+
+        with TrainingRun.from_config(config, observers=[Mine()]) as run:
+            run.train()
+
+    Args:
+        config: its settings, which go together (`from_config` checks).
+        arguments: the command line, for run.json.
+        observers: watch beside the run's own, called after evaluations and before anything is saved.
+        started: time.monotonic() at which --stop-after begins to count.
+    Attributes:
+        model, tokenizer, examples, held_out, optimizer, progress, trainer: from the chapter on that makes them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arguments: Sequence[str] = (),
+        observers: Sequence[Observer] = (),
+        started: float | None = None,
+    ) -> None:
+        self.config, self.arguments, self.observers = config, list(arguments), list(observers)
+        self.started = time.monotonic() if started is None else started
+        self.progress = Progress()
+        self._taken, self._writing = ExitStack(), ExitStack()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RunConfig,
+        arguments: Sequence[str] = (),
+        observers: Sequence[Observer] = (),
+        started: float | None = None,
+    ) -> TrainingRun:
+        """A run of these settings.
+
+        Raises:
+            InputError: something is missing, or settings do not go together.
+        """
+        if config.model.model is None:
+            raise InputError(
+                "No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file."
+            )
+        if config.data.data is None:
+            raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
+        config.check_training()
+        return cls(config, arguments, observers, started)
+
+    def __enter__(self) -> TrainingRun:
+        try:
+            self.open()
+        except BaseException:
+            self._taken.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._writing.__exit__(*error)
+        finally:
+            self._taken.close()
+
+    def train(self) -> TrainingRun:
+        """All chapters in order."""
+        self.read_data()
+        self.load_base()
+        self.add_adapter()
+        self.fit()
+        self.save()
+        return self
+
+    # ---- chapters -----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Find the other processes, claim the output directory, start the trackers."""
+        t = self.config.train
+        self.accelerator = start_accelerator(t.trackers, t.output_dir)
+        self.say = self.accelerator.print
+        self.ranks = arrange_ranks(self.config.parallel, self.accelerator)
+        self.directory = RunDirectory(t.output_dir, t.resume, self.accelerator, asdict(self.config))
+        self._taken.callback(self.directory.release)
+        self.trackers = Trackers([])
+        if self.directory.is_main:
+            run = t.run_name or self.directory.path.resolve().name
+            start_trackers(self.accelerator, t.project_name, run, self.directory.settings, self.directory.done)
+            self.trackers = Trackers(self.accelerator.trackers, self.say)
+        self._taken.callback(self.trackers.finish)
+
+    def read_data(self) -> None:
+        """Tokenizer, examples, held-out examples, sample prompts."""
+        d, t, config = self.config.data, self.config.train, self.config
+        self.tokenizer = load_tokenizer(self._base, config.generate.adapter)
+        add_tokens(self.tokenizer, config.lora.added_tokens)
+        if d.chat_template is not None:
+            set_chat_template(self.tokenizer, d.chat_template)
+        assert d.data is not None
+        self.examples, self.held_out = load_examples(
+            d.data, self.tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data,
+            eval_split=d.eval_split, seed=t.seed, say=self.say, show_sample=d.show_sample,
+            on_bad_row=d.on_bad_row, bad_rows_file=self.directory.bad_rows, parse_special=d.parse_special,
+            num_workers=d.num_workers, weights=d.weights, columns=d.column_names, cache=d.token_cache,
+        )  # fmt: skip
+        # One process alone cannot answer with a split base.
+        num_samples = 0 if self.ranks.is_split else t.num_samples
+        rows = self.held_out or self.examples
+        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, t.sample_prompts, d.parse_special)
+
+    def load_base(self) -> None:
+        """The frozen base."""
+        m = self.config.model
+        quant, dtype = QuantConfig(m.quant_type, m.double_quant), self.directory.compute_dtype(m.compute_dtype)
+        self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
+
+    def add_adapter(self) -> None:
+        """LoRA, memory plan, optimizer; of a resumed run as its checkpoint has them."""
+        config, t, lora = self.config, self.config.train, self.config.lora
+        if config.generate.adapter is not None:
+            lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
+        else:
+            inject_lora(self.model, lora, t.seed, self.tokenizer)
+            freeze_base(self.model)
+        if config.data.chat_template is not None:
+            set_tokenizer(self.model, self.tokenizer)
+        self.say(parameter_summary(self.model))
+        optim = choose_optimizer(t.optim, self.accelerator.device, self.say)
+        self.plan = self._plan_memory(optim)
+        window = t.batch_size * t.grad_accum * self.ranks.data_size
+        steps_per_epoch = WindowOrder(self.examples.sources, window, t.seed).steps_per_epoch
+        self.total_steps = t.max_steps or t.epochs * steps_per_epoch
+        self.settings = run_settings(
+            self.model, lora, config.data, t, self.examples, window, self.total_steps, optim,
+            self.tokenizer.chat_template,
+        )  # fmt: skip
+        if config.generate.adapter is None and self.directory.checkpoint is None:
+            initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
+        self.optimizer = self._optimizer(lora, optim)
+        self.state = TrainedState(self.model, lora, self.optimizer, self._base)
+
+    def fit(self) -> None:
+        """Train to the last step."""
+        t, d = self.config.train, self.config.data
+        observers = self._observers()
+        data = TrainingData(
+            self.examples, t.batch_size, t.grad_accum, d.max_length, d.packing, t.seed, self.held_out
+        )
+        skipped = self.directory.path / "skipped"
+        self.trainer = Trainer(
+            self.model, self.optimizer,
+            build_schedule(t.schedule, t.learning_rate, t.warmup_steps, self.total_steps), data, self.accelerator,
+            Limits(self.total_steps, t.max_grad_norm, t.max_skipped, skipped), observers, self.say,
+        )  # fmt: skip
+        self.trainer.fit(self.progress)
+
+    def save(self) -> None:
+        """Wait for what is still being written."""
+        self._writing.close()
+        self.say = self.accelerator.print
+        path = self.directory.path
+        self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
+
+    # ---- their parts --------------------------------------------------------------------------------------
+
+    @property
+    def _base(self) -> str:
+        assert self.config.model.model is not None
+        return self.config.model.model
+
+    def _plan_memory(self, optim: str) -> MemoryPlan:
+        """Choose the layers that are recomputed."""
+        t, d, device = self.config.train, self.config.data, self.accelerator.device
+        longest = max(lengths_of(self.examples))
+        num_tokens = largest_micro_batch(t.batch_size, d.max_length, longest, d.packing, device.type)
+        mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
+        return choose_recomputed_layers(
+            self.model, mode, num_tokens, budget, self.accelerator, self.say, optim
+        )[1]  # fmt: skip
+
+    def _optimizer(self, lora: LoRAConfig, optim: str) -> MasterOptimizer:
+        """A fresh optimizer, or the checkpoint's, whose adapter and progress are restored with it."""
+        t, checkpoint = self.config.train, self.directory.checkpoint
+
+        def make() -> MasterOptimizer:
+            return build_adapter_optimizer(self.model, lora, optim, t.weight_decay, self.total_steps)
+
+        if checkpoint is None:
+            return make()
+        self.progress, optimizer = load_checkpoint(
+            checkpoint, self.model, make, self.settings, t.force_resume, self.say
+        )
+        self.say(f"resumed from {checkpoint}, {self.progress.step} steps done")
+        return optimizer
+
+    def _observers(self) -> list[Observer]:
+        """All that watches, in the order it is told. Every process judges and saves; the main one writes."""
+        t, directory, writing = self.config.train, self.directory, self._writing
+        is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
+        deadline = None if t.stop_after_seconds is None else self.started + t.stop_after_seconds
+        stop = writing.enter_context(StopRequest(deadline))
+        writing.callback(self.trackers.finish)
+        display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
+        writing.callback(display.close)  # whatever fails below
+        self.say = display.say
+        page = [writing.enter_context(Page(directory.path, self.say))] if is_main else []
+        directory.set_aside_later(self.progress.step)
+        writer = writing.enter_context(
+            CheckpointWriter(
+                directory, self.state, self.settings, self.progress, t.keep_last, t.load_best, self.say
+            )
+        )
+        writing.callback(display.close)  # at the end it is the first to go
+        writer.lines = self._open_lines() if is_main else []
+        return [
+            HeldOut(t.eval_every, self._score(), t.early_stopping_patience, t.early_stopping_min_delta, stop),
+            *self.observers,
+            Stop(stop),
+            *([Samples(self._sampler(display, writer.lines), t.sample_every)] if self.prompts else []),
+            Saver(writer.save, self.progress, t.save_every, t.keeps_best),
+            *([Metrics(writer.lines[0])] if is_main else []),
+            display,
+            self.trackers,
+            *page,
+        ]
+
+    def _open_lines(self) -> list[LinesFile]:
+        """run.json is written, and metrics.jsonl and samples.jsonl go on where the run does."""
+        path, examples = self.directory.path, self.examples
+        self.directory.write_run(
+            gather_facts(self.arguments, self.accelerator, self.model, self.plan, examples, len(self.held_out))
+        )
+        metrics = LinesFile(path / "metrics.jsonl", self.progress)
+        return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
+
+    def _sampler(self, display: Display, lines: list[LinesFile]) -> Sampler:
+        """Answers the sample prompts; the main process writes, shows and tracks the answers."""
+
+        def keep(samples: Sequence[dict[str, Any]]) -> None:
+            for sample in samples:
+                lines[1].write(sample)
+            display.show_samples(samples)
+            self.trackers.log_samples(samples)
+
+        return Sampler(
+            self.model, self.tokenizer, self.prompts, self.config.train.sample_tokens, self.accelerator, keep,
+            self.say,
+        )  # fmt: skip
+
+    def _score(self) -> AnswerScore | None:
+        """Judges evaluations by exact match, if that is asked for."""
+        t = self.config.train
+        number = (t.score_examples or len(self.held_out)) if t.best_metric == "exact_match" else 0
+        asked = choose_prompts(self.held_out, self.tokenizer, number)
+        if not asked:
+            return None
+        is_match, length = make_matcher(t.score_match).same, self.config.generate.max_new_tokens
+        return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
