@@ -113,7 +113,7 @@ def _is_a(package: str, name: str, value: Any) -> bool:
     return found is not None and isinstance(value, found)
 
 
-def read_sources(name: str, value: Any) -> list[str | PythonRows]:
+def take_sources(name: str, value: Any) -> list[str | PythonRows]:
     """What Python gives as data: a source, or a list of sources.
 
     A text is one as on the command line, commas and patterns included.
