@@ -41,11 +41,12 @@ from benchmarks.seven_b import GB, ROOT, write_config, write_weights
 from qlora.cli.exits import run
 from qlora.config.data import DataConfig
 from qlora.config.devices import DevicesConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
+from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
 from qlora.system.errors import InputError
 
 Result = dict[str, Any]
@@ -71,7 +72,8 @@ class Part:
             model=ModelConfig(model=str(model), compute_dtype="float32"),
             lora=LoRAConfig(rank=8),
             data=DataConfig(max_length=self.tokens),
-            train=TrainConfig(batch_size=1, grad_accum=1, gradient_checkpointing="on", optim="adamw"),
+            loop=LoopConfig(batch_size=1, grad_accum=1, gradient_checkpointing="on"),
+            optimizer=OptimizerConfig(optim="adamw"),
             parallel=ParallelConfig(**self.parallel),
         )
 
@@ -126,7 +128,7 @@ def work(part: Part, model_folder: Path) -> Result:
     from qlora.parallel.check import check_split
     from qlora.parallel.launch import arrange_ranks
     from qlora.parallel.load import load_for_ranks
-    from qlora.planning.memory import plan_memory
+    from qlora.planning.memory import plan_recomputing
     from qlora.training.loop import fit
     from qlora.training.optimizer import build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
@@ -148,13 +150,13 @@ def work(part: Part, model_folder: Path) -> Result:
         result["check_peak"] = peak()
     inject_lora(model, config.lora)
     freeze_base(model)
-    result["base"] = plan_memory(model, 1, torch.float32).base
+    result["base"] = plan_recomputing(model, 1, torch.float32)[0].base
     result["trainable"] = sum(p.numel() for p in lora_parameters(model))
     if not part.steps:
         return result
-    t = config.train
+    t = config.loop
     choose_recomputed_layers(model, t.gradient_checkpointing, part.tokens, None, accelerator, lambda line: None)
-    optimizer = build_optimizer(lora_parameters(model), t.optim)
+    optimizer = build_optimizer(lora_parameters(model), config.optimizer.optim)
     generator = torch.Generator().manual_seed(0)
     count = part.steps * ranks.data_size
     rows = [torch.randint(model.config.vocab_size, (part.tokens + 1,), generator=generator) for _ in range(count)]

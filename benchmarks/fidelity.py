@@ -63,7 +63,7 @@ BASES: dict[str, tuple[str, bool] | None] = {
     "nf4-nodq": ("nf4", False),
     "fp4": ("fp4", True),
 }
-TARGETS = {"qv": "q_proj,v_proj", "all": "all-linear"}
+TARGETS = {"qv": ["q_proj", "v_proj"], "all": ["all-linear"]}
 CELLS = (
     Cell("bf16", "qv", 8),
     Cell("bf16", "all", 8),
@@ -263,7 +263,9 @@ class Bench:
         c, kind = self.config, self.accelerator.device.type
         lora_model = self.take_base(cell.base)
         lora_model.add_adapter(
-            cell.name, LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]), seed
+            cell.name,
+            LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]),
+            seed,
         )
         lora_model.set_adapter(cell.name)
         network = lora_model.model

@@ -58,7 +58,7 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
     from qlora.lora.adapter import inject_lora
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.model.load import load_base_model
-    from qlora.planning.memory import plan_memory
+    from qlora.planning.memory import plan_recomputing
     from qlora.system.device import best_device
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.optimizer import build_optimizer
@@ -85,7 +85,7 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
         rate = (before + product_rate(model.compute_dtype, device)) / 2
         limit = useful_flops(model, window) / rate
     products = useful_flops(model, [Example(ids[:1], ids[:1])]) * tokens  # with next to no attention
-    plan = plan_memory(model, tokens, model.compute_dtype)
+    plan = plan_recomputing(model, tokens, model.compute_dtype)[0]
     return {
         "seconds": seconds,
         "limit": limit,

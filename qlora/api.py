@@ -17,7 +17,6 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from qlora.adapters.peft_files import read_adapter
@@ -25,6 +24,7 @@ from qlora.config.devices import DevicesConfig
 from qlora.config.parse import with_settings
 from qlora.config.plan import PlanConfig
 from qlora.config.run import RunConfig
+from qlora.data.batches import lengths_of
 from qlora.data.dataset import load_examples
 from qlora.data.python_rows import PythonRows, take_sources
 from qlora.export.drift import Drift
@@ -246,7 +246,8 @@ class Run:
         budget = self.config.loop.batch_size * d.max_length
         loss = evaluate(self.model, examples, self._accelerator, budget, d.packing)
         assert loss is not None  # nothing asks it to stop
-        return Evaluation(loss, len(examples), sum(examples.lengths), examples.num_targets)
+        num_targets = sum(example.num_targets for example in examples)
+        return Evaluation(loss, len(examples), sum(lengths_of(examples)), num_targets)
 
     def plot(self) -> Any:
         """The loss curve as a matplotlib Figure, as in loss.png."""

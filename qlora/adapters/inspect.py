@@ -1,8 +1,7 @@
 """What is in an adapter: inspect_adapter gathers, print_inspection prints, draw_inspection draws.
 
-The update of a layer is B A (every factor in B), of at most rank R. With QR decompositions B = Q1 R1 and
-A^T = Q2 R2, its singular values are those of the small matrix R1 R2^T (R, R), so that the update itself, (O, I),
-is never formed. Of these singular values, in fp64:
+The update of a layer is B A (every factor in B), of at most rank R. Of its singular values, in fp64 (the update
+itself, (O, I), is never formed; lora/linalg.py):
 
     norm            the Frobenius norm: root of the sum of their squares
     spectral norm   the largest one: how far the update can stretch an input
@@ -20,23 +19,21 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.load import check_adapter, with_base_shift
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
+from qlora.lora.linalg import low_rank_svd
 from qlora.lora.targets import linear_layers
 from qlora.model.skeleton import empty_model
 from qlora.model.weights import dequantized_weights
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
-from qlora.system.redact import redact
-
-NUM_LISTED = 10  # names in one line
+from qlora.system.file_names import WEIGHTS
+from qlora.system.wording import list_first, show_value
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ class Inspection:
         start = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(start), start)
         names = {"AdaLoRA": config.use_adalora, "DoRA": config.use_dora, "rsLoRA": config.use_rslora}
         name = " + ".join(name for name, used in names.items() if used) or "LoRA"
-        return f"{name}, started as {show_value(start)}" if isinstance(start, str) else name
+        return f"{name}, started as {show_value(start, 200)}" if isinstance(start, str) else name
 
     @property
     def is_partial(self) -> bool:
@@ -171,9 +168,7 @@ def _check_layers(adapter: SavedAdapter) -> None:
         elif shapes.get(f"{layer}.lora_E", (A[0], 1)) != (A[0], 1):
             problems.append(f"{layer} has rank {A[0]} and not as many singular values in E")
     if problems:
-        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-        listed = "; ".join([*problems[:NUM_LISTED], *rest])
-        raise InputError(f"The adapter in {adapter.directory} is damaged: {listed}; save it again.")
+        raise InputError(f"The adapter in {adapter.directory} is damaged: {list_first(problems)}; save it again.")
 
 
 def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
@@ -186,9 +181,9 @@ def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
         plain = replace(plain, config=replace(plain.config, init="kaiming"))
     updates = {}
     for layer in adapter.adapted_layers:
-        A, B = (factor.double() for factor in plain.low_rank(layer))
+        A, B = plain.low_rank(layer)
         if torch.isfinite(A).all() and torch.isfinite(B).all():
-            sizes = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)
+            sizes = low_rank_svd(A, B)[1]
             norm, largest = sizes.norm().item(), sizes.max().item()
         else:
             norm = largest = math.nan
@@ -228,8 +223,3 @@ def _quantization(directory: Path, quant: QuantConfig | None) -> str:
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         recorded = "base_quantization" in (file.metadata() or {})
     return text if recorded else f"not recorded; taken for {text}"
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line, not too long and without secrets."""
-    return redact(value if isinstance(value, str) and value.isprintable() else repr(value))[:200]

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora.adapters.peft_config import CONFIG, show_value
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
@@ -22,8 +21,9 @@ from qlora.lora.targets import linear_layers
 from qlora.lora.trainable import freeze_base
 from qlora.quant.layers import logical_shape
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG
 from qlora.system.redact import redact
-from qlora.system.wording import explain, list_problems
+from qlora.system.wording import explain, list_first, show_value
 
 
 def load_adapter(
@@ -65,10 +65,7 @@ def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]
     named = saved.description.get("base_model_name_or_path")
     theirs, ours = (Path(name).name if isinstance(name, str) else "" for name in (named, base_model))
     if theirs and ours and theirs != ours:
-        say(
-            f"note: the adapter {saved.directory} names {show_value(redact(theirs))} as its base, "
-            f"not {redact(ours)}"
-        )
+        say(f"note: the adapter {saved.directory} names {show_value(theirs)} as its base, not {redact(ours)}")
 
 
 def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
@@ -177,5 +174,5 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
         elif not torch.isfinite(tensor).all():
             problems.append(f"{key} holds NaN or infinity")
     if problems:
-        listed = list_problems(problems)
+        listed = list_first(problems)
         raise InputError(f"The adapter in {saved.directory} is damaged or was made for another base: {listed}.")

@@ -6,7 +6,6 @@ not compute is refused by name, never half loaded.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import ORTHOGONALITY, SMOOTHING
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
-from qlora.system.wording import explain
+from qlora.system.wording import explain, quote
 
 
 def describe_adalora(
@@ -45,7 +44,6 @@ def describe_adalora(
     }
 
 
-WEIGHTS, CONFIG, BASE_SHIFT = "adapter_model.safetensors", "adapter_config.json", "base_shift.safetensors"
 PREFIX = "base_model.model."
 STARTS = ("gaussian", "pissa", "loftq")
 VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
@@ -83,11 +81,11 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
         "target_modules": _saved_targets(config, layers),
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "rank_pattern": config.rank_patterns,
-        "alpha_pattern": config.alpha_patterns,
-        "layers_to_transform": config.layer_numbers,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": config.layers or None,
         "bias": config.bias,
-        "modules_to_save": config.trained_modules or None,
+        "modules_to_save": config.modules_to_save or None,
         "fan_in_fan_out": transposed,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "inference_mode": True,
@@ -96,8 +94,8 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
     """The targets as PEFT's list of name endings; "all-linear" as the endings it stood for."""
-    if config.targets != ["all-linear"]:
-        return config.targets
+    if config.target_modules != ["all-linear"]:
+        return config.target_modules
     return sorted({name.rpartition(".")[2] for name in names})
 
 
@@ -114,7 +112,7 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
 
     def check(field: str, wanted: str, fits: bool) -> None:
         if not fits:
-            value = reprlib.repr(description[field])[:60] if field in description else "no value"
+            value = quote(description[field]) if field in description else "no value"
             raise InputError(f"{file} has {field} = {value}, not {wanted}; save the adapter again.")
 
     def given(field: str, default: Any) -> Any:
@@ -172,7 +170,7 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
             adalora_interval=interval,
             rank_pattern=ranks,
             alpha_pattern=alphas,
-            layers=",".join(map(str, numbers)),
+            layers=numbers,
             bias=given("bias", "none"),
             modules_to_save=modules,
             init=start if (start := description.get("init_lora_weights")) in STARTS else "kaiming",
@@ -207,9 +205,4 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
     if key.endswith(VOCABULARY) or (key.endswith(".bias") and config.bias != "none"):
         return True
     module = "." + key.rpartition(".")[0]
-    return any(module.endswith("." + name) for name in config.trained_modules)
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line and not too long."""
-    return value[:60] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)[:60]
+    return any(module.endswith("." + name) for name in config.modules_to_save)

@@ -27,19 +27,15 @@ from torch import Tensor, nn
 
 from qlora.adapters.other_formats import recognise
 from qlora.adapters.peft_config import (
-    BASE_SHIFT,
-    CONFIG,
     PREFIX,
     UNSUPPORTED,
     VOCABULARY,
-    WEIGHTS,
     belongs_to_adapter,
     describe_adalora,
     describe_adapter,
     file_key,
     own_key,
     read_settings,
-    show_value,
 )
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import pack_triplets, unpack_triplets
@@ -49,8 +45,9 @@ from qlora.lora.dora import with_magnitude
 from qlora.lora.full_parameters import saved_modules
 from qlora.lora.state import lora_state_dict
 from qlora.system.errors import InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_json, read_tensors
-from qlora.system.wording import explain
+from qlora.system.wording import explain, show_value
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -217,10 +214,10 @@ class SavedAdapter:
             state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A, B
             ranks[layer] = len(A)
         rank = max(ranks.values())
-        others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+        others = {layer: own for layer, own in ranks.items() if own != rank}
         config = replace(
-            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=others, use_rslora=False,
-            init="kaiming", adapter_dtype="float32",
+            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=dict[str, float](others),
+            use_rslora=False, init="kaiming", adapter_dtype="float32",
         )  # fmt: skip
         return replace(self, config=config, state=state, base_shift={})
 
@@ -271,7 +268,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
     # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
     vocabulary = [name for name in saved.trained if name.endswith(VOCABULARY)]
-    config.modules_to_save = ",".join([*config.trained_modules, *(n.rpartition(".")[0] for n in vocabulary)])
+    config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
     if ranks and not config.rank_pattern and config.rank not in ranks:
         raise InputError(
@@ -279,7 +276,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
             f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
     # The exact layers: what the patterns of the file mean depends on the base.
-    config.target_modules, config.layers = ",".join(saved.adapted_layers), ""
+    config.target_modules, config.layers = saved.adapted_layers, []
     # The narrowest dtype that holds every value exactly.
     factors = {tensor.dtype for key, tensor in state.items() if ".lora_A." in key or ".lora_B." in key}
     config.adapter_dtype = "bfloat16" if factors == {torch.bfloat16} else "float32"
@@ -352,6 +349,6 @@ def written_config(saved: SavedAdapter) -> LoRAConfig:
     listed = [numbers] if type(numbers) is int else numbers or []
     return replace(
         saved.config,
-        target_modules=",".join(targets) if isinstance(targets, list) and targets else saved.config.target_modules,
-        layers=",".join(map(str, listed)),
+        target_modules=targets if isinstance(targets, list) and targets else saved.config.target_modules,
+        layers=listed,
     )

@@ -12,6 +12,8 @@ from qlora.config.fields import size_in_bytes
 from qlora.config.run import RunConfig
 from qlora.config.settings import Check
 
+Memory = Annotated[str | None, Check("a size such as 24GiB or 24GB", lambda text: size_in_bytes(text) is not None)]
+
 
 @dataclass
 class PlanConfig(RunConfig):
@@ -21,5 +23,10 @@ class PlanConfig(RunConfig):
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     device: Literal["cuda", "cpu"] | None = None
     """What it would run on; by default what is here."""
-    device_memory: Annotated[str | None, tyro.conf.arg(aliases=["--gpu-memory"])] = None
+    device_memory: Annotated[Memory, tyro.conf.arg(aliases=["--gpu-memory"])] = None
     """Memory of each device, as 24GiB or 24GB: whether the run fits, and if not what would make it."""
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """--device-memory in bytes; None where it is not given."""
+        return size_in_bytes(self.device_memory or "")

@@ -59,8 +59,8 @@ class PythonRows:
     def _dicts(self) -> Iterable[Any]:
         if not self.is_frame:
             return self.rows
-        from pandas.api.types import is_scalar
         from pandas import isna
+        from pandas.api.types import is_scalar
 
         columns = [self.rows.iloc[:, place] for place in range(self.rows.shape[1])]
         names = list(self.rows.columns)

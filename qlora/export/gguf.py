@@ -47,7 +47,7 @@ ADAPTER_ENCODINGS = ("f32", "f16", "bf16", "q8_0")
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def export_model(
+def export_gguf(
     model: str,
     output: str | Path,
     encoding: Encoding = "f16",

@@ -57,7 +57,7 @@ def create_adapter(
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
     weights = {}
-    for name, layer in match_targets(model, config.targets, config.layer_numbers).items():
+    for name, layer in match_targets(model, config.target_modules, config.layers or None).items():
         (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
         rank = config.rank_of(name)
         weights[name] = LoRAWeights(
@@ -71,9 +71,9 @@ def create_adapter(
     if trained is not None:
         return Adapter(config, weights, copy_trained(model, trained))
     copies = copy_trained(model, trained_names(model, config, list(weights)))
-    if not config.added_tokens:
+    if not config.new_tokens:
         return Adapter(config, weights, copies)
-    copies = start_new_tokens(model, copies, token_ids_of(tokenizer, config.added_tokens))
+    copies = start_new_tokens(model, copies, token_ids_of(tokenizer, config.new_tokens))
     return Adapter(config, weights, copies, tokenizer_files(tokenizer))
 
 

@@ -77,9 +77,9 @@ def trained_names(model: nn.Module, config: LoRAConfig, adapted: Collection[str]
         chosen |= {name for name in parameters if name.endswith(".bias")}
     elif config.bias == "lora_only":
         chosen |= {f"{layer}.bias" for layer in adapted} & parameters.keys()
-    if config.added_tokens:
+    if config.new_tokens:
         chosen |= set(vocabulary_names(model))
-    for module in config.trained_modules:
+    for module in config.modules_to_save:
         own = {name for name in parameters if f".{name}".rpartition(".")[0].endswith(f".{module}")}
         for name in sorted(own):
             _check_trainable(model, name, module, adapted)
@@ -206,7 +206,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig, trained: Collection[str]
     Args:
         trained: names of the parameters that the adapter has copies of.
     """
-    asked = config.trained_modules
+    asked = config.modules_to_save
     modules = [name.rpartition(".")[0] for name in trained]
     wanted = [
         name

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qlora.lora.adapter import Adapter, active_adapter
 from qlora.lora.layer import LoRAWeights
 from qlora.system.errors import InputError
-from qlora.system.wording import list_problems
+from qlora.system.wording import list_first
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str
         if key != tied and not torch.equal(state[key], state[tied]):
             problems.append(f"{key} and {tied} are one tensor in the model, but differ")
     if problems:
-        raise InputError(f"The adapter in {origin} does not fit this model: {list_problems(sorted(problems))}.")
+        raise InputError(f"The adapter in {origin} does not fit this model: {list_first(sorted(problems))}.")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])

@@ -89,7 +89,7 @@ def load_base_model(
             make_cache()
             with only_writer(cached) as is_first:
                 if is_first:
-                    write_cache(network, stored_weights(network, source, quant, device), quant, cached)
+                    write_cache(network, source, quant, device, cached)
     if cached is not None:
         source = open_cache(cached)
     dtype = cached_compute_dtype(compute_dtype, device, cache)
@@ -128,7 +128,7 @@ def plan_base_model(
     """What `load_base_model` returns, every tensor of the same shape and dtype, but on the meta device.
 
     Nothing but the config is read, and of a hub id nothing else downloaded. Adapters go into it as into the loaded
-    model, and `plan_memory` counts both by the same lines.
+    model, and `plan_recomputing` counts both by the same lines.
 
     Args:
         model, use_4bit, quant: as for `load_base_model`. Of a checkpoint in 4 bits its config says how.

@@ -43,6 +43,7 @@ from qlora.lora.adapter import lora_layers
 from qlora.lora.full_parameters import replaced_parameters
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
+from qlora.model.loss import CHUNK_SIZE
 from qlora.parallel.divisibility import split_axis
 from qlora.quant.layers import logical_numel
 from qlora.quant.parts import local
@@ -174,40 +175,25 @@ def moment_bytes(parameter: Tensor, optim: str) -> int:
     return 8 * size
 
 
-def plan_memory(
+def plan_recomputing(
     model: nn.Module,
     num_tokens: int,
     dtype: torch.dtype,
-    recomputed: int = 0,
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK_SIZE,
     optim: str = "adamw",
-) -> MemoryPlan:
-    """The plan of a run with this model, adapters in place, and micro-batches of `num_tokens`.
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+) -> list[MemoryPlan]:
+    """The plans of a run with this model, adapters in place, with 0, 1, ... all layers recomputed.
 
     The model may be loaded (`load_base_model`) or on the meta device (`plan_base_model`): only shapes and dtypes
     are looked at. The optimizer counts fp32 masters of bf16 adapters and two moments; gradients, the head's of one
     micro-batch beside the sum, where the head trains. The base keeps what an adapter's copies stand for.
 
     Args:
-        recomputed: number of layers whose activations are not kept.
+        num_tokens: of a micro-batch.
         chunk_size: positions whose logits exist at a time.
         optim: kind of optimizer; a paged one's moments count, wherever the driver may put them.
-    """
-    return plan_recomputing(model, num_tokens, dtype, chunk_size, optim)[recomputed]
-
-
-def plan_recomputing(
-    model: nn.Module,
-    num_tokens: int,
-    dtype: torch.dtype,
-    chunk_size: int = 256,
-    optim: str = "adamw",
-    tensor_parallel: int = 1,
-    sequence_parallel: bool = False,
-) -> list[MemoryPlan]:
-    """`plan_memory` with 0, 1, ... all layers recomputed.
-
-    Args:
         tensor_parallel, sequence_parallel: as for `layer_bytes`. The base is counted whole all the same, and so is
             the model expected to be (planning/devices.py divides its plan).
     """

@@ -112,7 +112,7 @@ class Planner:
         plan = self._memory_plan(config, devices)
         if devices is None:
             return plan
-        t, length, layout = config.train, config.data.max_length, plan.layout
+        t, length, layout = config.loop, config.data.max_length, plan.layout
         model, census = self._adapted_model(config), self._census(layout.tensor_parallel)
         tokens, batches = t.batch_size * t.grad_accum * length, t.grad_accum
         if config.data.packing and self.device.type == "cpu":
@@ -129,10 +129,10 @@ class Planner:
     def _memory_plan(self, config: RunConfig, devices: DevicesConfig | None) -> RunPlan:
         config.check_split()
         layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
-        t, d = config.train, config.data
+        t, d = config.loop, config.data
         model = self._adapted_model(config)
         check_widths(model.config, layout.tensor_parallel, self.name)
-        optim = choose_optimizer(t.optim, self.device)
+        optim = choose_optimizer(config.optimizer.optim, self.device)
         num_tokens = largest_micro_batch(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
         together = layout.tensor_parallel, layout.sequence_parallel
         settings = (num_tokens, model.compute_dtype, CHUNK_SIZE, optim, *together)
@@ -164,15 +164,15 @@ class Planner:
     def _adapted_model(self, config: RunConfig) -> Any:
         """The model on the meta device with the adapter of these settings in it."""
         model = self._base(config.model)
-        key = repr((config.model, config.lora, config.train.seed))
+        key = repr((config.model, config.lora, config.loop.seed))
         if self._adapted == key:
             return model
         tokenizer = None
-        if config.lora.added_tokens:
+        if config.lora.new_tokens:
             tokenizer = load_tokenizer(self.name)
-            add_tokens(tokenizer, config.lora.added_tokens)
+            add_tokens(tokenizer, config.lora.new_tokens)
         activate(model, None)
-        adapter = create_adapter(model, config.lora, config.train.seed, tokenizer)
+        adapter = create_adapter(model, config.lora, config.loop.seed, tokenizer)
         wrap_layers(model, adapter.layers)
         activate(model, adapter)
         freeze_base(model)

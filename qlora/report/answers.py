@@ -48,7 +48,7 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def shorten(count: float) -> str:
+def short_count(count: float) -> str:
     """1,234 as it is, then 123 k, 4.5 M, 6.74 B."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= max(1e4, 0.9995 * unit):

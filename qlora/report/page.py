@@ -7,18 +7,18 @@ missing there is said or left out. What came from data is escaped by the templat
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora.report.answers import MOST_ROWS, OPEN_PROMPTS, UNPRINTABLE, cut, shorten, trace_samples, words
+from qlora.report.answers import MOST_ROWS, OPEN_PROMPTS, UNPRINTABLE, cut, short_count, trace_samples, words
 from qlora.report.charts import smooth
 from qlora.report.figures import draw_charts
-from qlora.report.run import ADAPTER, Run, is_number, read_run
+from qlora.report.run import Run, is_number, read_run
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from qlora.system.files import new_file
 from qlora.system.redact import redact
 
@@ -158,7 +158,7 @@ def list_tiles(run: Run) -> list[Tile]:
         run.column(name)[1] for name in ("num_tokens", "target_tokens", "tokens_per_second", "peak_memory_gib")
     )
     if len(tokens):
-        tiles.append(Tile("Tokens", shorten(tokens.sum()), f"{shorten(targets.sum())} of them learned"))
+        tiles.append(Tile("Tokens", short_count(tokens.sum()), f"{short_count(targets.sum())} of them learned"))
     if len(speeds):
         seconds = (
             f"; {span((tokens / speeds).sum())} in steps" if len(tokens) == len(speeds) and speeds.all() else ""
@@ -171,8 +171,8 @@ def list_tiles(run: Run) -> list[Tile]:
         )
     trainable, parameters = run.fact("parameters", "trainable"), run.fact("parameters", "total")
     if trainable and parameters:
-        share = f"{trainable / parameters:.3%} of {shorten(parameters)}"
-        tiles.append(Tile("Trained parameters", shorten(trainable), share))
+        share = f"{trainable / parameters:.3%} of {short_count(parameters)}"
+        tiles.append(Tile("Trained parameters", short_count(trainable), share))
     return tiles
 
 
@@ -211,7 +211,7 @@ def list_settings(settings: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, 
     """((flag, value, default) of those that differ from it, (flag, value) of the others)."""
     from qlora.config.run import RunConfig
 
-    defaults = asdict(RunConfig())
+    defaults = RunConfig().saved()
     changed: list[tuple[str, ...]] = []
     unchanged: list[tuple[str, ...]] = []
     for section, values in settings.items():
@@ -265,12 +265,12 @@ def describe_adapter(run: Run) -> list[tuple[str, str]]:
     names = {"base_model_name_or_path": "base", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
              "target_modules": "target modules", "modules_to_save": "trained whole"}  # fmt: skip
     rows += [(name, cut(show(adapter[key]))) for key, name in names.items() if adapter.get(key)]
-    file = run.directory / ADAPTER
+    file = run.directory / WEIGHTS
     try:
         with safe_open(file, framework="numpy") as tensors:
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118  (no mapping)
         rows.append(("saved", f"{sum(map(math.prod, shapes)):,} numbers in {len(shapes):,} tensors"))
         rows.append(("size", f"{file.stat().st_size / 1e6:,.1f} MB"))
     except (OSError, SafetensorError) as error:
-        rows.append(("saved", f"{ADAPTER} does not read ({error})"))
+        rows.append(("saved", f"{WEIGHTS} does not read ({error})"))
     return rows

@@ -47,8 +47,11 @@ class Display(Observer):
     ) -> None:
         self.total_steps, self.quiet, self.clock = total_steps, quiet, clock
         self.plan = f" (planned {planned_gib:.2f})" if planned_gib else ""
-        # What a model says may look like markup or an emoji's name.
-        self.console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        # What a model says may look like markup or an emoji's name. A notebook shows lines as a file does: rich's
+        # live display there needs a package of its own, and each line would be a block of HTML.
+        self.console = console or Console(
+            soft_wrap=True, highlight=False, markup=False, emoji=False, force_jupyter=False
+        )
         self._every = max(1, round(total_steps / 20))
         self._losses: deque[float] = deque(maxlen=smoothing_width(total_steps))
         self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too
@@ -102,7 +105,7 @@ class Display(Observer):
             start = f"step {sample['step']:>5}/{self.total_steps}  sample {number}"
             for name in ("prompt", "completion", "expected"):
                 if sample[name] is not None:
-                    self.say(f"{start}  {name:10}  {shorten(sample[name], keep_end=name == 'prompt')}")
+                    self.say(f"{start}  {name:10}  {one_line(sample[name], keep_end=name == 'prompt')}")
                     start = " " * len(start)
         self._begin_again()
 
@@ -129,7 +132,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m {rest:02}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02}m"
 
 
-def shorten(text: str, limit: int = 200, keep_end: bool = False) -> str:
+def one_line(text: str, limit: int = 200, keep_end: bool = False) -> str:
     """Text on one line of at most `limit` characters, none of which a terminal would obey."""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     if len(line) <= limit:

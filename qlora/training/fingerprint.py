@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from qlora.config.data import DataConfig
 from qlora.config.lora import LoRAConfig
-from qlora.config.train import TrainConfig
+from qlora.config.run import RunConfig
 from qlora.data.example import Example
 from qlora.data.token_cache import digests_of
 from qlora.lora.full_parameters import base_name, replaced_parameters
@@ -41,8 +40,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
 def run_settings(
     model: Any,
     lora: LoRAConfig,
-    data: DataConfig,
-    train: TrainConfig,
+    config: RunConfig,
     examples: Sequence[Example],
     window: int,
     total_steps: int,
@@ -54,16 +52,19 @@ def run_settings(
     Args:
         model: with adapters in place, its base as it was loaded.
         window: examples of an optimizer step.
-        chat_template: what `data.chat_template` holds.
+        chat_template: what `config.data.chat_template` holds.
     """
-    own: dict[str, Any] = {"data_weights": data.weights} if set(data.weights) - {1.0} else {}
+    data, own = config.data, dict[str, Any]()
+    if set(data.data_weights) - {1.0}:
+        own["data_weights"] = data.data_weights
     if data.chat_template is not None:
         own["chat_template"] = hashlib.sha256(str(chat_template).encode()).hexdigest()[:16]
-    names = ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")
+    names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
     return {
-        **{name: getattr(train, name) for name in names},
+        "seed": config.loop.seed,
+        **{name: getattr(config.optimizer, name) for name in names},
         **lora.variant(),
-        "max_grad_norm": train.max_grad_norm,
+        "max_grad_norm": config.optimizer.max_grad_norm,
         "base": base_fingerprint(model),
         "data": data_fingerprint(examples),
         "optim": optim,

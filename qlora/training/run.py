@@ -15,14 +15,14 @@ handlers, trackers. The process group of several processes stays the launcher's.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
 from qlora.adapters.load import load_adapter
+from qlora.config.data import DataConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
@@ -30,6 +30,7 @@ from qlora.data.batches import largest_micro_batch, lengths_of
 from qlora.data.dataset import load_examples
 from qlora.data.order import WindowOrder
 from qlora.data.prompts import choose_prompts
+from qlora.data.python_rows import PythonRows
 from qlora.data.row_encoder import set_chat_template
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import inject_lora, set_tokenizer
@@ -63,6 +64,7 @@ from qlora.training.saver import CheckpointWriter, Saver, TrainedState
 from qlora.training.schedule import build_schedule
 from qlora.training.trackers import Trackers, start_accelerator, start_trackers
 
+
 class TrainingRun:
     """One run of training; a context from `open` to its end.
 
@@ -71,9 +73,11 @@ class TrainingRun:
 
     Args:
         config: its settings, which go together (`from_config` checks).
-        arguments: the command line, for run.json.
+        call: the command line's arguments, or Python's call as text, for run.json.
         observers: watch beside the run's own, called after evaluations and before anything is saved.
         started: time.monotonic() at which --stop-after begins to count.
+        rows: what names among the data stand for, where they are neither file nor hub id.
+        ends_process: what a second signal does (`StopRequest`).
     Attributes:
         model, tokenizer, examples, held_out, optimizer, progress, trainer: from the chapter on that makes them.
     """
@@ -81,11 +85,14 @@ class TrainingRun:
     def __init__(
         self,
         config: RunConfig,
-        arguments: Sequence[str] = (),
+        call: Sequence[str] | str = (),
         observers: Sequence[Observer] = (),
         started: float | None = None,
+        rows: Mapping[str, PythonRows] | None = None,
+        ends_process: bool = True,
     ) -> None:
-        self.config, self.arguments, self.observers = config, list(arguments), list(observers)
+        self.config, self.call, self.observers = config, call, list(observers)
+        self.rows, self.ends_process = rows or {}, ends_process
         self.started = time.monotonic() if started is None else started
         self.progress = Progress()
         self._taken, self._writing = ExitStack(), ExitStack()
@@ -94,11 +101,13 @@ class TrainingRun:
     def from_config(
         cls,
         config: RunConfig,
-        arguments: Sequence[str] = (),
+        call: Sequence[str] | str = (),
         observers: Sequence[Observer] = (),
         started: float | None = None,
+        rows: Mapping[str, PythonRows] | None = None,
+        ends_process: bool = True,
     ) -> TrainingRun:
-        """A run of these settings.
+        """A run of these settings; arguments as the class has them.
 
         Raises:
             InputError: something is missing, or settings do not go together.
@@ -107,10 +116,10 @@ class TrainingRun:
             raise InputError(
                 "No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file."
             )
-        if config.data.data is None:
+        if not config.data.data:
             raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
         config.check_training()
-        return cls(config, arguments, observers, started)
+        return cls(config, call, observers, started, rows, ends_process)
 
     def __enter__(self) -> TrainingRun:
         try:
@@ -139,37 +148,38 @@ class TrainingRun:
 
     def open(self) -> None:
         """Find the other processes, claim the output directory, start the trackers."""
-        t = self.config.train
-        self.accelerator = start_accelerator(t.trackers, t.output_dir)
+        watching, saving = self.config.watching, self.config.saving
+        self.accelerator = start_accelerator(watching.report_to, saving.output_dir)
         self.say = self.accelerator.print
         self.ranks = arrange_ranks(self.config.parallel, self.accelerator)
-        self.directory = RunDirectory(t.output_dir, t.resume, self.accelerator, asdict(self.config))
+        self.directory = RunDirectory(saving.output_dir, saving.resume, self.accelerator, self.config.saved())
         self._taken.callback(self.directory.release)
         self.trackers = Trackers([])
         if self.directory.is_main:
-            run = t.run_name or self.directory.path.resolve().name
-            start_trackers(self.accelerator, t.project_name, run, self.directory.settings, self.directory.done)
+            run = watching.run_name or self.directory.path.resolve().name
+            start_trackers(
+                self.accelerator, watching.project_name, run, self.directory.settings, self.directory.done
+            )
             self.trackers = Trackers(self.accelerator.trackers, self.say)
         self._taken.callback(self.trackers.finish)
 
     def read_data(self) -> None:
         """Tokenizer, examples, held-out examples, sample prompts."""
-        d, t, config = self.config.data, self.config.train, self.config
+        config, d, watching = self.config, self.config.data, self.config.watching
         self.tokenizer = load_tokenizer(self._base, config.generate.adapter)
-        add_tokens(self.tokenizer, config.lora.added_tokens)
+        add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
-        assert d.data is not None
         self.examples, self.held_out = load_examples(
-            d.data, self.tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data,
-            eval_split=d.eval_split, seed=t.seed, say=self.say, show_sample=d.show_sample,
-            on_bad_row=d.on_bad_row, bad_rows_file=self.directory.bad_rows, parse_special=d.parse_special,
-            num_workers=d.num_workers, weights=d.weights, columns=d.column_names, cache=d.token_cache,
+            [self.rows.get(name, name) for name in d.data], self.tokenizer, d.max_length, weights=d.data_weights,
+            eval_source=None if d.eval_data is None else self.rows.get(d.eval_data, d.eval_data),
+            eval_split=d.eval_split, seed=config.loop.seed, say=self.say, show_sample=d.show_sample,
+            bad_rows_file=self.directory.bad_rows, **encoding_of(d),
         )  # fmt: skip
         # One process alone cannot answer with a split base.
-        num_samples = 0 if self.ranks.is_split else t.num_samples
+        num_samples = 0 if self.ranks.is_split else watching.num_samples
         rows = self.held_out or self.examples
-        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, t.sample_prompts, d.parse_special)
+        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, watching.sample_prompts, d.parse_special)
 
     def load_base(self) -> None:
         """The frozen base."""
@@ -179,7 +189,7 @@ class TrainingRun:
 
     def add_adapter(self) -> None:
         """LoRA, memory plan, optimizer; of a resumed run as its checkpoint has them."""
-        config, t, lora = self.config, self.config.train, self.config.lora
+        config, t, lora = self.config, self.config.loop, self.config.lora
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
         else:
@@ -188,14 +198,13 @@ class TrainingRun:
         if config.data.chat_template is not None:
             set_tokenizer(self.model, self.tokenizer)
         self.say(parameter_summary(self.model))
-        optim = choose_optimizer(t.optim, self.accelerator.device, self.say)
+        optim = choose_optimizer(config.optimizer.optim, self.accelerator.device, self.say)
         self.plan = self._plan_memory(optim)
         window = t.batch_size * t.grad_accum * self.ranks.data_size
         steps_per_epoch = WindowOrder(self.examples.sources, window, t.seed).steps_per_epoch
         self.total_steps = t.max_steps or t.epochs * steps_per_epoch
         self.settings = run_settings(
-            self.model, lora, config.data, t, self.examples, window, self.total_steps, optim,
-            self.tokenizer.chat_template,
+            self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template
         )  # fmt: skip
         if config.generate.adapter is None and self.directory.checkpoint is None:
             initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
@@ -204,7 +213,7 @@ class TrainingRun:
 
     def fit(self) -> None:
         """Train to the last step."""
-        t, d = self.config.train, self.config.data
+        t, d, o = self.config.loop, self.config.data, self.config.optimizer
         observers = self._observers()
         data = TrainingData(
             self.examples, t.batch_size, t.grad_accum, d.max_length, d.packing, t.seed, self.held_out
@@ -212,8 +221,8 @@ class TrainingRun:
         skipped = self.directory.path / "skipped"
         self.trainer = Trainer(
             self.model, self.optimizer,
-            build_schedule(t.schedule, t.learning_rate, t.warmup_steps, self.total_steps), data, self.accelerator,
-            Limits(self.total_steps, t.max_grad_norm, t.max_skipped, skipped), observers, self.say,
+            build_schedule(o.schedule, o.learning_rate, o.warmup_steps, self.total_steps), data, self.accelerator,
+            Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
         )  # fmt: skip
         self.trainer.fit(self.progress)
 
@@ -233,7 +242,7 @@ class TrainingRun:
 
     def _plan_memory(self, optim: str) -> MemoryPlan:
         """Choose the layers that are recomputed."""
-        t, d, device = self.config.train, self.config.data, self.accelerator.device
+        t, d, device = self.config.loop, self.config.data, self.accelerator.device
         longest = max(lengths_of(self.examples))
         num_tokens = largest_micro_batch(t.batch_size, d.max_length, longest, d.packing, device.type)
         mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
@@ -243,25 +252,27 @@ class TrainingRun:
 
     def _optimizer(self, lora: LoRAConfig, optim: str) -> MasterOptimizer:
         """A fresh optimizer, or the checkpoint's, whose adapter and progress are restored with it."""
-        t, checkpoint = self.config.train, self.directory.checkpoint
+        decay, checkpoint = self.config.optimizer.weight_decay, self.directory.checkpoint
 
         def make() -> MasterOptimizer:
-            return build_adapter_optimizer(self.model, lora, optim, t.weight_decay, self.total_steps)
+            return build_adapter_optimizer(self.model, lora, optim, decay, self.total_steps)
 
         if checkpoint is None:
             return make()
         self.progress, optimizer = load_checkpoint(
-            checkpoint, self.model, make, self.settings, t.force_resume, self.say
+            checkpoint, self.model, make, self.settings, self.config.saving.force_resume, self.say
         )
         self.say(f"resumed from {checkpoint}, {self.progress.step} steps done")
         return optimizer
 
     def _observers(self) -> list[Observer]:
         """All that watches, in the order it is told. Every process judges and saves; the main one writes."""
-        t, directory, writing = self.config.train, self.directory, self._writing
+        watching, saving, writing = self.config.watching, self.config.saving, self._writing
+        directory, patience = self.directory, watching.early_stopping_patience
         is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
-        deadline = None if t.stop_after_seconds is None else self.started + t.stop_after_seconds
-        stop = writing.enter_context(StopRequest(deadline))
+        limit = watching.stop_after_seconds
+        deadline = None if limit is None else self.started + limit
+        self.stop = stop = writing.enter_context(StopRequest(deadline, self.ends_process))
         writing.callback(self.trackers.finish)
         display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
         writing.callback(display.close)  # whatever fails below
@@ -270,17 +281,17 @@ class TrainingRun:
         directory.set_aside_later(self.progress.step)
         writer = writing.enter_context(
             CheckpointWriter(
-                directory, self.state, self.settings, self.progress, t.keep_last, t.load_best, self.say
+                directory, self.state, self.settings, self.progress, saving.keep_last, saving.load_best, self.say
             )
         )
         writing.callback(display.close)  # at the end it is the first to go
         writer.lines = self._open_lines() if is_main else []
         return [
-            HeldOut(t.eval_every, self._score(), t.early_stopping_patience, t.early_stopping_min_delta, stop),
+            HeldOut(watching.eval_every, self._score(), patience, watching.early_stopping_min_delta, stop),
             *self.observers,
             Stop(stop),
-            *([Samples(self._sampler(display, writer.lines), t.sample_every)] if self.prompts else []),
-            Saver(writer.save, self.progress, t.save_every, t.keeps_best),
+            *([Samples(self._sampler(display, writer.lines), watching.sample_every)] if self.prompts else []),
+            Saver(writer.save, self.progress, saving.save_every, self.config.keeps_best),
             *([Metrics(writer.lines[0])] if is_main else []),
             display,
             self.trackers,
@@ -291,7 +302,7 @@ class TrainingRun:
         """run.json is written, and metrics.jsonl and samples.jsonl go on where the run does."""
         path, examples = self.directory.path, self.examples
         self.directory.write_run(
-            gather_facts(self.arguments, self.accelerator, self.model, self.plan, examples, len(self.held_out))
+            gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
         )
         metrics = LinesFile(path / "metrics.jsonl", self.progress)
         return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
@@ -306,16 +317,22 @@ class TrainingRun:
             self.trackers.log_samples(samples)
 
         return Sampler(
-            self.model, self.tokenizer, self.prompts, self.config.train.sample_tokens, self.accelerator, keep,
+            self.model, self.tokenizer, self.prompts, self.config.watching.sample_tokens, self.accelerator, keep,
             self.say,
         )  # fmt: skip
 
     def _score(self) -> AnswerScore | None:
         """Judges evaluations by exact match, if that is asked for."""
-        t = self.config.train
+        t = self.config.watching
         number = (t.score_examples or len(self.held_out)) if t.best_metric == "exact_match" else 0
         asked = choose_prompts(self.held_out, self.tokenizer, number)
         if not asked:
             return None
         is_match, length = make_matcher(t.score_match).same, self.config.generate.max_new_tokens
         return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
+
+
+def encoding_of(data: DataConfig) -> dict[str, Any]:
+    """How rows become examples, as keywords of `load_examples`."""
+    same = ("train_on", "on_long", "on_bad_row", "parse_special", "num_workers", "columns")
+    return {name: getattr(data, name) for name in same} | {"cache": data.token_cache}

@@ -23,8 +23,8 @@ from typing import Any
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from qlora.system.files import new_file, remove_leftovers
 from qlora.system.redact import redact
 from qlora.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of

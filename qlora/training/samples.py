@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import Accelerator
 
+from qlora.config.generate import Sampling
 from qlora.data.prompts import Prompt
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
@@ -139,4 +140,6 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens
     """What the model says after each prompt, greedily."""
     from qlora.generation import generate  # a run without samples or scores does without it
 
-    return generate(model, tokenizer, [p.ids for p in prompts], max_new_tokens, batch_size=DECODED_TOGETHER)
+    return generate(
+        model, tokenizer, [p.ids for p in prompts], Sampling(max_new_tokens), batch_size=DECODED_TOGETHER
+    )

@@ -129,7 +129,7 @@ def test_a_recipe_trains_when_scaled_down(recipe: str, tmp_path: Path) -> None:
 
     settings = parse_args(RunConfig, "train.py", flags)
     line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
-    assert line["learning_rate"] == settings.train.learning_rate  # constant, from the first step
+    assert line["learning_rate"] == settings.optimizer.learning_rate  # constant, from the first step
     assert line["loss"] > 0 and line["grad_norm"] > 0
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     ranks = [tensor.shape[0 if "lora_A" in name else 1] for name, tensor in saved.items()]

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 import qlora.export.merge
 import qlora.export.merged_weights
 import qlora.export.mixture
+import qlora.model.shards
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.provenance import adapter_quantization
 from qlora.cli import main as command_line
 from qlora.cli.exits import run
@@ -36,6 +36,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.library import Params4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from tests import reference
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
@@ -262,8 +263,8 @@ def make_variant(base: Path, directory: Path, size: float = 0.1, **settings: Any
     network = load_base_model(str(base), compute_dtype="float32", cache=False)
     config = LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings})
     tokenizer = load_tokenizer(str(base))
-    if config.added_tokens:
-        add_tokens(tokenizer, config.added_tokens)
+    if config.new_tokens:
+        add_tokens(tokenizer, config.new_tokens)
     inject_lora(network, config, 0, tokenizer)
     initialize_adapter(network, config)
     freeze_base(network)
@@ -773,13 +774,18 @@ def test_original_of_a_16bit_base(llama: Path, tmp_path: Path) -> None:
 
 def test_failing_disk(llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever part is written when it happens: nothing of that name; whole files wait for the next try."""
-    for part, left in (("_write_safetensors", 0), ("_write_metadata", 1), ("_model_card", 1)):
+    merging, shards = qlora.export.merge, qlora.model.shards
+    for module, part, left in (
+        (shards, "_write_file", 0),
+        (merging, "_write_metadata", 1),
+        (merging, "make_merged_card", 1),
+    ):
 
         def fail(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(qlora.export.merge, part, fail)
+            patch.setattr(module, part, fail)
             with pytest.raises(OSError, match="No space left"):
                 merge(llama, adapter, tmp_path / "merged")
         assert [path.name.rpartition(".")[2] for path in tmp_path.iterdir()] == ["partial"] * left

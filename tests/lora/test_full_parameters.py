@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import train
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import Batch, make_batches
 from qlora.data.encode import encode_prompt
@@ -32,14 +32,15 @@ from qlora.lora.trainable import freeze_base, lora_parameters, parameter_summary
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.tokenizer import load_tokenizer
-from qlora.planning.memory import plan_memory
 from qlora.system.errors import InputError, TrainingStopped
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.fingerprint import base_fingerprint
 from qlora.training.optimizer import build_optimizer
 from qlora.training.step import _sum_gradients, check_adapters_learn, train_step
 from tests import reference
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 IDS = torch.arange(3, 27)[None]
@@ -299,7 +300,7 @@ def test_the_base_is_left_as_it_was(bases: dict[str, Path], kind: str) -> None:
 def test_decoding_uses_the_trained_head(bases: dict[str, Path]) -> None:
     model, tokenizer = adapted(bases["untied"], modules_to_save="embed_tokens,lm_head"), tiny_tokenizer()
     ids = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
-    answer = generate(model, tokenizer, [[{"role": "user", "content": "Hi"}]], max_new_tokens=8)[0]
+    answer = generate(model, tokenizer, [[{"role": "user", "content": "Hi"}]], Sampling(8))[0]
     for _ in range(8):
         ids.append(int(logits(model, torch.tensor([ids]))[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:

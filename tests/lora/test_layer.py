@@ -153,7 +153,7 @@ def test_dropout_drops_only_in_training() -> None:
 
 def test_dx_is_not_computed_for_an_input_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first adapted layer ends the backward pass: its base weight is read once, not twice."""
-    from qlora.quant import layers as lora
+    from qlora.lora import layer as lora
 
     calls: list[Any] = []
     real = lora.multiply

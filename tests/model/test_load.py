@@ -477,19 +477,17 @@ def test_cache_is_written_whole_or_not_at_all(
     llama: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """A disk that fills up leaves nothing behind, and the next start writes it again."""
-    import safetensors.torch
+    write, failed = qlora.model.shards._write_file, []
 
-    save, failed = safetensors.torch.save_file, []
-
-    def failing(tensors: Any, file: Path, **options: Any) -> None:
-        save(tensors, file, **options)
+    def failing(file: Path, *tensors: Any) -> None:
+        write(file, *tensors)
         failed.append(file)
         if moment == "weights":
             os.truncate(file, 1000)
             raise OSError(28, "No space left on device")
         (Path(file).parent / "config.json").mkdir()  # writing the config fails
 
-    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    monkeypatch.setattr(qlora.model.shards, "_write_file", failing)
     with pytest.raises(OSError):
         load(llama)
     assert failed and [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
@@ -1036,10 +1034,8 @@ def test_real_gguf_against_transformers(smollm2: str, own_cache: Path, monkeypat
 MEASURE_LOADING = """
 import re, sys
 import qlora.model.load
-import qlora.model.shards
 import qlora.model.weights
 def memory(name): return 1024 * int(re.search(name + ":(.*) kB", open("/proc/self/status").read())[1])
-qlora.model.shards.SHARD_BYTES = 1 << 20  # else all of this model waits to be written
 qlora.model.load.load_base_model(sys.argv[1], compute_dtype="float32")  # libraries, kernels
 model = None
 for cache in (True, True, False):

@@ -13,7 +13,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
+from qlora.config.watching import WatchingConfig
 from qlora.data.example import IGNORE_INDEX
 from qlora.model.fingerprint import sample_weight
 from qlora.parallel.launch import arrange_ranks
@@ -72,14 +72,14 @@ def test_processes_that_do_not_divide(settings: dict[str, Any], size: int, words
         (LoRAConfig(use_adalora=True), {"tensor_parallel": 2}, "--use-adalora needs the whole base"),
         (ModelConfig(use_4bit=False), {"tensor_parallel": 4}, "--no-4bit needs the whole base"),
         (
-            TrainConfig(best_metric="exact_match", eval_every=1),
+            WatchingConfig(best_metric="exact_match", eval_every=1),
             {"shard": "fsdp"},
             "--best-metric exact_match needs",
         ),
     ],
 )
 def test_what_a_split_base_cannot_do(part: Any, parallel: dict[str, Any], words: str) -> None:
-    section = {LoRAConfig: "lora", ModelConfig: "model", TrainConfig: "train"}[type(part)]
+    section = {LoRAConfig: "lora", ModelConfig: "model", WatchingConfig: "watching"}[type(part)]
     config = RunConfig(**{section: part}, parallel=ParallelConfig(**parallel))
     config.data.eval_split = 0.1
     with pytest.raises(InputError, match=words):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.data.batches import Batch, collate_packed, collate_padded
 from qlora.data.encode import encode_prompt
@@ -32,7 +33,6 @@ from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.safetensors_source import module_name, saved_name
 from qlora.model.weights import dequantized_weights
-from qlora.planning.memory import plan_memory
 from qlora.quant.layers import FrozenMatrix, Linear4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
@@ -42,6 +42,7 @@ from tests.model.test_load import assert_same_tensors, packed_bytes, reference_m
 from tests.models import TINY
 from tests.planning.test_memory import kept_by_layer
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 VOCAB = 269  # the tiny tokenizer's
@@ -252,8 +253,8 @@ def test_greedy_generation(family: str, make: Maker) -> None:
                 ids.append(int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
     assert any(expected)
-    assert generate(model, tokenizer, chats, max_new_tokens=8) == expected
-    twice = generate_samples(model, tokenizer, chats, 2, max_new_tokens=8)  # the prompts computed beforehand
+    assert generate(model, tokenizer, chats, Sampling(8)) == expected
+    twice = generate_samples(model, tokenizer, chats, 2, Sampling(8))  # the prompts computed beforehand
     assert twice == [[text, text] for text in expected]
 
 

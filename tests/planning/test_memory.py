@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
-from qlora.config.train import TrainConfig
 from qlora.lora.adapter import inject_lora, lora_layers
 from qlora.lora.trainable import freeze_base
 from qlora.model.attention import packed_arguments
@@ -27,7 +27,6 @@ from qlora.planning.memory import (
     choose_recomputed,
     differentiated_layers,
     layer_bytes,
-    plan_memory,
 )
 from qlora.system import device
 from qlora.system.device import best_device, choose_compute_dtype
@@ -36,6 +35,7 @@ from qlora.system.memory import GIB, available_memory, peak_memory_gib
 from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama, tiny_llama_config
+from tests.shortcuts import plan_memory
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]
@@ -217,13 +217,13 @@ def test_as_few_layers_as_needed(mode: str, limit: int, expected: int) -> None:
     [("4GiB", 4 * 2**30), ("3.5GB", 3_500_000_000), ("800 MiB", 800 * 2**20), ("0.5TB", 5 * 10**11)],
 )
 def test_a_budget_is_read_in_bytes(text: str, size: int) -> None:
-    assert TrainConfig(memory_budget=text).memory_budget_bytes == size
+    assert LoopConfig(memory_budget=text).memory_budget_bytes == size
 
 
 @pytest.mark.parametrize("text", ["", "4", "4G", "0GiB", "-1GiB", "1e3GB", "GiB", "lots", "4GiB or so"])
 def test_a_budget_that_is_no_size_is_named(text: str) -> None:
     with pytest.raises(InputError, match=f"memory_budget is '{text}'; give --memory-budget a size such as 4GiB"):
-        TrainConfig(memory_budget=text)
+        LoopConfig(memory_budget=text)
 
 
 # ---- the whole plan ---------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qlora.cli.exits import run
 from qlora.cli.main import main
-from qlora.report.answers import MOST_ROWS, choose_evenly, mark_changes, shorten, trace_samples
+from qlora.report.answers import MOST_ROWS, choose_evenly, mark_changes, short_count, trace_samples
 from qlora.report.page import list_tiles, render_report, span, write_report
 from qlora.report.run import read_run
 from qlora.system.errors import InputError
@@ -92,7 +92,7 @@ def test_what_matters_comes_first(tmp_path: Path) -> None:
      (6_742_609_920, "6.74 B"), (1_234_567_890_123, "1,235 B")],
 )  # fmt: skip
 def test_counts_in_short(count: float, told: str) -> None:
-    assert shorten(count) == told
+    assert short_count(count) == told
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ import qlora.system.files
 import train
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import CONFIG, PREFIX, WEIGHTS
+from qlora.adapters.peft_config import PREFIX
 from qlora.adapters.provenance import adapter_quantization
 from qlora.cli.exits import run as run_main
 from qlora.config.lora import LoRAConfig
@@ -50,6 +50,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.storage import unpack_tensors
 from qlora.quant.weight import QuantConfig, dequantize_weight
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import JSON_LIMIT
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer

@@ -32,7 +32,7 @@ from qlora.data.batches import (
     make_batches,
     pack_examples,
 )
-from qlora.data.encode import encode_example, encode_prompt
+from qlora.data.encode import encode_prompt
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.data.order import WindowOrder
 from qlora.lora.adapter import inject_lora
@@ -54,6 +54,7 @@ from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.schedule import build_schedule
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import SPECIAL_TOKENS, tiny_tokenizer
 
 CASES = int(os.environ.get("QLORA_FUZZ", "60"))

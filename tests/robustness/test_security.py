@@ -25,11 +25,10 @@ from safetensors.torch import load_file
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.adapters.provenance import base_model_of
 from qlora.config.lora import LoRAConfig
-from qlora.data.encode import encode_example, encode_prompt
+from qlora.data.encode import encode_prompt
 from qlora.export.merge import merge_adapter
 from qlora.model.hf_config import load_config
 from qlora.model.load import load_base_model
@@ -37,9 +36,11 @@ from qlora.model.resolve import resolve_model
 from qlora.model.skeleton import empty_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import is_file_name
 from qlora.system.redact import redact
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]

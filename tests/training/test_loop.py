@@ -22,7 +22,6 @@ from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.block import decoder_layers
 from qlora.model.load import load_base_model
 from qlora.model.loss import CHUNK_SIZE
-from qlora.planning.memory import plan_memory
 from qlora.system.errors import StoppedOnRequest, TrainingStopped
 from qlora.training import loop as trainer
 from qlora.training import recompute
@@ -35,6 +34,7 @@ from qlora.training.recompute import choose_recomputed_layers
 from qlora.training.schedule import build_schedule
 from qlora.training.step import train_step
 from tests.models import save_tiny_llama
+from tests.shortcuts import plan_memory
 
 FP32 = "float32"
 TIMING = ("tokens_per_second", "peak_memory_gib")

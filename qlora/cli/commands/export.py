@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     if config.adapter_only and config.adapter is None:
         raise InputError("--adapter-only needs an adapter; pass --adapter with the output directory of a run.")
     from qlora.adapters.provenance import base_model_of
-    from qlora.export.gguf import export_adapter, export_model
+    from qlora.export.gguf import export_adapter, export_gguf
     from qlora.export.ollama import check_modelfile, write_modelfile
     from qlora.model.tokenizer import load_tokenizer
 
@@ -51,11 +51,11 @@ def main(argv: Sequence[str]) -> None:
         export_adapter(model, str(config.adapter), output, config.type)
         print(f"adapter in {output}; load it beside a .gguf of its base: llama-cli -m BASE.gguf --lora {output}")
     else:
-        export_model(model, output, config.type, config.adapter, config.pre_tokenizer)
+        export_gguf(model, output, config.type, config.adapter, config.pre_tokenizer)
         print(f"model in {output}, {output.stat().st_size / 1e6:,.1f} MB")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None
-        name = write_modelfile(output, load_tokenizer(model, config.adapter), base)
-        print("Modelfile beside it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf"))
+        write_modelfile(output, load_tokenizer(model, config.adapter), base)
+        print("Modelfile beside it; the chat template is in the .gguf")
         if base is not None:
             print(f"it expects the base beside it as {base}")

@@ -58,4 +58,4 @@ def answer(model_config: ModelConfig, asked: GenerateConfig, chat_template: str 
     tokenizer = load_tokenizer(name, asked.adapter)
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
-    stream_answer(model, tokenizer, asked.prompt, asked.max_new_tokens, asked.temperature, asked.top_p, seed)
+    stream_answer(model, tokenizer, asked.prompt, asked.sampling(seed))

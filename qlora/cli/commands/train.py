@@ -30,7 +30,7 @@ def answer_prompt(config: RunConfig) -> None:
     """Answer --prompt instead of training."""
     if config.parallel.is_split:
         raise InputError(f"{config.parallel.flag} is for training; leave it out to answer a --prompt.")
-    answer(config.model, config.generate, config.data.chat_template, config.train.seed)
+    answer(config.model, config.generate, config.data.chat_template, config.loop.seed)
 
 
 def start_run(config: RunConfig, argv: Sequence[str]) -> TrainingRun:
@@ -43,18 +43,12 @@ def start_run(config: RunConfig, argv: Sequence[str]) -> TrainingRun:
     """
     started = time.monotonic()
     with collection_paused(), importing_transformers():
-        from qlora.export.hub import check_destination
-        from qlora.training.run import TrainingRun
-    run = TrainingRun.from_config(config, argv, started=started)
-    if config.train.push_to_hub is not None:
-        check_destination(config.train.push_to_hub)
-    return run
+        from qlora import api
+    return api.start_run(config, argv, started=started)
 
 
 def publish(run: TrainingRun) -> None:
     """Upload the adapter where --push-to-hub says."""
-    from qlora.export.hub import push_to_hub
+    from qlora import api
 
-    repository = run.config.train.push_to_hub
-    if repository is not None and run.directory.is_main:
-        run.say(f"uploaded to {push_to_hub(run.directory.path, repository)}")
+    api.publish(run)
