@@ -129,7 +129,8 @@ def work(part: Part, model_folder: Path) -> Result:
     from qlora.parallel.launch import arrange_ranks
     from qlora.parallel.load import load_for_ranks
     from qlora.planning.memory import plan_recomputing
-    from qlora.training.loop import fit
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.optimizer import build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
 
@@ -162,19 +163,24 @@ def work(part: Part, model_folder: Path) -> Result:
     rows = [torch.randint(model.config.vocab_size, (part.tokens + 1,), generator=generator) for _ in range(count)]
     marks: list[tuple[float, int]] = []
 
-    def mark() -> None:
-        """In the place of "should the run stop?", which `fit` asks between steps."""
-        accelerator.wait_for_everyone()
-        marks.append((time.perf_counter(), sent()))
+    class Mark(Observer):
+        """Looks at clock and network between steps."""
+
+        def before_step(self, trainer: Trainer) -> None:
+            accelerator.wait_for_everyone()
+            marks.append((time.perf_counter(), sent()))
+
+        def after_step(self, trainer: Trainer, line: Result) -> None:
+            lines.append(line)
 
     result["rates"] = measure_rates(part.processes)
     forget_peak()
     lines: list[Result] = []
-    fit(
-        model, optimizer, lambda step: 1e-4, [Example(row[:-1], row[1:]) for row in rows], accelerator,
-        total_steps=part.steps, batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=part.tokens,
-        log=lines.append, stop=mark, say=lambda line: None,
-    )  # fmt: skip
+    data = TrainingData([Example(row[:-1], row[1:]) for row in rows], t.batch_size, t.grad_accum, part.tokens)
+    Trainer(
+        model, optimizer, lambda step: 1e-4, data, accelerator, Limits(part.steps), [Mark()],
+        say=lambda line: None,
+    ).fit()  # fmt: skip
     (begun, before), (ended, after) = marks[1], marks[-1]
     result |= {
         "step_seconds": (ended - begun) / (part.steps - 1),

@@ -256,7 +256,8 @@ class Bench:
         from qlora.lora.trainable import count_trainable_parameters
         from qlora.system.device import choose_optimizer
         from qlora.training.held_out import evaluate
-        from qlora.training.loop import fit
+        from qlora.training.loop import Limits, Trainer, TrainingData
+        from qlora.training.observer import Observer
         from qlora.training.optimizer import build_optimizer
         from qlora.training.schedule import build_schedule
 
@@ -276,11 +277,14 @@ class Bench:
         optim = choose_optimizer("auto", self.accelerator.device)
         optimizer = build_optimizer(lora_model.lora_parameters(), optim)
         rate = build_schedule("cosine", c.learning_rate, -(-c.steps // 10), c.steps)
-        fit(
-            network, optimizer, rate, self.examples, self.accelerator, total_steps=c.steps,
-            batch_size=c.batch_size, grad_accum=1, max_length=c.max_length, max_grad_norm=1.0, seed=seed,
-            log=lines.append,
-        )  # fmt: skip
+
+        class Lines(Observer):
+            def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+                lines.append(line)
+
+        data = TrainingData(self.examples, c.batch_size, 1, c.max_length, seed=seed)
+        limits = Limits(c.steps, max_grad_norm=1.0)
+        Trainer(network, optimizer, rate, data, self.accelerator, limits, [Lines()]).fit()
         result = {
             "cell": cell.name,
             "seed": seed,

@@ -108,7 +108,8 @@ def train_ours(job: dict[str, Any]) -> Run:
     from qlora.system.device import best_device, choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.adalora_optimizer import build_adapter_optimizer
-    from qlora.training.loop import fit
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.recompute import choose_recomputed_layers
     from qlora.training.schedule import build_schedule
 
@@ -127,15 +128,18 @@ def train_ours(job: dict[str, Any]) -> Run:
     rates: list[float] = []  # before each step and after the last
     lines: list[dict[str, Any]] = []
 
-    def measure() -> None:
-        """In the place of "should the run stop?", which `fit` asks between steps, on no step's time."""
-        rates.append(product_rate(model.compute_dtype, device))
+    class Measure(Observer):
+        """Measures between steps, on no step's time."""
 
-    fit(
-        model, optimizer, build_schedule("constant", job["learning_rate"], 0, steps), examples, accelerator,
-        total_steps=steps, batch_size=size, grad_accum=1, max_length=job["max_length"], max_grad_norm=1.0,
-        log=lines.append, stop=measure,
-    )  # fmt: skip
+        def before_step(self, trainer: Trainer) -> None:
+            rates.append(product_rate(model.compute_dtype, device))
+
+        def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+            lines.append(line)
+
+    data = TrainingData(examples, size, 1, job["max_length"])
+    schedule = build_schedule("constant", job["learning_rate"], 0, steps)
+    Trainer(model, optimizer, schedule, data, accelerator, Limits(steps, max_grad_norm=1.0), [Measure()]).fit()
     windows = [[examples[i] for i in job["order"][step * size : (step + 1) * size]] for step in range(steps)]
     work = [useful_flops(model, window, recomputed) for window in windows]
     return {

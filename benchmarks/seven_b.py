@@ -118,7 +118,8 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.system.device import choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
-    from qlora.training.loop import fit
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.optimizer import build_optimizer
     from qlora.training.schedule import build_schedule
 
@@ -136,14 +137,17 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     rates: list[float] = []  # before each step and after the last
     lines: list[Result] = []
 
-    def measure() -> None:
-        """In the place of "should the run stop?", which `fit` asks between steps, on no step's time."""
-        rates.append(product_rate(model.compute_dtype, device))
+    class Measure(Observer):
+        """Measures between steps, on no step's time."""
 
-    fit(
-        model, optimizer, build_schedule("constant", 2e-4, 0, steps), examples, accelerator,
-        total_steps=steps, batch_size=1, grad_accum=1, max_length=NUM_TOKENS, log=lines.append, stop=measure,
-    )  # fmt: skip
+        def before_step(self, trainer: Trainer) -> None:
+            rates.append(product_rate(model.compute_dtype, device))
+
+        def after_step(self, trainer: Trainer, line: Result) -> None:
+            lines.append(line)
+
+    data, schedule = TrainingData(examples, 1, 1, NUM_TOKENS), build_schedule("constant", 2e-4, 0, steps)
+    Trainer(model, optimizer, schedule, data, accelerator, Limits(steps), [Measure()]).fit()
     seconds = [line["num_tokens"] / line["tokens_per_second"] for line in lines]
     work = useful_flops(model, examples[:1], recomputed)
     limits = [work / ((a + b) / 2) for a, b in itertools.pairwise(rates)]

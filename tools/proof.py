@@ -58,8 +58,9 @@ with collection_paused(), importing_transformers():
     from qlora.system.errors import TrainingStopped
     from qlora.system.ranks import ranks_of
     from qlora.training.fingerprint import base_fingerprint
-    from qlora.training.held_out import evaluate
-    from qlora.training.loop import fit
+    from qlora.training.held_out import HeldOut, evaluate
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.optimizer import MasterOptimizer, build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
     from tests.models import save_tiny_llama, smollm2_path, tiny_llama_config
@@ -202,11 +203,19 @@ def train_case(case: Case, accelerator: Accelerator, adapter: Path) -> dict[str,
     examples = case.examples(model.config.vocab_size)
     grad_accum, rest = divmod(case.rows, case.batch_size * ranks.data_size)
     assert grad_accum and not rest, f"{case.name}: {case.rows} rows do not divide"
-    fit(
-        model, optimizer, lambda step: LEARNING_RATE, examples, accelerator, total_steps=case.steps,
-        batch_size=case.batch_size, grad_accum=grad_accum, max_length=case.longest, packing=case.packing,
-        eval_examples=examples[:1], eval_every=case.steps, log=lines.append, say=lambda line: None,
-    )  # fmt: skip
+
+    class Lines(Observer):
+        def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+            lines.append(line)
+
+        def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+            lines.append(line)
+
+    data = TrainingData(examples, case.batch_size, grad_accum, case.longest, case.packing, held_out=examples[:1])
+    Trainer(
+        model, optimizer, lambda step: LEARNING_RATE, data, accelerator, Limits(case.steps),
+        [HeldOut(case.steps), Lines()], say=lambda line: None,
+    ).fit()  # fmt: skip
     if accelerator.is_main_process:
         save_adapter(model, adapter, lora, case.model)
     summary = parameter_summary(model)

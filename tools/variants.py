@@ -156,7 +156,7 @@ class Bench:
             batches = make_batches([Example(row[:-1], row[1:]) for row in rows], 4, 24, packing=True)
             torch.manual_seed(0)
             rate = VARIANTS[name].learning_rate
-            losses = [train_step(model, optimizer, batches, Accelerator(), rate)[0] for _ in range(NUM_STEPS)]
+            losses = [train_step(model, optimizer, batches, Accelerator(), rate).loss for _ in range(NUM_STEPS)]
             self._trained[name] = model.eval(), losses
         return self._trained[name]
 

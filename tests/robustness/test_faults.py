@@ -19,9 +19,8 @@ import psutil
 import pytest
 
 from qlora.lora.trainable import lora_parameters
-from qlora.system.errors import StoppedOnRequest, TrainingStopped
+from qlora.system.errors import TrainingStopped
 from qlora.training.checkpoint import list_checkpoints, read_state
-from qlora.training.output import RunOutput
 from qlora.training.progress import Progress
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
@@ -265,7 +264,7 @@ import contextlib, json, resource, sys
 import numpy, psutil, torch
 import matplotlib.pyplot
 import qlora.training.loop, train
-fit = qlora.training.loop.fit
+fit = qlora.training.loop.Trainer.fit
 def grow_stack():
     # Where the stack itself cannot grow, the kernel sends SIGSEGV and no code of ours is asked.
     limit = sys.getrecursionlimit()
@@ -281,7 +280,7 @@ def limited_fit(*arguments, **options):
     limit = psutil.Process().memory_info().vms + room if room else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     fit(*arguments, **options)
-qlora.training.loop.fit = limited_fit
+qlora.training.loop.Trainer.fit = limited_fit
 from qlora.cli.exits import run
 sys.exit(run(train.main, sys.argv[2:]))
 """
@@ -354,22 +353,6 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(
         str(stopped.value),
     )
     assert saved == [2] and freed == [True]
-
-
-def test_an_end_that_fails_does_not_hide_why_training_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def close(_output: RunOutput, is_done: bool) -> None:
-        assert not is_done
-        raise MemoryError
-
-    monkeypatch.setattr(RunOutput, "close", close)
-    for error, seen in (
-        (TrainingStopped("It stopped."), "It stopped. MemoryError."),
-        (RuntimeError("a bug"), "a bug"),
-        (StoppedOnRequest("asked"), ""),
-    ):
-        with pytest.raises((type(error), MemoryError)) as raised, RunOutput.__new__(RunOutput):
-            raise error
-        assert str(raised.value) == seen  # a request ends with the failure: its state is not written
 
 
 # ---- processes --------------------------------------------------------------------------------------------

@@ -100,13 +100,13 @@ def test_a_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     data.write_text(json.dumps({"prompt": "Hi", "completion": "Hello"}) + "\n")
     code = f"""
 import sys, train
-from qlora.training.display import RunDisplay
+from qlora.training.display import Display
 names = "datasets peft scipy sklearn pandas pyarrow matplotlib gguf qlora.merge qlora.generate"
-show = RunDisplay.show
+show = Display.show
 def stop(self, line):
     show(self, line)
     print("imported:", *(name for name in names.split() if name in sys.modules))
-RunDisplay.show = stop
+Display.show = stop
 train.main(["--model", {str(model)!r}, "--data", {str(data)!r}, "--output-dir", {str(tmp_path / "out")!r},
             "--max-steps", "1", "--no-cache"])
 """
