@@ -104,6 +104,7 @@ def train_ours(job: dict[str, Any]) -> Run:
     from accelerate import Accelerator
 
     from qlora.adapters.load import load_adapter
+    from qlora.model.base import base_info
     from qlora.model.load import load_base_model
     from qlora.system.device import best_device, choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
@@ -132,7 +133,7 @@ def train_ours(job: dict[str, Any]) -> Run:
         """Measures between steps, on no step's time."""
 
         def before_step(self, trainer: Trainer) -> None:
-            rates.append(product_rate(model.compute_dtype, device))
+            rates.append(product_rate(base_info(model).compute_dtype, device))
 
         def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
             lines.append(line)
@@ -146,7 +147,7 @@ def train_ours(job: dict[str, Any]) -> Run:
         "seconds": [line["num_tokens"] / line["tokens_per_second"] for line in lines],
         "losses": [line["loss"] for line in lines],
         "limit": [w / ((a + b) / 2) for w, a, b in zip(work, rates[:-1], rates[1:], strict=True)],
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "recomputed": recomputed,
         "peak_bytes": peak_memory_gib(device) * GIB,
         "threads": torch.get_num_threads(),

@@ -116,6 +116,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
     from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.model.base import base_info
     from qlora.system.device import choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.loop import Limits, Trainer, TrainingData
@@ -141,7 +142,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
         """Measures between steps, on no step's time."""
 
         def before_step(self, trainer: Trainer) -> None:
-            rates.append(product_rate(model.compute_dtype, device))
+            rates.append(product_rate(base_info(model).compute_dtype, device))
 
         def after_step(self, trainer: Trainer, line: Result) -> None:
             lines.append(line)
@@ -156,7 +157,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
         "shares": [limit / second for limit, second in zip(limits, seconds, strict=True)],
         "losses": [line["loss"] for line in lines],
         "recomputed": recomputed,
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "peak": peak_memory_gib(device) * GIB,
     }
 

@@ -21,6 +21,7 @@ from qlora.config.generate import Sampling
 from qlora.data.encode import encode_prompt
 from qlora.data.row_encoder import end_of_turn_id
 from qlora.lora.adapter import lora_layers
+from qlora.model.base import base_info
 from qlora.quant.decode import decode_copy, decode_in_place
 from qlora.quant.layers import Linear4bit, Linear16bit, logical_numel
 from qlora.system.memory import GIB
@@ -33,7 +34,7 @@ def fast_decoding(model: Any) -> Iterator[None]:
     """Give the frozen layers decoding functions, and the adapted ones a fixed scale, for the time of the block."""
     layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit))]
     adapted = list(lora_layers(model).values())
-    dtype = model.compute_dtype
+    dtype = base_info(model).compute_dtype
     was_training = model.training
     model.eval()
     try:

@@ -57,7 +57,7 @@ def save_tiny_trio(folder: Path, tokenizer: Any) -> Path:
     inject_lora(model, config, seed=1)
     torch.manual_seed(0)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.3)
     save_adapter(model, folder / "adapter", config, str(base))
     merge_adapter(str(base), [str(folder / "adapter")], str(folder / "merged"), check_drift=False)
     return folder

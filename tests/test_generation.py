@@ -12,13 +12,13 @@ import torch
 
 import qlora.generation
 import qlora.kernels.gemv
+import qlora.lora.dora as dora_module
 from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.generation import SeededDraw, fast_decoding, generate, generate_samples, stream_answer
 from qlora.kernels.compile import compile_c
 from qlora.kernels.gemv import SOURCE
 from qlora.lora.adapter import activate, active_adapter, create_adapter, inject_lora, lora_layers
-from qlora.lora.layer import LoRALinear
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
@@ -44,7 +44,7 @@ def model(tiny: str) -> Any:
     inject_lora(model, LoRAConfig(rank=4, dropout=0.5), seed=1)
     freeze_base(model)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.1)
     return model
 
 
@@ -358,7 +358,7 @@ def dora(tiny: str) -> Any:
     inject_lora(model, LoRAConfig(rank=4, use_dora=True), seed=1)
     freeze_base(model)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.1)
         layer.weights.magnitude.data *= 1.3
     return model
 
@@ -368,8 +368,10 @@ def test_doras_scale_is_computed_once(dora: Any, tiny: str, monkeypatch: pytest.
     tokenizer = load_tokenizer(tiny)
     expected = [greedy_reference(dora.eval(), tokenizer, text, 12) for text in PROMPTS]
     calls: list[Any] = []
-    norms = LoRALinear.weight_norm
-    monkeypatch.setattr(LoRALinear, "weight_norm", lambda layer, dtype: calls.append(layer) or norms(layer, dtype))
+    norms = dora_module.weight_norm
+    monkeypatch.setattr(
+        dora_module, "weight_norm", lambda layer, dtype: calls.append(layer) or norms(layer, dtype)
+    )
     assert generate(dora, tokenizer, chats(PROMPTS), Sampling(12)) == expected
     assert len(calls) == len(set(calls)) == len(lora_layers(dora)) == 4
 

@@ -46,6 +46,7 @@ with collection_paused(), importing_transformers():
     from qlora.data.example import IGNORE_INDEX, Example
     from qlora.lora.adapter import activate, inject_lora, lora_layers
     from qlora.lora.trainable import base_parameters, freeze_base, lora_parameters, parameter_summary
+    from qlora.model.base import ranks_of
     from qlora.model.block import decoder_layers
     from qlora.model.tokenizer import load_tokenizer
     from qlora.parallel.check import check_split
@@ -56,7 +57,6 @@ with collection_paused(), importing_transformers():
     from qlora.quant.parts import local, part_of
     from qlora.quant.sharded import ShardedLinear4bit
     from qlora.system.errors import TrainingStopped
-    from qlora.system.ranks import ranks_of
     from qlora.training.fingerprint import base_fingerprint
     from qlora.training.held_out import HeldOut, evaluate
     from qlora.training.loop import Limits, Trainer, TrainingData
@@ -190,7 +190,7 @@ def train_case(case: Case, accelerator: Accelerator, adapter: Path) -> dict[str,
     inject_lora(model, lora, seed=1)
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model).values():  # a B of zeros would leave A without a gradient
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)
+        layer.weights.lora_B.data.copy_(torch.randn(layer.weights.lora_B.shape, generator=generator) * 0.02)
     freeze_base(model)
     choose_recomputed_layers(
         model, case.checkpointing, case.longest * case.batch_size, None, accelerator, lambda line: None
@@ -256,7 +256,7 @@ def weights_digest(model: Any) -> str:
             weight, part = dense_weight(module, torch.float32), part_of(module)
             if part is not None:
                 parts = [torch.empty_like(weight) for _ in range(part.count)]
-                torch.distributed.all_gather(parts, weight.contiguous(), group=model.ranks.tensor_group)
+                torch.distributed.all_gather(parts, weight.contiguous(), group=ranks_of(model, None).tensor_group)
                 weight = torch.cat(parts, part.dim)
             digest.update(weight.contiguous().numpy().data)
     return digest.hexdigest()

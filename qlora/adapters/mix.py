@@ -34,8 +34,9 @@ from torch import Tensor
 from qlora.adapters.peft_config import PREFIX, describe_adapter
 from qlora.adapters.peft_files import AdapterSnapshot, SavedAdapter, read_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adapter import Adapter
 from qlora.lora.linalg import low_rank_svd
+from qlora.lora.slot import Adapter
+from qlora.lora.variants import variant_of
 from qlora.system.errors import InputError
 from qlora.system.file_names import WEIGHTS
 from qlora.system.wording import list_first
@@ -231,7 +232,9 @@ def mix_adapters(
 
 
 def _check_is_sum(config: LoRAConfig, trained: dict[str, Any], who: str) -> None:
-    what = "DoRA" if config.use_dora else f"{len(trained)} parameters trained in full" if trained else ""
+    variant = variant_of(config)
+    what = f"{len(trained)} parameters trained in full" if trained else ""
+    what = variant.name if variant is not None and variant.beyond else what
     if what:
         raise InputError(f"{who} has {what}, which no low-rank update expresses; merge it into its base instead.")
 

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from qlora.model.attention import head_counts
+from qlora.model.families import FAMILIES, family_of
+from qlora.model.rotary import to_halves
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import read_json, read_tensors
@@ -51,15 +53,6 @@ TORCHTUNE_KEY = re.compile(
     rf"layers\.(?P<index>0|[1-9][0-9]{{0,5}})\.(?P<module>{'|'.join(TORCHTUNE_LAYERS)})"
     rf"\.(?P<part>{'|'.join(TORCHTUNE_PARTS)})"
 )
-# Architecture -> whether torchtune's rotary embedding turns neighbours, so that rows of q and k are permuted.
-TORCHTUNE_MODELS = {
-    "llama": True,
-    "mistral": True,
-    "gemma": True,
-    "gemma2": True,
-    "qwen2": False,
-    "qwen3": False,
-}
 Tool = Literal["MLX-LM", "torchtune"]
 Layers = dict[str, dict[str, Tensor]]  # layer -> A, B, MAGNITUDE -> tensor
 
@@ -169,10 +162,10 @@ def _read_torchtune(
     """(layers, rank, alpha, dropout, base) of a torchtune adapter; the dropout is not written down."""
     if model_config is None:
         raise InputError(f"{directory} holds a torchtune adapter, whose layout depends on its base; pass --model.")
-    kind = model_config.model_type
-    if kind not in TORCHTUNE_MODELS:
-        known = ", ".join(TORCHTUNE_MODELS)
-        raise InputError(f"--model is a {kind} model; torchtune adapters of {known} can be imported.")
+    family = family_of(model_config)
+    if family.torchtune_rotary is None:
+        known = ", ".join(kind for kind, other in FAMILIES.items() if other.torchtune_rotary)
+        raise InputError(f"--model is a {family.model_type} model; torchtune adapters of {known} can be imported.")
     rank = _rank(directory / CONFIG, description, "r")
     alpha = _scale(directory / CONFIG, description, "lora_alpha")
     layers: Layers = {}
@@ -188,13 +181,13 @@ def _read_torchtune(
     _check(directory / WEIGHTS, layers, unknown, rank, dora)
     for layer, parts in layers.items():
         module = layer.rpartition(".")[2]
-        has_bias = kind == "qwen2" or getattr(model_config, "attention_bias", False)
+        has_bias = family.qkv_bias or getattr(model_config, "attention_bias", False)
         if dora and has_bias and module in ("q_proj", "k_proj", "v_proj"):
             raise InputError(
                 f"{directory} holds DoRA on {layer}, which has a bias: torchtune scales that too, PEFT's format "
                 "cannot say so; use the merged model that torchtune wrote."
             )
-        if module in ("q_proj", "k_proj") and TORCHTUNE_MODELS[kind]:
+        if module in ("q_proj", "k_proj") and family.torchtune_rotary == "interleaved":
             for part in parts.keys() - {A}:
                 parts[part] = _unpermute(parts[part], layer, model_config)
     return layers, rank, alpha, 0.0, description.get("base_model_name_or_path")
@@ -210,7 +203,7 @@ def _unpermute(rows: Tensor, layer: str, config: Any) -> Tensor:
             f"The adapter has {rows.shape[0]} rows for {layer}, but --model {heads} heads of {head_dim} there; "
             "pass the base that the adapter was trained on."
         )
-    return rows.view(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    return to_halves(rows, heads)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

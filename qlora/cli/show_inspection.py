@@ -78,7 +78,7 @@ def _size_table(found: Inspection) -> Table:
         table.add_row("none" if block is None else str(block), *row, _number(together))
     columns = [[u for u in found.updates if u.module == module] for module in modules] + [found.updates]
     table.add_row("all", *(_number(found.size(updates)) for updates in columns), style="bold")
-    if found.with_base and found.adapter.config.use_dora:
+    if any(u.magnitude_change is not None for u in found.updates):
         changes = [sum(u.magnitude_change or 0.0 for u in updates) / len(updates) for updates in columns]
         table.add_row("magnitude change", *map(_number, changes), style="dim")
     else:

@@ -24,6 +24,12 @@ from qlora.config.settings import (
 )
 from qlora.system.errors import InputError
 
+BASE_STARTS = ("pissa", "loftq")  # those that may change the base; lora/svd_start.py
+STARTS = ("kaiming", "gaussian", *BASE_STARTS)
+# Flags of variants and their names in the field; the objects behind the flags are in lora/variants.py.
+VARIANTS = {"use_adalora": "AdaLoRA", "use_dora": "DoRA", "use_rslora": "rsLoRA"}
+WHOLE_LAYERS = ("use_dora", "use_adalora")  # variants that tensor parallel does not compute
+
 
 @dataclass
 class LoRAConfig(Settings):
@@ -87,6 +93,16 @@ class LoRAConfig(Settings):
         others = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
         if self.use_adalora and (self.init != "kaiming" or any(getattr(self, name) for name in others)):
             raise InputError(f"use_adalora sets start, ranks and scale; leave out init, {', '.join(others)}.")
+
+    @property
+    def starts_from_base(self) -> bool:
+        """Whether A and B start from the base's weights, which may change the base (PiSSA, LoftQ)."""
+        return self.init in BASE_STARTS
+
+    @property
+    def variant_name(self) -> str:
+        """The variant's name in the field."""
+        return " + ".join(name for flag, name in VARIANTS.items() if getattr(self, flag)) or "LoRA"
 
     def variant(self) -> dict[str, Any]:
         """Rank, alpha, dropout, and all else of the adapter's maths that is not the default; lists as text."""

@@ -9,7 +9,7 @@ from qlora.config.data import DataConfig
 from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
 from qlora.config.loop import LoopConfig
-from qlora.config.lora import LoRAConfig
+from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
@@ -92,9 +92,8 @@ class RunConfig(Settings):
             "--modules-to-save": bool(lora.modules_to_save),
             "--new-tokens": bool(lora.new_tokens),
             f"--bias {lora.bias}": lora.bias != "none",
-            f"--init {lora.init}": lora.init in ("pissa", "loftq"),
-            "--use-dora": lora.use_dora and is_tensor,
-            "--use-adalora": lora.use_adalora and is_tensor,
+            f"--init {lora.init}": lora.starts_from_base,
+            **{f"--{name.replace('_', '-')}": getattr(lora, name) and is_tensor for name in WHOLE_LAYERS},
             "--no-4bit": not self.model.use_4bit and is_tensor,
             "--best-metric exact_match": self.watching.best_metric == "exact_match",
         }

@@ -13,6 +13,7 @@ from torch import nn
 from qlora.export.mixture import Mixture
 from qlora.lora.full_parameters import named_base_parameters, vocabulary_names
 from qlora.lora.targets import linear_layers
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.safetensors_source import module_name, saved_name
 from qlora.model.shards import Parts, layout_of, plan_shards, stored_parts, write_shards
@@ -65,7 +66,8 @@ class PackedWriter:
     def __init__(self, model: str, mixture: Mixture, texts: list[list[int]], network: Any) -> None:
         self.shapes = shapes = mixture.merged_shapes(network)
         self.network = load_base_model(model, True, mixture.quantization, compute_dtype="float32")
-        own, kind = self.network.quantization, self.network.config.model_type
+        own, kind = base_info(self.network).quantization, self.network.config.model_type
+        assert own is not None
         linears = [(n, m) for n, m in self.network.named_modules() if isinstance(m, nn.Linear)]
         self.quantization_config = {
             **quantization_config(own),

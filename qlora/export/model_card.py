@@ -13,6 +13,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from qlora.config.lora import VARIANTS
 from qlora.export.drift import Drift
 from qlora.export.mixture import Mixture
 from qlora.report.curve import read_metrics
@@ -23,7 +24,7 @@ from qlora.system.redact import redact
 
 REMEDY = "remove it, or write it again"
 HYPERPARAMETERS = {  # section of run.json -> the settings to tell
-    "lora": "rank alpha dropout target_modules init use_rslora use_dora use_adalora bias modules_to_save",
+    "lora": f"rank alpha dropout target_modules init {' '.join(reversed(VARIANTS))} bias modules_to_save",
     "train": "epochs batch_size grad_accum learning_rate schedule warmup_steps weight_decay seed",
     "data": "max_length train_on packing",
     "model": "use_4bit quant_type double_quant",

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.model.base import BaseInfo
 from qlora.model.block import decoder_layers, fuse_blocks
 from qlora.model.cache import cached_base, open_cache, write_cache
 from qlora.model.hf_config import declared_quantization, generation_config_of, load_config, metadata_directory
@@ -68,8 +69,7 @@ def load_base_model(
         cache: keep the quantized weights on disk and read them from there the next time.
         cut: takes each weight by name, as it is kept, and returns the part of it to keep here.
     Returns:
-        A transformers causal LM in eval mode, nothing trainable, with three attributes more: `compute_dtype`,
-        `source` (`model` as given), and `quantization`, the QuantConfig of its weights (None for a 16-bit base).
+        A transformers causal LM in eval mode, nothing trainable, with a `BaseInfo` (model/base.py).
     Raises:
         InputError: no such model; or all missing, extra and misshapen weights.
     """
@@ -114,7 +114,7 @@ def load_first_block(
     fuse_blocks(network)
     for module in network.modules():
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
-    network.compute_dtype = dtype
+    network.base_info = BaseInfo(model, quant, dtype)
     return network.eval()
 
 
@@ -162,9 +162,7 @@ def _finish(
     _fill(network, weights if cut is None else ((name, cut(name, weight)) for name, weight in weights), device)
     _compute_in(network, dtype)
     fuse_blocks(network)
-    network.compute_dtype = dtype
-    network.source = model
-    network.quantization = _quantization_of(network)
+    network.base_info = BaseInfo(model, _quantization_of(network), dtype)
 
 
 def cached_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:

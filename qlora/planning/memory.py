@@ -43,15 +43,14 @@ from qlora.lora.adapter import lora_layers
 from qlora.lora.full_parameters import replaced_parameters
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
+from qlora.model.families import family_of, known_layers
 from qlora.model.loss import CHUNK_SIZE
 from qlora.parallel.divisibility import split_axis
-from qlora.quant.layers import logical_numel
+from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
 from qlora.system.memory import GIB
 
 FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
-POST_NORMS = ("gemma2", "gemma3_text")
 
 
 @dataclass
@@ -100,24 +99,25 @@ def layer_bytes(
         fused: whether the layer computes as model/block.py.
         tensor_parallel, sequence_parallel: T, and whether the norms' tokens are divided by it, too.
     """
+    family = family_of(config)
     (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
     queries, keys = heads * head_dim, kv_heads * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    inputs = hidden * (not {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}.isdisjoint(adapted))
-    inputs += hidden * (not {"gate_proj", "up_proj", "gate_up_proj", "c_fc"}.isdisjoint(adapted))
-    inputs += mlp // tensor_parallel * (not {"down_proj", "c_proj"}.isdisjoint(adapted))
+    inputs = hidden * (not known_layers("qkv").isdisjoint(adapted))
+    inputs += hidden * (not known_layers("mlp_in").isdisjoint(adapted))
+    inputs += mlp // tensor_parallel * (not known_layers("mlp_out").isdisjoint(adapted))
     experts = getattr(config, "num_experts_per_tok", None) or 0  # a token's
     if experts:
         shared = getattr(config, "shared_expert_intermediate_size", None) or 0
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp) + shared
     queries, keys, mlp = queries // tensor_parallel, keys // tensor_parallel, mlp // tensor_parallel
     stream = hidden // tensor_parallel if sequence_parallel else hidden
-    norms = 4 * (queries + keys) * (config.model_type in HEAD_NORMS)
+    norms = 4 * (queries + keys) * family.head_norms
     inputs += queries * ("o_proj" in adapted)
     if fused:
         return norms + c * (inputs + 2 * stream + queries + 2 * keys + 2 * mlp)
-    norms += 8 * stream * (2 if config.model_type in POST_NORMS else 1)
-    if config.model_type == "gpt2":  # its GELU is written out in torch, and keeps one step more
+    norms += 8 * stream * (2 if family.post_norms else 1)
+    if family.keeps_gelu:
         mlp = mlp * 4 // 3
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 
@@ -127,8 +127,9 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
     kept = 0
     for name, layer in lora_layers(model).items():
         ranks = tensor_parallel if split_axis(name) == 1 else 1
-        kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
-        kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
+        weights = layer.weights
+        kept += weights.rank * dtype.itemsize + layer.in_features // ranks * (weights.dropout > 0)
+        kept += 0 if weights.variant is None else weights.variant.token_bytes(layer, dtype.itemsize)
     return kept
 
 
@@ -215,7 +216,7 @@ def plan_recomputing(
     layer += -(-adapter_bytes(model, dtype, tensor_parallel) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size // (tensor_parallel if sequence_parallel else 1)
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
-    largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
+    largest = max((size for block in layers for _, size in logical_sizes(block)), default=0)
     plan = MemoryPlan(
         base=sum(local(p).numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),

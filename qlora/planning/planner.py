@@ -24,6 +24,7 @@ from qlora.data.batches import CPU_TOKENS, largest_micro_batch
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import activate, create_adapter, wrap_layers
 from qlora.lora.trainable import ParameterSummary, freeze_base, parameter_summary
+from qlora.model.base import base_info
 from qlora.model.block import decoder_layers
 from qlora.model.load import plan_base_model
 from qlora.model.loss import CHUNK_SIZE
@@ -135,7 +136,7 @@ class Planner:
         optim = choose_optimizer(config.optimizer.optim, self.device)
         num_tokens = largest_micro_batch(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
         together = layout.tensor_parallel, layout.sequence_parallel
-        settings = (num_tokens, model.compute_dtype, CHUNK_SIZE, optim, *together)
+        settings = (num_tokens, base_info(model).compute_dtype, CHUNK_SIZE, optim, *together)
         key = f"{self._adapted} {settings}"
         if key not in self._counted:
             counted = plan_recomputing(model, *settings), parameter_summary(model), len(decoder_layers(model))
@@ -151,7 +152,7 @@ class Planner:
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
         return RunPlan(
             plans[number], summary, num_tokens, number, num_layers,
-            model.compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
+            base_info(model).compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
         )  # fmt: skip
 
     def _census(self, tensor_parallel: int) -> Census:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qlora.config.lora import VARIANTS
 from qlora.report.answers import MOST_ROWS, OPEN_PROMPTS, UNPRINTABLE, cut, short_count, trace_samples, words
 from qlora.report.charts import smooth
 from qlora.report.figures import draw_charts
@@ -259,7 +260,7 @@ def describe_adapter(run: Run) -> list[tuple[str, str]]:
     adapter, rows = run.adapter, []
     if not adapter:
         return []
-    ways = [name for key, name in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if adapter.get(key) is True]
+    ways = [name for key, name in VARIANTS.items() if adapter.get(key) is True]
     kind = " + ".join(ways) or {"ADALORA": "AdaLoRA"}.get(str(adapter.get("peft_type")), "LoRA")
     rows.append(("variant", kind))
     names = {"base_model_name_or_path": "base", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",

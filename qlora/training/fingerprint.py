@@ -13,20 +13,22 @@ from qlora.config.run import RunConfig
 from qlora.data.example import Example
 from qlora.data.token_cache import digests_of
 from qlora.lora.full_parameters import base_name, replaced_parameters
+from qlora.model.base import base_info, find_base_info
 from qlora.model.fingerprint import sample_weight
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from.
 
-    Of a base that is split, of the whole weights, as they were sampled while it was loaded (`weight_samples`).
+    Of a base that is split, of the whole weights, as they were sampled while it was loaded.
     """
-    samples: dict[str, bytes] | None = getattr(model, "weight_samples", None)
+    info = find_base_info(model)
+    samples = None if info is None else info.weight_samples
     if samples is None:
         replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
         named = {base_name(n): replaced.get(base_name(n), p) for n, p in model.named_parameters()}
         samples = {name: sample_weight(name, p) for name, p in named.items() if not p.requires_grad}
-    digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
+    digest = hashlib.sha256(repr(None if info is None else info.quantization).encode())
     for _, sample in sorted(samples.items()):
         digest.update(sample)
     return digest.hexdigest()[:16]
@@ -68,7 +70,7 @@ def run_settings(
         "base": base_fingerprint(model),
         "data": data_fingerprint(examples),
         "optim": optim,
-        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "compute_dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "examples_per_step": window,
         "total_steps": total_steps,
         **own,

@@ -12,10 +12,10 @@ from torch import nn
 
 from qlora.data.batches import balance_by_length, lengths_of, make_batches, split_batch
 from qlora.data.example import Example
+from qlora.model.base import ranks_of
 from qlora.model.loss import causal_lm_loss
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
-from qlora.system.ranks import ranks_of
 from qlora.training.observer import Observer
 from qlora.training.step import in_lockstep
 

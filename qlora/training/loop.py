@@ -36,10 +36,10 @@ from qlora.data.batches import Batch, balance_by_length, make_batches, split_bat
 from qlora.data.example import Example
 from qlora.data.order import WindowOrder, sources_of
 from qlora.lora.trainable import lora_parameters
+from qlora.model.base import ranks_of
 from qlora.parallel.watchdog import PeerWatch, watch_peers
 from qlora.system.errors import StoppedOnRequest, TrainingStopped
 from qlora.system.memory import peak_memory_gib
-from qlora.system.ranks import ranks_of
 from qlora.training.held_out import AskStop, evaluate
 from qlora.training.observer import Observer
 from qlora.training.optimizer import MasterOptimizer

@@ -148,24 +148,22 @@ class TrainingRun:
 
     def open(self) -> None:
         """Find the other processes, claim the output directory, start the trackers."""
-        watching, saving = self.config.watching, self.config.saving
-        self.accelerator = start_accelerator(watching.report_to, saving.output_dir)
+        w, s = self.config.watching, self.config.saving
+        self.accelerator = start_accelerator(w.report_to, s.output_dir)
         self.say = self.accelerator.print
         self.ranks = arrange_ranks(self.config.parallel, self.accelerator)
-        self.directory = RunDirectory(saving.output_dir, saving.resume, self.accelerator, self.config.saved())
+        self.directory = RunDirectory(s.output_dir, s.resume, self.accelerator, self.config.saved())
         self._taken.callback(self.directory.release)
         self.trackers = Trackers([])
         if self.directory.is_main:
-            run = watching.run_name or self.directory.path.resolve().name
-            start_trackers(
-                self.accelerator, watching.project_name, run, self.directory.settings, self.directory.done
-            )
+            run = w.run_name or self.directory.path.resolve().name
+            start_trackers(self.accelerator, w.project_name, run, self.directory.settings, self.directory.done)
             self.trackers = Trackers(self.accelerator.trackers, self.say)
         self._taken.callback(self.trackers.finish)
 
     def read_data(self) -> None:
         """Tokenizer, examples, held-out examples, sample prompts."""
-        config, d, watching = self.config, self.config.data, self.config.watching
+        config, d, w = self.config, self.config.data, self.config.watching
         self.tokenizer = load_tokenizer(self._base, config.generate.adapter)
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
@@ -177,9 +175,9 @@ class TrainingRun:
             bad_rows_file=self.directory.bad_rows, **encoding_of(d),
         )  # fmt: skip
         # One process alone cannot answer with a split base.
-        num_samples = 0 if self.ranks.is_split else watching.num_samples
+        num_samples = 0 if self.ranks.is_split else w.num_samples
         rows = self.held_out or self.examples
-        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, watching.sample_prompts, d.parse_special)
+        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, w.sample_prompts, d.parse_special)
 
     def load_base(self) -> None:
         """The frozen base."""
@@ -204,7 +202,7 @@ class TrainingRun:
         steps_per_epoch = WindowOrder(self.examples.sources, window, t.seed).steps_per_epoch
         self.total_steps = t.max_steps or t.epochs * steps_per_epoch
         self.settings = run_settings(
-            self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template
+            self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
         if config.generate.adapter is None and self.directory.checkpoint is None:
             initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
@@ -252,10 +250,10 @@ class TrainingRun:
 
     def _optimizer(self, lora: LoRAConfig, optim: str) -> MasterOptimizer:
         """A fresh optimizer, or the checkpoint's, whose adapter and progress are restored with it."""
-        decay, checkpoint = self.config.optimizer.weight_decay, self.directory.checkpoint
+        o, checkpoint = self.config.optimizer, self.directory.checkpoint
 
         def make() -> MasterOptimizer:
-            return build_adapter_optimizer(self.model, lora, optim, decay, self.total_steps)
+            return build_adapter_optimizer(self.model, lora, optim, o.weight_decay, self.total_steps)
 
         if checkpoint is None:
             return make()
@@ -267,11 +265,10 @@ class TrainingRun:
 
     def _observers(self) -> list[Observer]:
         """All that watches, in the order it is told. Every process judges and saves; the main one writes."""
-        watching, saving, writing = self.config.watching, self.config.saving, self._writing
-        directory, patience = self.directory, watching.early_stopping_patience
+        w, s = self.config.watching, self.config.saving
+        directory, writing = self.directory, self._writing
         is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
-        limit = watching.stop_after_seconds
-        deadline = None if limit is None else self.started + limit
+        deadline = None if w.stop_after_seconds is None else self.started + w.stop_after_seconds
         self.stop = stop = writing.enter_context(StopRequest(deadline, self.ends_process))
         writing.callback(self.trackers.finish)
         display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
@@ -281,17 +278,17 @@ class TrainingRun:
         directory.set_aside_later(self.progress.step)
         writer = writing.enter_context(
             CheckpointWriter(
-                directory, self.state, self.settings, self.progress, saving.keep_last, saving.load_best, self.say
+                directory, self.state, self.settings, self.progress, s.keep_last, s.load_best, self.say
             )
         )
         writing.callback(display.close)  # at the end it is the first to go
         writer.lines = self._open_lines() if is_main else []
         return [
-            HeldOut(watching.eval_every, self._score(), patience, watching.early_stopping_min_delta, stop),
+            HeldOut(w.eval_every, self._score(), w.early_stopping_patience, w.early_stopping_min_delta, stop),
             *self.observers,
             Stop(stop),
-            *([Samples(self._sampler(display, writer.lines), watching.sample_every)] if self.prompts else []),
-            Saver(writer.save, self.progress, saving.save_every, self.config.keeps_best),
+            *([Samples(self._sampler(display, writer.lines), w.sample_every)] if self.prompts else []),
+            Saver(writer.save, self.progress, s.save_every, self.config.keeps_best),
             *([Metrics(writer.lines[0])] if is_main else []),
             display,
             self.trackers,
@@ -323,12 +320,12 @@ class TrainingRun:
 
     def _score(self) -> AnswerScore | None:
         """Judges evaluations by exact match, if that is asked for."""
-        t = self.config.watching
-        number = (t.score_examples or len(self.held_out)) if t.best_metric == "exact_match" else 0
+        w = self.config.watching
+        number = (w.score_examples or len(self.held_out)) if w.best_metric == "exact_match" else 0
         asked = choose_prompts(self.held_out, self.tokenizer, number)
         if not asked:
             return None
-        is_match, length = make_matcher(t.score_match).same, self.config.generate.max_new_tokens
+        is_match, length = make_matcher(w.score_match).same, self.config.generate.max_new_tokens
         return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
 
 

@@ -106,7 +106,7 @@ class TrainedState:
     @property
     def is_untouched(self) -> bool:
         """Whether every adapter's B is still zero."""
-        return not any(layer.lora_B.any() for layer in lora_layers(self.model).values())
+        return not any(layer.weights.lora_B.any() for layer in lora_layers(self.model).values())
 
     def copy(self) -> tuple[AdapterSnapshot, dict[str, Tensor]]:
         """(the adapter, the optimizer's tensors), in main memory."""

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from qlora.data.batches import Batch, make_batches
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.lora.adapter import active_adapter, lora_layers
+from qlora.model.base import ranks_of
 from qlora.model.loss import causal_lm_loss
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
-from qlora.system.ranks import Ranks, ranks_of
+from qlora.system.ranks import Ranks
 from qlora.training.optimizer import MasterOptimizer
 
 
@@ -169,7 +170,9 @@ def check_adapters_learn(model: nn.Module) -> None:
         TrainingStopped: names the layers without one; what they would have learned is lost otherwise.
     """
     silent = [
-        n for n, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
+        n
+        for n, layer in lora_layers(model).items()
+        if layer.weights.lora_A.grad is None or layer.weights.lora_B.grad is None
     ]
     adapter = active_adapter(model)
     trained = {} if adapter is None else adapter.trained

@@ -31,6 +31,7 @@ from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
 from qlora.export.drift import Drift, compare_logits, load_drift_texts, perplexity
 from qlora.export.merge import merge_adapter
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.library import Params4bit
@@ -385,7 +386,7 @@ def test_4bit_checkpoint(llama: Path, tmp_path: Path, quant: QuantConfig) -> Non
     ours = load_base_model(str(tmp_path / "merged"), compute_dtype="float32", cache=False)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     base = load_base_model(str(llama), True, quant, "float32", cache=False)
-    assert ours.quantization == quant
+    assert base_info(ours).quantization == quant
     assert theirs.config.quantization_config.bnb_4bit_quant_type == quant.quant_type
     assert theirs.config.quantization_config.llm_int8_skip_modules == ["lm_head"]
     packed = [name for name, p in ours.named_parameters() if isinstance(p, Params4bit)]

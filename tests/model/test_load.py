@@ -28,6 +28,7 @@ import qlora.model.shards
 import qlora.model.weights
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora
+from qlora.model.base import base_info
 from qlora.model.gguf_source import GGUFSource
 from qlora.model.hf_config import load_config, metadata_directory
 from qlora.model.load import cached_compute_dtype, load_base_model
@@ -178,12 +179,12 @@ def test_4bit_against_transformers(llama: Path, quant: QuantConfig) -> None:
     expected = logits(reference_model(llama, quant))
     assert relative_error(logits(model), expected) < FP32_TOLERANCE
     assert relative_error(logits(reference_model(llama, None)), expected) > 0.02
-    assert model.quantization == quant and model.compute_dtype is torch.float32
+    assert base_info(model).quantization == quant and base_info(model).compute_dtype is torch.float32
 
 
 def test_bf16_compute_against_transformers(llama: Path) -> None:
     model = load(llama, compute_dtype="bfloat16")
-    assert model.compute_dtype is torch.bfloat16 and logits(model).dtype is torch.bfloat16
+    assert base_info(model).compute_dtype is torch.bfloat16 and logits(model).dtype is torch.bfloat16
     expected = logits(reference_model(llama, QuantConfig()).to(torch.bfloat16))
     assert relative_error(logits(model), expected) < BF16_TOLERANCE
 
@@ -200,7 +201,7 @@ def test_without_4bit_equals_transformers_in_bf16(llama: Path) -> None:
     model = load(llama, use_4bit=False)
     expected = reference_model(llama, None)
     assert relative_error(logits(model), logits(expected)) < FP32_TOLERANCE
-    assert model.quantization is None
+    assert base_info(model).quantization is None
     theirs = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.float(), theirs[name])
@@ -406,7 +407,7 @@ def test_cache_is_keyed_by_the_options(llama: Path, fresh_cache: Path) -> None:
         assert len(list(fresh_cache.iterdir())) == number
     for quant, expected in zip(options, fresh, strict=True):
         cached = load(llama, quant=quant)
-        assert cached.quantization == quant
+        assert base_info(cached).quantization == quant
         assert_same_tensors(packed_bytes(cached), expected)
 
 
@@ -572,7 +573,7 @@ def test_prequantized_checkpoint(llama: Path, prequantized: Path, fresh_cache: P
         if isinstance(module, Linear4bit):
             assert torch.equal(module.weight.data, stored[f"{name}.weight"])
             assert torch.equal(module.weight.quant_state.absmax, stored[f"{name}.weight.absmax"])
-    assert model.quantization == QuantConfig() and not fresh_cache.exists()
+    assert base_info(model).quantization == QuantConfig() and not fresh_cache.exists()
     assert_same_tensors(packed_bytes(model), packed_bytes(load(llama)))
     assert relative_error(logits(model), logits(reference_model(llama, QuantConfig()))) < FP32_TOLERANCE
     assert not hasattr(model.config, "quantization_config")
@@ -586,7 +587,7 @@ def test_prequantized_with_other_options(llama: Path, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(llama, quantization_config=options, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "fp4")
     model = load(tmp_path / "fp4", quant=QuantConfig("nf4"))
-    assert model.quantization == QuantConfig("fp4", double_quant=False)
+    assert base_info(model).quantization == QuantConfig("fp4", double_quant=False)
     expected = logits(reference_model(llama, QuantConfig("fp4", double_quant=False)))
     assert relative_error(logits(model), expected) < FP32_TOLERANCE
 
@@ -1185,7 +1186,7 @@ def test_the_compute_dtype_is_measured_once(
 
     monkeypatch.setattr(module, "choose_compute_dtype", noisy)
     found = [
-        load_base_model(str(llama), compute_dtype="auto", cache=cache).compute_dtype
+        base_info(load_base_model(str(llama), compute_dtype="auto", cache=cache)).compute_dtype
         for cache in (False, True, True, False)
     ]
     assert found == [torch.bfloat16, *[torch.float32] * 3]  # what is not to be remembered is measured again

@@ -29,6 +29,7 @@ from qlora.generation import generate, generate_samples
 from qlora.lora.adapter import active_adapter, inject_lora
 from qlora.lora.state import lora_state_dict
 from qlora.lora.trainable import freeze_base, lora_parameters
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.safetensors_source import module_name, saved_name
@@ -147,7 +148,7 @@ def write_out(model: Any, state: dict[str, Tensor]) -> list[nn.Parameter]:
             parent, _, child = name.rpartition(".")
             layer = WrittenOut(model.get_submodule(name), state[key], state[f"{name}.lora_B.weight"])
             setattr(model.get_submodule(parent), child, layer)
-            parameters += [layer.lora_A, layer.lora_B]
+            parameters += [layer.weights.lora_A, layer.weights.lora_B]
     return parameters
 
 
@@ -284,7 +285,7 @@ def test_cache_gives_the_same_model(family: str, make: Maker, tmp_path: Path, mo
     assert_same_tensors(packed_bytes(second), packed_bytes(first))
     assert_same_tensors(dict(second.named_parameters()), dict(first.named_parameters()))
     assert_same_tensors(packed_bytes(first), packed_bytes(load(make(family))))
-    assert second.quantization == QuantConfig()
+    assert base_info(second).quantization == QuantConfig()
 
 
 def test_a_trained_router_is_merged(make: Maker, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from qlora.data.batches import collate_packed
 from qlora.data.example import Example
 from qlora.lora.adapter import inject_lora
 from qlora.lora.trainable import base_parameters, freeze_base
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.parallel.fsdp import load_sharded_model
@@ -383,7 +384,8 @@ def test_a_run_plans_what_the_plan_says(even_model: str, parallel: dict[str, Any
         model = load_for_ranks(even_model, ranks, here, compute_dtype="float32", cache=False, check=False)
         inject_lora(model, config.lora)
         freeze_base(model)
-        model.ranks = replace(ranks, cpu_offload=offload)  # without a GPU FSDP2 refuses to do it
+        ranks = replace(ranks, cpu_offload=offload)  # without a GPU FSDP2 refuses to do it
+        model.base_info = replace(base_info(model), ranks=ranks)
         for mode in ("off", "on"):
             loop = replace(config.loop, gradient_checkpointing=mode)
             plan = planner.plan(replace(config, loop=loop), DevicesConfig(gpus=size))

@@ -18,6 +18,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora, lora_layers
 from qlora.lora.trainable import freeze_base
 from qlora.model.attention import packed_arguments
+from qlora.model.base import base_info
 from qlora.model.block import decoder_layers, is_fused
 from qlora.model.load import load_base_model
 from qlora.planning.memory import (
@@ -112,7 +113,9 @@ def test_a_layer_against_autograd(
     assert is_fused(decoder_layers(model)[1]) == fused
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     planned = num_tokens * layer_bytes(model.config, getattr(torch, dtype), adapted, fused)
-    assert adapter_bytes(model, getattr(torch, dtype)) == 3 * num_adapters * model.compute_dtype.itemsize
+    assert (
+        adapter_bytes(model, getattr(torch, dtype)) == 3 * num_adapters * base_info(model).compute_dtype.itemsize
+    )
     measured = kept_by_layer(model, num_tokens)
     assert measured[2] > measured[0] > 0  # below the first adapter the input needs no gradient
     assert 0.97 < planned / measured[2] < 1.01

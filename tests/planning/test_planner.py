@@ -20,6 +20,7 @@ from qlora.config.run import RunConfig
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import inject_lora
 from qlora.lora.trainable import freeze_base, parameter_summary
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model, plan_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.planning.memory import plan_recomputing
@@ -62,12 +63,12 @@ def assert_same_plan(name: str, model: ModelConfig, lora: LoRAConfig, cache: boo
     loaded = adapted(load_base_model(name, model.use_4bit, quant, dtype, cache=cache), name, lora)
     config = RunConfig(replace(model, model=name), lora, DataConfig(max_length=TOKENS), LoopConfig(batch_size=1))
     planned = Planner(name, "cpu").plan(config)
-    assert planned.memory == plan_memory(loaded, TOKENS, loaded.compute_dtype)
+    assert planned.memory == plan_memory(loaded, TOKENS, base_info(loaded).compute_dtype)
     assert planned.summary == parameter_summary(loaded)
     empty = adapted(plan_base_model(name, model.use_4bit, quant, dtype), name, lora)
     assert all(p.is_meta for p in empty.parameters())
-    assert plan_recomputing(empty, TOKENS, empty.compute_dtype) == plan_recomputing(
-        loaded, TOKENS, loaded.compute_dtype
+    assert plan_recomputing(empty, TOKENS, base_info(empty).compute_dtype) == plan_recomputing(
+        loaded, TOKENS, base_info(loaded).compute_dtype
     )
 
 

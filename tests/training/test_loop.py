@@ -70,7 +70,7 @@ def adapted(tiny: str, dtype: str = "float32", dropout: float = 0.0, compute: st
     freeze_base(model)
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model).values():  # a B of zeros would leave A without a real gradient
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+        layer.weights.lora_B.data.copy_(torch.randn(layer.weights.lora_B.shape, generator=generator) * 0.05)
     return model.train()
 
 
@@ -88,7 +88,7 @@ class Log(Observer):
 
 
 def run(model: Any, examples: list[Example], steps: int, **options: Any) -> list[dict[str, Any]]:
-    """Train `steps` steps, watched as a run is; each option goes where it belongs; the lines of metrics."""
+    """Train `steps` steps, watched as a run is, and return the lines of metrics; options go to their namesakes."""
     lines: list[dict[str, Any]] = []
     take, o = options.pop, options
     optimizer = take("optimizer", None) or build_optimizer(lora_parameters(model), "adamw")

@@ -148,11 +148,13 @@ def test_training_that_cannot_go_on_is_an_error_of_python(job: list[str], tmp_pa
                 trainer.model.model.norm.weight.data.fill_(float("nan"))  # type: ignore[union-attr]
 
     config = config_of(job, tmp_path / "out", "--max-skipped", "0")
-    with pytest.raises(
-        TrainingStopped, match=r"step 2: loss nan.*Its examples are in .*; the state before it is saved"
+    with (
+        pytest.raises(
+            TrainingStopped, match=r"step 2: loss nan.*Its examples are in .*; the state before it is saved"
+        ),
+        TrainingRun.from_config(config, observers=[Poison()]) as run,
     ):
-        with TrainingRun.from_config(config, observers=[Poison()]) as run:
-            run.train()
+        run.train()
     assert (tmp_path / "out/checkpoints/step-000001").is_dir()
     assert (tmp_path / "out/skipped/step-000002.jsonl").is_file()
 

@@ -50,5 +50,5 @@ def main(argv: Sequence[str]) -> None:
         saved = replace(read_adapter(staging), directory=Path(config.adapter))  # the name for messages
         if config.model:
             check_adapter(saved, empty_model(config.model))
-    variant = "DoRA" if saved.config.use_dora else "LoRA"
+    variant = saved.config.variant_name
     print(f"{variant} of rank {saved.config.rank} in {len(saved.adapted_layers)} layers, written to {target}")
