@@ -262,7 +262,7 @@ class Run:
 
 def _configure(config: C, settings: Mapping[str, Any]) -> C:
     if not isinstance(config, RunConfig):
-        raise InputError(f"config is a {type(config).__name__}; give a RunConfig, and settings as keywords.")
+        raise InputError(f"config is of type {type(config).__name__}; give a RunConfig, and settings as keywords.")
     return with_settings(config, settings)
 
 

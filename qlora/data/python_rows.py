@@ -35,9 +35,9 @@ class PythonRows:
         self.is_dataset, self.is_frame = _is_a("datasets", "Dataset", rows), _is_a("pandas", "DataFrame", rows)
         if isinstance(rows, Mapping):
             keys = ", ".join(map(quote, list(rows)[:5]))
-            raise InputError(f"{name} is a {type(rows).__name__} of {keys}; give one split of it, or [row].")
+            raise InputError(f"{name} is of type {type(rows).__name__}, with {keys}; give one split of it, or [row].")
         if not (self.is_dataset or self.is_frame or isinstance(rows, (list, tuple))):
-            raise InputError(f"{name} is a {type(rows).__name__}; give {KINDS}.")
+            raise InputError(f"{name} is of type {type(rows).__name__}; give {KINDS}.")
         if self.is_frame and (doubled := find_doubled([str(column) for column in rows.columns])) is not None:
             raise InputError(f"{name}: the column {quote(doubled)} stands there twice; rename one.")
         if self.is_dataset and rows.format["type"] not in (None, "custom"):  # tensors: back to Python's values

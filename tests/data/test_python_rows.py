@@ -1,4 +1,4 @@
-"""Rows from Python are read as the same rows in a file: same values, same errors, a digest in the place of times."""
+"""Rows from Python are read as the same rows in a file: same values, same errors, a digest for the cache."""
 
 from __future__ import annotations
 
@@ -105,14 +105,17 @@ def test_a_bad_row_is_named_by_its_place_as_in_python(row: Any, problem: str) ->
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (7, "data is a int; give a path, a list of dicts, a pandas DataFrame or a datasets.Dataset."),
-        ((row for row in PAIRS), "data is a generator; give a path"),
-        ({"prompt": "a"}, "data is a dict of 'prompt'; give one split of it, or [row]."),
-        (DatasetDict(train=Dataset.from_list(PAIRS)), "data is a DatasetDict of 'train'; give one split of it"),
-        (Dataset.from_list(PAIRS).to_iterable_dataset(), "data is a IterableDataset; give a path"),
+        (7, "data is of type int; give a path, a list of dicts, a pandas DataFrame or a datasets.Dataset."),
+        ((row for row in PAIRS), "data is of type generator; give a path"),
+        ({"prompt": "a"}, "data is of type dict, with 'prompt'; give one split of it, or [row]."),
+        (
+            DatasetDict(train=Dataset.from_list(PAIRS)),
+            "data is of type DatasetDict, with 'train'; give one split of it",
+        ),
+        (Dataset.from_list(PAIRS).to_iterable_dataset(), "data is of type IterableDataset; give a path"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' stands there twice; rename one."),
-        (["a.jsonl", {"prompt": "a"}], "data[1] is a dict of 'prompt'; give one split of it, or [row]."),
-        ([PAIRS, 7], "data[1] is a int; give a path"),
+        (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split of it, or [row]."),
+        ([PAIRS, 7], "data[1] is of type int; give a path"),
     ],
 )
 def test_what_is_no_source_is_told(data: Any, problem: str) -> None:
@@ -168,7 +171,8 @@ def test_bad_rows_come_in_the_order_of_the_data() -> None:
 
 def test_neither_pandas_nor_datasets_is_imported_for_a_list() -> None:
     code = (
-        "import sys; from qlora.data.python_rows import PythonRows; list(PythonRows('data', [{'text': 'a'}]).stream());"
+        "import sys; from qlora.data.python_rows import PythonRows as Rows; list(Rows('data', [{'text': 'a'}]).stream())"
+        "\n"
         "sys.exit(any(name in sys.modules for name in ('pandas', 'datasets', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
