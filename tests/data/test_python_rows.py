@@ -107,14 +107,14 @@ def test_a_bad_row_is_named_by_its_place_as_in_python(row: Any, problem: str) ->
     [
         (7, "data is of type int; give a path, a list of dicts, a pandas DataFrame or a datasets.Dataset."),
         ((row for row in PAIRS), "data is of type generator; give a path"),
-        ({"prompt": "a"}, "data is of type dict, with 'prompt'; give one split of it, or [row]."),
+        ({"prompt": "a"}, "data is of type dict, with 'prompt'; give one split or [row]."),
         (
             DatasetDict(train=Dataset.from_list(PAIRS)),
-            "data is of type DatasetDict, with 'train'; give one split of it",
+            "data is of type DatasetDict, with 'train'; give one split",
         ),
         (Dataset.from_list(PAIRS).to_iterable_dataset(), "data is of type IterableDataset; give a path"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' stands there twice; rename one."),
-        (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split of it, or [row]."),
+        (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split or [row]."),
         ([PAIRS, 7], "data[1] is of type int; give a path"),
     ],
 )
