@@ -163,7 +163,7 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
     command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS else ours
     environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # the user's own keeps no throw-away model
     if name in PEERS:
-        environment.pop("GOMP_SPINCOUNT", None)  # qlora/__init__.py sets it, for the threads of this project
+        environment.pop("GOMP_SPINCOUNT", None)  # our entry points set it, for their own threads
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         sys.exit(f"error: {name} ended with code {done.returncode}:\n{done.stderr[-3000:]}")

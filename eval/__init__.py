@@ -4,4 +4,6 @@ In a checkout this folder is the package `eval`. A wheel installs it as `qlora.e
 it under that name everywhere (qlora/cli/commands/eval.py). So its files import each other relatively.
 """
 
-PROGRAM = "python -m eval" if __name__ == "eval" else "qlora eval"  # the name that help pages show
+from qlora.cli.program import program
+
+PROGRAM = "python -m eval" if __name__ == "eval" else program("eval")  # the name that help pages show

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora.config.parse import parse_args
+from qlora.config.settings import Count
 from qlora.system.errors import InputError
 
 from . import PROGRAM
 from .exact_match import ExactMatchConfig, Question, measure, read_questions, summarize
-from .model import EvalConfig, load_evaluated, require, require_at_least
+from .model import EvalConfig, load_evaluated, require
 from .pairs import compare_results, settings_that_differ
 from .results import check_output, read_result, write_result
 from .tables import make_tables, print_tables, to_markdown
@@ -36,14 +37,13 @@ class CompareConfig(ExactMatchConfig):
     """Further models as they are stored: merged ones, in 16 bits unless saved in 4."""
     results: tuple[str, ...] = ()
     """Files that --output of exact_match, choice or perplexity wrote, compared as they are."""
-    show: int = 3
+    show: Count = 3
     """Wins, losses and ties to print of each two models; --output and --markdown hold all."""
     markdown: str | None = None
     """Write the tables to this Markdown file, too."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, "show", 0)
         if self.adapter and self.model is None:
             raise InputError("Adapters are given without their base; pass --model.")
         if (self.model is not None) + len(self.adapter) + len(self.merged) + len(self.results) < 2:

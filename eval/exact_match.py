@@ -90,7 +90,7 @@ class ExactMatchConfig(AskConfig, AnswerConfig, EvalConfig):
     """Generated answers to held-out prompts, compared with the expected ones."""
 
     def __post_init__(self) -> None:
-        for part in (EvalConfig, AnswerConfig, AskConfig):
+        for part in (AnswerConfig, AskConfig):
             part.__post_init__(self)
 
 

@@ -3,14 +3,8 @@
 Names are imported when first used, so that `import qlora` and `--help` stay instant.
 """
 
-import os
 from importlib import import_module
 from typing import Any
-
-# Threads that compute together wait for each other by spinning, for a millisecond where nothing else is said.
-# Where another program has one of the cores, they so keep each other from theirs: training took 25 times as long.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read where torch is imported, so not if that came first
 
 __version__ = "0.1.0"
 _HOME = {

@@ -28,8 +28,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from qlora.system.startup import collection_paused, importing_transformers
+from qlora.system.startup import collection_paused, importing_transformers, limit_spinning
 
+limit_spinning()
 with collection_paused(), importing_transformers():
     import torch
     import torch.distributed.fsdp  # load_sharded_model needs it

@@ -24,6 +24,7 @@ from qlora.adapters.load import load_adapter
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.data.batches import make_batches
 from qlora.data.example import Example
 from qlora.data.tokenizer_files import add_tokens
@@ -276,7 +277,7 @@ def check_merge(bench: Bench, name: str) -> str:
     assert torch.equal(logits(model), expected)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     merged = bench.directory / "merged" / name.replace(" ", "-")
-    merge_adapter(str(bench.base), str(bench.adapter(name)), str(merged), check_drift=False)
+    merge_adapter(str(bench.base), str(bench.adapter(name)), str(merged), MergeOptions(drift=False))
     alone = load_base_model(str(merged), use_4bit=False, compute_dtype="float32")
     assert relative_error(logits(alone), expected) < BF16_TOLERANCE
     return YES

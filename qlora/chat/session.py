@@ -304,6 +304,7 @@ class Chat:
         reading = self._start_reading()
         with suppress(EOFError):
             while True:
+                line = ""
                 try:
                     line = reading().replace("\0", "")  # no data file may hold it
                     if line.startswith("/"):
@@ -315,7 +316,8 @@ class Chat:
                     self.note(str(error))
                 except KeyboardInterrupt:
                     self._stream("\n")
-                    self.note("stopped, and left out of the conversation; /retry asks again, /quit ends the chat")
+                    stopped = "stopped, and left out of the conversation; /retry asks again"
+                    self.note(f"{stopped if line else 'nothing was running'}; /quit ends the chat")
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise

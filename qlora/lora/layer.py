@@ -308,8 +308,11 @@ class LoRALinear(nn.Module):
         """Over a 16-bit base that was unfrozen."""
         weights = self.weights
         if scale is not None:
-            name, flag = (weights.variant.name, weights.variant.flag) if weights.variant else ("It", "a variant")
-            raise InputError(f"{name} wants a frozen base; train without {flag}, or call freeze_base.")
+            variant = weights.variant
+            assert variant is not None
+            raise InputError(
+                f"{variant.name} needs a frozen base; train without {variant.flag}, or call freeze_base."
+            )
         h = F.linear(F.dropout(x, dropout), A.to(x.dtype))
         return self.base_layer(x) + weights.scaling * F.linear(h, weights.lora_B.to(x.dtype))
 

@@ -154,7 +154,7 @@ def _fused_class(plain: Any) -> Any:
         return block_forward(self, hidden_states, kwargs)
 
     # transformers wraps the forward of every subclass in its gradient checkpointing
-    return type(plain.__name__, (FusedBlock, plain), {"forward": forward, "__module__": plain.__module__})
+    return type(plain.__name__, (plain, FusedBlock), {"forward": forward, "__module__": plain.__module__})
 
 
 def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -371,6 +371,25 @@ def test_the_first_ctrl_c_stops_at_the_next_token_and_the_second_at_once(
         assert (len(raised), chat.turns) == (presses - 1, []) and signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_at_the_prompt_says_that_nothing_was_running(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, after an answer: it stays in the conversation, and the chat goes on to its end."""
+    chat, lines = start(tiny), iter(["one", KeyboardInterrupt, KeyboardInterrupt])
+
+    def read() -> str:
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(chat, "_start_reading", lambda: read)
+    chat.run()
+    said = capsys.readouterr().err
+    assert said.count("nothing was running; /quit ends the chat") == 2 and "left out" not in said
+    assert len(chat.turns) == 1
+
+
 # ---- the history file -------------------------------------------------------------------------------------
 
 

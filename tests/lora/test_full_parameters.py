@@ -20,6 +20,7 @@ from qlora.adapters.load import load_adapter
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.data.batches import Batch, make_batches
 from qlora.data.encode import encode_prompt
 from qlora.data.example import Example
@@ -410,7 +411,9 @@ def test_a_base_that_an_adapter_unties_is_merged_untied(bases: dict[str, Path], 
         theirs.get_input_embeddings().modules_to_save["default"].weight.mul_(1.5)
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "adapter")
-    merge_adapter(str(bases["tied"]), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(bases["tied"]), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not merged.config.tie_word_embeddings
     assert relative_error(logits(merged), logits(theirs)) < 2e-2  # weights rounded to bf16

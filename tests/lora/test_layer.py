@@ -675,8 +675,8 @@ def test_a_row_of_zeros_under_dora() -> None:
 def test_small_changes_of_the_magnitude_reach_a_bf16_output() -> None:
     """Magnitudes 0.3 % up: c itself rounded to bf16 would be 1, whose neighbour is 1.0078."""
     layer = make_dora("4bit", bias=False)
-    layer.weights.variant = DoRA()
     layer.weights.magnitude = nn.Parameter(1.003 * weight_norm(layer))
+    layer.weights.variant = DoRA()
     x = gaussian(200, COLUMNS, dtype=torch.bfloat16)
     before = F.linear(x.float(), reference.dense_weight(layer.base_layer) + layer.weights.delta_weight())
     for y in (layer(x), layer.eval()(x)):

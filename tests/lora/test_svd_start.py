@@ -18,6 +18,7 @@ from qlora.adapters.load import load_adapter, with_base_shift
 from qlora.adapters.model import LoRAModel
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
 from qlora.lora.adapter import activate, inject_lora, lora_layers
 from qlora.lora.base_shift import base_shift
@@ -262,7 +263,7 @@ def test_conv1d_too(tmp_path: Path) -> None:
         load_adapter(again, tmp_path / str(use_4bit))
         assert torch.equal(logits(again), logits(network))
         merge_adapter(
-            model, str(tmp_path / str(use_4bit)), str(tmp_path / f"merged-{use_4bit}"), check_drift=False
+            model, str(tmp_path / str(use_4bit)), str(tmp_path / f"merged-{use_4bit}"), MergeOptions(drift=False)
         )
         merged = load(str(tmp_path / f"merged-{use_4bit}"), use_4bit=False)
         assert relative_error(logits(merged), logits(network)) < 0.02
@@ -275,7 +276,7 @@ def test_merged_onto_the_base_it_was_trained_on(llama: str, tmp_path: Path, name
     network, config = started(llama, **STARTS[name])
     learn(network)
     save_adapter(network, tmp_path / "adapter", config, llama)
-    merge_adapter(llama, str(tmp_path / "adapter"), str(tmp_path / "merged"), base=base, check_drift=False)
+    merge_adapter(llama, str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(base=base, drift=False))
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for layer_name, W in read_weights(llama, lora_layers(network)):
         layer = lora_layers(network)[layer_name]
@@ -499,7 +500,7 @@ def test_plain_lora_of_twice_the_rank(llama: str, tmp_path: Path) -> None:
         layer = lora_layers(network)[name]
         layer.base_layer.weight.data = W - B @ A
         low_A, low_B = plain.low_rank(name)
-        assert len(low_A) == 2 * layer.rank == plain.config.rank_of(name)
+        assert len(low_A) == 2 * layer.weights.rank == plain.config.rank_of(name)
         assert relative_error(W + low_B @ low_A, W - B @ A + layer.weights.delta_weight()) < 1e-6
         onto.get_submodule(name).weight.data = plain.merge_into(f"{name}.weight", W)
     assert relative_error(logits(onto), logits(network)) < 1e-5

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.data.batches import Batch, collate_packed, collate_padded
 from qlora.data.encode import encode_prompt
 from qlora.data.example import IGNORE_INDEX, Example
@@ -296,7 +297,9 @@ def test_a_trained_router_is_merged(make: Maker, tmp_path: Path) -> None:
     for parameter in trained.values():
         parameter.data.add_(1.0)
     save_adapter(model, tmp_path / "adapter", config)
-    merge_adapter(str(make("mixtral")), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(make("mixtral")), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert len(trained) > 0
     for name, parameter in trained.items():
@@ -308,7 +311,9 @@ def test_merged_model_loads_in_transformers(family: str, make: Maker, tmp_path: 
     """Every parameter is bf16(dequantized + update), under the name that transformers saves it by."""
     model = adapt(load(make(family)))
     save_adapter(model, tmp_path / "adapter", CONFIG)
-    merge_adapter(str(make(family)), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(make(family)), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     stored, merged = (load_file(path / "model.safetensors") for path in (make(family), tmp_path / "merged"))
     assert merged.keys() == stored.keys()
     expected = reference_model(make(family), QuantConfig())

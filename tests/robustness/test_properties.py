@@ -48,9 +48,10 @@ from qlora.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from qlora.training.lines import LinesFile
+from qlora.training.held_out import HeldOut
+from qlora.training.lines import LinesFile, Metrics
 from qlora.training.loop import Limits, Trainer, TrainingData
-from qlora.training.observer import Observer
+from qlora.training.observer import Observer, Stop
 from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.saver import Saver

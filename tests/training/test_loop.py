@@ -26,6 +26,7 @@ from qlora.model.block import decoder_layers
 from qlora.model.load import load_base_model
 from qlora.model.loss import CHUNK_SIZE
 from qlora.system.errors import StoppedOnRequest, TrainingStopped
+from qlora.training import held_out as held_out_module
 from qlora.training import loop as trainer
 from qlora.training import recompute
 from qlora.training import step as step_module
@@ -272,7 +273,8 @@ def test_a_cpu_cuts_a_window_into_short_micro_batches(tiny: str, monkeypatch: py
 
     options: dict[str, Any] = dict(eval_examples=make_examples(5, seed=9), eval_every=4)
     expected = run(adapted(tiny), make_examples(), 4, **options)
-    monkeypatch.setattr(step_module, "causal_lm_loss", causal_lm_loss)
+    for module in (step_module, held_out_module):
+        monkeypatch.setattr(module, "causal_lm_loss", causal_lm_loss)
     monkeypatch.setattr(packing, "CPU_TOKENS", 32)
     lines = run(adapted(tiny), make_examples(), 4, **options)
     assert losses(lines) == pytest.approx(losses(expected), rel=1e-5)
@@ -423,6 +425,7 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run(tiny: str) -> None:
 def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) -> list[int]:
     """Micro-batches of more than `limit` tokens fail in the backward pass as if memory ran out."""
     refused: list[int] = []
+    whole_loss = step_module.causal_lm_loss
 
     class Fails(torch.autograd.Function):
         @staticmethod
@@ -434,7 +437,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) 
             raise error
 
     def causal_lm_loss(model: Any, batch: Any) -> Any:
-        loss, count = step_module.loss_of(model, batch)
+        loss, count = whole_loss(model, batch)
         if batch.input_ids.numel() <= limit:
             return loss, count
         refused.append(batch.input_ids.numel())
@@ -442,8 +445,8 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) 
             raise error
         return Fails.apply(loss), count
 
-    monkeypatch.setattr(step_module, "loss_of", step_module.causal_lm_loss, raising=False)
-    monkeypatch.setattr(step_module, "causal_lm_loss", causal_lm_loss)
+    for module in (step_module, held_out_module):
+        monkeypatch.setattr(module, "causal_lm_loss", causal_lm_loss)
     return refused
 
 

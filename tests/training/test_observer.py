@@ -1,4 +1,4 @@
-"""The hook interface: who is told what and when, who may stop a run, and what an observer that fails may not hide."""
+"""The hook interface: who is told what and when, who may stop a run, and what a failing observer may not hide."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Recorder(Observer):
         self._take("step", line["step"])
 
     def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
-        self._take("evaluation", (line["step"], is_best))
+        assert is_best or line["step"]  # the first is always the best
+        self._take("evaluation", line["step"])
 
     def at_end(self, trainer: Trainer, error: BaseException | None) -> None:
         self._take("end", error if error is None else type(error).__name__)
@@ -71,8 +72,8 @@ def test_the_calls_of_a_run_in_order(tiny: str) -> None:
     first, second = Recorder(), Recorder()
     trainer_of(tiny, HeldOut(2), first, second, Observer()).fit()
     assert first.calls == second.calls == [
-        ("evaluation", (0, True)), ("before", 0), ("step", 1), ("before", 1), ("step", 2),
-        ("evaluation", (2, True)), ("before", 2), ("end", None),
+        ("evaluation", 0), ("before", 0), ("step", 1), ("before", 1), ("step", 2),
+        ("evaluation", 2), ("before", 2), ("end", None),
     ]  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_an_observer_ends_the_run_as_if_it_were_done(tiny: str) -> None:
     samples, saver = Samples(sampled.append, every=5), Saver(lambda p: saved.append(p.step), progress)
     trainer_of(tiny, HeldOut(4), recorder, samples, saver, steps=9).fit(progress)
     assert saved == [2] and sampled == [0, 2] and recorder.calls[-1] == ("end", None)
-    assert ("evaluation", (2, True)) in recorder.calls  # as at any last step
+    assert ("evaluation", 2) in recorder.calls  # as at any last step
 
 
 @pytest.mark.parametrize("call", ["before", "step", "evaluation"])

@@ -34,8 +34,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     model, data = save_tiny_llama(folder / "model", tokenizer=tiny_tokenizer()), folder / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": f"{n}!"}) + "\n" for n in range(20)))
     text = (
-        f"--model {model} --data {data} --compute-dtype float32 --batch-size 2 --max-steps 4 --rank 2 --eval-split 0.2 "
-        "--eval-every 2 --save-every 2 --num-samples 1 --sample-tokens 2 --report-to tensorboard"
+        f"--model {model} --data {data} --compute-dtype float32 --batch-size 2 --max-steps 4 --rank 2 "
+        "--eval-split 0.2 --eval-every 2 --save-every 2 --num-samples 1 --sample-tokens 2 --report-to tensorboard"
     )
     return text.split()
 
@@ -112,9 +112,9 @@ def test_a_users_observer_stops_a_run_that_goes_on_later(job: list[str], tmp_pat
     with TrainingRun.from_config(config_of(job, whole)) as run:
         run.train()
     watcher = Watcher(stop_at=3)
-    with pytest.raises(StoppedOnRequest, match=r"after step 3 of 4 \(seen enough\)"):
-        with TrainingRun.from_config(config_of(job, out), observers=[watcher]) as run:
-            run.train()
+    run = TrainingRun.from_config(config_of(job, out), observers=[watcher])
+    with pytest.raises(StoppedOnRequest, match=r"after step 3 of 4 \(seen enough\)"), run:
+        run.train()
     assert len(watcher.losses) == 3 and isinstance(watcher.ends[0], StoppedOnRequest)
     assert traces() == before and (out / "checkpoints/step-000003").is_dir() and (out / "loss.png").is_file()
     with TrainingRun.from_config(config_of(job, out, "--resume", "auto")) as run:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qlora.cli.program import program
 from qlora.config.generate import SamplingConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.model import ModelConfig
@@ -34,7 +35,7 @@ class ChatConfig(SamplingConfig):
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ChatConfig, "python -m qlora chat", argv)
+    config = parse_args(ChatConfig, program("chat"), argv)
     if config.model.model is None and not config.adapter:
         raise InputError("Nobody to chat with; pass --model, --adapter or both.")
     with collection_paused(), importing_transformers():

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from qlora.config.data import DataConfig
+from qlora.cli.program import program
+from qlora.config.data import RowsConfig
 from qlora.config.parse import parse_args
-from qlora.config.settings import Columns, Settings, at_least
 from qlora.system.errors import InputError
 
 
 @dataclass
-class CheckDataConfig(Settings):
+class CheckDataConfig(RowsConfig):
     """Say what is in a data file, and what a run would make of it."""
 
-    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field()  # type: ignore[assignment]
     """A .jsonl, .json, .csv or .parquet file, or a hub id."""
     model: str | None = None
     """Count in tokens of this model, of which only the tokenizer is loaded."""
-    max_length: Annotated[int, at_least(2)] = DataConfig.max_length
-    """Longest example, in tokens."""
-    on_long: Literal["truncate", "drop"] = DataConfig.on_long
-    """A longer example keeps its first --max-length tokens, or is dropped."""
-    train_on: Literal["completion", "all"] = DataConfig.train_on
-    """Learn the assistant's turns only, or every token."""
-    parse_special: bool = DataConfig.parse_special
-    """Let text that spells a special token inside a message be that token instead of plain text."""
-    columns: Columns = field(default_factory=dict)
-    """Columns that go by another name, as prompt=question,completion=answer."""
-    chat_template: str | None = None
-    """File of a Jinja chat template to use in the place of the tokenizer's."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(CheckDataConfig, "python -m qlora check-data", argv)
+    config = parse_args(CheckDataConfig, program("check-data"), argv)
     if config.chat_template is not None and config.model is None:
         raise InputError("--chat-template needs a tokenizer; pass --model.")
     from qlora.cli.show_check import print_check

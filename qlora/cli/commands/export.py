@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -34,7 +35,7 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ExportConfig, "python -m qlora export", argv)
+    config = parse_args(ExportConfig, program("export"), argv)
     if config.model is None and config.adapter is None:
         raise InputError("Nothing to export; pass --model, --adapter or both.")
     if config.adapter_only and config.adapter is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from qlora.cli.program import program
 from qlora.config.generate import GenerateConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parse import parse_args
@@ -27,7 +28,7 @@ class AnswerConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(AnswerConfig, "qlora generate", argv)
+    config = parse_args(AnswerConfig, program("generate"), argv)
     answer(config.model, config.generate, config.chat_template, config.seed)
 
 

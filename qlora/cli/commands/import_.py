@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -28,7 +29,7 @@ class ImportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ImportConfig, "python -m qlora import", argv)
+    config = parse_args(ImportConfig, program("import"), argv)
     if config.output_dir is None:
         raise InputError("No output directory given; pass --output-dir.")
     from qlora.adapters.load import check_adapter

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qlora.cli.commands.generate import answer
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.config.run import RunConfig
 from qlora.system.errors import InputError
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(RunConfig, "train.py", argv)
+    config = parse_args(RunConfig, program("train"), argv)
     if config.generate.prompt is not None:
         answer_prompt(config)
         return
