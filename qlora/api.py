@@ -33,7 +33,7 @@ from qlora.export.merge import merge_adapter
 from qlora.generation import generate
 from qlora.lora.state import load_lora_state_dict
 from qlora.planning.planner import Planner, RunPlan
-from qlora.report.curve import draw_loss
+from qlora.report.curve import part_metrics
 from qlora.system.device import best_device
 from qlora.system.errors import InputError, StoppedOnRequest
 from qlora.system.files import whole_lines
@@ -217,7 +217,7 @@ class Run:
         is_one = isinstance(prompt, str) or isinstance(next(iter(prompt), None), Mapping)
         asked = [prompt] if is_one else list(prompt)
         turns = [[{"role": "user", "content": text}] if isinstance(text, str) else list(text) for text in asked]
-        if not all(turns) or not turns:
+        if not (asked and all(asked)):
             raise InputError("prompt is empty; give a text, a list of messages, or a list of these.")
         names = ("max_new_tokens", "temperature", "top_p", "seed")
         if unknown := sorted(options.keys() - set(names)):
@@ -250,8 +250,9 @@ class Run:
 
     def plot(self) -> Any:
         """The loss curve as a matplotlib Figure, as in loss.png."""
-        training = [line for line in self.metrics if line.get("loss") is not None]
-        return draw_loss(training, [line for line in self.metrics if "eval_loss" in line])
+        from qlora.report.loss_figure import LossFigure
+
+        return LossFigure(*part_metrics(self.metrics))
 
     def merge(self, output_dir: str | os.PathLike[str], **options: Any) -> Drift | None:
         """Write base and adapter as one model; options and result as `merge_adapter`."""

@@ -35,9 +35,7 @@ class PythonRows:
         self.is_dataset, self.is_frame = _is_a("datasets", "Dataset", rows), _is_a("pandas", "DataFrame", rows)
         if isinstance(rows, Mapping):
             keys = ", ".join(map(quote, list(rows)[:5]))
-            raise InputError(
-                f"{name} is of type {type(rows).__name__}, with {keys}; give one split of it, or [row]."
-            )
+            raise InputError(f"{name} is of type {type(rows).__name__}, with {keys}; give one split or [row].")
         if not (self.is_dataset or self.is_frame or isinstance(rows, (list, tuple))):
             raise InputError(f"{name} is of type {type(rows).__name__}; give {KINDS}.")
         if self.is_frame and (doubled := find_doubled([str(column) for column in rows.columns])) is not None:

@@ -47,11 +47,7 @@ class Display(Observer):
     ) -> None:
         self.total_steps, self.quiet, self.clock = total_steps, quiet, clock
         self.plan = f" (planned {planned_gib:.2f})" if planned_gib else ""
-        # What a model says may look like markup or an emoji's name. A notebook shows lines as a file does: rich's
-        # live display there needs a package of its own, and each line would be a block of HTML.
-        self.console = console or Console(
-            soft_wrap=True, highlight=False, markup=False, emoji=False, force_jupyter=False
-        )
+        self.console = console or _make_console()
         self._every = max(1, round(total_steps / 20))
         self._losses: deque[float] = deque(maxlen=smoothing_width(total_steps))
         self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too
@@ -121,6 +117,18 @@ class Display(Observer):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _make_console() -> Console:
+    """A console for what a model says, which may look like markup or an emoji's name.
+
+    A notebook gets plain lines: rich's live display needs a package of its own there, and ipykernel's FORCE_COLOR
+    would have it write a terminal's escape codes.
+    """
+    plain: dict[str, Any] = dict(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    if Console().is_jupyter:
+        return Console(**plain, force_jupyter=False, force_terminal=False)
+    return Console(**plain)
 
 
 def format_seconds(seconds: float) -> str:

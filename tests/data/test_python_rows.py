@@ -14,12 +14,11 @@ import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qlora.data.dataset import find_sources
+from qlora.data.dataset import find_sources, load_examples
 from qlora.data.python_rows import PythonRows, take_sources
 from qlora.data.readers import identify_source, read_records
 from qlora.data.rows import BadRow, sort_by_place
 from qlora.system.errors import InputError
-from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -108,14 +107,14 @@ def test_a_bad_row_is_named_by_its_place_as_in_python(row: Any, problem: str) ->
     [
         (7, "data is of type int; give a path, a list of dicts, a pandas DataFrame or a datasets.Dataset."),
         ((row for row in PAIRS), "data is of type generator; give a path"),
-        ({"prompt": "a"}, "data is of type dict, with 'prompt'; give one split of it, or [row]."),
+        ({"prompt": "a"}, "data is of type dict, with 'prompt'; give one split or [row]."),
         (
             DatasetDict(train=Dataset.from_list(PAIRS)),
-            "data is of type DatasetDict, with 'train'; give one split of it",
+            "data is of type DatasetDict, with 'train'; give one split",
         ),
         (Dataset.from_list(PAIRS).to_iterable_dataset(), "data is of type IterableDataset; give a path"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' stands there twice; rename one."),
-        (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split of it, or [row]."),
+        (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split or [row]."),
         ([PAIRS, 7], "data[1] is of type int; give a path"),
     ],
 )
@@ -173,7 +172,7 @@ def test_bad_rows_come_in_the_order_of_the_data() -> None:
 def test_neither_pandas_nor_datasets_is_imported_for_a_list() -> None:
     code = (
         "import sys; from qlora.data.python_rows import PythonRows\n"
-        "list(PythonRows('data', [{'text': 'a'}]).stream())\n"
+        "assert list(PythonRows('data', [{'text': 'a'}]).stream())\n"
         "sys.exit(any(name in sys.modules for name in ('pandas', 'datasets', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
