@@ -25,7 +25,7 @@ from tests.lm_eval_models import (
     write_choice_task,
 )
 from tests.processes import launch
-from tests.test_choice import write_questions
+from tests.evaluation.test_choice import write_questions
 
 pytest.importorskip("lm_eval")
 
