@@ -6,11 +6,12 @@ same flat names, and the docstring under a field is its help text.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import reprlib
 import sys
-from collections.abc import Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
@@ -99,9 +100,7 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
     for key, value, line in _read_yaml(file):
         name, where = str(key).replace("-", "_"), f"{file}:{line}"
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(names))}."
-            raise InputError(f"{where}: unknown key {reprlib.repr(key)}; {hint}")
+            raise InputError(f"{where}: unknown key {reprlib.repr(key)}; {_nearest(name, names)}")
         if name in lines:
             raise InputError(f"{where}: {name} was given in line {lines[name]} already; remove one of them.")
         lines[name] = line
@@ -121,6 +120,33 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
                 value = "on" if value else "off"
             flags.append(f"--{flag}={value}")
     return flags
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """What may have been meant, as the end of a sentence."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(names))}."
+
+
+def with_settings(config: T, settings: Mapping[str, Any]) -> T:
+    """A copy of a config, changed in the settings given by the names that flags and YAML have for them.
+
+    Raises:
+        InputError: an unknown name (with the closest), a value of another type or out of range.
+    """
+    names = _field_names(type(config))
+    for name in settings:
+        if name not in names:
+            raise InputError(f"unknown setting {name!r}; {_nearest(name, names)}")
+    changed = copy.deepcopy(config)
+    for item in fields(changed):  # type: ignore[arg-type]
+        value = getattr(changed, item.name)
+        if is_dataclass(value) and not isinstance(value, type):
+            mine = {each.name: settings[each.name] for each in fields(value) if each.name in settings}
+            setattr(changed, item.name, replace(value, **mine) if mine else value)
+        elif item.name in settings:
+            setattr(changed, item.name, settings[item.name])
+    return changed
 
 
 def _is_plain(value: Any) -> bool:

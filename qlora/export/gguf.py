@@ -47,7 +47,7 @@ Encoding = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 ADAPTER_ENCODINGS = ("f32", "f16", "bf16", "q8_0")
 
 
-def export_model(
+def export_gguf(
     model: str,
     output: str | Path,
     encoding: Encoding = "f16",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora.system.files import new_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def smoothing_width(num_steps: int) -> int:
@@ -21,16 +25,23 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
-    """Draw training loss (each step and smoothed) and held-out loss over optimizer steps."""
-    import matplotlib
+    """Draw the loss curve of a metrics.jsonl as a .png."""
+    figure = draw_loss(*read_metrics(metrics))
+    with new_file(picture) as file:
+        figure.savefig(file, dpi=120, format="png")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+
+def draw_loss(training: Sequence[dict[str, Any]], evaluations: Sequence[dict[str, Any]]) -> Figure:
+    """Training loss (each step and smoothed) and held-out loss over optimizer steps.
+
+    The figure is no window's: pyplot, whose backend is the user's choice, stays as it is.
+    """
+    from matplotlib.figure import Figure
 
     from qlora.report.charts import smooth
 
-    training, evaluations = read_metrics(metrics)
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     steps, losses = [x["step"] for x in training], [x["loss"] for x in training]
     smoothed, width = smooth(losses)
     axes.plot(steps, losses, color="0.8", linewidth=1, label="training, each step")
@@ -41,6 +52,4 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
     axes.grid(alpha=0.3)
     axes.legend()
-    with new_file(picture) as file:
-        figure.savefig(file, dpi=120, format="png")
-    pyplot.close(figure)
+    return figure

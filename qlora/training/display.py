@@ -47,8 +47,11 @@ class Display(Observer):
     ) -> None:
         self.total_steps, self.quiet, self.clock = total_steps, quiet, clock
         self.plan = f" (planned {planned_gib:.2f})" if planned_gib else ""
-        # What a model says may look like markup or an emoji's name.
-        self.console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        # What a model says may look like markup or an emoji's name. A notebook shows lines as a file does: rich's
+        # live display there needs a package of its own, and each line would be a block of HTML.
+        self.console = console or Console(
+            soft_wrap=True, highlight=False, markup=False, emoji=False, force_jupyter=False
+        )
         self._every = max(1, round(total_steps / 20))
         self._losses: deque[float] = deque(maxlen=smoothing_width(total_steps))
         self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too

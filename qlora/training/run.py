@@ -15,20 +15,22 @@ handlers, trackers. The process group of several processes stays the launcher's.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
 from qlora.adapters.load import load_adapter
+from qlora.config.data import DataConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
 from qlora.data.batches import largest_micro_batch, lengths_of
-from qlora.data.dataset import load_examples
+from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.order import WindowOrder
 from qlora.data.prompts import choose_prompts
+from qlora.data.python_rows import PythonRows
 from qlora.data.row_encoder import set_chat_template
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import inject_lora, set_tokenizer
@@ -71,9 +73,11 @@ class TrainingRun:
 
     Args:
         config: its settings, which go together (`from_config` checks).
-        arguments: the command line, for run.json.
+        call: the command line's arguments, or Python's call as text, for run.json.
         observers: watch beside the run's own, called after evaluations and before anything is saved.
         started: time.monotonic() at which --stop-after begins to count.
+        rows: what names among the data stand for, where they are neither file nor hub id.
+        ends_process: what a second signal does (`StopRequest`).
     Attributes:
         model, tokenizer, examples, held_out, optimizer, progress, trainer: from the chapter on that makes them.
     """
@@ -81,11 +85,14 @@ class TrainingRun:
     def __init__(
         self,
         config: RunConfig,
-        arguments: Sequence[str] = (),
+        call: Sequence[str] | str = (),
         observers: Sequence[Observer] = (),
         started: float | None = None,
+        rows: Mapping[str, PythonRows] | None = None,
+        ends_process: bool = True,
     ) -> None:
-        self.config, self.arguments, self.observers = config, list(arguments), list(observers)
+        self.config, self.call, self.observers = config, call, list(observers)
+        self.rows, self.ends_process = rows or {}, ends_process
         self.started = time.monotonic() if started is None else started
         self.progress = Progress()
         self._taken, self._writing = ExitStack(), ExitStack()
@@ -94,11 +101,13 @@ class TrainingRun:
     def from_config(
         cls,
         config: RunConfig,
-        arguments: Sequence[str] = (),
+        call: Sequence[str] | str = (),
         observers: Sequence[Observer] = (),
         started: float | None = None,
+        rows: Mapping[str, PythonRows] | None = None,
+        ends_process: bool = True,
     ) -> TrainingRun:
-        """A run of these settings.
+        """A run of these settings; arguments as the class has them.
 
         Raises:
             InputError: something is missing, or settings do not go together.
@@ -110,7 +119,7 @@ class TrainingRun:
         if not config.data.data:
             raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
         config.check_training()
-        return cls(config, arguments, observers, started)
+        return cls(config, call, observers, started, rows, ends_process)
 
     def __enter__(self) -> TrainingRun:
         try:
@@ -159,11 +168,16 @@ class TrainingRun:
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
+        sources = Sources(
+            [self.rows.get(name, name) for name in d.data],
+            d.data_weights,
+            None if d.eval_data is None else self.rows.get(d.eval_data, d.eval_data),
+            d.eval_split,
+            config.loop.seed,
+        )
         self.examples, self.held_out = load_examples(
-            d.data, self.tokenizer, d.max_length, d.train_on, d.on_long, eval_source=d.eval_data,
-            eval_split=d.eval_split, seed=config.loop.seed, say=self.say, show_sample=d.show_sample,
-            on_bad_row=d.on_bad_row, bad_rows_file=self.directory.bad_rows, parse_special=d.parse_special,
-            num_workers=d.num_workers, weights=d.data_weights, columns=d.columns, cache=d.token_cache,
+            sources, encoder_of(d, self.tokenizer), self.say, on_bad_row=d.on_bad_row,
+            bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
         )  # fmt: skip
         # One process alone cannot answer with a split base.
         num_samples = 0 if self.ranks.is_split else w.num_samples
@@ -260,7 +274,7 @@ class TrainingRun:
         directory, writing = self.directory, self._writing
         is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
         deadline = None if w.stop_after_seconds is None else self.started + w.stop_after_seconds
-        stop = writing.enter_context(StopRequest(deadline))
+        self.stop = stop = writing.enter_context(StopRequest(deadline, self.ends_process))
         writing.callback(self.trackers.finish)
         display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
         writing.callback(display.close)  # whatever fails below
@@ -290,7 +304,7 @@ class TrainingRun:
         """run.json is written, and metrics.jsonl and samples.jsonl go on where the run does."""
         path, examples = self.directory.path, self.examples
         self.directory.write_run(
-            gather_facts(self.arguments, self.accelerator, self.model, self.plan, examples, len(self.held_out))
+            gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
         )
         metrics = LinesFile(path / "metrics.jsonl", self.progress)
         return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
@@ -318,3 +332,10 @@ class TrainingRun:
             return None
         is_match, length = make_matcher(w.score_match).same, self.config.generate.max_new_tokens
         return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
+
+
+def encoder_of(d: DataConfig, tokenizer: Any) -> Encoder:
+    """How rows become examples, by these settings."""
+    return Encoder(
+        tokenizer, d.max_length, d.train_on, d.on_long, d.parse_special, d.num_workers, d.columns, d.token_cache
+    )

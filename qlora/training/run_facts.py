@@ -22,7 +22,7 @@ PACKAGES = ("python", "torch", "bitsandbytes", "transformers", "accelerate", "da
 
 
 def gather_facts(
-    arguments: Sequence[str],
+    call: Sequence[str] | str,
     accelerator: Any,
     model: nn.Module,
     plan: MemoryPlan,
@@ -32,7 +32,7 @@ def gather_facts(
     """The facts of this start of the run, ready for JSON.
 
     Args:
-        arguments: of train.py.
+        call: the arguments of train.py, or Python's call as text.
         plan: what memory should be taken, in bytes.
     """
     lengths = [int(length) for length in lengths_of(examples)]
@@ -40,7 +40,7 @@ def gather_facts(
     if num_targets is None:
         num_targets = sum(example.num_targets for example in examples)
     return {
-        "command": describe_command(arguments, accelerator.num_processes),
+        "command": call if isinstance(call, str) else describe_command(call, accelerator.num_processes),
         "versions": versions(*PACKAGES),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": describe_device(accelerator.device),

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from qlora.data.dataset import find_sources, load_examples
+from qlora.data.dataset import find_sources
 from qlora.system.errors import InputError
 from tests.models import save_tiny_llama
+from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
 
 

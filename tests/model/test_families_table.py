@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qlora.export.gguf import export_model
+from qlora.export.gguf import export_gguf
 from qlora.model.block import fuse_blocks, is_fused
 from qlora.model.families import FAMILIES, ROWS, Family, GGUFForm, gguf_forms
 from qlora.model.gguf_source import GGUFSource
@@ -102,7 +102,7 @@ def test_without_its_row_nothing_is_done(tmp_path: Path) -> None:
         check_widths(model.config, 2)
     save(model, tmp_path / "model")
     with pytest.raises(InputError, match="is a ministral model"):
-        export_model(str(tmp_path / "model"), tmp_path / "model.gguf")
+        export_gguf(str(tmp_path / "model"), tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -148,7 +148,7 @@ def test_it_is_written_and_read_as_gguf(added: None, monkeypatch: pytest.MonkeyP
 
     model, file = ministral(), tmp_path / "model.gguf"
     save(model, tmp_path / "model")
-    export_model(str(tmp_path / "model"), file, "f32", pre_tokenizer="gpt-2")
+    export_gguf(str(tmp_path / "model"), file, "f32", pre_tokenizer="gpt-2")
     source, expected = GGUFSource(file), dict(model.named_parameters())
     assert source.names == expected.keys()
     for name, parameter in expected.items():

@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     if config.adapter_only and config.adapter is None:
         raise InputError("--adapter-only needs an adapter; pass --adapter with the output directory of a run.")
     from qlora.adapters.provenance import base_model_of
-    from qlora.export.gguf import export_adapter, export_model
+    from qlora.export.gguf import export_adapter, export_gguf
     from qlora.export.ollama import check_modelfile, write_modelfile
     from qlora.model.tokenizer import load_tokenizer
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         export_adapter(model, str(config.adapter), output, config.type)
         print(f"adapter in {output}; load it beside a .gguf of its base: llama-cli -m BASE.gguf --lora {output}")
     else:
-        export_model(model, output, config.type, config.adapter, config.pre_tokenizer)
+        export_gguf(model, output, config.type, config.adapter, config.pre_tokenizer)
         print(f"model in {output}, {output.stat().st_size / 1e6:,.1f} MB")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None

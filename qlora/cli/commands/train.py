@@ -44,18 +44,12 @@ def start_run(config: RunConfig, argv: Sequence[str]) -> TrainingRun:
     """
     started = time.monotonic()
     with collection_paused(), importing_transformers():
-        from qlora.export.hub import check_destination
-        from qlora.training.run import TrainingRun
-    run = TrainingRun.from_config(config, argv, started=started)
-    if config.saving.push_to_hub is not None:
-        check_destination(config.saving.push_to_hub)
-    return run
+        from qlora import api
+    return api.start_run(config, argv, started=started)
 
 
 def publish(run: TrainingRun) -> None:
     """Upload the adapter where --push-to-hub says."""
-    from qlora.export.hub import push_to_hub
+    from qlora import api
 
-    repository = run.config.saving.push_to_hub
-    if repository is not None and run.directory.is_main:
-        run.say(f"uploaded to {push_to_hub(run.directory.path, repository)}")
+    api.publish(run)
