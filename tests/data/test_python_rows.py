@@ -172,8 +172,8 @@ def test_bad_rows_come_in_the_order_of_the_data() -> None:
 
 def test_neither_pandas_nor_datasets_is_imported_for_a_list() -> None:
     code = (
-        "import sys; from qlora.data.python_rows import PythonRows as Rows; list(Rows('data', [{'text': 'a'}]).stream())"
-        "\n"
+        "import sys; from qlora.data.python_rows import PythonRows\n"
+        "list(PythonRows('data', [{'text': 'a'}]).stream())\n"
         "sys.exit(any(name in sys.modules for name in ('pandas', 'datasets', 'torch')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
