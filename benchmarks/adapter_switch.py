@@ -68,7 +68,9 @@ def measure(path: str, targets: str, count: int, rank: int, rounds: int) -> str:
     """A line of the table."""
     with tempfile.TemporaryDirectory() as folder:
         directories = [Path(folder) / f"adapter{index}" for index in range(count)]
-        save_random_adapters(load_base_model(path), directories, LoRAConfig(rank=rank, target_modules=targets))
+        save_random_adapters(
+            load_base_model(path), directories, LoRAConfig(rank=rank, target_modules=targets.split(","))
+        )
         layers, size, switch, reread = time_switches(path, directories, rounds)
         reload = median_seconds(lambda: load_adapter(load_base_model(path), directories[0]), 3)
     sizes = f"| {targets} | {layers} | {size / 1e6:.2f} MB "

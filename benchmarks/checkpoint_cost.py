@@ -21,7 +21,7 @@ from typing import Any
 import train
 from qlora.cli.exits import run
 from qlora.report.curve import read_metrics
-from qlora.training.output import RunOutput
+from qlora.training.saver import CheckpointWriter
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
 
     waits: list[float] = []
     writes: list[float] = []
-    save, write = RunOutput.save, RunOutput._write
+    save, write = CheckpointWriter.save, CheckpointWriter._write
 
     def timed(method: Any, seconds: list[float]) -> Any:
         def call(*arguments: Any) -> None:
@@ -44,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
 
         return call
 
-    RunOutput.save, RunOutput._write = timed(save, waits), timed(write, writes)  # type: ignore[method-assign]
+    CheckpointWriter.save = timed(save, waits)  # type: ignore[method-assign]
+    CheckpointWriter._write = timed(write, writes)  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--model", options.model, "--data", options.data, "--output-dir", f"{folder}/out"]
         train.main([*flags, "--max-steps", str(options.steps), "--save-every", "1", *others])

@@ -40,11 +40,12 @@ from benchmarks.seven_b import GB, ROOT, write_config, write_weights
 from qlora.cli.exits import run
 from qlora.config.data import DataConfig
 from qlora.config.devices import DevicesConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
+from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
 from qlora.system.errors import InputError
 
 Result = dict[str, Any]
@@ -70,7 +71,8 @@ class Part:
             model=ModelConfig(model=str(model), compute_dtype="float32"),
             lora=LoRAConfig(rank=8),
             data=DataConfig(max_length=self.tokens),
-            train=TrainConfig(batch_size=1, grad_accum=1, gradient_checkpointing="on", optim="adamw"),
+            loop=LoopConfig(batch_size=1, grad_accum=1, gradient_checkpointing="on"),
+            optimizer=OptimizerConfig(optim="adamw"),
             parallel=ParallelConfig(**self.parallel),
         )
 
@@ -125,8 +127,9 @@ def work(part: Part, model_folder: Path) -> Result:
     from qlora.parallel.check import check_split
     from qlora.parallel.launch import arrange_ranks
     from qlora.parallel.load import load_for_ranks
-    from qlora.planning.memory import plan_memory
-    from qlora.training.loop import fit
+    from qlora.planning.memory import plan_recomputing
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.optimizer import build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
 
@@ -147,31 +150,36 @@ def work(part: Part, model_folder: Path) -> Result:
         result["check_peak"] = peak()
     inject_lora(model, config.lora)
     freeze_base(model)
-    result["base"] = plan_memory(model, 1, torch.float32).base
+    result["base"] = plan_recomputing(model, 1, torch.float32)[0].base
     result["trainable"] = sum(p.numel() for p in lora_parameters(model))
     if not part.steps:
         return result
-    t = config.train
+    t = config.loop
     choose_recomputed_layers(model, t.gradient_checkpointing, part.tokens, None, accelerator, lambda line: None)
-    optimizer = build_optimizer(lora_parameters(model), t.optim)
+    optimizer = build_optimizer(lora_parameters(model), config.optimizer.optim)
     generator = torch.Generator().manual_seed(0)
     count = part.steps * ranks.data_size
     rows = [torch.randint(model.config.vocab_size, (part.tokens + 1,), generator=generator) for _ in range(count)]
     marks: list[tuple[float, int]] = []
 
-    def mark() -> None:
-        """Passed to `fit` as the stop request, which it calls between steps."""
-        accelerator.wait_for_everyone()
-        marks.append((time.perf_counter(), sent()))
+    class Mark(Observer):
+        """Records clock and network traffic between steps."""
+
+        def before_step(self, trainer: Trainer) -> None:
+            accelerator.wait_for_everyone()
+            marks.append((time.perf_counter(), sent()))
+
+        def after_step(self, trainer: Trainer, line: Result) -> None:
+            lines.append(line)
 
     result["rates"] = measure_rates(part.processes)
     forget_peak()
     lines: list[Result] = []
-    fit(
-        model, optimizer, lambda step: 1e-4, [Example(row[:-1], row[1:]) for row in rows], accelerator,
-        total_steps=part.steps, batch_size=t.batch_size, grad_accum=t.grad_accum, max_length=part.tokens,
-        log=lines.append, stop=mark, say=lambda line: None,
-    )  # fmt: skip
+    data = TrainingData([Example(row[:-1], row[1:]) for row in rows], t.batch_size, t.grad_accum, part.tokens)
+    Trainer(
+        model, optimizer, lambda step: 1e-4, data, accelerator, Limits(part.steps), [Mark()],
+        say=lambda line: None,
+    ).fit()  # fmt: skip
     (begun, before), (ended, after) = marks[1], marks[-1]
     result |= {
         "step_seconds": (ended - begun) / (part.steps - 1),

@@ -63,7 +63,7 @@ BASES: dict[str, tuple[str, bool] | None] = {
     "nf4-nodq": ("nf4", False),
     "fp4": ("fp4", True),
 }
-TARGETS = {"qv": "q_proj,v_proj", "all": "all-linear"}
+TARGETS = {"qv": ["q_proj", "v_proj"], "all": ["all-linear"]}
 CELLS = (
     Cell("bf16", "qv", 8),
     Cell("bf16", "all", 8),
@@ -188,7 +188,7 @@ class Bench:
     def __init__(self, config: FidelityConfig, model: str, data: str, eval_data: str) -> None:
         from accelerate import Accelerator
 
-        from qlora.data.dataset import load_examples
+        from qlora.data.dataset import Encoder, Sources, load_examples
         from qlora.data.readers import read_records
         from qlora.model.tokenizer import load_tokenizer
         from qlora.system.device import best_device
@@ -198,7 +198,7 @@ class Bench:
         self.accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
         self.tokenizer = load_tokenizer(model)
         self.examples, held_out = load_examples(
-            data, self.tokenizer, config.max_length, on_long="drop", eval_source=eval_data
+            Sources(data, held_out=eval_data), Encoder(self.tokenizer, config.max_length, on_long="drop")
         )
         self.held_out = held_out[: config.eval_rows or None]
         self.records = read_records(eval_data)[: config.problems]
@@ -256,14 +256,17 @@ class Bench:
         from qlora.lora.trainable import count_trainable_parameters
         from qlora.system.device import choose_optimizer
         from qlora.training.held_out import evaluate
-        from qlora.training.loop import fit
+        from qlora.training.loop import Limits, Trainer, TrainingData
+        from qlora.training.observer import Observer
         from qlora.training.optimizer import build_optimizer
         from qlora.training.schedule import build_schedule
 
         c, kind = self.config, self.accelerator.device.type
         lora_model = self.take_base(cell.base)
         lora_model.add_adapter(
-            cell.name, LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]), seed
+            cell.name,
+            LoRAConfig(rank=cell.rank, alpha=c.alpha, target_modules=TARGETS[cell.targets]),
+            seed,
         )
         lora_model.set_adapter(cell.name)
         network = lora_model.model
@@ -274,11 +277,14 @@ class Bench:
         optim = choose_optimizer("auto", self.accelerator.device)
         optimizer = build_optimizer(lora_model.lora_parameters(), optim)
         rate = build_schedule("cosine", c.learning_rate, -(-c.steps // 10), c.steps)
-        fit(
-            network, optimizer, rate, self.examples, self.accelerator, total_steps=c.steps,
-            batch_size=c.batch_size, grad_accum=1, max_length=c.max_length, max_grad_norm=1.0, seed=seed,
-            log=lines.append,
-        )  # fmt: skip
+
+        class Lines(Observer):
+            def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+                lines.append(line)
+
+        data = TrainingData(self.examples, c.batch_size, 1, c.max_length, seed=seed)
+        limits = Limits(c.steps, max_grad_norm=1.0)
+        Trainer(network, optimizer, rate, data, self.accelerator, limits, [Lines()]).fit()
         result = {
             "cell": cell.name,
             "seed": seed,

@@ -56,8 +56,9 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
     from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.model.base import base_info
     from qlora.model.load import load_base_model
-    from qlora.planning.memory import plan_memory
+    from qlora.planning.memory import plan_recomputing
     from qlora.system.device import best_device
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.optimizer import build_optimizer
@@ -77,14 +78,14 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
     resident = reset_peak(device)
     seconds = limit = 0.0
     for _ in range(2):
-        before = product_rate(model.compute_dtype, device)
+        before = product_rate(base_info(model).compute_dtype, device)
         started = time.perf_counter()
         train_step(model, optimizer, [batch], accelerator, learning_rate=0.0)
         seconds = time.perf_counter() - started
-        rate = (before + product_rate(model.compute_dtype, device)) / 2
+        rate = (before + product_rate(base_info(model).compute_dtype, device)) / 2
         limit = useful_flops(model, window) / rate
     products = useful_flops(model, [Example(ids[:1], ids[:1])]) * tokens  # with almost no attention
-    plan = plan_memory(model, tokens, model.compute_dtype)
+    plan = plan_recomputing(model, tokens, base_info(model).compute_dtype)[0]
     return {
         "seconds": seconds,
         "limit": limit,

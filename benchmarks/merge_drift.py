@@ -32,6 +32,7 @@ from rich.table import Table
 from eval.exact_match import exact_match
 from qlora.adapters.provenance import adapter_quantization
 from qlora.cli.exits import run
+from qlora.config.merge import MergeOptions
 from qlora.data.readers import read_records
 from qlora.export.drift import load_drift_texts
 from qlora.export.merge import measure_merged, merge_adapter
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
             merged, start = Path(folder) / "merged", time.perf_counter()
             instead = round_to_nearest if name == "4 bits, nearest" else requantize
             with mock.patch("qlora.export.merged_weights.requantize", instead):
-                merge_adapter(options.model, options.adapter, str(merged), check_drift=False, **settings)
+                merge_adapter(options.model, options.adapter, str(merged), MergeOptions(drift=False, **settings))
             seconds = time.perf_counter() - start
             network = load_base_model(str(merged), save_4bit, device=best_device())
             context, matched = network.config.max_position_embeddings, score(network)

@@ -66,7 +66,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from qlora.adapters.peft_files import save_adapter
     from qlora.config.lora import LoRAConfig
-    from qlora.data.dataset import load_examples
+    from qlora.data.dataset import Encoder, Sources, load_examples
     from qlora.data.order import WindowOrder
     from qlora.lora.adapter import inject_lora
     from qlora.model.load import load_base_model
@@ -76,7 +76,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source, dense = Path(options.model), folder / "model"
     data = options.data or str(write_problems(folder / "rows.jsonl", 2 * count))
     tokenizer = load_tokenizer(options.model)
-    examples, _ = load_examples(data, tokenizer, options.max_length, on_long="drop")
+    examples, _ = load_examples(Sources(data), Encoder(tokenizer, options.max_length, on_long="drop"))
     if len(examples) < count:
         raise InputError(f"{data} has {len(examples)} rows, too few for {options.steps} steps; lower --steps.")
     rows = []
@@ -104,11 +104,13 @@ def train_ours(job: dict[str, Any]) -> Run:
     from accelerate import Accelerator
 
     from qlora.adapters.load import load_adapter
+    from qlora.model.base import base_info
     from qlora.model.load import load_base_model
     from qlora.system.device import best_device, choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.adalora_optimizer import build_adapter_optimizer
-    from qlora.training.loop import fit
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.recompute import choose_recomputed_layers
     from qlora.training.schedule import build_schedule
 
@@ -127,22 +129,25 @@ def train_ours(job: dict[str, Any]) -> Run:
     rates: list[float] = []  # before each step and after the last
     lines: list[dict[str, Any]] = []
 
-    def measure() -> None:
-        """Passed to `fit` as the stop request, which it calls between steps, outside their timing."""
-        rates.append(product_rate(model.compute_dtype, device))
+    class Measure(Observer):
+        """Measures between steps, outside their timing."""
 
-    fit(
-        model, optimizer, build_schedule("constant", job["learning_rate"], 0, steps), examples, accelerator,
-        total_steps=steps, batch_size=size, grad_accum=1, max_length=job["max_length"], max_grad_norm=1.0,
-        log=lines.append, stop=measure,
-    )  # fmt: skip
+        def before_step(self, trainer: Trainer) -> None:
+            rates.append(product_rate(base_info(model).compute_dtype, device))
+
+        def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+            lines.append(line)
+
+    data = TrainingData(examples, size, 1, job["max_length"])
+    schedule = build_schedule("constant", job["learning_rate"], 0, steps)
+    Trainer(model, optimizer, schedule, data, accelerator, Limits(steps, max_grad_norm=1.0), [Measure()]).fit()
     windows = [[examples[i] for i in job["order"][step * size : (step + 1) * size]] for step in range(steps)]
     work = [useful_flops(model, window, recomputed) for window in windows]
     return {
         "seconds": [line["num_tokens"] / line["tokens_per_second"] for line in lines],
         "losses": [line["loss"] for line in lines],
         "limit": [w / ((a + b) / 2) for w, a, b in zip(work, rates[:-1], rates[1:], strict=True)],
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "recomputed": recomputed,
         "peak_bytes": peak_memory_gib(device) * GIB,
         "threads": torch.get_num_threads(),
@@ -158,7 +163,7 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
     command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS else ours
     environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # not the user's
     if name in PEERS:
-        environment.pop("GOMP_SPINCOUNT", None)  # qlora/__init__.py sets it, for the threads of this project
+        environment.pop("GOMP_SPINCOUNT", None)  # our entry points set it, for their own threads
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         sys.exit(f"error: {name} ended with code {done.returncode}:\n{done.stderr[-3000:]}")

@@ -116,9 +116,11 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
     from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.model.base import base_info
     from qlora.system.device import choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
-    from qlora.training.loop import fit
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.optimizer import build_optimizer
     from qlora.training.schedule import build_schedule
 
@@ -136,14 +138,17 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     rates: list[float] = []  # before each step and after the last
     lines: list[Result] = []
 
-    def measure() -> None:
-        """Passed to `fit` as the stop request, which it calls between steps, outside their timing."""
-        rates.append(product_rate(model.compute_dtype, device))
+    class Measure(Observer):
+        """Measures between steps, outside their timing."""
 
-    fit(
-        model, optimizer, build_schedule("constant", 2e-4, 0, steps), examples, accelerator,
-        total_steps=steps, batch_size=1, grad_accum=1, max_length=NUM_TOKENS, log=lines.append, stop=measure,
-    )  # fmt: skip
+        def before_step(self, trainer: Trainer) -> None:
+            rates.append(product_rate(base_info(model).compute_dtype, device))
+
+        def after_step(self, trainer: Trainer, line: Result) -> None:
+            lines.append(line)
+
+    data, schedule = TrainingData(examples, 1, 1, NUM_TOKENS), build_schedule("constant", 2e-4, 0, steps)
+    Trainer(model, optimizer, schedule, data, accelerator, Limits(steps), [Measure()]).fit()
     seconds = [line["num_tokens"] / line["tokens_per_second"] for line in lines]
     work = useful_flops(model, examples[:1], recomputed)
     limits = [work / ((a + b) / 2) for a, b in itertools.pairwise(rates)]
@@ -152,7 +157,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
         "shares": [limit / second for limit, second in zip(limits, seconds, strict=True)],
         "losses": [line["loss"] for line in lines],
         "recomputed": recomputed,
-        "dtype": str(model.compute_dtype).removeprefix("torch."),
+        "dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "peak": peak_memory_gib(device) * GIB,
     }
 

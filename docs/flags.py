@@ -52,13 +52,18 @@ class Flag:
 
 
 def field_comments(config: type) -> dict[str, str]:
-    """Field -> the string literal below it in the class's source, on one line."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(config))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    comments = {}
-    for item, below in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and isinstance(below, ast.Expr):
-            comments[item.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    """Field -> the string literal below it in the source of the class or its bases, on one line."""
+    comments: dict[str, str] = {}
+    for part in filter(is_dataclass, reversed(config.__mro__)):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for item, below in zip(tree.body, tree.body[1:], strict=False):
+            if (
+                isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and isinstance(below, ast.Expr)
+            ):
+                comments[item.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
     return comments
 
 

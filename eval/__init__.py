@@ -4,4 +4,6 @@ In a checkout this folder is the package `eval`. A wheel installs it as `qlora.e
 `qlora eval` always runs it (qlora/cli/commands/eval.py). So its files use relative imports.
 """
 
-PROGRAM = "python -m eval" if __name__ == "eval" else "qlora eval"  # the name on help pages
+from qlora.cli.program import program
+
+PROGRAM = "python -m eval" if __name__ == "eval" else program("eval")  # the name on help pages

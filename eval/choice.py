@@ -42,13 +42,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora.config.parse import parse_args
+from qlora.config.settings import Count
 from qlora.data.readers import read_records
 from qlora.data.rows import BadRow, Record
 from qlora.system.errors import InputError
 from qlora.system.wording import quote
 
 from . import PROGRAM
-from .model import EvalConfig, load_evaluated, require, require_at_least, share_out
+from .model import EvalConfig, Window, load_evaluated, require, share_out
 from .results import check_output, print_scores, write_result
 from .scores import Score, mean_of_groups, proportion
 
@@ -62,17 +63,14 @@ class ChoiceConfig(EvalConfig):
 
     few_shot_data: str | None = None
     """Solved questions for the start of the context, in any of the layouts."""
-    shots: int = 0
+    shots: Count = 0
     """Number of solved questions; usually 5 for MMLU."""
     style: Literal["auto", "letters", "text"] = "auto"
     """Score the letters of choices listed in the context, or the texts; auto: letters for MMLU's layout."""
-    max_length: int = 2048
+    max_length: Window = 2048
     """Maximum tokens of context and choice, at most the model's limit; a longer context loses its beginning."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, "max_length", 2)
-        require_at_least(self, "shots", 0)
         if bool(self.shots) != (self.few_shot_data is not None):
             raise InputError("Few-shot needs both: pass --few-shot-data FILE and --shots N, or neither.")
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora.config.parse import parse_args
+from qlora.config.settings import Count
 from qlora.system.errors import InputError
 
 from . import PROGRAM
 from .exact_match import ExactMatchConfig, Question, measure, read_questions, summarize
-from .model import EvalConfig, load_evaluated, require, require_at_least
+from .model import EvalConfig, load_evaluated, require
 from .pairs import compare_results, settings_that_differ
 from .results import check_output, read_result, write_result
 from .tables import make_tables, print_tables, to_markdown
@@ -35,14 +36,13 @@ class CompareConfig(ExactMatchConfig):
     """More models, such as merged ones, loaded in 16 bits unless they were saved in 4."""
     results: tuple[str, ...] = ()
     """Result files written by --output of exact_match, choice or perplexity."""
-    show: int = 3
+    show: Count = 3
     """Number of wins, losses and ties to print per pair; --output and --markdown have all."""
     markdown: str | None = None
     """Also write the tables to this Markdown file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, "show", 0)
         if self.adapter and self.model is None:
             raise InputError("--adapter needs its base; pass --model.")
         if (self.model is not None) + len(self.adapter) + len(self.merged) + len(self.results) < 2:

@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qlora.config.generate import Sampling, SamplingConfig
 from qlora.config.parse import parse_args
+from qlora.config.settings import Count, Positive
 from qlora.data.answers import AnswerConfig, Matcher, make_matcher
 from qlora.data.conversations import to_messages
 from qlora.data.readers import read_records
@@ -26,39 +28,27 @@ from qlora.system.errors import InputError
 from qlora.system.wording import quote
 
 from . import PROGRAM
-from .model import EvalConfig, load_evaluated, require, require_at_least, share_out
+from .model import EvalConfig, load_evaluated, require, share_out
 from .results import check_output, print_scores, write_result
 from .scores import Score, mean_score, proportion
 
 
 @dataclass
-class AskConfig:
+class AskConfig(SamplingConfig):
     """How to prompt and how to generate answers."""
 
-    max_new_tokens: int = 256
-    """Longest answer, in tokens."""
-    temperature: float = 0.0
-    """0 = greedy; higher is more random."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens with this much probability."""
-    samples: int = 1
+    samples: Positive = 1
     """Answers to sample per prompt; more than one needs --temperature above 0."""
     pass_at: str = ""
     """Values of k, separated by commas: how often at least one of k samples is correct."""
     prompt_template: str | None = None
     """Text of the user's turn, or a file with it; {prompt} marks the place of the record's prompt."""
-    shots: int = 0
+    shots: Count = 0
     """Number of solved examples before each prompt, as earlier turns: the first of --few-shot-data."""
     few_shot_data: str | None = None
     """Solved examples, in any format accepted for training."""
 
     def __post_init__(self) -> None:
-        for name, low in (("max_new_tokens", 1), ("temperature", 0), ("samples", 1), ("shots", 0)):
-            require_at_least(self, name, low)
-        if not self.temperature < math.inf:
-            raise InputError(f"temperature is {self.temperature}; give --temperature 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; give --top-p a number above 0, at most 1.")
         if self.samples > 1 and self.temperature == 0:
             raise InputError(f"All {self.samples} samples would be equal; give --temperature a number above 0.")
         if (self.shots > 0) != (self.few_shot_data is not None):
@@ -100,7 +90,7 @@ class ExactMatchConfig(AskConfig, AnswerConfig, EvalConfig):
     """Generate answers to held-out prompts and compare them with the expected ones."""
 
     def __post_init__(self) -> None:
-        for part in (EvalConfig, AnswerConfig, AskConfig):
+        for part in (AnswerConfig, AskConfig):
             part.__post_init__(self)
 
 
@@ -161,7 +151,7 @@ def exact_match(
     """
     matcher = make_matcher(match) if isinstance(match, str) else match
     questions = make_questions(records, matcher)
-    answers = ask(model, tokenizer, questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    answers = ask(model, tokenizer, questions, sampling=Sampling(max_new_tokens), batch_size=batch_size)
     return grade_answers(questions, answers, matcher)
 
 
@@ -219,10 +209,7 @@ def ask(
     tokenizer: Any,
     questions: Sequence[Question],
     num_samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     batch_size: int = 16,
     accelerator: Any = None,
 ) -> list[list[str]]:
@@ -245,7 +232,7 @@ def ask(
         if not numbers:
             return []
         conversations = [questions[i].messages for i in numbers]
-        options = (num_samples, max_new_tokens, temperature, top_p, seed, batch_size, numbers)
+        options = (num_samples, sampling, batch_size, numbers)
         texts = iter(generate_samples(model, tokenizer, conversations, *options))
         return [[next(texts) for _ in batch] for batch in mine]
 
@@ -316,8 +303,8 @@ def measure(
     model: Any, tokenizer: Any, questions: Sequence[Question], config: ExactMatchConfig, accelerator: Any
 ) -> list[Prediction]:
     """Generate and compare the model's answers to all questions by a command's flags."""
-    options = (config.samples, config.max_new_tokens, config.temperature, config.top_p, config.seed)
-    answers = ask(model, tokenizer, questions, *options, config.batch_size, accelerator)
+    sampling = config.sampling(config.seed)
+    answers = ask(model, tokenizer, questions, config.samples, sampling, config.batch_size, accelerator)
     return grade_answers(questions, answers, config.matcher())
 
 

@@ -6,13 +6,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from qlora.config.parse import parse_args
+from qlora.config.settings import Count, at_least
 from qlora.system.errors import InputError
 
 from . import PROGRAM
-from .model import EvalConfig, load_evaluated, require, require_at_least
+from .model import EvalConfig, Window, load_evaluated, require
 from .results import check_output, print_scores, write_result
 from .scores import Score, proportion
 
@@ -23,23 +24,16 @@ class HarnessConfig(EvalConfig):
 
     tasks: str | None = None
     """Names of tasks or groups, or .yaml files, separated by commas."""
-    num_fewshot: int | None = None
+    num_fewshot: Annotated[int | None, at_least(0)] = None
     """Solved examples before each question; default: as the task says."""
-    limit: int = 0
+    limit: Count = 0
     """Use only this many questions of each task; 0 = all."""
     include_path: str | None = None
     """Directory with more task files."""
-    max_length: int = 2048
+    max_length: Window = 2048
     """Longest window in tokens, at most the model's limit."""
     apply_chat_template: bool = False
     """Apply the model's chat template."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, "limit", 0)
-        require_at_least(self, "max_length", 2)
-        if self.num_fewshot is not None:
-            require_at_least(self, "num_fewshot", 0)
 
 
 def import_lm_eval() -> Any:

@@ -19,6 +19,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from qlora.config.generate import Sampling
 from qlora.generation import continue_prompts
 from qlora.system.errors import InputError
 
@@ -146,12 +147,14 @@ class TaskModel(LM):
                 f"The task generates up to {limit} tokens, which leaves no room in --max-length {self.max_length}."
             )
         temperature = settings.get("temperature", 0.0) if settings.get("do_sample") else 0.0
-        options = (limit, temperature, settings.get("top_p", 1.0), self.seed, self.batch_size, settings["until"])
+        sampling = Sampling(limit, temperature, settings.get("top_p", 1.0), self.seed, settings["until"])
 
         def compute(mine: list[int]) -> list[str]:
             prompts = [text_ids(requests[i].args[0], self.tokenizer)[limit - self.max_length :] for i in mine]
             prompts = [ids or [prefix_token(self.tokenizer)] for ids in prompts]
-            found = continue_prompts(self.model, self.tokenizer, prompts, 1, *options, numbers=mine)
+            found = continue_prompts(
+                self.model, self.tokenizer, prompts, 1, sampling, self.batch_size, numbers=mine
+            )
             return [texts[0] for texts in found]
 
         return share_out(self.accelerator, places, compute, [len(requests[i].args[0]) for i in places])

@@ -8,61 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from qlora.config.model import ComputeDtype
+from qlora.config.model import ModelConfig
+from qlora.config.settings import Check, Count, Positive, at_least
 from qlora.system.errors import InputError
 
+Window = Annotated[int, at_least(2)]  # in tokens
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(ModelConfig):
     """Flags shared by all evaluations."""
 
-    model: str | None = None
-    """A Hugging Face directory, a hub id, or a .gguf file."""
     adapter: str | None = None
     """Adapter directory; without it the base is evaluated."""
-    use_4bit: bool = True
-    """Quantize the base to 4 bits; --no-4bit keeps it in bf16."""
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 16 levels of a 4-bit weight: normal quantiles (nf4) or a tiny float (fp4)."""
-    double_quant: bool = True
-    """Quantize the block scales too."""
-    compute_dtype: ComputeDtype = "auto"
-    """Dtype of activations; auto picks the faster one on this device by measuring."""
-    cache: bool = True
-    """Cache the quantized base on disk ($QLORA_CACHE, else ~/.cache/qlora)."""
     data: str | None = None
     """Data to evaluate on."""
-    max_examples: int = 0
+    max_examples: Count = 0
     """Use only this many examples; 0 = all."""
-    batch_size: int = 16
+    batch_size: Positive = 16
     """Items computed together on each device."""
     output: str | None = None
     """Write scores, settings and every item's result to this JSON file."""
-    confidence: float = 0.95
+    confidence: Annotated[float, Check("a number between 0 and 1, such as 0.95", lambda x: 0 < x < 1)] = 0.95
     """Confidence level of the intervals."""
-    seed: int = 42
+    seed: Count = 42
     """Seed for resampling and sampling."""
     debug: bool = False
     """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        for name, low in (("max_examples", 0), ("batch_size", 1), ("seed", 0)):
-            require_at_least(self, name, low)
-        if not 0 < self.confidence < 1:
-            raise InputError(
-                f"confidence is {self.confidence}; give --confidence a number between 0 and 1, such as 0.95."
-            )
-
-
-def require_at_least(config: Any, name: str, low: int) -> None:
-    """InputError if a number of a config is too small."""
-    if getattr(config, name) < low:
-        raise InputError(f"{name} is {getattr(config, name)}; give --{name.replace('_', '-')} {low} or more.")
 
 
 def require(config: Any, *names: str) -> None:

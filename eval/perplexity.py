@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora.config.parse import parse_args
+from qlora.config.settings import Count
 from qlora.data.conversations import to_messages
 from qlora.data.readers import read_records
 from qlora.data.rows import BadRow, Record
@@ -33,7 +34,7 @@ from qlora.system.errors import InputError
 from qlora.system.wording import quote
 
 from . import PROGRAM
-from .model import EvalConfig, load_evaluated, require, require_at_least, share_out
+from .model import EvalConfig, Window, load_evaluated, require, share_out
 from .results import check_output, print_scores, write_result
 from .scores import Score, mean_score
 
@@ -46,15 +47,10 @@ class PerplexityConfig(EvalConfig):
     """Use this column of --data as documents and ignore the others."""
     train_on: Literal["completion", "all"] = "completion"
     """In conversations, score the assistant's turns only, or every token."""
-    max_length: int = 2048
+    max_length: Window = 2048
     """Window in tokens, at most the model's limit."""
-    stride: int = 0
+    stride: Count = 0
     """Tokens scored per further window; the rest of --max-length is context. 0 = --max-length."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, "max_length", 2)
-        require_at_least(self, "stride", 0)
 
 
 @dataclass

@@ -4,31 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from qlora.system.errors import InputError
+from qlora.system.versions import versions
 
 from .scores import Score
 
 SCORE_KEYS = {item.name for item in fields(Score)}
-PACKAGES = ("qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and the installed packages that affect results."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # such as qlora itself, run from its repository
-            continue
-    return found
+PACKAGES = ("python", "qlora", "torch", "transformers", "bitsandbytes", "accelerate", "scipy")
 
 
 def check_output(output: str | None, flag: str = "output") -> None:
@@ -64,7 +51,7 @@ def write_result(
         **more,
         "scores": [{name: _finite(value) for name, value in asdict(score).items()} for score in scores],
         "settings": json.loads(redact(json.dumps(settings))),
-        "versions": versions(),
+        "versions": versions(*PACKAGES),
         "pairing": {name: list(keys) for name, keys in pairing.items()},
         "rows": list(rows),
     }

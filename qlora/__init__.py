@@ -3,24 +3,22 @@
 Names are imported when first used, so that `import qlora` and `--help` stay instant.
 """
 
-import os
 from importlib import import_module
 from typing import Any
 
-# Threads that compute together wait for each other by spinning, for a millisecond where nothing else is said.
-# Where another program has one of the cores, they so keep each other from theirs: training took 25 times as long.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # read where torch is imported, so not if that came first
-
 __version__ = "0.1.0"
 _HOME = {
+    "InputError": "system.errors",
+    # the base
+    "load_base_model": "model.load",
+    "load_tokenizer": "model.tokenizer",
+    "QuantConfig": "quant.weight",
+    # adapters
     "LoRAConfig": "config.lora",
     "LoRAModel": "adapters.model",
     "get_lora_model": "adapters.model",
     "save_adapter": "adapters.peft_files",
     "load_adapter": "adapters.load",
-    "load_base_model": "model.load",
-    "load_tokenizer": "model.tokenizer",
     "inject_lora": "lora.adapter",
     "freeze_base": "lora.trainable",
     "unfreeze": "lora.trainable",
@@ -33,6 +31,14 @@ _HOME = {
     "parameter_summary": "lora.trainable",
     "count_trainable_parameters": "lora.trainable",
     "count_parameters": "lora.trainable",
+    # jobs
+    "RunConfig": "config.run",
+    "train": "api",
+    "Run": "api",
+    "plan": "api",
+    "generate": "generation",
+    "merge_adapter": "export.merge",
+    "export_gguf": "export.gguf",
 }
 __all__ = sorted(_HOME)
 
@@ -41,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qlora' has no attribute {name!r}")
     return getattr(import_module(f"qlora.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,6 +1,6 @@
 """Answer prompts with a base model, with or without an adapter.
 
-Prompts are tokenised by the same function as training data. While decoding, one token at a time, a layer
+Prompts are tokenized by the same function as training data. While decoding, one token at a time, a layer
 that dequantizes its whole weight for a single row is tens of times slower than it need be: inside `fast_decoding`
 every frozen layer computes from its stored weight by a kernel for few rows (qlora/kernels/gemv.py), or, where
 there is none, from a copy laid out for them, and DoRA's scale is computed once; both are dropped after it. The
@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora.config.generate import Sampling
 from qlora.data.encode import encode_prompt
 from qlora.data.row_encoder import end_of_turn_id
 from qlora.lora.adapter import lora_layers
+from qlora.model.base import base_info
 from qlora.quant.decode import decode_copy, decode_in_place
 from qlora.quant.layers import Linear4bit, Linear16bit, logical_numel
 from qlora.system.memory import GIB
@@ -32,7 +34,7 @@ def fast_decoding(model: Any) -> Iterator[None]:
     """Give the frozen layers decoding functions, and the adapted ones a fixed scale, for the time of the block."""
     layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit))]
     adapted = list(lora_layers(model).values())
-    dtype = model.compute_dtype
+    dtype = base_info(model).compute_dtype
     was_training = model.training
     model.eval()
     try:
@@ -58,10 +60,7 @@ def generate(
     model: Any,
     tokenizer: Any,
     conversations: Sequence[list[Any]],
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     batch_size: int = 16,
     streamer: Any = None,
 ) -> list[str]:
@@ -70,14 +69,13 @@ def generate(
     Args:
         model: from `load_base_model`, adapted or not.
         conversations: messages up to the user's last turn; or, where that is known, a prompt's token ids.
-        temperature: 0 is greedy; otherwise tokens are drawn from the `top_p` nucleus, seeded by `seed`.
+        sampling: length of the answers, and how they are drawn; None: greedily.
         batch_size: conversations decoded together (padded on the left), of similar length.
         streamer: transformers streamer that prints as tokens come; one conversation only.
     Returns:
         Texts in the order of `conversations`, without special tokens.
     """
-    options = (max_new_tokens, temperature, top_p, seed, batch_size)
-    samples = generate_samples(model, tokenizer, conversations, 1, *options, streamer=streamer)
+    samples = generate_samples(model, tokenizer, conversations, 1, sampling, batch_size, streamer=streamer)
     return [texts[0] for texts in samples]
 
 
@@ -86,10 +84,7 @@ def generate_samples(
     tokenizer: Any,
     conversations: Sequence[list[Any]],
     num_samples: int,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     batch_size: int = 16,
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
@@ -99,14 +94,15 @@ def generate_samples(
     Args:
         batch_size: answers decoded together.
         numbers: which conversation each one is, where these are a share of several processes; by default 0, 1, ...
-            Sample s of conversation i is seeded by `seed`, i and s, whatever is decoded beside it.
+            Sample s of conversation i is seeded by the sampling's seed, i and s, whatever is decoded beside it.
         Others as `generate`.
     Returns:
         `num_samples` texts for each conversation.
     """
     prompts = [c if isinstance(c[0], int) else encode_prompt(c, tokenizer) for c in conversations]
-    options = (max_new_tokens, temperature, top_p, seed, batch_size)
-    texts = continue_prompts(model, tokenizer, prompts, num_samples, *options, numbers=numbers, streamer=streamer)
+    texts = continue_prompts(
+        model, tokenizer, prompts, num_samples, sampling, batch_size, numbers=numbers, streamer=streamer
+    )
     return [[text.strip() for text in samples] for samples in texts]
 
 
@@ -116,25 +112,23 @@ def continue_prompts(
     tokenizer: Any,
     prompts: Sequence[list[int]],
     num_samples: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
     batch_size: int = 16,
-    stop_texts: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
 ) -> list[list[str]]:
     """What may follow each prompt, given as token ids: `num_samples` texts as they come, white space and all.
 
     Args:
-        stop_texts: a text ends before the first of them.
+        sampling: of its stop texts a text ends before the first.
         Others as `generate_samples`.
     """
+    sampling = sampling or Sampling()
+    stops = sampling.stop_texts
     numbers = range(len(prompts)) if numbers is None else numbers
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     device = next(model.parameters()).device
-    settings = _generation_settings(model, tokenizer, max_new_tokens)
+    settings = _generation_settings(model, tokenizer, sampling.max_new_tokens)
     together = max(1, batch_size // num_samples)
     answers: list[list[str]] = [[] for _ in prompts]
     with fast_decoding(model):
@@ -149,19 +143,20 @@ def continue_prompts(
             cache = _compute_prompts(model, ids, mask) if num_samples > 1 else None
             for first in range(0, num_samples, batch_size):
                 samples = range(first, min(first + batch_size, num_samples))
-                draw = [SeededDraw(temperature, top_p, [(seed, numbers[i], s) for i in rows for s in samples])]
+                seeds = [(sampling.seed, numbers[i], s) for i in rows for s in samples]
+                draw = [SeededDraw(sampling.temperature, sampling.top_p, seeds)]
                 output = model.generate(
                     ids.repeat_interleave(len(samples), dim=0),
                     attention_mask=mask.repeat_interleave(len(samples), dim=0),
                     past_key_values=_repeat(cache, len(samples)),
                     generation_config=settings,
-                    logits_processor=draw if temperature > 0 else None,
-                    stopping_criteria=[StopTexts(tokenizer, stop_texts, longest)] if stop_texts else None,
+                    logits_processor=draw if sampling.temperature > 0 else None,
+                    stopping_criteria=[StopTexts(tokenizer, stops, longest)] if stops else None,
                     streamer=streamer,
                 )
                 texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
                 for position, text in enumerate(texts):
-                    answers[rows[position // len(samples)]].append(cut_before(text, stop_texts))
+                    answers[rows[position // len(samples)]].append(cut_before(text, stops))
     return answers
 
 
@@ -190,7 +185,7 @@ class SeededDraw:
     is drawn depends neither on the rows beside it nor on the number of processes; torch's generators stay alone.
 
     Args:
-        temperature, top_p: as in `generate`.
+        temperature, top_p: as in `Sampling`.
         seeds: what each row's generator is seeded by.
     """
 
@@ -253,16 +248,11 @@ def stream_answer(
     model: Any,
     tokenizer: Any,
     prompt: str,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    sampling: Sampling | None = None,
 ) -> str:
     """Print the answer to one prompt as it is made, and return it; arguments as `generate`."""
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     conversation = [{"role": "user", "content": prompt}]
-    return generate(model, tokenizer, [conversation], max_new_tokens, temperature, top_p, seed, streamer=streamer)[
-        0
-    ]
+    return generate(model, tokenizer, [conversation], sampling, streamer=streamer)[0]

@@ -47,6 +47,7 @@ def save_tiny_trio(folder: Path, tokenizer: Any) -> Path:
     """base/, adapter/ on it (of random numbers, so that it answers otherwise) and merged/ in `folder`."""
     from qlora.adapters.peft_files import save_adapter
     from qlora.config.lora import LoRAConfig
+    from qlora.config.merge import MergeOptions
     from qlora.export.merge import merge_adapter
     from qlora.lora.adapter import inject_lora, lora_layers
     from qlora.model.load import load_base_model
@@ -57,9 +58,9 @@ def save_tiny_trio(folder: Path, tokenizer: Any) -> Path:
     inject_lora(model, config, seed=1)
     torch.manual_seed(0)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.3)
     save_adapter(model, folder / "adapter", config, str(base))
-    merge_adapter(str(base), [str(folder / "adapter")], str(folder / "merged"), check_drift=False)
+    merge_adapter(str(base), [str(folder / "adapter")], str(folder / "merged"), MergeOptions(drift=False))
     return folder
 
 

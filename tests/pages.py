@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ def write_run(
 ) -> Path:
     """The files of a run; of `settings` the given ones, by section, the others at their defaults."""
     directory.mkdir(parents=True, exist_ok=True)
-    run = asdict(RunConfig())
+    run = RunConfig().saved()
     for section, values in settings.items():
         run[section] |= values
     if facts is not None:

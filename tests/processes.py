@@ -18,8 +18,9 @@ from pathlib import Path
 from subprocess import CompletedProcess, run
 from typing import Any
 
-from qlora.system.startup import collection_paused, importing_transformers
+from qlora.system.startup import collection_paused, importing_transformers, limit_spinning
 
+limit_spinning()
 with collection_paused(), importing_transformers():
     import torch
     import torch.distributed

@@ -12,12 +12,13 @@ import torch
 
 import qlora.generation
 import qlora.kernels.gemv
+import qlora.lora.dora as dora_module
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.generation import SeededDraw, fast_decoding, generate, generate_samples, stream_answer
 from qlora.kernels.compile import compile_c
 from qlora.kernels.gemv import SOURCE
 from qlora.lora.adapter import activate, active_adapter, create_adapter, inject_lora, lora_layers
-from qlora.lora.layer import LoRALinear
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
@@ -43,7 +44,7 @@ def model(tiny: str) -> Any:
     inject_lora(model, LoRAConfig(rank=4, dropout=0.5), seed=1)
     freeze_base(model)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.1)
     return model
 
 
@@ -72,8 +73,8 @@ def test_greedy_equals_recomputing_everything(model: Any, tiny: str) -> None:
     model.eval()
     expected = [greedy_reference(model, tokenizer, text, 12) for text in PROMPTS]
     assert len(set(expected)) > 1
-    assert generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12, batch_size=4) == expected
-    assert generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12, batch_size=1) == expected
+    assert generate(model, tokenizer, chats(PROMPTS), Sampling(12), batch_size=4) == expected
+    assert generate(model, tokenizer, chats(PROMPTS), Sampling(12), batch_size=1) == expected
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator(model: Any, tiny: str) -> None:
@@ -81,10 +82,9 @@ def test_sampling_is_seeded_and_leaves_the_global_generator(model: Any, tiny: st
     torch.manual_seed(5)
     expected_draw = torch.rand(3)
     torch.manual_seed(5)
-    options: dict[str, Any] = dict(max_new_tokens=12, temperature=1.5, top_p=0.95)
-    first = generate(model, tokenizer, chats(PROMPTS), seed=1, **options)
-    again = generate(model, tokenizer, chats(PROMPTS), seed=1, **options)
-    other = generate(model, tokenizer, chats(PROMPTS), seed=2, **options)
+    first, again, other = (
+        generate(model, tokenizer, chats(PROMPTS), Sampling(12, 1.5, 0.95, seed)) for seed in (1, 1, 2)
+    )
     assert first == again and first != other
     assert torch.equal(torch.rand(3), expected_draw)
 
@@ -118,12 +118,12 @@ def test_samples_equal_recomputing_everything(model: Any, tiny: str) -> None:
         for i, text in enumerate(PROMPTS)
     ]
     assert len({text for texts in expected for text in texts}) == 12
-    options: dict[str, Any] = dict(max_new_tokens=12, temperature=1.5, top_p=0.95, seed=7)
+    sampling = Sampling(12, 1.5, 0.95, seed=7)
     for batch_size in (1, 2, 16):
-        assert generate_samples(model, tokenizer, chats(PROMPTS), 3, batch_size=batch_size, **options) == expected
+        assert generate_samples(model, tokenizer, chats(PROMPTS), 3, sampling, batch_size) == expected
     first = [texts[0] for texts in expected]
-    assert generate(model, tokenizer, chats(PROMPTS), **options) == first
-    share = generate_samples(model, tokenizer, chats(PROMPTS[2:]), 3, numbers=[2, 3], **options)
+    assert generate(model, tokenizer, chats(PROMPTS), sampling) == first
+    share = generate_samples(model, tokenizer, chats(PROMPTS[2:]), 3, sampling, numbers=[2, 3])
     assert share == expected[2:]
 
 
@@ -132,7 +132,7 @@ def test_the_prompt_is_computed_once(model: Any, tiny: str) -> None:
     rows: list[int] = []
     layer = next(m for m in model.modules() if isinstance(m, Linear4bit))
     handle = layer.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[0][..., 0].numel()))
-    generate_samples(model, load_tokenizer(tiny), chats(["Hi there"] * 2), 8, max_new_tokens=2, temperature=1.0)
+    generate_samples(model, load_tokenizer(tiny), chats(["Hi there"] * 2), 8, Sampling(2, 1.0))
     handle.remove()
     assert rows[0] > 16 and rows[0] % 2 == 0 and rows[1:] == [16, 16]
 
@@ -183,7 +183,7 @@ def train(model: Any, tokenizer: Any, generates: bool) -> tuple[list[float], lis
         optimizer.zero_grad()
         losses.append(loss.item())
         if generates and step % 2 == 0:
-            generate(model, tokenizer, chats(PROMPTS), max_new_tokens=3, temperature=float(step))
+            generate(model, tokenizer, chats(PROMPTS), Sampling(3, float(step)))
     return losses, [parameter.detach().clone() for parameter in lora_parameters(model)]
 
 
@@ -218,9 +218,9 @@ def test_without_a_compiler_the_answers_are_the_same(
     model: Any, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = load_tokenizer(tiny)
-    expected = generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12)
+    expected = generate(model, tokenizer, chats(PROMPTS), Sampling(12))
     monkeypatch.setattr(qlora.kernels.gemv, "compile_c", lambda source: None)
-    assert generate(model, tokenizer, chats(PROMPTS), max_new_tokens=12) == expected
+    assert generate(model, tokenizer, chats(PROMPTS), Sampling(12)) == expected
 
 
 def test_the_copies_are_dropped_when_decoding_fails(model: Any) -> None:
@@ -335,7 +335,7 @@ def test_a_shape_the_packed_layout_cannot_hold_still_decodes() -> None:
 
 
 def test_streaming_prints_the_answer(model: Any, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answer = stream_answer(model, load_tokenizer(tiny), "Hi", max_new_tokens=8)
+    answer = stream_answer(model, load_tokenizer(tiny), "Hi", Sampling(8))
     assert answer and capsys.readouterr().out.strip() == answer
 
 
@@ -358,7 +358,7 @@ def dora(tiny: str) -> Any:
     inject_lora(model, LoRAConfig(rank=4, use_dora=True), seed=1)
     freeze_base(model)
     for layer in lora_layers(model).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+        torch.nn.init.normal_(layer.weights.lora_B, std=0.1)
         layer.weights.magnitude.data *= 1.3
     return model
 
@@ -368,9 +368,11 @@ def test_doras_scale_is_computed_once(dora: Any, tiny: str, monkeypatch: pytest.
     tokenizer = load_tokenizer(tiny)
     expected = [greedy_reference(dora.eval(), tokenizer, text, 12) for text in PROMPTS]
     calls: list[Any] = []
-    norms = LoRALinear.weight_norm
-    monkeypatch.setattr(LoRALinear, "weight_norm", lambda layer, dtype: calls.append(layer) or norms(layer, dtype))
-    assert generate(dora, tokenizer, chats(PROMPTS), max_new_tokens=12) == expected
+    norms = dora_module.weight_norm
+    monkeypatch.setattr(
+        dora_module, "weight_norm", lambda layer, dtype: calls.append(layer) or norms(layer, dtype)
+    )
+    assert generate(dora, tokenizer, chats(PROMPTS), Sampling(12)) == expected
     assert len(calls) == len(set(calls)) == len(lora_layers(dora)) == 4
 
 

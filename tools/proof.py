@@ -28,8 +28,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from qlora.system.startup import collection_paused, importing_transformers
+from qlora.system.startup import collection_paused, importing_transformers, limit_spinning
 
+limit_spinning()
 with collection_paused(), importing_transformers():
     import torch
     import torch.distributed.fsdp  # load_sharded_model needs it
@@ -46,6 +47,7 @@ with collection_paused(), importing_transformers():
     from qlora.data.example import IGNORE_INDEX, Example
     from qlora.lora.adapter import activate, inject_lora, lora_layers
     from qlora.lora.trainable import base_parameters, freeze_base, lora_parameters, parameter_summary
+    from qlora.model.base import ranks_of
     from qlora.model.block import decoder_layers
     from qlora.model.tokenizer import load_tokenizer
     from qlora.parallel.check import check_split
@@ -56,10 +58,10 @@ with collection_paused(), importing_transformers():
     from qlora.quant.parts import local, part_of
     from qlora.quant.sharded import ShardedLinear4bit
     from qlora.system.errors import TrainingStopped
-    from qlora.system.ranks import ranks_of
     from qlora.training.fingerprint import base_fingerprint
-    from qlora.training.held_out import evaluate
-    from qlora.training.loop import fit
+    from qlora.training.held_out import HeldOut, evaluate
+    from qlora.training.loop import Limits, Trainer, TrainingData
+    from qlora.training.observer import Observer
     from qlora.training.optimizer import MasterOptimizer, build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
     from tests.models import save_tiny_llama, smollm2_path, tiny_llama_config
@@ -189,7 +191,7 @@ def train_case(case: Case, accelerator: Accelerator, adapter: Path) -> dict[str,
     inject_lora(model, lora, seed=1)
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model).values():  # a B of zeros would leave A without a gradient
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.02)
+        layer.weights.lora_B.data.copy_(torch.randn(layer.weights.lora_B.shape, generator=generator) * 0.02)
     freeze_base(model)
     choose_recomputed_layers(
         model, case.checkpointing, case.longest * case.batch_size, None, accelerator, lambda line: None
@@ -202,11 +204,19 @@ def train_case(case: Case, accelerator: Accelerator, adapter: Path) -> dict[str,
     examples = case.examples(model.config.vocab_size)
     grad_accum, rest = divmod(case.rows, case.batch_size * ranks.data_size)
     assert grad_accum and not rest, f"{case.name}: {case.rows} rows do not divide"
-    fit(
-        model, optimizer, lambda step: LEARNING_RATE, examples, accelerator, total_steps=case.steps,
-        batch_size=case.batch_size, grad_accum=grad_accum, max_length=case.longest, packing=case.packing,
-        eval_examples=examples[:1], eval_every=case.steps, log=lines.append, say=lambda line: None,
-    )  # fmt: skip
+
+    class Lines(Observer):
+        def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+            lines.append(line)
+
+        def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+            lines.append(line)
+
+    data = TrainingData(examples, case.batch_size, grad_accum, case.longest, case.packing, held_out=examples[:1])
+    Trainer(
+        model, optimizer, lambda step: LEARNING_RATE, data, accelerator, Limits(case.steps),
+        [HeldOut(case.steps), Lines()], say=lambda line: None,
+    ).fit()  # fmt: skip
     if accelerator.is_main_process:
         save_adapter(model, adapter, lora, case.model)
     summary = parameter_summary(model)
@@ -247,7 +257,7 @@ def weights_digest(model: Any) -> str:
             weight, part = dense_weight(module, torch.float32), part_of(module)
             if part is not None:
                 parts = [torch.empty_like(weight) for _ in range(part.count)]
-                torch.distributed.all_gather(parts, weight.contiguous(), group=model.ranks.tensor_group)
+                torch.distributed.all_gather(parts, weight.contiguous(), group=ranks_of(model, None).tensor_group)
                 weight = torch.cat(parts, part.dim)
             digest.update(weight.contiguous().numpy().data)
     return digest.hexdigest()

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.data.batches import make_batches
 from qlora.data.example import Example
 from qlora.data.tokenizer_files import add_tokens
@@ -35,6 +36,7 @@ from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import base_parameters, freeze_base, merge_lora, unmerge_lora
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.adalora_optimizer import build_adapter_optimizer
 from qlora.training.step import train_step
 from tests.models import save_tiny_llama
@@ -138,7 +140,7 @@ class Bench:
     def fresh(self, name: str) -> Any:
         """The base with a new adapter."""
         model, config, tokenizer = self.load(name), self.config(name), load_tokenizer(str(self.base))
-        add_tokens(tokenizer, config.added_tokens)
+        add_tokens(tokenizer, config.new_tokens)
         inject_lora(model, config, 1, tokenizer)
         freeze_base(model)
         initialize_adapter(model, config)
@@ -154,7 +156,7 @@ class Bench:
             batches = make_batches([Example(row[:-1], row[1:]) for row in rows], 4, 24, packing=True)
             torch.manual_seed(0)
             rate = VARIANTS[name].learning_rate
-            losses = [train_step(model, optimizer, batches, Accelerator(), rate)[0] for _ in range(NUM_STEPS)]
+            losses = [train_step(model, optimizer, batches, Accelerator(), rate).loss for _ in range(NUM_STEPS)]
             self._trained[name] = model.eval(), losses
         return self._trained[name]
 
@@ -274,7 +276,7 @@ def check_merge(bench: Bench, name: str) -> str:
     assert torch.equal(logits(model), expected)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     merged = bench.directory / "merged" / name.replace(" ", "-")
-    merge_adapter(str(bench.base), str(bench.adapter(name)), str(merged), check_drift=False)
+    merge_adapter(str(bench.base), str(bench.adapter(name)), str(merged), MergeOptions(drift=False))
     alone = load_base_model(str(merged), use_4bit=False, compute_dtype="float32")
     assert relative_error(logits(alone), expected) < BF16_TOLERANCE
     return YES
@@ -288,7 +290,7 @@ def check_generate(bench: Bench, name: str) -> str:
     texts = ["Hi", "What is the capital of France?"]
     expected = [greedy_reference(model, tokenizer, text, 8) for text in texts]
     before = logits(model)
-    assert generate(model, tokenizer, chats(texts), max_new_tokens=8) == expected
+    assert generate(model, tokenizer, chats(texts), Sampling(8)) == expected
     assert torch.equal(logits(model), before)
     return YES
 

@@ -1,8 +1,7 @@
 """What is in an adapter: inspect_adapter gathers, print_inspection prints, draw_inspection draws.
 
-The update of a layer is B A (every factor in B), of at most rank R. With QR decompositions B = Q1 R1 and
-A^T = Q2 R2, its singular values are those of the small matrix R1 R2^T (R, R), so that the update itself, (O, I),
-is never formed. Of these singular values, in fp64:
+The update of a layer is B A (every factor in B), of at most rank R. Of its singular values, in fp64 (the update
+itself, (O, I), is never formed; lora/linalg.py):
 
     norm            the Frobenius norm: root of the sum of their squares
     spectral norm   the largest one: how far the update can stretch an input
@@ -20,23 +19,22 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora.adapters.load import check_adapter, with_base_shift
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
+from qlora.lora.linalg import low_rank_svd
 from qlora.lora.targets import linear_layers
+from qlora.lora.variants import variant_of
 from qlora.model.skeleton import empty_model
 from qlora.model.weights import dequantized_weights
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
-from qlora.system.redact import redact
-
-NUM_LISTED = 10  # names in one line
+from qlora.system.file_names import WEIGHTS
+from qlora.system.wording import list_first, show_value
 
 
 @dataclass(frozen=True)
@@ -85,14 +83,13 @@ class Inspection:
         """The name in the field: LoRA, rsLoRA, DoRA, AdaLoRA, and how it started."""
         config, start = self.adapter.config, self.adapter.description.get("init_lora_weights")
         start = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(start), start)
-        names = {"AdaLoRA": config.use_adalora, "DoRA": config.use_dora, "rsLoRA": config.use_rslora}
-        name = " + ".join(name for name, used in names.items() if used) or "LoRA"
-        return f"{name}, started as {show_value(start)}" if isinstance(start, str) else name
+        name = config.variant_name
+        return f"{name}, started as {show_value(start, 200)}" if isinstance(start, str) else name
 
     @property
     def is_partial(self) -> bool:
         """Only the low-rank part of a DoRA update could be measured."""
-        return self.adapter.config.use_dora and not self.with_base
+        return self.adapter.is_beyond_low_rank and not self.with_base
 
     @property
     def includes_start(self) -> bool:
@@ -158,47 +155,37 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
 def _check_layers(adapter: SavedAdapter) -> None:
     """What needs no base to see: that A (R, I) and B (O, R) are both there and fit each other."""
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state.items()}
-    problems = []
+    problems, variant = [], variant_of(adapter.config)
     shifts = {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.base_shift.items()}
     for layer in adapter.adapted_layers:
         A, B = (shapes.get(f"{layer}.lora_{part}.weight", ()) for part in "AB")
         if not (len(A) == len(B) == 2 and A[0] == B[1] and min(A + B) > 0):
             problems.append(f"{layer} has A {A or 'missing'} and B {B or 'missing'}")
-        elif adapter.config.use_dora and shapes.get(f"{layer}.lora_magnitude_vector") != B[:1]:
-            problems.append(f"{layer} has {B[0]} outputs and not as many magnitudes")
+        elif variant is not None and any(
+            shapes.get(f"{layer}.{name}") != shape for name, shape in variant.shapes(B[0], A[0]).items()
+        ):
+            problems.append(f"{layer} has {variant.misfit(B[0], A[0])}")
         elif shifts.get(layer, (B[0], A[1])) != (B[0], A[1]):
             problems.append(f"{layer} has a base shift of another shape than ({B[0]}, {A[1]})")
-        elif shapes.get(f"{layer}.lora_E", (A[0], 1)) != (A[0], 1):
-            problems.append(f"{layer} has rank {A[0]} and not as many singular values in E")
     if problems:
-        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-        listed = "; ".join([*problems[:NUM_LISTED], *rest])
-        raise InputError(f"The adapter in {adapter.directory} is damaged: {listed}; save it again.")
+        raise InputError(f"The adapter in {adapter.directory} is damaged: {list_first(problems)}; save it again.")
 
 
 def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
     """layer -> its low-rank update, by the singular values that the module docstring derives."""
-    # DoRA's magnitudes left out, its factors are those of LoRA.
-    plain = replace(adapter, config=replace(adapter.config, use_dora=False))
-    if adapter.base_shift:
-        plain = plain.as_plain_lora()
-    else:
-        plain = replace(plain, config=replace(plain.config, init="kaiming"))
-    updates = {}
+    updates, variant = {}, variant_of(adapter.config)
     for layer in adapter.adapted_layers:
-        A, B = (factor.double() for factor in plain.low_rank(layer))
+        A, B = adapter.factors_on_original(layer)
         if torch.isfinite(A).all() and torch.isfinite(B).all():
-            sizes = torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)
+            sizes = low_rank_svd(A, B)[1]
             norm, largest = sizes.norm().item(), sizes.max().item()
         else:
             norm = largest = math.nan
         match = re.search(r"\.([0-9]{1,9})\.", layer)
         block, module = (int(match[1]), layer[match.end() :]) if match else (None, layer)
-        singular_values = adapter.state.get(f"{layer}.lora_E")  # AdaLoRA's, zero where it has taken rank away
-        rank = (
-            adapter.state[f"{layer}.lora_A.weight"] if singular_values is None else singular_values[:, 0].nonzero()
-        )
-        updates[layer] = LayerUpdate(layer, block, re.sub(r"\b\d+\b", "*", module), len(rank), norm, largest)
+        own_A = adapter.state[f"{layer}.lora_A.weight"]
+        rank = len(own_A) if variant is None else variant.used_rank(own_A, adapter.extras(layer))
+        updates[layer] = LayerUpdate(layer, block, re.sub(r"\b\d+\b", "*", module), rank, norm, largest)
     return updates
 
 
@@ -228,8 +215,3 @@ def _quantization(directory: Path, quant: QuantConfig | None) -> str:
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         recorded = "base_quantization" in (file.metadata() or {})
     return text if recorded else f"not recorded; taken for {text}"
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line, not too long and without secrets."""
-    return redact(value if isinstance(value, str) and value.isprintable() else repr(value))[:200]

@@ -5,25 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from qlora.adapters.peft_config import CONFIG, show_value
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
-from qlora.lora.adapter import Adapter, activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shift, shift_base
 from qlora.lora.full_parameters import base_shapes, trained_names, trained_problems
+from qlora.lora.slot import Adapter
 from qlora.lora.state import adapter_state, load_lora_state_dict
 from qlora.lora.targets import linear_layers
 from qlora.lora.trainable import freeze_base
+from qlora.lora.variants import variant_of
+from qlora.model.base import find_base_info
 from qlora.quant.layers import logical_shape
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG
 from qlora.system.redact import redact
-from qlora.system.wording import explain, list_problems
+from qlora.system.wording import explain, list_first, show_value
 
 
 def load_adapter(
@@ -65,10 +68,7 @@ def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]
     named = saved.description.get("base_model_name_or_path")
     theirs, ours = (Path(name).name if isinstance(name, str) else "" for name in (named, base_model))
     if theirs and ours and theirs != ours:
-        say(
-            f"note: the adapter {saved.directory} names {show_value(redact(theirs))} as its base, "
-            f"not {redact(ours)}"
-        )
+        say(f"note: the adapter {saved.directory} names {show_value(theirs)} as its base, not {redact(ours)}")
 
 
 def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
@@ -84,9 +84,10 @@ def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
         for key, parameter in adapter_state(adapter).items():
             parameter.copy_(saved.state[key])
     adapter.config, adapter.tokenizer = written_config(saved), read_tokenizer_files(saved.directory)
-    budget = [saved.description.get(field) for field in ("tinit", "tfinal", "total_step")]
-    if all(type(number) is int for number in budget):  # AdaLoRA's; they only go back into a file
-        adapter.budget = tuple(budget)  # type: ignore[assignment]
+    variant = variant_of(saved.config)
+    numbers = {name: saved.description.get(name) for name in (variant.run_fields if variant is not None else ())}
+    if all(type(number) is int for number in numbers.values()):  # they only go back into a file
+        adapter.run_fields = cast(dict[str, int], numbers)
     return adapter
 
 
@@ -98,7 +99,8 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
     Raises:
         InputError: a mismatch, or a base that other adapters share; the model is then unchanged.
     """
-    saved = with_base_shift(saved, model, getattr(model, "source", None))
+    info = find_base_info(model)
+    saved = with_base_shift(saved, model, None if info is None else info.source)
     if not same_shift(base_shift(model), saved.base_shift):
         check_adapter(saved, model)
         check_base(model, saved.base_shift)
@@ -135,7 +137,7 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
         InputError: lists every unknown layer, missing part, wrong shape or rank, and non-finite value.
     """
     layers = {name: logical_shape(layer) for name, layer in linear_layers(model).items()}
-    problems: list[str] = []
+    variant, problems = variant_of(saved.config), list[str]()
     wanted: dict[str, tuple[int, ...]] = {}
     for layer in saved.adapted_layers:
         if layer not in layers:
@@ -143,10 +145,8 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
             continue
         (rows, columns), rank = layers[layer], saved.config.rank_of(layer)
         wanted[f"{layer}.lora_A.weight"], wanted[f"{layer}.lora_B.weight"] = (rank, columns), (rows, rank)
-        if saved.config.use_dora:
-            wanted[f"{layer}.lora_magnitude_vector"] = (rows,)
-        if saved.config.use_adalora:
-            wanted[f"{layer}.lora_E"] = (rank, 1)
+        if variant is not None:
+            wanted |= {f"{layer}.{name}": shape for name, shape in variant.shapes(rows, rank).items()}
     parameters = base_shapes(model)
     problems += trained_problems(model, saved.trained)
     adapted = [name for name in saved.adapted_layers if name in layers]
@@ -177,5 +177,5 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
         elif not torch.isfinite(tensor).all():
             problems.append(f"{key} holds NaN or infinity")
     if problems:
-        listed = list_problems(problems)
+        listed = list_first(problems)
         raise InputError(f"The adapter in {saved.directory} is damaged or was made for another base: {listed}.")

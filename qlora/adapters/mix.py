@@ -10,8 +10,7 @@ In a layer, adapter i adds D_i = B_i A_i to the frozen W (its scaling is in the 
     linear   A = sum_i a_i A_i,  B = sum_i b_i B_i                 PEFT's "linear"; the rank stays that of each one
 
 with b_i = sqrt|w_i| and a_i = b_i sgn(w_i). "linear" is *not* D: its B A also holds every product of one adapter's
-B with another's A. D is never formed for its SVD: with B = Q_B R_B and A^T = Q_A R_A (QR) it is
-Q_B (R_B R_A^T) Q_A^T, and the core in the middle has only as many rows and columns as the factors have ranks.
+B with another's A. D is never formed for its SVD (lora/linalg.py).
 
 Stacking. Two adapters active at once compute y = W x + B_1 A_1 x + B_2 A_2 x = (W + D_1 + D_2) x: that is "cat"
 with weights 1 and 1, so a stack is an adapter like any other. It is not what training both together would give.
@@ -32,12 +31,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora.adapters.peft_config import PREFIX, WEIGHTS, describe_adapter
+from qlora.adapters.peft_config import PREFIX, describe_adapter
 from qlora.adapters.peft_files import AdapterSnapshot, SavedAdapter, read_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adapter import Adapter
+from qlora.lora.linalg import low_rank_svd
+from qlora.lora.slot import Adapter
+from qlora.lora.variants import variant_of
 from qlora.system.errors import InputError
-from qlora.system.wording import list_problems
+from qlora.system.file_names import WEIGHTS
+from qlora.system.wording import list_first
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R), the update being B A
 Method = Literal["cat", "svd", "linear"]
@@ -97,10 +99,9 @@ def truncate(factors: Factors, rank: int) -> Factors:
     """The nearest update of at most this rank in every layer, its singular values shared evenly by A and B."""
     result = {}
     for layer, (A, B) in factors.items():
-        (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
-        U, S, V = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
-        U, S, V = U[:, :rank], S[:rank].sqrt(), V[:rank]
-        result[layer] = ((S[:, None] * (V @ Q_A.T)).float(), ((Q_B @ U) * S).float())
+        U, S, Vh = low_rank_svd(A, B, rank)
+        root = S.sqrt()
+        result[layer] = ((root[:, None] * Vh).float(), (U * root).float())
     return result
 
 
@@ -138,7 +139,7 @@ def _check(adapters: Sequence[Factors], weights: Sequence[float], equal_ranks: b
             problems.append(f"{layer} has the ranks {' and '.join(map(str, sorted(ranks)))}")
     if problems:
         advice = "adapters of one base, and of one rank under linear (cat and svd take any)"
-        raise InputError(f"The adapters do not go together: {list_problems(problems)}; mix {advice}.")
+        raise InputError(f"The adapters do not go together: {list_first(problems)}; mix {advice}.")
 
 
 # ---- on adapters ------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ def saved_factors(saved: SavedAdapter) -> Factors:
             if A.dim() != 2 or B.dim() != 2 or A.shape[0] != rank or B.shape[1] != rank:
                 problems.append(f"{layer} has A {tuple(A.shape)} and B {tuple(B.shape)}, not of rank {rank}")
     if problems:
-        raise InputError(f"The adapter in {saved.directory} is damaged: {list_problems(problems)}.")
+        raise InputError(f"The adapter in {saved.directory} is damaged: {list_first(problems)}.")
     result = {}
     for layer in saved.adapted_layers:
         A, B = saved.low_rank(layer)  # all of the scaling in B
@@ -183,13 +184,13 @@ def mixed_config(factors: Factors) -> LoRAConfig:
     """The configuration of an adapter of these factors: alpha = rank everywhere, so that the scaling is 1."""
     ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
     rank = mode(ranks.values())
-    others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+    others = {layer: own for layer, own in ranks.items() if own != rank}
     return LoRAConfig(
         rank=rank,
         alpha=float(rank),
         rank_pattern=others,
-        alpha_pattern=others,
-        target_modules=",".join(ranks),
+        alpha_pattern=dict[str, float](others),
+        target_modules=list(ranks),
         adapter_dtype="float32",
     )
 
@@ -231,7 +232,9 @@ def mix_adapters(
 
 
 def _check_is_sum(config: LoRAConfig, trained: dict[str, Any], who: str) -> None:
-    what = "DoRA" if config.use_dora else f"{len(trained)} parameters trained in full" if trained else ""
+    variant = variant_of(config)
+    what = f"{len(trained)} parameters trained in full" if trained else ""
+    what = variant.name if variant is not None and variant.beyond else what
     if what:
         raise InputError(f"{who} has {what}, which no low-rank update expresses; merge it into its base instead.")
 

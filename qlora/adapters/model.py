@@ -19,9 +19,10 @@ from qlora.adapters.load import build_adapter, compare_base, load_adapter, settl
 from qlora.adapters.mix import Method, adapter_factors, mix, mixed_config
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adapter import Adapter, activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift
 from qlora.lora.full_parameters import replaced_parameters
+from qlora.lora.slot import Adapter
 from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import (
     ParameterSummary,
@@ -98,7 +99,7 @@ class LoRAModel(nn.Module):
         Raises:
             InputError: targets that match nothing, or a start that may change the base (PiSSA, LoftQ).
         """
-        if config.init in ("pissa", "loftq"):
+        if config.starts_from_base:
             raise InputError(
                 f"init {config.init} is for the adapter that a LoRAModel is made with; give that its config."
             )
@@ -261,9 +262,8 @@ def _let_train(adapter: Adapter | None, train: bool) -> None:
     if adapter is None:
         return
     for weights in adapter.layers.values():
-        for parameter in weights._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad = train
+        for parameter in weights.parameters():
+            parameter.requires_grad = train
     for parameter in adapter.trained.values():
         parameter.requires_grad = train
 

@@ -18,7 +18,6 @@ models/convert_weights.py.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -27,15 +26,16 @@ import torch
 from torch import Tensor
 
 from qlora.model.attention import head_counts
+from qlora.model.families import FAMILIES, family_of
+from qlora.model.rotary import to_halves
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import read_json, read_tensors
 from qlora.system.redact import redact
+from qlora.system.wording import list_first, quote
 
-CONFIG = "adapter_config.json"
 MLX_WEIGHTS = "adapters.safetensors"
-TORCHTUNE_WEIGHTS = "adapter_model.safetensors"  # PEFT's file name too; the tensors' names tell them apart
 MAX_SCALE = 1e30  # anything near it overflows
-NUM_LISTED = 10  # mismatches that one error names
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 MLX_PARTS = {"lora_a": A, "lora_b": B, "m": MAGNITUDE}
 MLX_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")  # shaped like linear layers, but transposed
@@ -53,29 +53,23 @@ TORCHTUNE_KEY = re.compile(
     rf"layers\.(?P<index>0|[1-9][0-9]{{0,5}})\.(?P<module>{'|'.join(TORCHTUNE_LAYERS)})"
     rf"\.(?P<part>{'|'.join(TORCHTUNE_PARTS)})"
 )
-# Architecture -> whether torchtune's rotary embedding turns neighbours, so that rows of q and k are permuted.
-TORCHTUNE_MODELS = {
-    "llama": True,
-    "mistral": True,
-    "gemma": True,
-    "gemma2": True,
-    "qwen2": False,
-    "qwen3": False,
-}
 Tool = Literal["MLX-LM", "torchtune"]
 Layers = dict[str, dict[str, Tensor]]  # layer -> A, B, MAGNITUDE -> tensor
 
 
 def recognise(directory: str | Path) -> Tool | None:
-    """Whose own format a directory holds; None for PEFT's and for anything else."""
+    """Whose own format a directory holds; None for PEFT's and for anything else.
+
+    torchtune's file is called as PEFT's is; the names of its tensors tell them apart.
+    """
     from safetensors import SafetensorError, safe_open
 
     directory = Path(directory)
     try:
         if (directory / MLX_WEIGHTS).is_file():
             return "MLX-LM"
-        if (directory / TORCHTUNE_WEIGHTS).is_file():
-            with safe_open(directory / TORCHTUNE_WEIGHTS, framework="pt") as file:
+        if (directory / WEIGHTS).is_file():
+            with safe_open(directory / WEIGHTS, framework="pt") as file:
                 return "torchtune" if any(map(TORCHTUNE_KEY.fullmatch, file.keys())) else None
         return "torchtune" if any(directory.glob("adapter_*.pt")) else None
     except (OSError, SafetensorError):
@@ -100,12 +94,12 @@ def read_foreign_adapter(
     if tool is None:
         raise InputError(
             f"{directory} holds no adapter of MLX-LM ({MLX_WEIGHTS}) or torchtune (layers.0.attn... in "
-            f"{TORCHTUNE_WEIGHTS}); check the path, and give one in PEFT's format to --adapter as it is."
+            f"{WEIGHTS}); check the path, and give one in PEFT's format to --adapter as it is."
         )
-    if tool == "torchtune" and not (directory / TORCHTUNE_WEIGHTS).is_file():
+    if tool == "torchtune" and not (directory / WEIGHTS).is_file():
         raise InputError(
             f"{directory} has only torchtune's pickle (.pt), which can run code and is never loaded; if you "
-            f"trust it, write torch.load(FILE, weights_only=True) to {TORCHTUNE_WEIGHTS} by safetensors."
+            f"trust it, write torch.load(FILE, weights_only=True) to {WEIGHTS} by safetensors."
         )
     if not (directory / CONFIG).is_file():
         fields = '"r" and "lora_alpha"' if tool == "torchtune" else "the run's settings"
@@ -142,7 +136,7 @@ def _read_mlx(
     settings = description.get("lora_parameters")
     if kind not in ("lora", "dora") or not isinstance(settings, dict):
         raise InputError(
-            f"{directory / CONFIG} has fine_tune_type = {_show(kind)} and lora_parameters = {_show(settings)}; "
+            f"{directory / CONFIG} has fine_tune_type = {quote(kind)} and lora_parameters = {quote(settings)}; "
             "they should be lora or dora and its settings: save the adapter again."
         )
     rank = _rank(directory / CONFIG, settings, "rank")
@@ -168,15 +162,15 @@ def _read_torchtune(
     """(layers, rank, alpha, dropout, base) of a torchtune adapter; the dropout is not written down."""
     if model_config is None:
         raise InputError(f"{directory} holds a torchtune adapter, whose layout depends on its base; pass --model.")
-    kind = model_config.model_type
-    if kind not in TORCHTUNE_MODELS:
-        known = ", ".join(TORCHTUNE_MODELS)
-        raise InputError(f"--model is a {kind} model; torchtune adapters of {known} can be imported.")
+    family = family_of(model_config)
+    if family.torchtune_rotary is None:
+        known = ", ".join(kind for kind, other in FAMILIES.items() if other.torchtune_rotary)
+        raise InputError(f"--model is a {family.model_type} model; torchtune adapters of {known} can be imported.")
     rank = _rank(directory / CONFIG, description, "r")
     alpha = _scale(directory / CONFIG, description, "lora_alpha")
     layers: Layers = {}
     unknown = []
-    for key, tensor in _read_tensors(directory / TORCHTUNE_WEIGHTS).items():
+    for key, tensor in _read_tensors(directory / WEIGHTS).items():
         match = TORCHTUNE_KEY.fullmatch(key)
         if match is None:
             unknown.append(key)
@@ -184,16 +178,16 @@ def _read_torchtune(
         layer = f"model.layers.{int(match['index'])}.{TORCHTUNE_LAYERS[match['module']]}"
         layers.setdefault(layer, {})[TORCHTUNE_PARTS[match["part"]]] = tensor
     dora = any(MAGNITUDE in parts for parts in layers.values())
-    _check(directory / TORCHTUNE_WEIGHTS, layers, unknown, rank, dora)
+    _check(directory / WEIGHTS, layers, unknown, rank, dora)
     for layer, parts in layers.items():
         module = layer.rpartition(".")[2]
-        has_bias = kind == "qwen2" or getattr(model_config, "attention_bias", False)
+        has_bias = family.qkv_bias or getattr(model_config, "attention_bias", False)
         if dora and has_bias and module in ("q_proj", "k_proj", "v_proj"):
             raise InputError(
                 f"{directory} holds DoRA on {layer}, which has a bias: torchtune scales that too, PEFT's format "
                 "cannot say so; use the merged model that torchtune wrote."
             )
-        if module in ("q_proj", "k_proj") and TORCHTUNE_MODELS[kind]:
+        if module in ("q_proj", "k_proj") and family.torchtune_rotary == "interleaved":
             for part in parts.keys() - {A}:
                 parts[part] = _unpermute(parts[part], layer, model_config)
     return layers, rank, alpha, 0.0, description.get("base_model_name_or_path")
@@ -209,7 +203,7 @@ def _unpermute(rows: Tensor, layer: str, config: Any) -> Tensor:
             f"The adapter has {rows.shape[0]} rows for {layer}, but --model {heads} heads of {head_dim} there; "
             "pass the base that the adapter was trained on."
         )
-    return rows.view(heads, head_dim // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape)
+    return to_halves(rows, heads)
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -217,7 +211,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     state = read_tensors(file, "save the adapter again")
     strange = [key for key in state if not key.isprintable()]
     if strange:
-        raise InputError(f"{file} holds a tensor named {_show(strange[0])}; the file is not to be trusted.")
+        raise InputError(f"{file} holds a tensor named {quote(strange[0])}; the file is not to be trusted.")
     return state
 
 
@@ -247,16 +241,15 @@ def _check(file: Path, layers: Layers, unknown: list[str], rank: int, dora: bool
             elif not torch.isfinite(tensor).all():
                 problems.append(f"{name} holds NaN or infinity")
     if problems:
-        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-        listed = "; ".join([*problems[:NUM_LISTED], *rest])
-        raise InputError(f"{file} does not hold a LoRA adapter of rank {rank}: {listed}.")
+        raise InputError(f"{file} does not hold a LoRA adapter of rank {rank}: {list_first(problems)}.")
 
 
 def _setting(file: Path, settings: dict[str, Any], name: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
     """A number out of a file's settings."""
     value = settings.get(name)
     if type(value) not in (int, float) or not fits(value):
-        raise InputError(f"{file} has {name} = {_show(value)}, not {wanted}; save the adapter again.")
+        has = quote(value) if name in settings else "no value"
+        raise InputError(f"{file} has {name} = {has}, not {wanted}; save the adapter again.")
     return value
 
 
@@ -266,8 +259,3 @@ def _rank(file: Path, settings: dict[str, Any], name: str) -> int:
 
 def _scale(file: Path, settings: dict[str, Any], name: str) -> float:
     return float(_setting(file, settings, name, "a number above 0", lambda n: 0 < n < MAX_SCALE))
-
-
-def _show(value: Any) -> str:
-    """A value out of a file, on one line and not too long."""
-    return reprlib.repr(value)[:60]

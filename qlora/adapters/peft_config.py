@@ -6,49 +6,21 @@ not compute is refused by name, never half loaded.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora.config.lora import LoRAConfig
-from qlora.lora.adalora import ORTHOGONALITY, SMOOTHING
+from qlora.config.lora import BASE_STARTS, LoRAConfig
+from qlora.lora.variant import PeftFields, Variant
+from qlora.lora.variants import VARIANTS, variant_of
+from qlora.model.families import known_layers
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 
-
-def describe_adalora(
-    config: LoRAConfig, rank_pattern: dict[str, list[bool]] | None, budget: tuple[int, int, int]
-) -> dict[str, Any]:
-    """What an AdaLoRA adapter's adapter_config.json says otherwise than that of LoRA.
-
-    Args:
-        budget: t_i, t_f and T of the run; PEFT wants them to load an adapter.
-    """
-    t_i, t_f, total = budget
-    return {
-        "peft_type": "ADALORA",
-        "r": 8,  # PEFT's default: it reads init_r
-        "init_r": config.rank,
-        "target_r": config.adalora_target_rank or max(1, config.rank // 2),
-        "tinit": t_i,
-        "tfinal": t_f,
-        "total_step": total,
-        "deltaT": config.adalora_interval,
-        "beta1": SMOOTHING,
-        "beta2": SMOOTHING,
-        "orth_reg_weight": ORTHOGONALITY,
-        "rank_pattern": rank_pattern,
-    }
-
-
-WEIGHTS, CONFIG, BASE_SHIFT = "adapter_model.safetensors", "adapter_config.json", "base_shift.safetensors"
 PREFIX = "base_model.model."
-STARTS = ("gaussian", "pissa", "loftq")
-VOCABULARY = ("embed_tokens.weight", "wte.weight", "lm_head.weight")  # ends of embeddings' and heads' names
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
@@ -82,29 +54,28 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
         "lora_dropout": config.dropout,
         "target_modules": _saved_targets(config, layers),
         "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "rank_pattern": config.rank_patterns,
-        "alpha_pattern": config.alpha_patterns,
-        "layers_to_transform": config.layer_numbers,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": config.layers or None,
         "bias": config.bias,
-        "modules_to_save": config.trained_modules or None,
+        "modules_to_save": config.modules_to_save or None,
         "fan_in_fan_out": transposed,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
         "inference_mode": True,
+        **{name: value for variant in VARIANTS for name, value in variant.describe(config).items()},
     }
 
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
     """The targets as PEFT's list of name endings; "all-linear" as the endings it stood for."""
-    if config.targets != ["all-linear"]:
-        return config.targets
+    if config.target_modules != ["all-linear"]:
+        return config.target_modules
     return sorted({name.rpartition(".")[2] for name in names})
 
 
-def file_key(key: str, layers: Collection[str], use_adalora: bool = False) -> str:
+def file_key(key: str, layers: Collection[str], variant: Variant | None = None) -> str:
     """PEFT's name of a tensor of `lora_state_dict`: it knows the bias of an adapted layer as its base layer's."""
-    if use_adalora and ".lora_" in key:
-        key = key.removesuffix(".weight")
+    key = key if variant is None else variant.file_name(key)
     layer, _, kind = key.rpartition(".")
     return f"{PREFIX}{layer}.base_layer.bias" if kind == "bias" and layer in layers else PREFIX + key
 
@@ -112,20 +83,14 @@ def file_key(key: str, layers: Collection[str], use_adalora: bool = False) -> st
 def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
     """The settings of an adapter_config.json; each field's type and range are checked."""
 
-    def check(field: str, wanted: str, fits: bool) -> None:
-        if not fits:
-            value = reprlib.repr(description[field])[:60] if field in description else "no value"
-            raise InputError(f"{file} has {field} = {value}, not {wanted}; save the adapter again.")
-
-    def given(field: str, default: Any) -> Any:
-        value = description.get(field)
-        return default if value is None else value
+    fields = PeftFields(file, description)
+    check, given = fields.check, fields.given
 
     def is_number(value: Any) -> bool:
         return type(value) in (int, float) and 0 < value < torch.finfo(torch.float32).max
 
-    is_adalora = description.get("peft_type") == "ADALORA"
-    rank_name = "init_r" if is_adalora else "r"
+    kind = description.get("peft_type")
+    rank_name = next((variant.rank_field for variant in VARIANTS if variant.peft_type == kind), "r")
     rank: Any = description.get(rank_name)
     alpha: Any = description.get("lora_alpha")
     dropout: Any = given("lora_dropout", 0.0)
@@ -133,10 +98,11 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
     modules: Any = given("modules_to_save", [])
     numbers: Any = given("layers_to_transform", [])
     numbers = [numbers] if type(numbers) is int else numbers
-    ranks: Any = {} if is_adalora else given("rank_pattern", {})
     alphas: Any = given("alpha_pattern", {})
     check(rank_name, "a whole number of 1 or more", type(rank) is int and rank >= 1)
     check("lora_alpha", "a number above 0", is_number(alpha))
+    own = {name: value for variant in VARIANTS for name, value in variant.read(fields).items()}
+    ranks: Any = own.get("rank_pattern", given("rank_pattern", {}))
     check(
         "lora_dropout",
         "a number from 0 up to, not including, 1",
@@ -153,12 +119,7 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
             isinstance(values, dict) and _is_list_of_names(list(values)) and all(map(is_number, values.values()))
         )
         check(name, "names with numbers above 0", fits)
-    target: Any = given("target_r", 0) if is_adalora else 0
-    interval: Any = given("deltaT", 1) if is_adalora else 10
-    check("target_r", "a whole number", type(target) is int and target >= 0)
-    check("deltaT", "a whole number of 1 or more", type(interval) is int and interval >= 1)
-    for name in ("use_rslora", "use_dora"):
-        check(name, "true or false", type(given(name, False)) is bool)
+    check("use_rslora", "true or false", type(given("use_rslora", False)) is bool)
     check("bias", "none, all or lora_only", given("bias", "none") in ("none", "all", "lora_only"))
     try:
         return LoRAConfig(
@@ -166,16 +127,14 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
             alpha=float(alpha),
             dropout=float(dropout),
             use_rslora=given("use_rslora", False),
-            use_dora=given("use_dora", False),
-            use_adalora=is_adalora,
-            adalora_target_rank=min(target, rank),
-            adalora_interval=interval,
-            rank_pattern=ranks,
+            **{"rank_pattern": ranks} | own,
             alpha_pattern=alphas,
-            layers=",".join(map(str, numbers)),
+            layers=numbers,
             bias=given("bias", "none"),
             modules_to_save=modules,
-            init=start if (start := description.get("init_lora_weights")) in STARTS else "kaiming",
+            init=start
+            if (start := description.get("init_lora_weights")) in ("gaussian", *BASE_STARTS)
+            else "kaiming",
         )
     except InputError as error:
         raise InputError(f"{file} does not hold together ({explain(error)}); save the adapter again.") from error
@@ -191,25 +150,25 @@ def _is_list_of_names(names: Any) -> bool:
 def own_key(key: str) -> str:
     """A tensor's name in `lora_state_dict`, from its name in a file of any version of PEFT."""
     key = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-    if key.endswith((".lora_A", ".lora_B")):  # AdaLoRA's
-        return f"{key}.weight"
-    return key.removesuffix(".weight") if key.endswith(".lora_magnitude_vector.weight") else key
+    for variant in VARIANTS:
+        key = variant.own_name(key)
+    return key
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a parameter is the weight of an embedding or of an output head."""
+    return name.endswith(tuple(f"{layer}.weight" for layer in known_layers("embedding") | {"lm_head"}))
 
 
 def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
     """Whether an adapter of this configuration may hold such a tensor."""
     if key.endswith((".lora_A.weight", ".lora_B.weight")):
         return True
-    if key.endswith(".lora_magnitude_vector"):
-        return config.use_dora
-    if key.endswith(".lora_E"):
-        return config.use_adalora
-    if key.endswith(VOCABULARY) or (key.endswith(".bias") and config.bias != "none"):
+    kind = key.rpartition(".")[2]
+    owner = next((variant for variant in VARIANTS if kind in variant.extras), None)
+    if owner is not None:
+        return owner is variant_of(config)
+    if is_vocabulary(key) or (key.endswith(".bias") and config.bias != "none"):
         return True
     module = "." + key.rpartition(".")[0]
-    return any(module.endswith("." + name) for name in config.trained_modules)
-
-
-def show_value(value: Any) -> str:
-    """A value out of a file, on one line and not too long."""
-    return value[:60] if isinstance(value, str) and value.isprintable() else reprlib.repr(value)[:60]
+    return any(module.endswith("." + name) for name in config.modules_to_save)

@@ -27,30 +27,27 @@ from torch import Tensor, nn
 
 from qlora.adapters.other_formats import recognise
 from qlora.adapters.peft_config import (
-    BASE_SHIFT,
-    CONFIG,
     PREFIX,
     UNSUPPORTED,
-    VOCABULARY,
-    WEIGHTS,
     belongs_to_adapter,
-    describe_adalora,
     describe_adapter,
     file_key,
+    is_vocabulary,
     own_key,
     read_settings,
-    show_value,
 )
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adalora import pack_triplets, unpack_triplets
 from qlora.lora.adapter import active_adapter, lora_layers
-from qlora.lora.base_shift import BaseShift, base_shift
-from qlora.lora.dora import with_magnitude
+from qlora.lora.base_shift import base_shift
 from qlora.lora.full_parameters import saved_modules
+from qlora.lora.slot import BaseShift
 from qlora.lora.state import lora_state_dict
+from qlora.lora.variants import PEFT_TYPES, variant_of
+from qlora.model.base import find_base_info
 from qlora.system.errors import InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_json, read_tensors
-from qlora.system.wording import explain
+from qlora.system.wording import explain, show_value
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,7 +82,8 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
         raise RuntimeError("The model has no LoRA layers to save.")
     state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
     transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
-    quantization = getattr(model, "quantization", None)
+    info = find_base_info(model)
+    quantization = None if info is None else info.quantization
     # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
     metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
     description = describe_adapter(config, list(layers), base_model, transposed)
@@ -94,10 +92,11 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     description["modules_to_save"] = sorted(saved_modules(model, config, trained)) or None
     if len(set(map(id, trained.values()))) < len(trained):  # one tensor is both embedding and head
         description["ensure_weight_tying"] = True
-    if config.use_adalora:
-        state, pattern = pack_triplets(state)
-        description |= describe_adalora(config, pattern, (0, 0, 1) if adapter is None else adapter.budget)
-    state = {file_key(key, layers, config.use_adalora): tensor for key, tensor in state.items()}
+    variant = variant_of(config)
+    if variant is not None:
+        state, own = variant.pack(state, config, {} if adapter is None else adapter.run_fields)
+        description |= own
+    state = {file_key(key, layers, variant): tensor for key, tensor in state.items()}
     shift = {
         f"{PREFIX}{layer}.lora_{part}.weight": factor.cpu().contiguous()
         for layer, factors in base_shift(model).items()
@@ -182,15 +181,48 @@ class SavedAdapter:
                 f"{self.directory} holds an adapter for a base that was changed (PiSSA, LoftQ); make plain LoRA "
                 "of it with as_plain_lora, or merge it."
             )
-        if self.config.use_dora:
-            raise InputError(f"{self.directory} holds a DoRA adapter, whose update is not of low rank; merge it.")
+        self._check_low_rank()
         return self._factors(layer)
+
+    @property
+    def is_beyond_low_rank(self) -> bool:
+        """Whether its variant learns more than low-rank updates (DoRA's magnitudes)."""
+        variant = variant_of(self.config)
+        return variant is not None and bool(variant.beyond)
+
+    def _check_low_rank(self) -> None:
+        if self.is_beyond_low_rank:
+            name = self.config.variant_name
+            raise InputError(
+                f"{self.directory} holds a {name} adapter, whose update is not of low rank; merge it."
+            )
+
+    def extras(self, layer: str) -> dict[str, Tensor]:
+        """What the variant has in a layer beside A and B, by saved names.
+
+        Raises:
+            InputError: it is not all there.
+        """
+        variant = variant_of(self.config)
+        names = {} if variant is None else {name: f"{layer}.{name}" for name in variant.extras}
+        missing = next((key for key in names.values() if key not in self.state), None)
+        if missing is not None:
+            raise InputError(f"The adapter in {self.directory} is damaged: missing {missing}; save it again.")
+        return {name: self.state[key] for name, key in names.items()}
 
     def _factors(self, layer: str) -> tuple[Tensor, Tensor]:
         A, B = (self.state[f"{layer}.lora_{part}.weight"].float() for part in "AB")
-        if f"{layer}.lora_E" in self.state:
-            A = A * self.state[f"{layer}.lora_E"].float()
+        variant = variant_of(self.config)
+        A = A if variant is None else variant.effective_A(A, self.extras(layer))
         return A, self.config.scaling_of(layer, A.shape[0]) * B
+
+    def factors_on_original(self, layer: str) -> tuple[Tensor, Tensor]:
+        """(A, B) in fp32 of the update's low-rank part relative to the original W, every factor put into B."""
+        A, B = self._factors(layer)
+        if layer in self.base_shift:
+            shift_A, shift_B = self.base_shift[layer]
+            A, B = torch.cat([A, shift_A]), torch.cat([B, -shift_B], 1)
+        return A, B
 
     def as_plain_lora(self) -> SavedAdapter:
         """The same update relative to the original W, as LoRA of twice the rank: B A - B' A' = [B, -B'] [A; A'].
@@ -206,21 +238,17 @@ class SavedAdapter:
             raise InputError(f"{self.directory} does not hold its base shift; find it with with_base_shift.")
         if not self.base_shift:
             return self
-        if self.config.use_dora:
-            raise InputError(f"{self.directory} holds a DoRA adapter, whose update is not of low rank; merge it.")
+        self._check_low_rank()
         state, ranks = dict(self.state), {}
         for layer in self.adapted_layers:
-            A, B = self._factors(layer)  # each B with its scaling, so that the new one is 1
-            if layer in self.base_shift:
-                shift_A, shift_B = self.base_shift[layer]
-                A, B = torch.cat([A, shift_A]), torch.cat([B, -shift_B], 1)
+            A, B = self.factors_on_original(layer)  # each B with its scaling, so that the new one is 1
             state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A, B
             ranks[layer] = len(A)
         rank = max(ranks.values())
-        others = ",".join(f"{layer}={own}" for layer, own in ranks.items() if own != rank)
+        others = {layer: own for layer, own in ranks.items() if own != rank}
         config = replace(
-            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=others, use_rslora=False,
-            init="kaiming", adapter_dtype="float32",
+            self.config, rank=rank, alpha=float(rank), rank_pattern=others, alpha_pattern=dict[str, float](others),
+            use_rslora=False, init="kaiming", adapter_dtype="float32",
         )  # fmt: skip
         return replace(self, config=config, state=state, base_shift={})
 
@@ -240,7 +268,8 @@ class SavedAdapter:
             return weight
         A, B = self._factors(layer)
         merged = torch.addmm(weight, B, A)
-        return with_magnitude(merged, self.state.get(f"{layer}.lora_magnitude_vector"))
+        variant = variant_of(self.config)
+        return merged if variant is None else variant.merge(merged, self.extras(layer))
 
 
 def read_adapter(directory: str | Path) -> SavedAdapter:
@@ -261,17 +290,17 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     used = [k for k, neutral in UNSUPPORTED.items() if description.get(k) not in neutral]
     if description.get("init_lora_weights") == "loftq" and (directory / BASE_SHIFT).is_file():
         used.remove("init_lora_weights")
-    if kind not in ("LORA", "ADALORA") or used:
+    if kind not in PEFT_TYPES or used:
         what = f"an adapter with {', '.join(used)}" if kind == "LORA" else f"a {show_value(kind)} adapter"
         raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
     config = read_settings(directory / CONFIG, description)
     state = _read_tensors(directory / WEIGHTS, config)
-    if config.use_adalora:
-        state = unpack_triplets(state, description.get("rank_pattern"), config.rank, directory / CONFIG)
+    variant = variant_of(config)
+    state = state if variant is None else variant.unpack(state, description, config, directory / CONFIG)
     saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
     # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
-    vocabulary = [name for name in saved.trained if name.endswith(VOCABULARY)]
-    config.modules_to_save = ",".join([*config.trained_modules, *(n.rpartition(".")[0] for n in vocabulary)])
+    vocabulary = [name for name in saved.trained if is_vocabulary(name)]
+    config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
     if ranks and not config.rank_pattern and config.rank not in ranks:
         raise InputError(
@@ -279,7 +308,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
             f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
     # The exact layers: what the patterns of the file mean depends on the base.
-    config.target_modules, config.layers = ",".join(saved.adapted_layers), ""
+    config.target_modules, config.layers = saved.adapted_layers, []
     # The narrowest dtype that holds every value exactly.
     factors = {tensor.dtype for key, tensor in state.items() if ".lora_A." in key or ".lora_B." in key}
     config.adapter_dtype = "bfloat16" if factors == {torch.bfloat16} else "float32"
@@ -318,7 +347,7 @@ def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
     if unannounced:
         raise InputError(
             f"{file} holds {show_value(unannounced[0])} among {len(state)} tensors, which {CONFIG} does not "
-            "announce by use_dora, bias or modules_to_save; save the adapter again."
+            "announce by its variant, bias or modules_to_save; save the adapter again."
         )
     for key, tensor in state.items():
         if tensor.dtype not in DTYPES:
@@ -352,6 +381,6 @@ def written_config(saved: SavedAdapter) -> LoRAConfig:
     listed = [numbers] if type(numbers) is int else numbers or []
     return replace(
         saved.config,
-        target_modules=",".join(targets) if isinstance(targets, list) and targets else saved.config.target_modules,
-        layers=",".join(map(str, listed)),
+        target_modules=targets if isinstance(targets, list) and targets else saved.config.target_modules,
+        layers=listed,
     )

@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 

@@ -33,15 +33,14 @@ from qlora.adapters.model import LoRAModel
 from qlora.chat.commands import COMMANDS, NO_ADAPTER
 from qlora.chat.history import History, Turn, from_turns, to_turns
 from qlora.chat.stream import AnswerStream
-from qlora.config.generate import GenerateConfig
-from qlora.config.train import TrainConfig
+from qlora.config.generate import Sampling
 from qlora.data.encode import encode_prompt
-from qlora.data.example import show_controls
 from qlora.generation import end_ids, generate
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
 from qlora.system.memory import is_out_of_memory
 from qlora.system.redact import redact
+from qlora.system.wording import show_controls
 
 
 def split_adapter(text: str, taken: Sequence[str] = ()) -> tuple[str, Path]:
@@ -66,14 +65,13 @@ class Chat:
     Args:
         model: a base with any number of adapters; the active adapter answers.
         name: the base, as given to `load_base_model`; the tokenizer is loaded from there.
-        options: length and sampling of answers; answer k (from 1) is sampled with `seed` + k - 1.
+        options: length and sampling of answers; answer k (from 1) is sampled with its seed + k - 1.
         console: receives answers; notes go to standard error unless it is a terminal.
     """
 
     model: LoRAModel
     name: str
-    options: GenerateConfig
-    seed: int = 0
+    options: Sampling
     system: str = ""
     console: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
     history: History | None = None
@@ -119,11 +117,12 @@ class Chat:
         active = self.model.active_adapter
         self.model.set_adapter(adapter)
         stream = AnswerStream(tokenizer, write)
-        options = (num_tokens, self.options.temperature, self.options.top_p, self.seed + self._num_answers)
+        seed = self.options.seed + self._num_answers
+        drawn = replace(self.options, max_new_tokens=num_tokens, seed=seed)
         in_main = threading.current_thread() is threading.main_thread()
         previous = signal.signal(signal.SIGINT, stream.stop) if in_main else None
         try:
-            answer = generate(self.model.model, tokenizer, [messages], *options, streamer=stream)[0]
+            answer = generate(self.model.model, tokenizer, [messages], drawn, streamer=stream)[0]
         finally:
             if in_main:
                 signal.signal(signal.SIGINT, previous)
@@ -255,10 +254,8 @@ class Chat:
                 changes[name] = kinds[name](value)
             except ValueError as error:
                 raise InputError(f"{name} is {value!r}; give a number.") from error
-        seed = TrainConfig(seed=changes.pop("seed", self.seed)).seed  # checked
-        self.options, self.seed = replace(self.options, **changes), seed
-        shown = {**vars(self.options), "seed": seed}
-        self._print("  ".join(f"{name}={shown[name]}" for name in kinds))
+        self.options = replace(self.options, **changes)
+        self._print("  ".join(f"{name}={getattr(self.options, name)}" for name in kinds))
         self._print(f"model={self.name}  adapter={self.model.active_adapter or NO_ADAPTER}")
         self._print(f"system={self.system or '(none)'}  turns={len(self.turns)}")
 
@@ -309,6 +306,7 @@ class Chat:
         reading = self._start_reading()
         with suppress(EOFError):
             while True:
+                line = ""
                 try:
                     line = reading().replace("\0", "")  # data files must not contain NUL
                     if line.startswith("/"):
@@ -320,7 +318,8 @@ class Chat:
                     self.note(str(error))
                 except KeyboardInterrupt:
                     self._stream("\n")
-                    self.note("stopped, and left out of the conversation; /retry asks again, /quit ends the chat")
+                    stopped = "stopped, and left out of the conversation; /retry asks again"
+                    self.note(f"{stopped if line else 'nothing was running'}; /quit ends the chat")
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise

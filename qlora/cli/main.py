@@ -11,8 +11,10 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from qlora import __version__
 from qlora.cli import commands
 from qlora.cli.exits import run
+from qlora.cli.program import program
 from qlora.system.errors import InputError
 
 
@@ -26,9 +28,11 @@ def main(argv: Sequence[str]) -> None:
     modules = command_modules()
     if argv and argv[0] in modules:
         import_module(modules[argv[0]]).main(argv[1:])
+    elif argv and argv[0] == "--version":
+        print(f"qlora {__version__}")
     elif list(argv[:1]) in ([], ["-h"], ["--help"]):
         lines = [f"  {name:<12}{_summary(module)}" for name, module in modules.items()]
-        print("\n".join(["usage: python -m qlora COMMAND [--help] [OPTIONS]", "", *lines]))
+        print("\n".join([f"usage: {program()} COMMAND [--help] [OPTIONS]", "", *lines]))
     else:
         raise InputError(f"Unknown command {argv[0]!r}; choose {', '.join(modules)}.")
 

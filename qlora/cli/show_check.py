@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora.data.check import DataCheck, length_histogram
+from qlora.system.wording import list_first
 
-NUM_LISTED = 20  # bad rows to print
+NUM_ROWS = 20  # bad rows to print
 NUM_PLACES = 3  # suspicious rows of one kind to print
 BAR_WIDTH = 40
 
@@ -28,15 +29,11 @@ def print_check(check: DataCheck, console: Console | None = None) -> None:
         console.print(f"\nthe first row as the model sees it, {check.sample}\n")
     if check.bad_rows:
         console.print(f"{len(check.bad_rows):,} rows cannot be used:")
-    for row in check.bad_rows[:NUM_LISTED]:
-        console.print(f"  {row}")
-    if len(check.bad_rows) > NUM_LISTED:
-        console.print(f"  and {len(check.bad_rows) - NUM_LISTED:,} more")
+        console.print("  " + list_first([str(row) for row in check.bad_rows], NUM_ROWS, "\n  "))
     if check.suspicious:
         console.print("usable rows worth checking:")
     for sign, places in sorted(check.suspicious.items(), key=lambda item: -len(item[1])):
-        more = f" and {len(places) - NUM_PLACES:,} more" if len(places) > NUM_PLACES else ""
-        console.print(f"  {len(places):>6,}  {sign}: {', '.join(places[:NUM_PLACES])}{more}")
+        console.print(f"  {len(places):>6,}  {sign}: {list_first(places, NUM_PLACES, ', ')}")
 
 
 def _print_histogram(check: DataCheck, console: Console) -> None:

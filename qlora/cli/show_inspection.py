@@ -11,11 +11,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from qlora.adapters.inspect import NUM_LISTED, Inspection, show_value
-from qlora.adapters.peft_config import WEIGHTS
+from qlora.adapters.inspect import Inspection
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from qlora.system.files import new_file
+from qlora.system.wording import list_first, show_value
 
+NUM_NAMES = 10  # in one line
 WIDTH = 250  # columns of the widest table; a narrower terminal wraps its lines instead of cutting them
 
 
@@ -33,7 +35,7 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     scalings = Counter(config.scaling_of(layer, rank) for layer, rank in rows.items())
     facts = {
         "adapter": str(adapter.directory),
-        "base model": show_value(base) if base else "not named",
+        "base model": show_value(base, 200) if base else "not named",
         "base quantization": found.quantization,
         "variant": found.variant,
         "rank": _counted(Counter(u.rank for u in found.updates)),
@@ -76,7 +78,7 @@ def _size_table(found: Inspection) -> Table:
         table.add_row("none" if block is None else str(block), *row, _number(together))
     columns = [[u for u in found.updates if u.module == module] for module in modules] + [found.updates]
     table.add_row("all", *(_number(found.size(updates)) for updates in columns), style="bold")
-    if found.with_base and found.adapter.config.use_dora:
+    if any(u.magnitude_change is not None for u in found.updates):
         changes = [sum(u.magnitude_change or 0.0 for u in updates) / len(updates) for updates in columns]
         table.add_row("magnitude change", *map(_number, changes), style="dim")
     else:
@@ -102,13 +104,11 @@ def _counted(values: Counter[Any], of: str = "layers") -> str:
     texts = [(f"{value:g}" if isinstance(value, (int, float)) else value, n) for value, n in values.most_common()]
     if len(texts) == 1:
         return texts[0][0]
-    rest = [f"and {len(texts) - NUM_LISTED} more"] if len(texts) > NUM_LISTED else []
-    return ", ".join([*(f"{text} ({count:,} {of})" for text, count in texts[:NUM_LISTED]), *rest]) or "none"
+    return _listed([f"{text} ({count:,} {of})" for text, count in texts])
 
 
 def _listed(names: list[str]) -> str:
-    rest = [f"and {len(names) - NUM_LISTED:,} more"] if len(names) > NUM_LISTED else []
-    return ", ".join([*names[:NUM_LISTED], *rest]) or "none"
+    return list_first(names, NUM_NAMES, ", ") or "none"
 
 
 def draw_inspection(found: Inspection, picture: str | Path) -> None:

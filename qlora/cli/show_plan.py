@@ -61,7 +61,7 @@ def print_plan(
         _print_step(plan, config, devices, planner.device, console)
     memory = planner.memory_of(plan.layout)
     if memory is None:
-        if config.train.gradient_checkpointing == "auto":
+        if config.loop.gradient_checkpointing == "auto":
             least = f"{plan.all_recomputed / GIB:.2f} GiB with all layers recomputed"
             console.print(
                 f"auto recomputes as many layers as needed: {least}. Pass --device-memory for the number."
@@ -112,7 +112,7 @@ def _print_step(
         rows.append((t.kind, f"{t.inside / GIB:.2f} GiB", text))
     if rows:
         console.print(_table(*rows))
-    tokens = config.train.batch_size * config.train.grad_accum * config.data.max_length
+    tokens = config.loop.batch_size * config.loop.grad_accum * config.data.max_length
     console.print(
         f"\ncomputed by each device per step of {tokens:,} tokens: {plan.flops / 1e12:,.3g} TFLOP", end=""
     )

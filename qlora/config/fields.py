@@ -1,61 +1,155 @@
-"""Helpers for settings: text with commas, patterns of layer names, sizes in bytes."""
+"""Lists and maps among the settings, and their text on the command line: q_proj,v_proj and name=4,other=8.
+
+A field that holds a list or a map takes its text too, from flags, YAML and Python; each `read_...` makes the value
+of either. `to_text` writes it again, for run.json, checkpoints and the defaults in --help.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
 from qlora.system.errors import InputError
 
-# Text with commas on the command line; a list, or a mapping to numbers, in YAML and Python.
-LIST_FIELDS, PATTERN_FIELDS = (
-    ("target_modules", "modules_to_save", "new_tokens", "data", "data_weights", "report_to"),
-    ("rank_pattern", "alpha_pattern", "columns"),
-)
+MAX_ENTRIES = 4096  # an entry for each layer of the largest model is a thousand
 
 
-def split_names(names: str) -> list[str]:
-    return [name for name in (part.strip() for part in names.split(",")) if name]
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-@lru_cache(maxsize=64)
-def read_pattern(field: str, text: str) -> dict[str, float]:
-    """name=number,... as a dict; a name may be a regular expression, as in PEFT."""
-    flag = "--" + field.replace("_", "-")
+def split_names(text: str) -> list[str]:
+    return [name for name in (part.strip() for part in text.split(",")) if name]
+
+
+def read_names(field: str, value: Any) -> list[str]:
+    """Text with commas, or a collection of names; a set in alphabetical order."""
+    if isinstance(value, (str, os.PathLike)):
+        return split_names(os.fspath(value))
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=str)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(name, (str, os.PathLike)) for name in value):
+        raise InputError(f"{field} is {value!r:.80}; give {flag_of(field)} names separated by commas.")
+    return [os.fspath(name) for name in value]
+
+
+def read_sources(field: str, value: Any) -> list[str]:
+    """As `read_names`; the name of a file may hold a comma. None: no source."""
+    if isinstance(value, (str, os.PathLike)) and os.path.exists(value):
+        return [os.fspath(value)]
+    return [] if value is None else read_names(field, value)
+
+
+def read_numbers(field: str, value: Any) -> list[float]:
+    """Text with commas, a number, or a collection of them."""
+    try:
+        items = split_names(value) if isinstance(value, str) else value
+        return [float(number) for number in (items if isinstance(items, Iterable) else [items])]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{field} is {value!r:.80}; give {flag_of(field)} numbers separated by commas."
+        ) from error
+
+
+def read_layers(field: str, value: Any) -> list[int]:
+    """Numbers and ranges as text (0,2,4-7), or a collection of numbers."""
+    text = ",".join(map(str, value)) if isinstance(value, (list, tuple, set, frozenset, range)) else str(value)
+    numbers: list[int] = []
+    for part in split_names(text):
+        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first:
+            raise InputError(
+                f"{field} is {value!r:.80}; give {flag_of(field)} numbers and ranges, such as 0,2,4-7."
+            )
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def read_alphas(field: str, value: Any) -> dict[str, float]:
+    """name=number,... or a mapping; a name may be a regular expression, as in PEFT."""
+    if isinstance(value, Mapping):
+        entries = [(key, number) for key, number in value.items()]
+    else:
+        texts = re.split(r",(?=[^,]*=)", str(value)) if str(value).strip() else []
+        entries = [(key.strip(), number) for key, _, number in (text.rpartition("=") for text in texts)]
+    if len(entries) > MAX_ENTRIES:
+        raise InputError(f"{field} holds {len(entries)} entries; give {flag_of(field)} {MAX_ENTRIES} at most.")
     numbers: dict[str, float] = {}
-    entries = re.split(r",(?=[^,]*=)", text) if text.strip() else []
-    if len(entries) > 4096:  # an entry for each layer of the largest model is a thousand
-        raise InputError(f"{field} holds {len(entries)} entries; give {flag} 4096 at most.")
-    for entry in entries:
-        key, _, number = entry.strip().rpartition("=")
+    for key, number in entries:
         try:
-            # A repeated group, or a dozen repeats, can take for ever to fail; names in a model need none.
-            if not key or len(key) > 200 or re.search(r"\)\s*[*+?{]", key) or len(re.findall(r"[*+?{]", key)) > 4:
-                raise ValueError
-            re.compile(key)
+            check_pattern(key)
             numbers[key] = float(number)
             if not 0 < numbers[key] < math.inf:
                 raise ValueError
-        except (ValueError, OverflowError, RecursionError, re.error) as error:
+        except (TypeError, ValueError, OverflowError, RecursionError, re.error) as error:
             raise InputError(
-                f"{field} holds {entry[:60]!r}; give {flag} as name=number,... with numbers above 0 and names, or "
-                "patterns with at most 4 repeats."
+                f"{field} holds {f'{key}={number}'[:60]!r}; give {flag_of(field)} as name=number,... with numbers "
+                "above 0 and names, or patterns with at most 4 repeats."
             ) from error
     return numbers
 
 
-def join_fields(config: Any) -> None:
-    """Lists and mappings, as Python gives them, become the text of the command line."""
-    for name in LIST_FIELDS:
-        value = getattr(config, name, None)
-        if value is not None and not isinstance(value, str):
-            setattr(config, name, ",".join(map(str, value)))
-    for name in PATTERN_FIELDS:
-        value = getattr(config, name, None)
-        if value is not None and not isinstance(value, str):
-            setattr(config, name, ",".join(f"{key}={item}" for key, item in value.items()))
+def read_ranks(field: str, value: Any) -> dict[str, int]:
+    """As `read_alphas`, of whole numbers."""
+    numbers = read_alphas(field, value)
+    for key, number in numbers.items():
+        if number != int(number):
+            raise InputError(f"{field} gives {key} the rank {number}; give a whole number.")
+    return {key: int(number) for key, number in numbers.items()}
+
+
+@lru_cache(maxsize=8192)
+def check_pattern(pattern: str) -> None:
+    """Raise for what is no regular expression, or can take forever to fail.
+
+    A repeated group, or a dozen repeats, can; names in a model need none.
+    """
+    if not pattern or len(pattern) > 200 or re.search(r"\)\s*[*+?{]", pattern):
+        raise ValueError
+    if len(re.findall(r"[*+?{]", pattern)) > 4:
+        raise ValueError
+    re.compile(pattern)
+
+
+def read_columns(field: str, value: Any) -> dict[str, str]:
+    """name=column,... or a mapping; a comma or = may stand in a column's name."""
+    if isinstance(value, Mapping):
+        texts = [f"{key}={column}" for key, column in value.items()]
+    else:
+        texts = re.split(r",(?=\s*\w+\s*=)", str(value)) if str(value).strip() else []
+    names: dict[str, str] = {}
+    for text in texts:
+        key, _, column = (part.strip() for part in text.partition("="))
+        if not key or not column or key in names:
+            raise InputError(f"{field} holds {text!r:.80}; give {flag_of(field)} name=column,... each name once.")
+        names[key] = column
+    return names
+
+
+def to_text(value: Any) -> Any:
+    """A list or a map as its text; anything else as it is. Of whole numbers three or more in a row are a range."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_number(item)}" for key, item in value.items())
+    if not isinstance(value, list):
+        return value
+    parts: list[list[Any]] = []
+    for item in value:
+        if parts and type(item) is int and item == parts[-1][-1] + 1:
+            parts[-1].append(item)
+        else:
+            parts.append([item])
+    return ",".join(
+        f"{part[0]}-{part[-1]}" if len(part) > 2 else ",".join(map(str, map(_number, part))) for part in parts
+    )
+
+
+def _number(item: Any) -> Any:
+    return int(item) if type(item) is float and item.is_integer() else item
 
 
 @lru_cache(maxsize=8192)

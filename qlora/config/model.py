@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora.config.settings import Settings
+
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass
-class ModelConfig:
-    """The frozen base."""
+class ModelConfig(Settings):
+    """Base model."""
 
     model: str | None = None
     """A Hugging Face directory, a hub id, or a .gguf file."""

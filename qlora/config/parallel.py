@@ -5,29 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora.config.settings import Count, Positive, Settings
 from qlora.system.errors import InputError
 
 
 @dataclass
-class ParallelConfig:
+class ParallelConfig(Settings):
     """Several devices. Without these flags each holds the whole base and computes its own micro-batches."""
 
     shard: Literal["none", "fsdp", "hsdp"] = "none"
     """Split the base: over all devices (fsdp), or over those of a node, alike in every node (hsdp)."""
-    shard_size: int = 0
+    shard_size: Count = 0
     """Devices that hold one copy of the base between them under hsdp; 0 = those of a node."""
     cpu_offload: bool = False
     """Keep each GPU's share of a split base in main memory; slower, and nearly free of GPU memory."""
-    tensor_parallel: int = 1
+    tensor_parallel: Positive = 1
     """Devices that compute each layer together, on the same micro-batches; 1 = every one by itself."""
     sequence_parallel: bool = False
     """With --tensor-parallel: what lies between the split layers (norms) is divided by tokens."""
 
-    def __post_init__(self) -> None:
-        if self.tensor_parallel < 1:
-            raise InputError(f"tensor_parallel is {self.tensor_parallel}; give --tensor-parallel 1 or more.")
-        if self.shard_size < 0:
-            raise InputError(f"shard_size is {self.shard_size}; give --shard-size 0 or more.")
+    def check(self) -> None:
         if self.shard_size and self.shard != "hsdp":
             raise InputError(f"shard_size is {self.shard_size} without hsdp; pass --shard hsdp with it.")
         if self.cpu_offload and self.shard == "none":

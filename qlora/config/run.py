@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from qlora.config.data import DataConfig
+from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
-from qlora.config.lora import LoRAConfig
+from qlora.config.loop import LoopConfig
+from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
 from qlora.config.model import ModelConfig
+from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
-from qlora.config.train import TrainConfig
+from qlora.config.saving import SavingConfig
+from qlora.config.settings import Settings
+from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError
+
+TRAINING = ("loop", "optimizer", "watching", "saving")
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Settings):
     """Fine-tune a 4-bit base with LoRA, or answer a --prompt with one."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    watching: WatchingConfig = field(default_factory=WatchingConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     debug: bool = False
     """Show the traceback of an error."""
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a setting needs the best state as a checkpoint, however often others are saved."""
+        watching = self.watching
+        return self.saving.load_best or watching.early_stopping_patience > 0 or watching.best_metric != "eval_loss"
+
+    def saved(self) -> dict[str, Any]:
+        """The sections of run.json and of checkpoints: the four of training are one there, `train`; lists and
+        maps are text."""
+        sections = asdict(self)
+        sections["train"] = {name: value for group in TRAINING for name, value in sections.pop(group).items()}
+        for values in sections.values():
+            if isinstance(values, dict):
+                values.update({name: to_text(value) for name, value in values.items()})
+        return sections
 
     def check_training(self) -> None:
         """Whether the settings of a training run go together.
@@ -32,21 +59,25 @@ class RunConfig:
         Raises:
             InputError: they do not.
         """
-        t, held_out = self.train, self.data.eval_data is not None or self.data.eval_split > 0
-        if t.eval_every and not held_out:
+        watching, held_out = self.watching, self.data.eval_data is not None or self.data.eval_split > 0
+        if watching.eval_every and not held_out:
             raise InputError(
                 "--eval-every needs held-out data; pass --eval-data FILE, or --eval-split 0.05 for a share."
             )
-        if t.keeps_best and not t.eval_every:
-            names = ("early_stopping_patience", "load_best")
-            flag = next((n for n in names if getattr(t, n)), "best_metric").replace("_", "-")
-            raise InputError(f"--{flag} goes by evaluations; pass --eval-every N with it.")
-        if t.best_metric == "exact_match" and self.data.train_on == "all":
+        if self.keeps_best and not watching.eval_every:
+            asked = {
+                "--early-stopping-patience": watching.early_stopping_patience > 0,
+                "--load-best": self.saving.load_best,
+                "--best-metric": True,
+            }
+            flag = next(flag for flag, is_asked in asked.items() if is_asked)
+            raise InputError(f"{flag} goes by evaluations; pass --eval-every N with it.")
+        if watching.best_metric == "exact_match" and self.data.train_on == "all":
             raise InputError(
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
         self.check_split()
-        if self.generate.adapter is not None and self.lora.added_tokens:
+        if self.generate.adapter is not None and self.lora.new_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
 
     def check_split(self) -> None:
@@ -58,14 +89,13 @@ class RunConfig:
         parallel, lora = self.parallel, self.lora
         is_tensor = parallel.tensor_parallel > 1
         unable = {
-            "--modules-to-save": bool(lora.trained_modules),
-            "--new-tokens": bool(lora.added_tokens),
+            "--modules-to-save": bool(lora.modules_to_save),
+            "--new-tokens": bool(lora.new_tokens),
             f"--bias {lora.bias}": lora.bias != "none",
-            f"--init {lora.init}": lora.init in ("pissa", "loftq"),
-            "--use-dora": lora.use_dora and is_tensor,
-            "--use-adalora": lora.use_adalora and is_tensor,
+            f"--init {lora.init}": lora.starts_from_base,
+            **{f"--{name.replace('_', '-')}": getattr(lora, name) and is_tensor for name in WHOLE_LAYERS},
             "--no-4bit": not self.model.use_4bit and is_tensor,
-            "--best-metric exact_match": self.train.best_metric == "exact_match",
+            "--best-metric exact_match": self.watching.best_metric == "exact_match",
         }
         for other in (flag for flag, is_asked in unable.items() if is_asked and parallel.is_split):
             raise InputError(f"{other} needs the whole base on every device; leave it out, or {parallel.flag}.")

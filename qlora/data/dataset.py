@@ -23,6 +23,7 @@ import torch
 from qlora.data.encode import stream_examples
 from qlora.data.example import EncodeReport, Example, finish_report, format_sample
 from qlora.data.order import rows_per_epoch
+from qlora.data.python_rows import PythonRows
 from qlora.data.readers import identify_source, stream_records
 from qlora.data.rows import BadRow, collect_bad_row
 from qlora.data.token_cache import TokenStore, TokenWriter, cached_store, token_cache, write_store
@@ -31,6 +32,7 @@ from qlora.system.errors import InputError
 from qlora.system.files import new_file
 
 MAX_WEIGHT = 1000
+Source = str | PythonRows  # a file name, a hub id, or rows from Python
 SourceRows = tuple[TokenStore, np.ndarray, float]  # store, row indices, weight
 
 
@@ -79,12 +81,12 @@ class Examples(Sequence[Example]):
         return store[int(rows[number - self._starts[part]])]
 
 
-def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> list[tuple[str, float]]:
-    """(file or hub id, weight) of each source.
+def find_sources(source: str | Sequence[Source], weights: Sequence[float] = ()) -> list[tuple[Source, float]]:
+    """(file, hub id or rows from Python, weight) of each source.
 
     Args:
-        source: names, or a comma-separated list of them (unless the text itself is a file name). A name may be a
-            pattern such as `shards/*.jsonl`; each of its files gets the pattern's weight.
+        source: names and rows, or a comma-separated list of names (unless the text itself is a file name). A name
+            may be a pattern such as `shards/*.jsonl`; each of its files gets the pattern's weight.
         weights: one per name; empty = all 1.
     Raises:
         InputError: wrong number of weights, one out of range, a pattern without a file, a source given twice.
@@ -94,24 +96,33 @@ def find_sources(source: str | Sequence[str], weights: Sequence[float] = ()) -> 
     if not names:
         raise InputError("data is empty; give --data a file or a hub id.")
     if weights and len(weights) != len(names):
+        listed = ", ".join(map(str, names))
         raise InputError(
-            f"data_weights has {len(weights)} numbers for {len(names)} sources, {', '.join(names)}; give one each."
+            f"data_weights has {len(weights)} numbers for {len(names)} sources, {listed}; give one each."
         )
-    found = []
+    found: list[tuple[Source, float]] = []
     for name, weight in zip(names, weights or [1.0] * len(names), strict=True):
         if not 0 < weight <= MAX_WEIGHT:
             raise InputError(
                 f"data_weights gives {name} the weight {weight:g}; give a number above 0, at most {MAX_WEIGHT}, "
                 "or leave the source out."
             )
-        files = [name] if Path(name).exists() or not glob.has_magic(name) else sorted(glob.glob(name))
-        if not files:
-            raise InputError(f"{name} matches no file; give another pattern or a file name.")
-        found += [(file, float(weight)) for file in files]
-    doubled = [name for number, (name, _) in enumerate(found) if name in {n for n, _ in found[:number]}]
+        found += [(source, float(weight)) for source in _matching(name)]
+    texts = [str(source) for source, _ in found]
+    doubled = [text for number, text in enumerate(texts) if text in texts[:number]]
     if doubled:
         raise InputError(f"data names {doubled[0]} twice; give it a weight of 2 instead.")
     return found
+
+
+def _matching(name: Source) -> Sequence[Source]:
+    """The files of a pattern; anything else alone."""
+    if isinstance(name, PythonRows) or Path(name).exists() or not glob.has_magic(name):
+        return [name]
+    files = sorted(glob.glob(name))
+    if not files:
+        raise InputError(f"{name} matches no file; give another pattern or a file name.")
+    return files
 
 
 @dataclass(frozen=True)
@@ -140,7 +151,7 @@ class Encoder:
         return [digest.hexdigest(), sorted((self.columns or {}).items()), *options]
 
     def load(
-        self, source: str, bad_rows: list[BadRow] | None, say: Callable[[str], Any]
+        self, source: Source, bad_rows: list[BadRow] | None, say: Callable[[str], Any]
     ) -> tuple[TokenStore, str]:
         """(rows of a source, where they came from).
 
@@ -165,9 +176,10 @@ class Encoder:
             finish_report(report, found, writer.num_rows, self.max_length)
             return report, found
 
-        if self.cache:
+        identity = identify_source(source) if self.cache else None
+        if identity is not None:
             try:
-                store, was_there = cached_store([identify_source(source), self.key], fill)
+                store, was_there = cached_store([identity, self.key], fill)
             except OSError as error:
                 say(f"the token cache {token_cache()} cannot be written ({error}); keeping tokens in memory")
             else:
@@ -179,47 +191,49 @@ class Encoder:
         return write_store(fill, None), "tokenised"
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where training and held-out rows come from.
+
+    Attributes:
+        training, weights: as `find_sources`.
+        held_out: one file, hub id or rows.
+        split: instead of `held_out`, the share of each source to hold out, at least a row, drawn by
+            `seed`; 0 = none. A single row is trained on. Weights are for training alone.
+    """
+
+    training: str | Sequence[Source]
+    weights: Sequence[float] = ()
+    held_out: Source | None = None
+    split: float = 0.0
+    seed: int = 0
+
+
 def load_examples(
-    source: str | Sequence[str],
-    tokenizer: Any,
-    max_length: int,
-    train_on: str = "completion",
-    on_long: str = "truncate",
-    *,
-    weights: Sequence[float] = (),
-    eval_source: str | None = None,
-    eval_split: float = 0.0,
-    seed: int = 0,
+    sources: Sources,
+    encoder: Encoder,
     say: Callable[[str], Any] = print,
-    show_sample: bool = False,
+    *,
     on_bad_row: str = "stop",
     bad_rows_file: Path | None = None,
-    parse_special: bool = False,
-    num_workers: int = 0,
-    columns: Mapping[str, str] | None = None,
-    cache: bool = False,
+    show_sample: bool = False,
 ) -> tuple[Examples, Sequence[Example]]:
     """(training, held-out) examples.
 
     Args:
-        source, weights: as for `find_sources`; eval_source: one file or hub id.
-        eval_split: share of each source to hold out, at least one row, drawn with `seed`; 0 = none. A source with
-            a single row holds out nothing. Weights apply to training only.
         say: receives one line per source, the sample, the split and the mix.
         on_bad_row: "stop" raises at an unusable row, "skip" drops and counts it.
         bad_rows_file: lists the dropped rows, one {"where", "problem"} per line, even if too few rows are left to
             train on. An old file is replaced, or removed if no row is bad.
-        parse_special, num_workers, columns, cache: as for `Encoder`.
     Raises:
         InputError: unusable data, or a split that leaves one side empty.
     """
     if on_bad_row not in ("stop", "skip"):
         raise InputError(f"on_bad_row is '{on_bad_row}'; use 'stop' or 'skip'.")
-    sources = find_sources(source, weights)
-    encoder = Encoder(tokenizer, max_length, train_on, on_long, parse_special, num_workers, columns, cache)
+    found = find_sources(sources.training, sources.weights)
     skipped: list[BadRow] = []
 
-    def load(name: str) -> TokenStore:
+    def load(name: Source) -> TokenStore:
         started, bad_rows = time.perf_counter(), list[BadRow]()
         try:
             store, how = encoder.load(name, bad_rows if on_bad_row == "skip" else None, say)
@@ -230,23 +244,23 @@ def load_examples(
         return store
 
     try:
-        stores = [load(name) for name, _ in sources]
+        stores = [load(name) for name, _ in found]
         if show_sample:
-            say(format_sample(stores[0][0], tokenizer))
-        held_out = None if eval_source is None else load(eval_source)
+            say(format_sample(stores[0][0], encoder.tokenizer))
+        held_out = None if sources.held_out is None else load(sources.held_out)
     finally:
         if bad_rows_file is not None:
             write_bad_rows(skipped, bad_rows_file)
-    parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, sources, strict=True)]
+    parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, found, strict=True)]
     held: list[SourceRows] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
-    if held_out is None and eval_split:
-        parts, held = _split(parts, eval_split, seed)
+    if held_out is None and sources.split:
+        parts, held = _split(parts, sources.split, sources.seed)
         if not held:
-            few = f"{', '.join(name for name, _ in sources)}: {sum(map(len, stores))} examples"
+            few = f"{', '.join(str(name) for name, _ in found)}: {sum(map(len, stores))} examples"
             raise InputError(f"{few} are too few to hold some out; pass --eval-data.")
         say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
-    if len(sources) > 1 or sources[0][1] != 1:
-        say(describe_mix([name for name, _ in sources], parts))
+    if len(found) > 1 or found[0][1] != 1:
+        say(describe_mix([str(name) for name, _ in found], parts))
     return Examples(parts), Examples(held) if held else []
 
 

@@ -31,31 +31,6 @@ def encode_prompt(
     return RowEncoder(tokenizer, parse_special).encode_prompt(messages)
 
 
-def encode_example(
-    messages: list[dict[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    train_on: str = "completion",
-    origin: str = "the conversation",
-    parse_special: bool = False,
-) -> Example:
-    """One conversation or document as a row, cut to its first max_length tokens.
-
-    Args:
-        messages:      from to_messages; "weight": 0 makes a turn context; a document is all targets.
-        train_on:      "completion" (the assistant's turns) or "all" (every token).
-        origin:        where the record is, for errors.
-        parse_special: special-token text in a message becomes the token.
-    Returns:
-        Example with T <= max_length; without a target if truncation removed them all.
-    Raises:
-        BadRow: the template rewrites earlier turns, or writes no end-of-turn token after an answer.
-    """
-    _check_options(max_length, train_on, "truncate")
-    row = RowEncoder(tokenizer, parse_special).encode_row(messages, train_on, origin)
-    return shift_targets(*row, max_length, origin)
-
-
 def encode_records(
     records: Iterable[Record],
     tokenizer: PreTrainedTokenizerBase,

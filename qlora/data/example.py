@@ -5,7 +5,6 @@ T tokens of one example.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 
 from qlora.data.rows import BadRow, sort_by_place
 from qlora.system.errors import InputError
+from qlora.system.wording import show_controls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,14 +94,6 @@ def finish_report(report: EncodeReport, bad_rows: list[BadRow], num_kept: int, m
             f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it, "
             f"{report.num_bad_rows} bad; raise it or fix the data."
         )
-
-
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def show_controls(text: str) -> str:
-    """`text` with control characters escaped, such as \\x1b: a terminal would obey them."""
-    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def format_sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:

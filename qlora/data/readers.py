@@ -1,4 +1,4 @@
-"""Read rows from files and from the hub, one at a time: .jsonl, .json, .csv, .parquet."""
+"""Read rows from files, from the hub and from Python, one at a time: .jsonl, .json, .csv, .parquet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.conversations import COMPANIONS, MAX_TEXT, SHAPES, match_shape
-from qlora.data.rows import BadRow, Record, collect_bad_row, explain_json, find_doubled, find_flaw, load_json
+from qlora.data.python_rows import PythonRows
+from qlora.data.rows import BadRow, Record, as_row, collect_bad_row, explain_json, find_doubled, load_json
 from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote, shorten
 
@@ -21,7 +22,7 @@ Rows = Generator[Record | BadRow, None, None]
 
 
 def read_records(
-    source: str,
+    source: str | PythonRows,
     split: str = "train",
     bad_rows: list[BadRow] | None = None,
     columns: Mapping[str, str] | None = None,
@@ -43,12 +44,15 @@ def read_records(
     return records
 
 
-def stream_records(source: str, split: str = "train", columns: Mapping[str, str] | None = None) -> Rows:
-    """Yield the rows of a local file or of one split of a hub dataset.
+def stream_records(
+    source: str | PythonRows, split: str = "train", columns: Mapping[str, str] | None = None
+) -> Rows:
+    """Yield the rows of a local file, of one split of a hub dataset, or from Python.
 
     Args:
-        source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) if no such path exists.
-        split:   the hub split or a slice such as `train[:1000]`; ignored for a file.
+        source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) if no such path exists; or rows
+            from Python.
+        split:   the hub split or a slice such as `train[:1000]`; ignored otherwise.
         columns: column in SHAPES -> its name in the source.
     Yields:
         A Record, or a BadRow for an unreadable row.
@@ -69,7 +73,9 @@ def stream_records(source: str, split: str = "train", columns: Mapping[str, str]
         raise InputError(f"{source} has no records; give a source with at least one.")
 
 
-def _open_source(source: str, split: str) -> Rows:
+def _open_source(source: str | PythonRows, split: str) -> Rows:
+    if isinstance(source, PythonRows):
+        return source.stream()
     path = Path(source)
     if path.is_dir():
         raise InputError(f"{source} is a directory; name one .json, .jsonl, .csv or .parquet file in it.")
@@ -83,12 +89,15 @@ def _open_source(source: str, split: str) -> Rows:
     return reader(source)
 
 
-def identify_source(source: str, split: str = "train") -> list[Any]:
-    """A key that changes with the source's content: a file's path, size and times; a hub dataset's fingerprint.
+def identify_source(source: str | PythonRows, split: str = "train") -> list[Any] | None:
+    """A key that changes with the source's content: a file's path, size and times; a hub dataset's fingerprint; a
+    digest of rows from Python, or None if they have none.
 
     Raises:
         InputError: the source does not exist.
     """
+    if isinstance(source, PythonRows):
+        return source.identity()
     path = Path(source)
     if path.is_file():
         status = path.stat()  # ctime too: `cp -p` and `touch` can set the other times
@@ -122,13 +131,6 @@ def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
     kept = {name for name in record.fields if name not in taken and (not shapes or name in partners)}
     fields = {name: record.fields[name] for name in record.fields if name in kept}
     return Record(fields | {name: record.fields[column] for name, column in columns.items()}, record.origin)
-
-
-def _as_row(value: Any, origin: str, may_have_flaw: bool) -> Record | BadRow:
-    if not isinstance(value, dict):
-        return BadRow(origin, f'the row is {describe(value)}; write an object such as {{"text": "..."}}.')
-    flaw = find_flaw(value) if may_have_flaw else None
-    return BadRow(origin, f"{flaw}.") if flaw else Record(value, origin)
 
 
 def _refuse_utf16(source: str) -> None:
@@ -178,7 +180,7 @@ def _parse_line(line: bytes, origin: str) -> Record | BadRow:
         return BadRow(origin, f"{_bad_utf8(error)}{cut}.")
     except ValueError as error:
         return BadRow(origin, f"{explain_json(error, text)}; write one JSON object on each line{cut}.")
-    return _as_row(value, origin, may_have_flaw)
+    return as_row(value, origin, may_have_flaw)
 
 
 def _read_json(source: str) -> Rows:
@@ -209,7 +211,7 @@ def _read_json(source: str) -> Rows:
             f"{source}: holds {holds}, not a list of records; write a list of objects, alone or in one field."
         )
     for number, item in enumerate(value, start=1):
-        yield _as_row(item, f"{source} record {number}", may_have_flaw)
+        yield as_row(item, f"{source} record {number}", may_have_flaw)
 
 
 def _read_csv(source: str) -> Rows:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.system.errors import InputError
-from qlora.system.wording import quote, shorten
+from qlora.system.wording import describe, quote, shorten
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def collect_bad_row(error: BadRow, bad_rows: list[BadRow] | None) -> None:
 
 def sort_by_place(bad_rows: list[BadRow]) -> None:
     """Sort the bad rows of one source, found during and after reading, in the source's order."""
-    bad_rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+$", row.where)])
+    bad_rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+(?=\]?$)", row.where)])
 
 
 class _DoubledKey(dict[str, Any]):
@@ -97,6 +97,14 @@ def find_flaw(record: Any) -> str | None:
         elif isinstance(value, list):
             stack += [(name, item) for item in value]
     return None
+
+
+def as_row(value: Any, origin: str, may_have_flaw: bool) -> Record | BadRow:
+    """A value that stands where a row should; `may_have_flaw`: look for what `find_flaw` names."""
+    if not isinstance(value, dict):
+        return BadRow(origin, f'the row is {describe(value)}; write an object such as {{"text": "..."}}.')
+    flaw = find_flaw(value) if may_have_flaw else None
+    return BadRow(origin, f"{flaw}.") if flaw else Record(value, origin)
 
 
 def explain_json(error: ValueError, text: str) -> str:

@@ -41,6 +41,7 @@ from qlora.data.example import EncodeReport, Example
 from qlora.data.rows import BadRow
 from qlora.system.cache import cache_directory
 from qlora.system.files import new_directory, remove_leftovers
+from qlora.system.versions import versions
 
 FORMAT = 2  # increase it when the same rows, tokenizer, template and options give different tokens
 MAX_CACHE = 20 * 10**9  # bytes
@@ -228,9 +229,7 @@ def token_cache() -> Path:
 
 def _code() -> str:
     """Versions of the code that makes rows: our format and the libraries that render and tokenize."""
-    from importlib.metadata import version
-
-    return " ".join([str(FORMAT), version("transformers"), version("tokenizers")])
+    return " ".join([str(FORMAT), *versions("transformers", "tokenizers").values()])
 
 
 def _evict(newest: Path) -> None:

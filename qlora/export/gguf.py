@@ -31,9 +31,11 @@ from qlora.adapters.provenance import adapter_quantization
 from qlora.data.chat_template import fallback_template
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.export.gguf_vocabulary import add_vocabulary
+from qlora.lora.variants import variant_of
 from qlora.model.attention import head_counts
-from qlora.model.gguf_source import GGUF_ARCHITECTURES
+from qlora.model.families import FAMILIES, GGUFForm, family_of
 from qlora.model.resolve import resolve_model
+from qlora.model.rotary import interleave
 from qlora.model.skeleton import empty_model, weight_shapes
 from qlora.model.tokenizer import load_tokenizer
 from qlora.model.weights import dequantized_weights
@@ -43,11 +45,9 @@ from qlora.system.files import new_file
 TEMPLATE = "tokenizer.chat_template"  # its name in a .gguf file
 Encoding = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 ADAPTER_ENCODINGS = ("f32", "f16", "bf16", "q8_0")
-# transformers' model_type -> llama.cpp's architecture
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
-def export_model(
+def export_gguf(
     model: str,
     output: str | Path,
     encoding: Encoding = "f16",
@@ -60,7 +60,7 @@ def export_model(
     dequantized base. Metadata of a .gguf base, with its tokenizer, is copied.
 
     Args:
-        model: a Hugging Face directory, a hub id or a .gguf file, of a llama, mistral, qwen2 or qwen3 model.
+        model: a Hugging Face directory, a hub id or a .gguf file, of a family that has a GGUF form.
         output: must not exist; written atomically.
         encoding: of the matrices; a tensor whose rows are not a multiple of 32 is written in f16 instead.
         adapter: adapter directory.
@@ -70,7 +70,7 @@ def export_model(
             fit.
     """
     network = empty_model(model)
-    architecture = _architecture(network.config)
+    form = _gguf_form(network.config)
     lora = None if adapter is None else read_adapter(adapter)
     shapes = weight_shapes(network)
     if lora is not None:
@@ -83,10 +83,10 @@ def export_model(
             )
     quant = None if adapter is None else adapter_quantization(adapter)
     weights = dequantized_weights(model, quant)
-    names = gguf_names(shapes, architecture, network.config.num_hidden_layers)
-    with _new_gguf(output, architecture) as writer:
+    names = gguf_names(shapes, form.architecture, network.config.num_hidden_layers)
+    with _new_gguf(output, form.architecture) as writer:
         _add_metadata(writer, model, network.config, encoding, pre_tokenizer, adapter)
-        rope_freqs = _add_rope(writer, network.config, architecture)
+        rope_freqs = _add_rope(writer, network.config, form)
         encodings = {name: _encoding_of(names[name], shape, encoding) for name, shape in shapes.items()}
         if rope_freqs is not None:
             _announce(writer, "rope_freqs.weight", tuple(rope_freqs.shape), "f32")
@@ -118,11 +118,13 @@ def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encod
         )
     network = empty_model(model)
     config = network.config
-    architecture = _architecture(config)
+    architecture = _gguf_form(config).architecture
     lora = read_adapter(adapter)
     check_adapter(lora, network)
-    if lora.config.use_dora or lora.trained:
-        extra = "DoRA's magnitudes" if lora.config.use_dora else f"trained parameters ({next(iter(lora.trained))})"
+    variant = variant_of(lora.config)
+    beyond = "" if variant is None else variant.beyond
+    if beyond or lora.trained:
+        extra = beyond or f"trained parameters ({next(iter(lora.trained))})"
         raise InputError(
             f"The adapter {adapter} has {extra}, which a LoRA .gguf cannot hold; export the merged model instead "
             "(without --adapter-only)."
@@ -151,24 +153,24 @@ def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encod
 # ---- names and rows ---------------------------------------------------------------------------------------
 
 
-def _architecture(config: Any) -> str:
-    """The llama.cpp architecture that computes the same.
+def _gguf_form(config: Any) -> GGUFForm:
+    """The llama.cpp form that computes the same.
 
     Raises:
         InputError: there is none.
     """
-    kind = config.model_type
-    rope = config.rope_parameters if kind in ARCHITECTURES else {}
+    form = family_of(config).gguf
+    rope = config.rope_parameters if form else {}
     reasons = [f"has hidden_act {config.hidden_act}"] if getattr(config, "hidden_act", "silu") != "silu" else []
     reasons += ["rotates only part of each head"] if rope.get("partial_rotary_factor", 1.0) != 1.0 else []
-    reasons += ["has attention biases"] if kind == "qwen3" and config.attention_bias else []
-    if kind not in ARCHITECTURES:
-        reasons = [f"is a {kind} model"]
-    if reasons:
+    reasons += ["has attention biases"] if form and not form.has_biases and config.attention_bias else []
+    if form is None or reasons:
+        known = [kind for kind, family in FAMILIES.items() if family.gguf]
+        reasons = reasons if form else [f"is a {config.model_type} model"]
         raise InputError(
-            f"The model {' and '.join(reasons)}; models like {', '.join(ARCHITECTURES)} can be exported as GGUF."
+            f"The model {' and '.join(reasons)}; models like {', '.join(known)} can be exported as GGUF."
         )
-    return ARCHITECTURES[kind]
+    return form
 
 
 def gguf_names(names: Iterable[str], architecture: str, num_layers: int) -> dict[str, str]:
@@ -193,9 +195,10 @@ def permute_rows(name: str, tensor: Tensor, config: Any) -> Tensor:
         tensor: (rows, ...) weight, bias or lora_B of q_proj or k_proj; any other tensor is returned unchanged.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None or not GGUF_ARCHITECTURES[ARCHITECTURES[config.model_type]]:
+    form = family_of(config).gguf
+    if heads is None or form is None or form.rotary == "halves":
         return tensor
-    return tensor.reshape(heads, 2, len(tensor) // heads // 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+    return interleave(tensor, heads)
 
 
 # ---- metadata ---------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def _add_file_type(writer: Any, encoding: Encoding) -> None:
     writer.add_quantization_version(GGML_QUANT_VERSION)
 
 
-def _add_rope(writer: Any, config: Any, architecture: str) -> Tensor | None:
+def _add_rope(writer: Any, config: Any, form: GGUFForm) -> Tensor | None:
     """Write base and scaling of the rotary embedding.
 
     Returns:
@@ -284,15 +287,15 @@ def _add_rope(writer: Any, config: Any, architecture: str) -> Tensor | None:
         )
         # llama.cpp multiplies the usual factor by this one; in Hugging Face it replaces the usual one.
         writer.add_rope_scaling_attn_factors((rope.get("attention_factor") or attention) / attention)
-    elif kind == "llama3" and architecture == "llama":
+    elif kind == "llama3" and form.has_rope_freqs:
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         pairs = torch.arange(len(scaled), dtype=torch.float32) / len(scaled)
         return 1.0 / (rope["rope_theta"] ** pairs * scaled)
     elif kind != "default":
         what = " with ".join([repr(kind)[:60], *unusual])
         raise InputError(
-            f"The model has rope_type {what}, which {architecture} files cannot hold; export the adapter alone "
-            "(--adapter-only)."
+            f"The model has rope_type {what}, which {form.architecture} files cannot hold; export the adapter "
+            "alone (--adapter-only)."
         )
     return None
 

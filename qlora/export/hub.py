@@ -10,10 +10,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from qlora.adapters.peft_config import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.export.model_card import make_card, public_name
 from qlora.system.errors import InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 

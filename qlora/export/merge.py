@@ -21,11 +21,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from qlora.adapters.load import check_adapter, with_base_shift
+from qlora.config.merge import MergeOptions
 from qlora.data.chat_template import fallback_template
 from qlora.data.encode import encode_prompt
 from qlora.data.tokenizer_files import read_tokenizer_files
@@ -50,15 +51,7 @@ def merge_adapter(
     model: str,
     adapter: str | Sequence[str],
     output_dir: str,
-    base: Literal["dequantized", "original"] = "dequantized",
-    max_shard_size: int = 5 * GB,
-    check_drift: bool = True,
-    *,
-    weights: Sequence[float] | None = None,
-    save_4bit: bool = False,
-    calibration: str | None = None,
-    drift_text: str | None = None,
-    max_drift: float | None = None,
+    options: MergeOptions | None = None,
     say: Callable[[str], Any] = print,
 ) -> Drift | None:
     """Write base + adapter as an ordinary model directory for transformers.
@@ -70,32 +63,30 @@ def merge_adapter(
         model: the base: directory, hub id or .gguf.
         adapter: directory, or several; how the base was quantized is read from their weights files.
         output_dir: must not exist; written atomically.
-        max_shard_size: bytes per weights file.
-        weights: factor for each adapter's update; default 1.
-        save_4bit: write a bitsandbytes checkpoint instead of bf16.
-        calibration: data file with texts like those the model is for (ideally the training data), for choosing the
-            4-bit codes; default: built-in texts.
-        drift_text: file to measure the drift on; default: built-in texts (export/texts.py).
-        max_drift: largest mean KL to accept, in nats per token.
+        options: base weights, output format and checks.
         say: receives a line if an interrupted merge is continued.
     Returns:
-        The drift, unless `check_drift` is off.
+        The drift, unless `options.drift` is off.
     Raises:
-        InputError: an adapter does not fit, or the output directory exists.
-        CheckFailed: the drift exceeds `max_drift`; nothing is written.
+        InputError: an adapter that does not fit, or an output directory that exists.
+        CheckFailed: the drift exceeds `options.max_drift`; nothing is written.
     """
-    target = Path(output_dir)
+    o, target = options or MergeOptions(), Path(output_dir)
     if target.exists():
         raise InputError(f"--output-dir {target} exists already; remove it or choose another.")
-    mixture = read_mixture([adapter] if isinstance(adapter, str) else adapter, weights)
+    mixture = read_mixture([adapter] if isinstance(adapter, str) else adapter, o.weights or None)
     quant = mixture.quantization
-    if save_4bit and (base == "original" or quant is None):
+    if o.save_4bit and (o.base == "original" or quant is None):
         why = "--base original was given" if quant is not None else "The adapter was trained on a 16-bit base"
         raise InputError(f"{why}, so there are no 4-bit scales to reuse; leave out --save-4bit.")
-    if max_drift is not None and not (check_drift and 0 <= max_drift < math.inf):
-        raise InputError(f"max_drift is {max_drift}; give --max-drift a number of 0 or more, without --no-drift.")
+    if not o.max_shard_gb > 0:
+        raise InputError(f"max_shard_gb is {o.max_shard_gb}; give --max-shard-gb a number above 0.")
+    if o.max_drift is not None and not (o.drift and 0 <= o.max_drift < math.inf):
+        raise InputError(
+            f"max_drift is {o.max_drift}; give --max-drift a number of 0 or more, without --no-drift."
+        )
     network = empty_model(model)
-    if save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
+    if o.save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
         raise InputError("transformers cannot load a 4-bit mixture of experts; leave out --save-4bit.")
     for saved in mixture.adapters:
         check_adapter(saved, network)
@@ -104,38 +95,38 @@ def merge_adapter(
         adapters=[with_base_shift(saved, network, model) for saved in mixture.adapters],
         untied=untied_head(mixture, network),
     )
-    mixture.check(as_one=check_drift or save_4bit)
+    mixture.check(as_one=o.drift or o.save_4bit)
     tokenizer, context = load_tokenizer(model), network.config.max_position_embeddings
-    drift_texts = load_drift_texts(tokenizer, drift_text, context)
+    drift_texts = load_drift_texts(tokenizer, o.drift_text, context)
     texts: list[list[int]] = []
-    if save_4bit:
+    if o.save_4bit:
         rows = min(CALIBRATION_LENGTH, context)
         texts = (
             [encode_prompt([{"role": "user", "content": text}], tokenizer)[:rows] for text in CALIBRATION_TEXTS]
-            if calibration is None
-            else load_texts(calibration, tokenizer, rows, CALIBRATION_TOKENS)
+            if o.calibration is None
+            else load_texts(o.calibration, tokenizer, rows, CALIBRATION_TOKENS)
         )
 
-    with staging_directory(
-        target, merge_fingerprint(model, mixture, base, max_shard_size, save_4bit, texts)
-    ) as staging:
+    max_bytes = int(o.max_shard_gb * GB)
+    made_of = merge_fingerprint(model, mixture, o.base, max_bytes, o.save_4bit, texts)
+    with staging_directory(target, made_of) as staging:
         writer: DenseWriter | PackedWriter
-        if save_4bit:
+        if o.save_4bit:
             writer = PackedWriter(model, mixture, texts, network)
         else:
-            writer = DenseWriter(model, mixture, base == "original", network)
-        write_merged_shards(writer, staging, max_shard_size, say)
+            writer = DenseWriter(model, mixture, o.base == "original", network)
+        write_merged_shards(writer, staging, max_bytes, say)
         _write_metadata(model, mixture, staging, writer)
         drift = None
-        if check_drift:
-            drift = measure_merged(model, mixture, staging, save_4bit, drift_texts)
+        if o.drift:
+            drift = measure_merged(model, mixture, staging, o.save_4bit, drift_texts)
             (staging / "drift.json").write_text(json.dumps(asdict(drift), indent=2) + "\n")
-            if max_drift is not None and not drift.mean_kl <= max_drift:
+            if o.max_drift is not None and not drift.mean_kl <= o.max_drift:
                 raise CheckFailed(
                     f"The merged model drifts by {drift.mean_kl:.3e} nats per token from base + adapter, more "
-                    f"than --max-drift {max_drift:g} allows, so {target} was not written."
+                    f"than --max-drift {o.max_drift:g} allows, so {target} was not written."
                 )
-        card = make_merged_card(model, mixture, base, save_4bit, calibration, drift)
+        card = make_merged_card(model, mixture, o.base, o.save_4bit, o.calibration, drift)
         (staging / "README.md").write_text(card)
     return drift
 

@@ -16,9 +16,10 @@ from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
-from qlora.lora.adapter import Adapter, activate, wrap_layers
+from qlora.lora.adapter import activate, wrap_layers
 from qlora.lora.full_parameters import vocabulary_names
 from qlora.lora.layer import LoRAWeights
+from qlora.lora.slot import Adapter
 from qlora.model.skeleton import weight_shapes
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
@@ -92,8 +93,8 @@ class Mixture:
         updates = [{layer: saved.low_rank(layer) for layer in saved.adapted_layers} for saved in self.adapters]
         layers = {}
         for layer, (A, B) in mix(updates, self.weights).items():
-            layers[layer] = LoRAWeights(A.shape[1], len(B), rank=len(A), alpha=len(A), dtype=torch.float32)
-            layers[layer].lora_A.data, layers[layer].lora_B.data = A, B
+            layers[layer] = LoRAWeights(A, len(B), alpha=len(A), dtype=torch.float32)
+            layers[layer].lora_B.data = B
         parameters = dict(network.named_parameters())
         names = {name for saved in self.adapters for name in saved.trained}
         trained = {name: nn.Parameter(self.merge_into(name, parameters[name].detach().float())) for name in names}

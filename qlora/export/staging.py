@@ -11,13 +11,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from qlora.adapters.peft_config import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.export.merged_weights import SHARDS
 from qlora.export.mixture import Mixture
 from qlora.model.resolve import resolve_model
 from qlora.model.safetensors_source import weight_files
 from qlora.system.errors import CheckFailed, InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_directory, remove_leftovers, sha256_of
+from qlora.system.versions import versions
 
 
 @contextmanager
@@ -54,9 +55,7 @@ def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
 
 def merge_fingerprint(model: str, mixture: Mixture, *settings: object) -> str:
     """Fingerprint of everything the weights files depend on."""
-    from importlib.metadata import version
-
-    parts: list[object] = [version(name) for name in ("torch", "transformers", "bitsandbytes")]
+    parts: list[object] = [*versions("torch", "transformers", "bitsandbytes").values()]
     for file in map(Path.resolve, weight_files(resolve_model(model))):
         parts += [str(file), file.stat().st_size, file.stat().st_mtime_ns]
     for saved in mixture.adapters:

@@ -28,17 +28,21 @@ gradient norm are those of the data.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora.config.lora import LoRAConfig
+from qlora.lora.layer import LoRAWeights
+from qlora.lora.variant import PeftFields, Variant
 from qlora.system.errors import InputError
 
 ORTHOGONALITY, SMOOTHING = 0.5, 0.85
+DEVIATION = 0.02  # of A and B as they start
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,79 @@ def unpack_triplets(state: dict[str, Tensor], rank_pattern: Any, rank: int, file
             shape = [rank if i == axis else size for i, size in enumerate(tensor.shape)]
             state[name] = tensor.new_zeros(shape).index_copy_(axis, places, tensor)
     return state
+
+
+class AdaLoRA(Variant):
+    """Adds `lora_E` (R, 1) fp32, the singular values; A and B start Gaussian (its authors' code), E at zero.
+
+    Its files leave out the triplets that training has zeroed; rank_pattern says which.
+    """
+
+    flag, name = "use_adalora", "AdaLoRA"
+    extras: ClassVar = {"lora_E": "lora_E"}
+    peft_type, rank_field = "ADALORA", "init_r"
+    run_fields = ("tinit", "tfinal", "total_step")
+
+    def start(self, weights: LoRAWeights, layer: nn.Module, generator: torch.Generator) -> None:
+        for parameter in (weights.lora_A, weights.lora_B):
+            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, DEVIATION, generator=generator))
+        values = torch.zeros(weights.rank, 1, device=weights.lora_A.device)
+        weights.register_parameter("lora_E", nn.Parameter(values))
+
+    def effective_A(self, A: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        return ScaledRows.apply(A, extras["lora_E"].float())
+
+    def shapes(self, rows: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {"lora_E": (rank, 1)}
+
+    def misfit(self, rows: int, rank: int) -> str:
+        return f"rank {rank} and not as many singular values in E"
+
+    def used_rank(self, A: Tensor, extras: Mapping[str, Tensor]) -> int:
+        return int(extras["lora_E"].count_nonzero())
+
+    def file_name(self, key: str) -> str:
+        return key.removesuffix(".weight") if ".lora_" in key else key
+
+    def own_name(self, key: str) -> str:
+        return f"{key}.weight" if key.endswith((".lora_A", ".lora_B")) else key
+
+    def pack(
+        self, state: dict[str, Tensor], config: LoRAConfig, run_fields: Mapping[str, int]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        packed, pattern = pack_triplets(state)
+        own = {
+            "peft_type": self.peft_type,
+            "r": 8,  # PEFT's default: it reads init_r
+            "init_r": config.rank,
+            "target_r": config.adalora_target_rank or max(1, config.rank // 2),
+            **{"tinit": 0, "tfinal": 0, "total_step": 1},  # PEFT wants them to load an adapter
+            **run_fields,
+            "deltaT": config.adalora_interval,
+            "beta1": SMOOTHING,
+            "beta2": SMOOTHING,
+            "orth_reg_weight": ORTHOGONALITY,
+            "rank_pattern": pattern,
+        }
+        return packed, own
+
+    def unpack(
+        self, state: dict[str, Tensor], description: Mapping[str, Any], config: LoRAConfig, file: Path
+    ) -> dict[str, Tensor]:
+        return unpack_triplets(state, description.get("rank_pattern"), config.rank, file)
+
+    def read(self, fields: PeftFields) -> dict[str, Any]:
+        if fields.given("peft_type", None) != self.peft_type:
+            return {}
+        target, interval = fields.given("target_r", 0), fields.given("deltaT", 1)
+        fields.check("target_r", "a whole number", type(target) is int and target >= 0)
+        fields.check("deltaT", "a whole number of 1 or more", type(interval) is int and interval >= 1)
+        return {
+            "use_adalora": True,
+            "adalora_target_rank": min(target, fields.given("init_r", 0)),
+            "adalora_interval": interval,
+            "rank_pattern": {},  # here it lists triplets
+        }
 
 
 class ScaledRows(torch.autograd.Function):

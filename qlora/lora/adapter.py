@@ -7,7 +7,6 @@ parameters hang in the model's modules, so that `model.parameters()` knows nothi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,31 +14,13 @@ from torch import Tensor, nn
 
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import token_ids_of, tokenizer_files
-from qlora.lora.dora import squared_norms
 from qlora.lora.full_parameters import copy_trained, start_new_tokens, swap_parameters, trained_names
-from qlora.lora.layer import LoRALinear, LoRAWeights
+from qlora.lora.layer import LoRALinear, LoRAWeights, draw_A
+from qlora.lora.slot import Adapter, slot_of
 from qlora.lora.targets import match_targets
+from qlora.lora.variants import variant_of
 from qlora.quant.layers import logical_shape
 from qlora.system.errors import InputError
-
-
-@dataclass
-class Adapter:
-    """All that one adapter learns, active in a model or at rest.
-
-    Attributes:
-        config: what it was made by.
-        layers: qualified layer name -> its weights there.
-        trained: parameter name -> a copy of a base parameter that trains in full (biases, embeddings, ...).
-        tokenizer: files by name of the tokenizer that goes with the adapter; none where it is the base's.
-        budget: t_i, t_f and T of the run in which AdaLoRA trains it, for its file.
-    """
-
-    config: LoRAConfig
-    layers: dict[str, LoRAWeights]
-    trained: dict[str, nn.Parameter] = field(default_factory=dict)
-    tokenizer: dict[str, bytes] = field(default_factory=dict)
-    budget: tuple[int, int, int] = (0, 0, 1)
 
 
 def create_adapter(
@@ -56,24 +37,21 @@ def create_adapter(
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
-    weights = {}
-    for name, layer in match_targets(model, config.targets, config.layer_numbers).items():
+    weights, variant = {}, variant_of(config)
+    for name, layer in match_targets(model, config.target_modules, config.layers or None).items():
         (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
         rank = config.rank_of(name)
-        weights[name] = LoRAWeights(
-            columns, rows, rank, config.alpha_of(name), config.dropout, dtype, config.init, generator,
-            device, config.scaling_of(name, rank),
-        )  # fmt: skip
-        if config.use_adalora:
-            weights[name].add_singular_values(generator)
-        if config.use_dora:  # the outputs' magnitudes as they are, so that c = 1
-            weights[name].magnitude = nn.Parameter(squared_norms(layer).sqrt())
+        A, scaling = draw_A(rank, columns, config.init, generator, device), config.scaling_of(name, rank)
+        own = LoRAWeights(A, rows, config.alpha_of(name), config.dropout, dtype, device, scaling)
+        weights[name], own.variant = own, variant
+        if variant is not None:
+            variant.start(own, layer, generator)
     if trained is not None:
         return Adapter(config, weights, copy_trained(model, trained))
     copies = copy_trained(model, trained_names(model, config, list(weights)))
-    if not config.added_tokens:
+    if not config.new_tokens:
         return Adapter(config, weights, copies)
-    copies = start_new_tokens(model, copies, token_ids_of(tokenizer, config.added_tokens))
+    copies = start_new_tokens(model, copies, token_ids_of(tokenizer, config.new_tokens))
     return Adapter(config, weights, copies, tokenizer_files(tokenizer))
 
 
@@ -84,7 +62,7 @@ def wrap_layers(model: nn.Module, names: Iterable[str]) -> None:
         if not isinstance(layer, LoRALinear):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(layer, rank=0).train(layer.training))
-    model.__dict__["_wrapped_layers"] = _find_wrapped(model)
+    slot_of(model).wrapped = _find_wrapped(model)
 
 
 def activate(model: nn.Module, adapter: Adapter | None) -> None:
@@ -93,28 +71,25 @@ def activate(model: nn.Module, adapter: Adapter | None) -> None:
     Raises:
         RuntimeError: an adapter is merged.
     """
-    layers = wrapped_layers(model)
+    slot, layers = slot_of(model), wrapped_layers(model)
     if any(layer.merged_weight is not None for layer in layers.values()):
         raise RuntimeError("The adapter is merged; call unmerge before switching to another.")
-    if adapter is None and model.__dict__.get("_base_shift"):
+    if adapter is None and slot.shift:
         raise InputError(
             "The base was changed for a PiSSA or LoftQ adapter and answers with that alone; load it afresh."
         )
     weights = {} if adapter is None else adapter.layers
     for name, layer in layers.items():  # by dict entry: nn.Module's own setattr takes a microsecond each
         layer._modules["lora"] = weights.get(name)
-        layer.__dict__["fixed_scale"] = layer.__dict__["_squared_norms"] = None
-    at_rest: dict[str, nn.Parameter] = model.__dict__.pop("_base_parameters", {})
-    if at_rest:
-        swap_parameters(model, at_rest)
-    if adapter is not None and adapter.trained:
-        model.__dict__["_base_parameters"] = swap_parameters(model, adapter.trained)
-    model.__dict__["_active_adapter"] = adapter
+        layer.__dict__["fixed_scale"] = layer.__dict__["kept_of_base"] = None
+    swap_parameters(model, slot.replaced)
+    slot.replaced = {} if adapter is None else swap_parameters(model, adapter.trained)
+    slot.active = adapter
 
 
 def active_adapter(model: nn.Module) -> Adapter | None:
     """The adapter that `model` computes with."""
-    return model.__dict__.get("_active_adapter")
+    return slot_of(model).active
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> list[str]:
@@ -148,7 +123,7 @@ def wrapped_layers(model: nn.Module) -> dict[str, LoRALinear]:
 
     Looked up where `wrap_layers` has kept them: walking a model's modules takes milliseconds.
     """
-    kept: dict[str, LoRALinear] | None = model.__dict__.get("_wrapped_layers")
+    kept = slot_of(model).wrapped
     return _find_wrapped(model) if kept is None else kept
 
 

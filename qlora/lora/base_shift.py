@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from qlora.lora.adapter import wrapped_layers
 from qlora.lora.layer import LoRALinear
 from qlora.lora.linalg import split_svd
+from qlora.lora.slot import BaseShift, slot_of
+from qlora.model.base import find_base_info
 from qlora.model.weights import read_weights, shifted_weight
 from qlora.quant.layers import dense_weight
 from qlora.quant.library import Params4bit
 from qlora.quant.weight import quantization_of, quantize_weight
 from qlora.system.errors import InputError
 
-BaseShift = dict[str, tuple[Tensor, Tensor]]  # layer -> (A' (r, in), B' (out, r)) fp32; its base is q(W - B' A')
 ANOTHERS_BASE = "The base was changed for a PiSSA or LoftQ adapter and fits no other one; load the base afresh."
 
 
 def base_shift(model: nn.Module) -> BaseShift:
     """What was subtracted from the weights of this model; empty for an ordinary base."""
-    return model.__dict__.get("_base_shift", {})
+    return slot_of(model).shift
 
 
 def same_shift(one: BaseShift, other: BaseShift) -> bool:
@@ -76,8 +77,8 @@ def shift_base(model: nn.Module, shift: BaseShift) -> None:
             layer.base_layer if isinstance(layer, LoRALinear) else layer, shifted_weight(weight, shift[name])
         )
         if isinstance(layer, LoRALinear):
-            layer._squared_norms = None
-    model.__dict__["_base_shift"] = shift
+            layer.kept_of_base = None
+    slot_of(model).shift = shift
 
 
 def pissa_shift(model: str, scalings: dict[str, tuple[int, float]]) -> BaseShift:
@@ -98,9 +99,9 @@ def pissa_shift(model: str, scalings: dict[str, tuple[int, float]]) -> BaseShift
 def original_weights(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, Tensor]]:
     """(layer, W (out, in) fp32 on its device): out of the model's files, or for want of them as it lies here."""
     device = next(model.parameters()).device
-    source: Any = getattr(model, "source", None)
-    if source is not None:
-        yield from ((name, weight.to(device)) for name, weight in read_weights(source, layers))
+    info = find_base_info(model)
+    if info is not None:
+        yield from ((name, weight.to(device)) for name, weight in read_weights(info.source, layers))
         return
     for name in layers:
         layer = model.get_submodule(name)

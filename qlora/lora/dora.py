@@ -1,21 +1,64 @@
-"""DoRA (arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, each output's magnitude m learned apart."""
+"""DoRA (arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, each output's magnitude m learned apart.
+
+The norms count as constants in the backward pass (4.3). They are found without the matrix W + s B A
+(`weight_norm`). PEFT's DoRA drops W's input in part as well, ours that of A alone.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qlora.quant.layers import dense_weight
+from qlora.config.lora import LoRAConfig
+from qlora.lora.layer import LoRALinear, LoRAWeights
+from qlora.lora.variant import PeftFields, Variant
+from qlora.quant.layers import dense_weight, dequantize_into_scratch
 
 SMALLEST = torch.finfo(torch.float32).tiny
+MAGNITUDE = "lora_magnitude_vector"
 
 
-def with_magnitude(weight: Tensor, magnitude: Tensor | None) -> Tensor:
-    """The (out, in) fp32 weight with DoRA's magnitudes for the norms of its rows; None leaves it alone."""
-    if magnitude is None:
-        return weight
-    norms = weight.norm(dim=1).clamp_(min=SMALLEST)
-    return weight * (magnitude.detach().float() / norms)[:, None]
+class DoRA(Variant):
+    """Adds `magnitude` (out,) fp32, which starts as the norms of W's rows, so that c = 1."""
+
+    flag, name, beyond = "use_dora", "DoRA", "DoRA's magnitudes"
+    extras: ClassVar = {MAGNITUDE: "magnitude"}
+
+    def start(self, weights: LoRAWeights, layer: nn.Module, generator: torch.Generator) -> None:
+        weights.register_parameter("magnitude", nn.Parameter(squared_norms(layer).sqrt()))
+
+    def follow_start(self, layer: LoRALinear) -> None:
+        layer.weights.extras[MAGNITUDE].copy_(weight_norm(layer))
+
+    def output_scale(self, layer: LoRALinear, dtype: torch.dtype) -> Tensor | None:
+        return layer.weights.extras[MAGNITUDE] / weight_norm(layer, dtype)
+
+    def merge(self, weight: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
+        norms = weight.norm(dim=1).clamp_(min=SMALLEST)
+        return weight * (extras[MAGNITUDE].detach().float() / norms)[:, None]
+
+    def token_bytes(self, layer: LoRALinear, itemsize: int) -> int:
+        return layer.out_features * itemsize  # z
+
+    def shapes(self, rows: int, rank: int) -> dict[str, tuple[int, ...]]:
+        return {MAGNITUDE: (rows,)}
+
+    def misfit(self, rows: int, rank: int) -> str:
+        return f"{rows} outputs and not as many magnitudes"
+
+    def own_name(self, key: str) -> str:
+        return key.removesuffix(".weight") if key.endswith(f".{MAGNITUDE}.weight") else key
+
+    def describe(self, config: LoRAConfig) -> dict[str, Any]:
+        return {"use_dora": config.use_dora}
+
+    def read(self, fields: PeftFields) -> dict[str, Any]:
+        value = fields.given("use_dora", False)
+        fields.check("use_dora", "true or false", type(value) is bool)
+        return {"use_dora": value}
 
 
 def squared_norms(layer: nn.Module) -> Tensor:
@@ -23,6 +66,19 @@ def squared_norms(layer: nn.Module) -> Tensor:
     return dense_weight(layer, torch.float32).square().sum(1)
 
 
-def rescale(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """y + (scale - 1) z in y's dtype, so y * scale where z is y: a bf16 scale near 1 would be a step of 1/128."""
-    return torch.addcmul(y, z, (scale - 1).to(y.dtype))
+@torch.no_grad()
+def weight_norm(layer: LoRALinear, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(out,) fp32 row norms of W + s B A, without that matrix.
+
+        |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b       for each row w of W, b of B
+
+    |w|^2 is computed once (`activate` forgets it, in case the base has changed); w A^T takes one product of rank
+    columns, multiplied in `dtype`.
+    """
+    base, weights = layer.base_layer, layer.weights
+    if layer.kept_of_base is None or layer.kept_of_base.device != base.weight.device:
+        layer.kept_of_base = squared_norms(base)
+    A, B, s = weights.effective_A.float(), weights.lora_B.float(), weights.scaling
+    cross = (dequantize_into_scratch(base, dtype) @ A.to(dtype).T).float()
+    squares = layer.kept_of_base + (2 * s * cross + s * s * (B @ (A @ A.T))).mul_(B).sum(1)
+    return squares.clamp_(min=SMALLEST).sqrt_()  # a row of zeros has c = 0 rather than 0 / 0

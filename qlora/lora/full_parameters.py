@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora.config.lora import LoRAConfig
+from qlora.lora.layer import LoRALinear
+from qlora.lora.slot import slot_of
 from qlora.quant.layers import FrozenMatrix
 from qlora.quant.library import Params4bit
 from qlora.system.errors import InputError
@@ -39,7 +41,7 @@ from qlora.system.errors import InputError
 
 def replaced_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's parameters whose places the active adapter's copies have taken, by name."""
-    return model.__dict__.get("_base_parameters", {})
+    return slot_of(model).replaced
 
 
 def base_name(name: str) -> str:
@@ -77,9 +79,9 @@ def trained_names(model: nn.Module, config: LoRAConfig, adapted: Collection[str]
         chosen |= {name for name in parameters if name.endswith(".bias")}
     elif config.bias == "lora_only":
         chosen |= {f"{layer}.bias" for layer in adapted} & parameters.keys()
-    if config.added_tokens:
+    if config.new_tokens:
         chosen |= set(vocabulary_names(model))
-    for module in config.trained_modules:
+    for module in config.modules_to_save:
         own = {name for name in parameters if f".{name}".rpartition(".")[0].endswith(f".{module}")}
         for name in sorted(own):
             _check_trainable(model, name, module, adapted)
@@ -197,7 +199,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds a base parameter, and the parameter's name there."""
     module, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(module)
-    return getattr(owner, "base_layer", owner), leaf
+    return owner.base_layer if isinstance(owner, LoRALinear) else owner, leaf
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig, trained: Collection[str]) -> list[str]:
@@ -206,7 +208,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig, trained: Collection[str]
     Args:
         trained: names of the parameters that the adapter has copies of.
     """
-    asked = config.trained_modules
+    asked = config.modules_to_save
     modules = [name.rpartition(".")[0] for name in trained]
     wanted = [
         name

@@ -15,16 +15,16 @@ B (O, R), s the scaling, m the dropout mask divided by its keep probability (abs
                db = sum over N of dy            (O,)        where the bias trains
                dc = sum over N of dy * z        (O,)        DoRA
 
-The family differs in s, c, A and in how A and B start:
+The family differs in s, c, A and in how A and B start. What a variant does otherwise is its own
+(`LoRAWeights.variant`, lora/variant.py); the layer asks it once:
 
     LoRA       s = alpha / R
     rsLoRA     s = alpha / sqrt(R)                              arXiv 2312.03732
-    DoRA       c = magnitude / n, n = row norms of W + s B A    arXiv 2402.09353; n counts as a constant (4.3)
+    DoRA       c = magnitude / n, n = row norms of W + s B A    arXiv 2402.09353; see lora/dora.py
     AdaLoRA    (E * A) in the place of A, E (R, 1)              arXiv 2303.10512; see lora/adalora.py
     PiSSA, LoftQ                                                how A and B start; see lora/svd_start.py
 
-n is found without W + s B A (`LoRALinear.weight_norm`), and c is applied as z + (c - 1) z, which keeps c's digits
-in bf16. Dropout is on the input of A alone, under DoRA too (PEFT's DoRA then drops W's input in part as well).
+c is applied as z + (c - 1) z, which keeps c's digits in bf16. Dropout is on the input of A alone.
 
 What is kept between the two passes: x (shared by every layer that reads it: q, k and v keep one copy), h, the
 one-byte mask, and z under DoRA. W is dequantized twice (under DoRA a third time, for n) and kept never; W gets no
@@ -42,17 +42,18 @@ The adapted model is the base model until the first step.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.lora.adalora import ScaledRows
-from qlora.lora.dora import SMALLEST, rescale, squared_norms, with_magnitude
-from qlora.quant.layers import dense_weight, dequantize_into_scratch, layer_bias, logical_shape, multiply
+from qlora.quant.layers import dense_weight, layer_bias, logical_shape, multiply
 from qlora.quant.parts import Part, part_of
 from qlora.system.errors import InputError
+
+if TYPE_CHECKING:
+    from qlora.lora.variant import Variant
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -122,6 +123,11 @@ class LoRAFunction(torch.autograd.Function):
         return dx, dA, dB, dc, db, None, None, None
 
 
+def rescale(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """y + (scale - 1) z in y's dtype, so y * scale where z is y: a bf16 scale near 1 would be a step of 1/128."""
+    return torch.addcmul(y, z, (scale - 1).to(y.dtype))
+
+
 def own_factors(lora_A: Tensor, lora_B: Tensor, part: Part | None) -> tuple[Tensor, Tensor]:
     """What a layer that holds a part of its weight computes with: rows of B or columns of A, the other whole."""
     if part is None:
@@ -138,64 +144,65 @@ def drop(x: Tensor, dropout: float, part: Part | None) -> tuple[Tensor, Tensor]:
     return x * mask / (1 - dropout), mask
 
 
+def draw_A(rank: int, in_features: int, init: str, generator: torch.Generator | None, device: Any) -> Tensor:
+    """(rank, in) fp32 as A starts, drawn on the CPU, so that all devices begin alike; for the meta device, empty.
+
+    Args:
+        init: "gaussian" (deviation 1 / rank), else uniform within 1 / sqrt(in), as nn.Linear.
+        generator: CPU generator to draw from.
+    """
+    is_meta = device is not None and torch.device(device).type == "meta"
+    start = torch.empty(rank, in_features, device="meta" if is_meta else "cpu")
+    if init == "gaussian":
+        return start.normal_(0.0, 1.0 / rank, generator=generator)
+    bound = 1.0 / math.sqrt(in_features)
+    return start.uniform_(-bound, bound, generator=generator)
+
+
 class LoRAWeights(nn.Module):
     """What one adapter learns in one layer.
 
     Attributes:
         lora_A (rank, in), lora_B (out, rank): in `dtype`.
-        magnitude: (out,) fp32, DoRA; None otherwise.
-        lora_E: (rank, 1) fp32, AdaLoRA's singular values; None otherwise.
         scaling: what the update is multiplied by.
+        variant: whose parameters are here too, by the names in its `extras`; None = plain LoRA.
 
     Args:
-        init: "kaiming" (A uniform within 1 / sqrt(in), as nn.Linear) or "gaussian" (deviation 1 / rank); B zero.
-        generator: CPU generator that A is drawn from.
+        A: (rank, in) as it starts; B starts at zero.
+        scaling: None = alpha / rank.
     """
 
-    magnitude: nn.Parameter | None
-    lora_E: nn.Parameter | None
+    variant: Variant | None
 
     def __init__(
         self,
-        in_features: int,
+        A: Tensor,
         out_features: int,
-        rank: int,
         alpha: float,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
-        init: str = "kaiming",
-        generator: torch.Generator | None = None,
         device: Any = None,
         scaling: float | None = None,
     ) -> None:
         super().__init__()
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self.scaling = alpha / rank if scaling is None else scaling
-        is_meta = device is not None and torch.device(device).type == "meta"
-        # Drawn on the CPU, so that all devices begin alike; on the meta device nothing is.
-        start = torch.empty(rank, in_features, device="meta" if is_meta else "cpu")
-        if init == "gaussian":
-            start.normal_(0.0, 1.0 / rank, generator=generator)
-        else:
-            bound = 1.0 / math.sqrt(in_features)
-            start.uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(start.to(device=device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device, dtype=dtype))
+        self.rank, self.alpha, self.dropout = len(A), alpha, dropout
+        self.scaling = alpha / self.rank if scaling is None else scaling
+        self.lora_A = nn.Parameter(A.to(device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, self.rank, device=device, dtype=dtype))
         for parameter in (self.lora_A, self.lora_B):
             parameter.grad_dtype = torch.float32
-        self.register_parameter("magnitude", None)
-        self.register_parameter("lora_E", None)
+        self.variant = None
 
-    def add_singular_values(self, generator: torch.Generator) -> None:
-        """AdaLoRA's start: A and B Gaussian with a deviation of 0.02 (its authors' code), E zero."""
-        for parameter in (self.lora_A, self.lora_B):
-            parameter.data.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
-        self.lora_E = nn.Parameter(torch.zeros(self.rank, 1, device=self.lora_A.device))
+    @property
+    def extras(self) -> dict[str, nn.Parameter]:
+        """What the variant has beside A and B, by saved names."""
+        names = {} if self.variant is None else self.variant.extras
+        return {saved: self.get_parameter(name) for saved, name in names.items()}
 
     @property
     def effective_A(self) -> Tensor:
-        """(rank, in) A as it is multiplied: under AdaLoRA with its singular values, in fp32."""
-        return self.lora_A if self.lora_E is None else ScaledRows.apply(self.lora_A, self.lora_E)
+        """(rank, in) A as it is multiplied."""
+        return self.lora_A if self.variant is None else self.variant.effective_A(self.lora_A, self.extras)
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in) update s B A, multiplied in `dtype`; DoRA's rescaling left out."""
@@ -209,10 +216,13 @@ class LoRALinear(nn.Module):
         base_layer: the layer to wrap; it stays as it is, also after a merge.
         rank, alpha: the update is (alpha / rank) B A; rank 0 wraps without an adapter.
         dropout: probability, on the input of A, in training mode only.
-        dtype, init, generator: as in `LoRAWeights`.
+        dtype: of A and B.
+        init, generator: as for `draw_A`.
 
     Attributes:
         lora: the active adapter's weights; None = the base alone.
+        fixed_scale: c while decoding, when it does not change.
+        kept_of_base: (out,) what the variant has computed from the base's weight, until that changes.
     """
 
     base_layer: Any
@@ -231,77 +241,34 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.merged_weight: Tensor | None = None
-        self.fixed_scale: Tensor | None = None  # DoRA's c while decoding, when it does not change
-        self._squared_norms: Tensor | None = None
+        self.fixed_scale: Tensor | None = None
+        self.kept_of_base: Tensor | None = None
         self.out_features, self.in_features = logical_shape(base_layer)
         self.register_module("lora", None)
         if rank > 0:
-            shape, device = (self.in_features, self.out_features), base_layer.weight.device
-            self.lora = LoRAWeights(*shape, rank, alpha, dropout, dtype, init, generator, device)
+            device = base_layer.weight.device
+            A = draw_A(rank, self.in_features, init, generator, device)  # type: ignore[arg-type]
+            self.lora = LoRAWeights(A, self.out_features, alpha, dropout, dtype, device)
 
-    # What callers ask of a layer, they ask of its active adapter.
     @property
     def weights(self) -> LoRAWeights:
         """The active adapter's weights."""
         assert self.lora is not None, "no adapter is active in this layer"
         return self.lora
 
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.weights.lora_A
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.weights.lora_B
-
-    @property
-    def rank(self) -> int:
-        return self.weights.rank
-
-    @property
-    def alpha(self) -> float:
-        return self.weights.alpha
-
-    @property
-    def dropout(self) -> float:
-        return self.weights.dropout
-
-    @property
-    def scaling(self) -> float:
-        return self.weights.scaling
-
-    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out, in) update s B A, multiplied in `dtype`; DoRA's rescaling left out."""
-        return self.weights.delta_weight(dtype)
-
-    @torch.no_grad()
-    def weight_norm(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out,) fp32 row norms of W + s B A, without that matrix.
-
-            |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b       for each row w of W, b of B
-
-        |w|^2 is computed once (`activate` forgets it, in case the base has changed); w A^T takes one product of
-        rank columns, multiplied in `dtype`.
-        """
-        if self._squared_norms is None or self._squared_norms.device != self.base_layer.weight.device:
-            self._squared_norms = squared_norms(self.base_layer)
-        A, B, s = self.weights.effective_A.float(), self.lora_B.float(), self.scaling
-        cross = (dequantize_into_scratch(self.base_layer, dtype) @ A.to(dtype).T).float()
-        squares = self._squared_norms + (2 * s * cross + s * s * (B @ (A @ A.T))).mul_(B).sum(1)
-        return squares.clamp_(min=SMALLEST).sqrt_()  # a row of zeros has c = 0 rather than 0 / 0
-
     def output_scale(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """(out,) fp32 DoRA's c = magnitude / row norms of W + s B A; None without DoRA."""
-        magnitude = self.weights.magnitude
-        return None if magnitude is None else magnitude / self.weight_norm(dtype)
+        """(out,) fp32 c as it is now; None = ones."""
+        variant = self.weights.variant
+        return None if variant is None else variant.output_scale(self, dtype)
 
     def merge(self) -> None:
         """Compute with one dense weight c (W + s B A), added in fp32; the base layer is left untouched."""
         if self.merged_weight is None and self.lora is not None:
-            weight = self.base_layer.weight
+            weight, variant = self.base_layer.weight, self.lora.variant
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            merged = dense_weight(self.base_layer, torch.float32) + self.delta_weight()
-            self.merged_weight = with_magnitude(merged, self.weights.magnitude).to(dtype)
+            merged = dense_weight(self.base_layer, torch.float32) + self.lora.delta_weight()
+            merged = merged if variant is None else variant.merge(merged, self.lora.extras)
+            self.merged_weight = merged.to(dtype)
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit: the base layer was never changed."""
@@ -310,29 +277,47 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in x's dtype."""
         if self.merged_weight is not None:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError("The adapter is merged into its base, so it cannot train; call unmerge first.")
-            return F.linear(x, self.merged_weight.to(x.dtype), layer_bias(self.base_layer, x.dtype))
-        weights = self.lora
-        if weights is None:
+            return self._compute_merged(x, self.merged_weight)
+        if self.lora is None:
             return self.base_layer(x)
+        weights, variant = self.lora, self.lora.variant
+        A, scale = (weights.lora_A, None) if variant is None else variant.terms(self, x.dtype)
         dropout = weights.dropout if self.training else 0.0
-        A, B, s, bias = weights.effective_A, weights.lora_B, weights.scaling, self.base_layer.bias
-        scale = self.output_scale(x.dtype) if self.fixed_scale is None else self.fixed_scale
         if not torch.is_grad_enabled() and dropout == 0:
-            x2 = x.reshape(-1, x.shape[-1])
-            own_A, own_B = (f.to(x.dtype) for f in own_factors(A, B, part_of(self.base_layer)))
-            y = self.base_layer(x2).addmm_(x2 @ own_A.T, own_B.T, alpha=s)
-            if scale is not None:
-                y = rescale(y if bias is None else y - bias.to(x.dtype), y, scale)
-            return y.view(*x.shape[:-1], y.shape[-1])
-        if self.base_layer.weight.requires_grad:  # a 16-bit base that was unfrozen
-            if scale is not None:
-                raise InputError("DoRA wants a frozen base; train without use_dora, or call freeze_base.")
-            return self.base_layer(x) + s * F.linear(F.linear(F.dropout(x, dropout), A.to(x.dtype)), B.to(x.dtype))
-        return LoRAFunction.apply(x, A, B, scale, bias, self.base_layer, s, dropout)
+            return self._answer(x, A, scale)
+        if self.base_layer.weight.requires_grad:
+            return self._train_with_base(x, A, scale, dropout)
+        settings = self.base_layer, weights.scaling, dropout
+        return LoRAFunction.apply(x, A, weights.lora_B, scale, self.base_layer.bias, *settings)
+
+    def _compute_merged(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError("The adapter is merged into its base, so it cannot train; call unmerge first.")
+        return F.linear(x, weight.to(x.dtype), layer_bias(self.base_layer, x.dtype))
+
+    def _answer(self, x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
+        """Without gradients and dropout, by whatever the base layer decodes with."""
+        weights, bias, x2 = self.weights, self.base_layer.bias, x.reshape(-1, x.shape[-1])
+        own_A, own_B = (f.to(x.dtype) for f in own_factors(A, weights.lora_B, part_of(self.base_layer)))
+        y = self.base_layer(x2).addmm_(x2 @ own_A.T, own_B.T, alpha=weights.scaling)
+        if scale is not None:
+            y = rescale(y if bias is None else y - bias.to(x.dtype), y, scale)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _train_with_base(self, x: Tensor, A: Tensor, scale: Tensor | None, dropout: float) -> Tensor:
+        """Over a 16-bit base that was unfrozen."""
+        weights = self.weights
+        if scale is not None:
+            variant = weights.variant
+            assert variant is not None
+            raise InputError(
+                f"{variant.name} needs a frozen base; train without {variant.flag}, or call freeze_base."
+            )
+        h = F.linear(F.dropout(x, dropout), A.to(x.dtype))
+        return self.base_layer(x) + weights.scaling * F.linear(h, weights.lora_B.to(x.dtype))
 
     def extra_repr(self) -> str:
         if self.lora is None:
             return "no active adapter"
-        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, dtype={self.lora_A.dtype}"
+        w = self.lora
+        return f"rank={w.rank}, alpha={w.alpha}, dropout={w.dropout}, dtype={w.lora_A.dtype}"

@@ -1,4 +1,4 @@
-"""Truncated singular value decomposition."""
+"""Singular value decompositions: of a large matrix cut short, and of a product B A that is never formed."""
 
 from __future__ import annotations
 
@@ -53,3 +53,20 @@ def split_svd(matrix: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor
     U, S, Vh = truncated_svd(matrix, rank)
     root = (S / scaling).sqrt()
     return (root[:, None] * Vh).contiguous(), (U * root).contiguous()
+
+
+def low_rank_svd(A: Tensor, B: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of an update B A, in fp64, without forming it.
+
+    With B = Q_B R_B and A^T = Q_A R_A (QR) it is Q_B (R_B R_A^T) Q_A^T, and the core in the middle has only as
+    many rows and columns as the factors have ranks.
+
+    Args:
+        A, B: (R, in), (out, R).
+        rank: how many triplets; by default all, min(R, in, out).
+    Returns:
+        U (out, rank), S (rank,) falling, V^T (rank, in).
+    """
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B.double()), torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    return Q_B @ U[:, :rank], S[:rank], Vh[:rank] @ Q_A.T

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qlora.lora.adapter import Adapter, active_adapter
+from qlora.lora.adapter import active_adapter
 from qlora.lora.layer import LoRAWeights
+from qlora.lora.slot import Adapter
 from qlora.system.errors import InputError
-from qlora.system.wording import list_problems
+from qlora.system.wording import list_first
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -31,12 +32,7 @@ def adapter_state(adapter: Adapter) -> dict[str, nn.Parameter]:
 
 def weights_state(weights: LoRAWeights) -> dict[str, nn.Parameter]:
     """One layer's parameters by the names they are saved under."""
-    state = {"lora_A.weight": weights.lora_A, "lora_B.weight": weights.lora_B}
-    if weights.magnitude is not None:
-        state["lora_magnitude_vector"] = weights.magnitude
-    if weights.lora_E is not None:
-        state["lora_E"] = weights.lora_E
-    return state
+    return {"lora_A.weight": weights.lora_A, "lora_B.weight": weights.lora_B, **weights.extras}
 
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str = "state dict") -> None:
@@ -59,7 +55,7 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str
         if key != tied and not torch.equal(state[key], state[tied]):
             problems.append(f"{key} and {tied} are one tensor in the model, but differ")
     if problems:
-        raise InputError(f"The adapter in {origin} does not fit this model: {list_problems(sorted(problems))}.")
+        raise InputError(f"The adapter in {origin} does not fit this model: {list_first(sorted(problems))}.")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(state[key])

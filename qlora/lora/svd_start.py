@@ -20,7 +20,6 @@ A base that is stored in 4 bits has no original: what its codes stand for is W t
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import lora_layers
 from qlora.lora.base_shift import ANOTHERS_BASE, base_shift, original_weights, store_weight
 from qlora.lora.linalg import split_svd
+from qlora.lora.slot import slot_of
+from qlora.model.base import find_base_info
 from qlora.model.weights import is_stored_in_4bit, shifted_weight
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantization_of, quantize_weight
 from qlora.system.errors import InputError
@@ -66,14 +67,14 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
     Raises:
         InputError: a base that this start is not made for, or one that is shifted already.
     """
-    if config.init not in ("pissa", "loftq"):
+    if not config.starts_from_base:
         return
     if base_shift(model):
         raise InputError(ANOTHERS_BASE)
-    source: Any = getattr(model, "source", None)
-    if config.init == "loftq" and getattr(model, "quantization", None) is None:
+    info = find_base_info(model)
+    if config.init == "loftq" and (info is None or info.quantization is None):
         raise InputError("init loftq fits the error of quantizing, but this base is in 16 bits; pass --use-4bit.")
-    if config.init == "loftq" and (source is None or is_stored_in_4bit(source)):
+    if config.init == "loftq" and info is not None and is_stored_in_4bit(info.source):
         raise InputError(
             "init loftq fits the error of quantizing, but this base is there in 4 bits only; pass --model "
             "with the one that was quantized, or --init pissa."
@@ -81,26 +82,28 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
     layers, shift = lora_layers(model), {}
     for name, layer in layers.items():
         most = min(layer.out_features, layer.in_features)
-        if layer.rank > most:
-            raise InputError(f"{name} has rank {layer.rank} but only {most} singular values; give --rank {most}.")
+        if layer.weights.rank > most:
+            raise InputError(
+                f"{name} has rank {layer.weights.rank} but only {most} singular values; give --rank {most}."
+            )
     for name, weight in original_weights(model, layers):
         layer, stored = layers[name], layers[name].base_layer.weight
-        rank, scaling = layer.rank, layer.scaling
+        rank, scaling = layer.weights.rank, layer.weights.scaling
         if config.init == "pissa":
             A, B = split_svd(weight, rank, scaling)
             taken: tuple[Tensor, Tensor] | None = (A, scaling * B)
         else:
             A, B, taken = loftq_factors(weight, quantization_of(stored), rank, scaling, config.loftq_iterations)
         _share((A, B, *(taken or ())))
-        layer.lora_A.copy_(A)
-        layer.lora_B.copy_(B)
+        layer.weights.lora_A.copy_(A)
+        layer.weights.lora_B.copy_(B)
         if taken is not None:
             shift[name] = taken
             store_weight(layer.base_layer, shifted_weight(weight, taken))
-        layer._squared_norms = None
-        if layer.weights.magnitude is not None:
-            layer.weights.magnitude.copy_(layer.weight_norm())
-    model.__dict__["_base_shift"] = shift
+        layer.kept_of_base = None
+        if layer.weights.variant is not None:
+            layer.weights.variant.follow_start(layer)
+    slot_of(model).shift = shift
 
 
 def _share(tensors: Collection[Tensor]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlora.lora.adapter import active_adapter, lora_layers, wrapped_layers
-from qlora.quant.layers import logical_numel
+from qlora.quant.layers import logical_sizes
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -52,12 +52,12 @@ def unmerge_lora(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     """All weights, tied ones once, packed 4-bit ones by what they stand for."""
-    return sum(logical_numel(p) for p in model.parameters())
+    return sum(size for _, size in logical_sizes(model))
 
 
 def count_trainable_parameters(model: nn.Module) -> int:
     """Weights with a gradient."""
-    return sum(logical_numel(p) for p in model.parameters() if p.requires_grad)
+    return sum(size for parameter, size in logical_sizes(model) if parameter.requires_grad)
 
 
 @dataclass

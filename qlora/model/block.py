@@ -19,7 +19,8 @@ columns of the MLP, o and the MLP's output are summands of theirs, and what lies
 What they then exchange stands in the block's `exchange`.
 
 transformers' own block computes the same for every model; `fuse_blocks` puts this one in its place where it is
-known to be right: while whole sequences are computed. With a key-value cache transformers' own runs.
+known to be right (model/families.py): while whole sequences are computed. With a key-value cache transformers'
+own runs.
 """
 
 from __future__ import annotations
@@ -32,10 +33,8 @@ from torch import Tensor, nn
 
 from qlora.kernels import fused as kernels
 from qlora.kernels.packed_attention import PackedAttention
+from qlora.model.families import FAMILIES
 from qlora.system.errors import InputError
-
-# Blocks whose forward is the one above; Qwen 3 norms q and k of each head as well.
-FUSED_BLOCKS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
 
 
 class Exchange:
@@ -66,6 +65,16 @@ class Exchange:
 
 
 ALONE = Exchange()
+
+
+class FusedBlock:
+    """A block that computes by `block_forward`: the base class that `fuse_blocks` adds to transformers' own.
+
+    Attributes:
+        exchange: set by tensor parallelism.
+    """
+
+    exchange: Exchange = ALONE
 
 
 class AddNorm(torch.autograd.Function):
@@ -112,15 +121,21 @@ def decoder_layers(model: nn.Module) -> list[Any]:
 
 def fuse_blocks(network: nn.Module) -> None:
     """Give a transformers model's decoder blocks the forward above, where their own computes the same."""
+    blocks = {family.block for family in FAMILIES.values()}
     for module in list(network.modules()):
-        if type(module).__name__ in FUSED_BLOCKS and not is_fused(module) and _is_plain(module):
+        if type(module).__name__ in blocks and not is_fused(module) and _is_plain(module):
             kind: Any = type(module)
             module.__class__ = _fused_class(kind)
 
 
 def is_fused(block: nn.Module) -> bool:
     """Whether a decoder block computes by `block_forward`."""
-    return getattr(block, "is_fused", False) is True
+    return isinstance(block, FusedBlock)
+
+
+def exchange_of(block: nn.Module) -> Exchange:
+    """What a decoder block exchanges; one of transformers' own, which is never split, nothing."""
+    return block.exchange if isinstance(block, FusedBlock) else ALONE
 
 
 def _is_plain(block: Any) -> bool:
@@ -133,18 +148,18 @@ def _is_plain(block: Any) -> bool:
 def _fused_class(plain: Any) -> Any:
     def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args or kwargs.get("past_key_values") is not None:
-            if getattr(self, "exchange", ALONE) is not ALONE:
+            if self.exchange is not ALONE:
                 raise InputError("A model split by --tensor-parallel only trains; answer with the whole one.")
             return plain.forward(self, hidden_states, *args, **kwargs)
         return block_forward(self, hidden_states, kwargs)
 
     # transformers wraps the forward of every subclass in its gradient checkpointing
-    return type(plain.__name__, (plain,), {"forward": forward, "is_fused": True, "__module__": plain.__module__})
+    return type(plain.__name__, (plain, FusedBlock), {"forward": forward, "__module__": plain.__module__})
 
 
 def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """(B, T, D) -> (B, T, D); `kwargs` as transformers passes them to its block."""
-    exchange: Exchange = getattr(block, "exchange", ALONE)
+    exchange: Exchange = block.exchange
     first, second, mlp = block.input_layernorm, block.post_attention_layernorm, block.mlp
     batch, length = hidden.shape[0], kwargs["position_embeddings"][0].shape[1]
     hidden = exchange.begin(hidden)

@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from qlora.model.fingerprint import fingerprint_files
 from qlora.model.resolve import open_source, resolve_model
 from qlora.model.safetensors_source import SafetensorsSource, weight_files
-from qlora.model.shards import write_shards
-from qlora.model.skeleton import Source
+from qlora.model.shards import layout_of, stored_parts, write_shards
+from qlora.model.skeleton import EmptySource, Source
+from qlora.model.weights import stored_weights
+from qlora.quant.storage import quantization_config
 from qlora.quant.weight import QuantConfig
 from qlora.system.cache import cache_directory
 from qlora.system.errors import InputError
 from qlora.system.files import new_directory
 
 
-def write_cache(network: Any, weights: Iterable[tuple[str, Tensor]], quant: QuantConfig, target: Path) -> None:
+def write_cache(network: Any, source: Source, quant: QuantConfig, device: torch.device, target: Path) -> None:
     """Write a quantized model as a bitsandbytes checkpoint that transformers could load too.
 
     Args:
-        weights: what `stored_weights` yields; a shard of it is in memory at a time.
+        network: an `empty_model`.
+        source: its weights, read, quantized on `device` and written one at a time.
     """
+    planned = stored_weights(network, EmptySource(network), quant, torch.device("meta"))
+    layout = {name: layout_of(stored_parts(name, weight)) for name, weight in planned}
+    weights = stored_weights(network, source, quant, device)
     with new_directory(target) as staging:
-        write_shards(staging, weights)
+        write_shards(staging, layout, lambda wanted: ((name, stored_parts(name, w)) for name, w in weights))
         description = network.config.to_dict()
-        description["quantization_config"] = {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": quant.quant_type,
-            "bnb_4bit_use_double_quant": quant.double_quant,
-            "bnb_4bit_compute_dtype": "bfloat16",
-        }
+        description["quantization_config"] = quantization_config(quant)
         (staging / "config.json").write_text(json.dumps(description, indent=2, default=str))
 
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.model.families import FAMILIES, family_of
 from qlora.quant.layers import FrozenMatrix
 from qlora.system.errors import InputError
 
-EXPERT_MODELS = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # whose experts compute the formula above
 MAX_EXPERTS = 2**16  # of all layers together: more than twice today's largest
 
 
@@ -72,11 +72,11 @@ def separate_experts(network: Any) -> None:
         for name, module in network.named_modules()
         if any(p.dim() == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
     }
-    kind = network.config.model_type
-    if stacked and kind not in EXPERT_MODELS:
+    if stacked and not family_of(network.config).gated_experts:
+        known = [kind for kind, family in FAMILIES.items() if family.gated_experts]
         raise InputError(
-            f"A {kind} model has layers of several stacked matrices; of mixtures of experts "
-            f"{', '.join(EXPERT_MODELS)} can be loaded."
+            f"A {network.config.model_type} model has layers of several stacked matrices; of mixtures of experts "
+            f"{', '.join(known)} can be loaded."
         )
     total = sum(module.num_experts for module in stacked.values())
     if total > MAX_EXPERTS:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora.model.families import gguf_forms
+from qlora.model.rotary import to_halves
 from qlora.model.safetensors_source import check_names
 from qlora.system.errors import InputError
 from qlora.system.memory import is_out_of_memory
 from qlora.system.wording import explain
-
-GGUF_ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}  # name -> rows of q and k are permuted
 
 
 class GGUFSource:
@@ -40,10 +40,11 @@ class GGUFSource:
         # A damaged length or type sends the reader into any of these.
         except (ValueError, LookupError, TypeError, ArithmeticError, OSError, RecursionError) as error:
             raise InputError(f"{file} is not a whole GGUF file ({explain(error)}); download it again.") from error
-        if architecture not in GGUF_ARCHITECTURES:
-            known = ", ".join(GGUF_ARCHITECTURES)
+        forms = gguf_forms()
+        if architecture not in forms:
+            known = ", ".join(forms)
             raise InputError(f"{file} holds a {architecture:.60} model; GGUF bases of {known} can be loaded.")
-        self._permuted = GGUF_ARCHITECTURES[architecture]
+        self._interleaved = forms[architecture].rotary == "interleaved"
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
         if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
@@ -97,9 +98,8 @@ class GGUFSource:
             tensor = torch.from_numpy(dequantize(raw.reshape(stored.data.shape), stored.tensor_type))
             tensor = tensor.reshape(self.shape(name))
             for letter, heads in self._heads.items():
-                if self._permuted and f".self_attn.{letter}_proj." in name:
-                    rows = tensor.shape[0]
-                    tensor = tensor.view(heads, rows // heads // 2, 2, -1).swapaxes(1, 2).reshape(tensor.shape)
+                if self._interleaved and f".self_attn.{letter}_proj." in name:
+                    tensor = to_halves(tensor, heads)
         except (ValueError, TypeError, RuntimeError) as error:  # a type, or heads, that do not go with the shape
             if is_out_of_memory(error):
                 raise

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.model.base import BaseInfo
 from qlora.model.block import decoder_layers, fuse_blocks
 from qlora.model.cache import cached_base, open_cache, write_cache
 from qlora.model.hf_config import declared_quantization, generation_config_of, load_config, metadata_directory
@@ -68,8 +69,7 @@ def load_base_model(
         cache: keep the quantized weights on disk and read them from there the next time.
         cut: takes each weight by name, as it is kept, and returns the part of it to keep here.
     Returns:
-        A transformers causal LM in eval mode, nothing trainable, with three attributes more: `compute_dtype`,
-        `source` (`model` as given), and `quantization`, the QuantConfig of its weights (None for a 16-bit base).
+        A transformers causal LM in eval mode, nothing trainable, with a `BaseInfo` (model/base.py).
     Raises:
         InputError: no such model; or all missing, extra and misshapen weights.
     """
@@ -89,7 +89,7 @@ def load_base_model(
             make_cache()
             with only_writer(cached) as is_first:
                 if is_first:
-                    write_cache(network, stored_weights(network, source, quant, device), quant, cached)
+                    write_cache(network, source, quant, device, cached)
     if cached is not None:
         source = open_cache(cached)
     dtype = cached_compute_dtype(compute_dtype, device, cache)
@@ -114,7 +114,7 @@ def load_first_block(
     fuse_blocks(network)
     for module in network.modules():
         module._buffers.update({name: b.to(device) for name, b in module._buffers.items() if b is not None})
-    network.compute_dtype = dtype
+    network.base_info = BaseInfo(model, quant, dtype)
     return network.eval()
 
 
@@ -128,7 +128,7 @@ def plan_base_model(
     """What `load_base_model` returns, every tensor of the same shape and dtype, but on the meta device.
 
     Nothing but the config is read, and of a hub id nothing else downloaded. Adapters go into it as into the loaded
-    model, and `plan_memory` counts both by the same lines.
+    model, and `plan_recomputing` counts both by the same lines.
 
     Args:
         model, use_4bit, quant: as for `load_base_model`. Of a checkpoint in 4 bits its config says how.
@@ -162,9 +162,7 @@ def _finish(
     _fill(network, weights if cut is None else ((name, cut(name, weight)) for name, weight in weights), device)
     _compute_in(network, dtype)
     fuse_blocks(network)
-    network.compute_dtype = dtype
-    network.source = model
-    network.quantization = _quantization_of(network)
+    network.base_info = BaseInfo(model, _quantization_of(network), dtype)
 
 
 def cached_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:

@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora.model.families import FAMILIES
 from qlora.quant.storage import packed_shape
 from qlora.system.errors import InputError
 from qlora.system.files import is_file_name, read_json
@@ -28,8 +29,6 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # a narrower one needs scales, whi
 MAX_STACKED = 2**14  # experts in one tensor
 MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a longer one
 SMALL = 2**16  # bytes: more than a norm has, or any part of a 4-bit weight but its codes and scales
-# Mixtral's files keep the names of its first release; today's modules have those of other mixtures of experts.
-MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w3.": ".up_proj.", ".w2.": ".down_proj."}
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -165,16 +164,18 @@ def _names_of(key: str, file: Any) -> dict[str, tuple[Any, ...]]:
 
 def module_name(name: str) -> str:
     """The name that a stored tensor has in our modules; the inverse of `saved_name`."""
-    if ".block_sparse_moe." in name:
-        for theirs, ours in MIXTRAL_NAMES.items():
-            name = name.replace(theirs, ours)
+    for family in FAMILIES.values():
+        if family.file_names and family.file_names[0][1] in name:
+            for ours, theirs in family.file_names:
+                name = name.replace(theirs, ours)
     return name
 
 
 def saved_name(name: str, model_type: str) -> str:
     """The name that transformers saves a parameter of our modules under."""
-    if model_type == "mixtral" and ".mlp." in name:
-        for theirs, ours in MIXTRAL_NAMES.items():
+    family = FAMILIES.get(model_type)
+    if family and family.file_names and family.file_names[0][0] in name:
+        for ours, theirs in family.file_names:
             name = name.replace(ours, theirs)
     return name
 

@@ -14,8 +14,8 @@ from qlora.model.hf_config import load_config, named_failure
 from qlora.model.safetensors_source import SafetensorsSource, saved_name
 from qlora.quant.layers import FrozenMatrix
 from qlora.system.errors import InputError
+from qlora.system.wording import list_first
 
-NUM_LISTED = 50  # mismatches that one error names
 Source: TypeAlias = "SafetensorsSource | GGUFSource | EmptySource"
 # Buffers that old checkpoints stored; today's modules compute them.
 STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -135,8 +135,7 @@ def match_names(network: Any, source: Source) -> dict[str, str]:
         if name.partition(".weight.")[0] + ".weight" not in source.packed and not name.endswith(STORED_BUFFERS):
             problems.append(f"unexpected {name}")
     if problems:
-        rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-        listed = "; ".join([*sorted(problems)[:NUM_LISTED], *rest])
+        listed = list_first(sorted(problems))
         raise InputError(f"The weights in {source.path} do not fit the config: {listed}.")
     return stored
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qlora.model.attention import packed_arguments
-from qlora.model.block import ALONE, decoder_layers
+from qlora.model.base import base_info
+from qlora.model.block import decoder_layers, exchange_of
 from qlora.model.cache import find_source
 from qlora.model.load import cached_compute_dtype, load_first_block
 from qlora.quant.layers import drop_scratch
@@ -38,9 +39,9 @@ def check_split(network: Any, cache: bool = True) -> float:
     Raises:
         TrainingStopped: they compute different numbers.
     """
-    model, quant, device = network.source, network.quantization, next(network.buffers()).device
-    source = find_source(model, quant, cache)
-    whole = load_first_block(model, source, quant, network.compute_dtype, device)
+    info, device = base_info(network), next(network.buffers()).device
+    source = find_source(info.source, info.quantization, cache)
+    whole = load_first_block(info.source, source, info.quantization, info.compute_dtype, device)
     sample = sample_block(whole)
     del whole
     drop_scratch()  # as large as a whole weight
@@ -80,9 +81,9 @@ def check_block(network: Any, sample: BlockSample) -> float:
         block.reshard()
     else:
         found = block(*args, **kwargs)
-    found = getattr(block, "exchange", ALONE).collect(found, expected.shape[1])
+    found = exchange_of(block).collect(found, expected.shape[1])
     error = ((found - expected).float().norm() / (expected - args[0]).float().norm()).item()
-    if not error <= TOLERANCE[network.compute_dtype]:
+    if not error <= TOLERANCE[base_info(network).compute_dtype]:
         raise TrainingStopped(
             f"the split base computes other numbers than the whole one (relative error {error:.1e} in its first "
             "block), so nothing was trained; train without --shard and --tensor-parallel, and report this"
@@ -96,7 +97,8 @@ def sample_block(whole: Any) -> BlockSample:
     generator, count = torch.Generator().manual_seed(0), sum(CHECKED_TOKENS)
     block = decoder_layers(whole)[0]
     device = next(block.parameters()).device
-    hidden = torch.randn(1, count, whole.config.hidden_size, generator=generator).to(device, whole.compute_dtype)
+    dtype = base_info(whole).compute_dtype
+    hidden = torch.randn(1, count, whole.config.hidden_size, generator=generator).to(device, dtype)
     positions = torch.cat([torch.arange(length) for length in CHECKED_TOKENS])[None]
     bounds = torch.tensor([0, *torch.tensor(CHECKED_TOKENS).cumsum(0)], dtype=torch.int32)
     arguments = packed_arguments(bounds.to(device), max(CHECKED_TOKENS))

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora.model.attention import head_counts
+from qlora.model.families import FAMILIES, family_of
 from qlora.quant.weight import BLOCK_SIZES
 from qlora.system.errors import InputError
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 COLUMN_PARALLEL, ROW_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 BLOCK_SIZE = BLOCK_SIZES[0]
 
@@ -47,9 +47,10 @@ def check_widths(config: Any, count: int, model: str = "") -> None:
     if count == 1:
         return
     named = f"--tensor-parallel {count}: the model {model}".rstrip()
-    if config.model_type not in MODEL_TYPES:
+    if not family_of(config).tensor_parallel:
+        possible_kinds = [kind for kind, family in FAMILIES.items() if family.tensor_parallel]
         raise InputError(
-            f"{named} is of the kind {config.model_type}; tensor parallel is for {', '.join(MODEL_TYPES)}. "
+            f"{named} is of the kind {config.model_type}; tensor parallel is for {', '.join(possible_kinds)}. "
             "Use --shard fsdp."
         )
     problems = _indivisible(config, count)
@@ -61,7 +62,7 @@ def check_widths(config: Any, count: int, model: str = "") -> None:
 
 def possible_counts(config: Any) -> list[int]:
     """The numbers of processes, 2 or more, that a model's layers divide into."""
-    if config.model_type not in MODEL_TYPES:
+    if not family_of(config).tensor_parallel:
         return []
     return [n for n in range(2, config.num_attention_heads + 1) if not _indivisible(config, n)]
 

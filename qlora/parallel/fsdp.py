@@ -17,11 +17,13 @@ quantized alike everywhere, so that the shares are, bit for bit, those of the ba
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.model.base import base_info
 from qlora.model.block import decoder_layers
 from qlora.model.cache import find_source
 from qlora.model.fingerprint import as_bytes, describe_weight, sampled
@@ -57,7 +59,7 @@ def load_sharded_model(
         compute_dtype: the same on all processes.
         Others as `load_base_model`.
     Returns:
-        As `load_base_model`, and with the attributes `ranks` and `weight_samples` (see output.base_fingerprint).
+        As `load_base_model`; its `BaseInfo` says how it is split.
     Raises:
         InputError: as `load_base_model`; a model whose weights cannot be split.
     """
@@ -73,12 +75,9 @@ def load_sharded_model(
     for name, buffer in plain.named_buffers():  # the plan's are on the meta device, too
         owner, _, kind = name.rpartition(".")
         network.get_submodule(owner)._buffers[kind] = buffer.to(device)
-    _Loader(network, source, ranks, device).load(stored, transposed)
-    network.ranks = ranks
+    samples = _Loader(network, source, ranks, device).load(stored, transposed)
+    network.base_info = replace(base_info(network), ranks=ranks, weight_samples=samples)
     network.generation_config = generation_config_of(network, metadata_directory(model))
-    for module in network.modules():
-        if isinstance(module, ShardedLinear4bit):
-            module.count_weights()
     trim_heap()
     return network.eval()
 
@@ -139,8 +138,8 @@ class _Loader:
         self.size, self.index = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
         self.samples: dict[str, tuple[bytes, bytearray]] = {}
 
-    def load(self, stored: dict[str, str], transposed: set[str]) -> None:
-        """Fill every shard; the network then has its `weight_samples`.
+    def load(self, stored: dict[str, str], transposed: set[str]) -> dict[str, bytes]:
+        """Fill every shard; returns the `weight_samples` of the whole base.
 
         Args:
             stored, transposed: as `match_names` and `transposed_names` of the plain modules.
@@ -153,7 +152,7 @@ class _Loader:
                     self._load_4bit(name, key, layer, name in transposed)
                 else:
                     self._load_dense(name, key, getattr(layer, kind))
-        self._collect_samples()
+        return self._collect_samples()
 
     def chunk(self, rows: int) -> slice:
         """The rows of this process, as FSDP2 deals them."""
@@ -211,7 +210,7 @@ class _Loader:
             held[inside[0] * width : (inside[-1] + 1) * width] = as_bytes(values)
         self.samples[name] = describe_weight(name, shape, mine.dtype), held
 
-    def _collect_samples(self) -> None:
+    def _collect_samples(self) -> dict[str, bytes]:
         """Add what the others hold: of every byte one process has the value, all others zero."""
         flat = b"".join(held for _, held in self.samples.values())
         total = torch.frombuffer(bytearray(flat), dtype=torch.uint8).to(self.device, torch.int32)
@@ -220,4 +219,4 @@ class _Loader:
         for name, (description, held) in self.samples.items():
             samples[name] = description + found[start : start + len(held)]
             start += len(held)
-        self.network.weight_samples = samples
+        return samples

@@ -40,13 +40,14 @@ inputs of adapted layers, all tokens, stay.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from qlora.model.base import base_info
 from qlora.model.block import Exchange, decoder_layers, is_fused
 from qlora.model.fingerprint import sample_weight
 from qlora.model.hf_config import load_config
@@ -227,7 +228,7 @@ class WeightCut:
 def split_model(network: Any, cut: WeightCut) -> None:
     """Let a network that was loaded with `cut` compute as one of its group, in place.
 
-    It then has the attributes `ranks` and `weight_samples` (see output.base_fingerprint).
+    Its `BaseInfo` then says how it is split.
 
     Raises:
         InputError: a block that model/block.py does not compute.
@@ -240,20 +241,9 @@ def split_model(network: Any, cut: WeightCut) -> None:
             "attention, which tensor parallel does not compute; use --shard fsdp."
         )
     whole = {name: sample_weight(name, weight) for name, weight in network.named_parameters()}
-    network.weight_samples = whole | cut.samples
-    network.ranks = ranks
+    network.base_info = replace(base_info(network), ranks=ranks, weight_samples=whole | cut.samples)
     for name, module in network.named_modules():
         if isinstance(module, (Linear4bit, Linear16bit)):
-            module.__dict__["part"] = part = split_of(name, ranks)
-            if part is not None:
-                _count_whole(module, part)
+            module.part = split_of(name, ranks)
     for index, layer in enumerate(layers):
-        layer.__dict__["exchange"] = GroupExchange(ranks, index == 0, index == len(layers) - 1)
-
-
-def _count_whole(layer: nn.Module, part: Part) -> None:
-    """Tell `logical_numel` what a layer's dense parts stand for; 4-bit ones know it."""
-    for kind, parameter in layer.named_parameters(recurse=False):
-        is_cut = not (kind == "bias" and part.dim == 1)
-        if is_cut and not isinstance(parameter, Params4bit):
-            vars(parameter)["logical_numel"] = parameter.numel() * part.count
+        layer.exchange = GroupExchange(ranks, index == 0, index == len(layers) - 1)

@@ -1,18 +1,15 @@
-"""Who has died: a collective only says that "a peer" is gone, or waits for ever; so processes watch one another.
+"""Which process of a run died: a collective only says that "a peer" is gone, or waits forever.
 
-At the start each tells all others its rank, host and process number. From then on a thread of each speaks to the
-launcher's store (the TCPStore at MASTER_ADDR:MASTER_PORT, which outlives the ranks) once a second:
+torchrun's agent ends the ranks of its own machine when one of them dies. It does not tell a rank whose death broke
+its collective, and does not see one that is frozen, or a machine that vanished without closing its connections. So
+the ranks watch one another, through the launcher's store (the TCPStore at MASTER_ADDR:MASTER_PORT, which outlives
+them). Under the key rank/R, each keeps a count that it moves on once a second and, when it leaves, the error that
+ended it; it reads all the others' in one request (of 128 ranks: 1 ms), less often the more there are.
 
-    beat/R     a count that rank R moves on and rank R - 1 reads: a few requests a second and rank, however many
-    alarms     how many were raised: by a rank whose neighbour's count stands still, whose neighbour on the same
-               machine is gone, whose collective failed, or that ends with an error of its own
-    alive/K    the ranks that have answered alarm K
-    left       the ranks that have ended by themselves, and the error that ended them
-
-Who has neither answered nor left is lost. A rank whose collective fails names the lost ones (`describe`), saves
-and stops. One that goes on waiting in a collective (NCCL within a machine; a machine whose power is gone, which
-closes no connection) ends itself GRACE seconds after an alarm that not all have answered: nothing can interrupt
-the wait, so the last checkpoint counts. Where all do answer, the alarm was false and nothing happens.
+A rank whose collective fails names the ranks that are gone from this machine, whose count stands still, or that
+left with an error (`describe`); then it saves and stops. One that goes on waiting in a collective (NCCL within a
+machine; a machine without power) ends itself GRACE seconds after it knows of a loss, since nothing can interrupt
+the wait: the last checkpoint counts. If the count moves again meanwhile, nothing happens.
 
 Times: SILENCE + GRACE and two looks make 24 s, so that a run ends within 30 s of a death.
 """
@@ -20,6 +17,7 @@ Times: SILENCE + GRACE and two looks make 24 s, so that a run ends within 30 s o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -37,9 +35,9 @@ from qlora.system.errors import StoppedOnRequest
 from qlora.system.wording import explain
 
 PERIOD = 1.0  # seconds between two looks
-SILENCE = 12.0  # seconds without a beat that raise an alarm
-CALL = 4.0  # seconds that a rank whose collective failed waits for the others' answers
-GRACE = 10.0  # seconds from an alarm to the end of a rank that still waits
+SILENCE = 12.0  # seconds without a beat that make a loss
+CALL = 4.0  # seconds that a rank whose collective failed waits for the others' beats
+GRACE = 10.0  # seconds from a loss to the end of a rank that still waits
 SHOWN = 8  # ranks named in a sentence
 
 
@@ -63,7 +61,7 @@ def this_process(rank: int) -> Peer:
 
 
 def is_running(peer: Peer) -> bool:
-    """Whether a process of this machine is there: neither gone, nor dead and unburied."""
+    """Whether a process of this machine is there: still running, and not a zombie."""
     try:
         process = psutil.Process(peer.pid)
         return process.create_time() == peer.started and process.status() != psutil.STATUS_ZOMBIE
@@ -72,12 +70,12 @@ def is_running(peer: Peer) -> bool:
 
 
 class View(NamedTuple):
-    """What the store said last: at `time` (time.monotonic()), after alarm number `alarm` (0: none yet)."""
+    """What the store said last, at `time` (time.monotonic()), by rank."""
 
     time: float
-    alarm: int
-    answered: set[int]
-    left: dict[int, str]
+    beats: dict[int, int]
+    heard: dict[int, float]  # when its count was last seen to move
+    left: dict[int, str]  # the error that ended it, "" for none
 
 
 class PeerWatch:
@@ -93,11 +91,11 @@ class PeerWatch:
         own = next((peer for peer in peers if peer.rank == me), None)
         self.me, self.others = me, [peer for peer in peers if peer.rank != me]
         self.near = [p for p in self.others if own and p[1:3] == own[1:3] and is_running(p)]
-        self.next = sorted(p.rank for p in peers)[(me + 1) % len(peers)] if peers else me
-        self._store, self._view = store, View(time.monotonic(), 0, set(), {})
-        self._asked, self._wake, self._told = threading.Event(), threading.Event(), threading.Event()
+        now = time.monotonic()
+        self._store, self._view = store, View(now, {}, {peer.rank: now for peer in self.others}, {})
+        self._wake, self._told = threading.Event(), threading.Event()
         self._leaving: str | None = None
-        self._is_waiting, self._is_survivor, self._alarm_at = True, False, 0.0
+        self._is_waiting, self._is_survivor = True, False
 
     def start(self) -> PeerWatch:
         if self.others:
@@ -109,30 +107,28 @@ class PeerWatch:
     # ---- from the training loop ---------------------------------------------------------------------------
 
     def stand_down(self) -> None:
-        """The loop has come out of its collectives: nobody has to end this process any more."""
+        """The loop has come out of its collectives, so this process need not be ended any more."""
         self._is_waiting = False
 
     def describe(self, error: BaseException) -> str:
         """Which processes a failed collective has lost, as a clause; takes CALL seconds at the most."""
         self.stand_down()
-        self._is_survivor, asked, before = True, time.monotonic(), self._view.alarm
-        self._asked.set()
+        self._is_survivor, asked, first = True, time.monotonic(), 0.0
         self._wake.set()
         while time.monotonic() < asked + CALL:
-            gone = [peer.rank for peer in self.near if not is_running(peer)]
             view = self._view
-            if self._store is None and len(self.near) == len(self.others) and gone:
+            if not first and view.time > asked:
+                first = view.time  # a beat seen by then may be older than the error
+            known = {*view.left, *(peer.rank for peer in self.near if not is_running(peer))}
+            known |= {rank for rank, heard in view.heard.items() if first and heard > first}
+            if (first or self._store is None) and known.issuperset(peer.rank for peer in self.others):
                 break
-            known = {*view.answered, *view.left, *gone}
-            if view.alarm > before and known.issuperset(peer.rank for peer in self.others):
-                break
-            time.sleep(0.1)
-        is_fresh = self._view.alarm > before
-        lost = self._lost(is_fresh)
+            time.sleep(0.05)
+        lost = self._lost(first)
         if not lost:
             suspects = [p for p in self.others if p not in self.near and p.rank not in self._view.left]
             lost = f"{'one of ' * (len(suspects) > 1)}{_names(suspects)} died, or cannot be reached"
-            if is_fresh or not suspects:
+            if first or not suspects:
                 lost = "the connection to another process broke, though all of them answer"
         return f"{lost} ({explain(error)})"
 
@@ -149,94 +145,66 @@ class PeerWatch:
 
     def _talk(self) -> None:
         """Exchange with the store, until leaving or for as long as it answers."""
-        beat, moved, silent = 0, time.monotonic(), False
+        store, keys = self._store, [f"rank/{peer.rank}" for peer in self.others]
         try:
-            while True:
-                store, asked = self._store, self._asked.is_set()
-                if asked:
-                    self._asked.clear()
-                if self._leaving is not None:
-                    store.append("left", json.dumps([self.me, self._leaving]) + "\n")
-                    if self._leaving:
-                        store.add("alarms", 1)
+            for beat in itertools.count(1):
+                leaving = self._leaving
+                store.set(f"rank/{self.me}", json.dumps([beat, leaving]))
+                if leaving is not None:
                     return
-                store.add(f"beat/{self.me}", 1)
-                count, now = store.add(f"beat/{self.next}", 0), time.monotonic()
-                if count != beat:
-                    beat, moved, silent = count, now, False
-                is_new = now - moved > SILENCE and not silent
-                silent = silent or is_new
-                if asked or (is_new and self.next not in self._view.left):
-                    store.add("alarms", 1)
-                self._view = self._look(store)
-                self._wake.wait(PERIOD if self._alarm_at == 0 else PERIOD / 4)
+                if beat == 1:
+                    for key in keys:  # to read one that does not exist would be to wait for it
+                        store.compare_set(key, "", "[0, null]")
+                if beat % (1 + len(keys) // 128) == 0 or self._is_survivor:
+                    self._view = self._look(store.multi_get(keys))
+                self._wake.wait(PERIOD / 4 if self._is_survivor else PERIOD)
                 self._wake.clear()
         except RuntimeError:  # of torch.distributed: the launcher that holds the store has ended
             self._store = None
         finally:
             self._told.set()
 
-    def _look(self, store: Any) -> View:
-        """What the store says; answers a new alarm."""
-        alarm = store.add("alarms", 0)
-        answered: set[int] = set()
-        left: dict[int, str] = {}
-        if alarm > self._view.alarm:
-            store.append(f"alive/{alarm}", f"{self.me},")
-            self._alarm_at = time.monotonic()
-        if alarm:
-            answered = {int(rank) for rank in store.get(f"alive/{alarm}").decode().split(",") if rank}
-        if store.check(["left"]):
-            left = dict(json.loads(line) for line in store.get("left").decode().splitlines())
-        return View(time.monotonic(), alarm, answered, left)
+    def _look(self, texts: Sequence[bytes]) -> View:
+        """What the others' keys say."""
+        now, last = time.monotonic(), self._view
+        states = {peer.rank: json.loads(text) for peer, text in zip(self.others, texts, strict=True)}
+        beats = {rank: count for rank, (count, _) in states.items()}
+        heard = {rank: last.heard[rank] if beats[rank] == last.beats.get(rank) else now for rank in beats}
+        return View(now, beats, heard, {rank: why for rank, (_, why) in states.items() if why is not None})
 
     def _judge(self) -> None:
         """End this process if it waits for one that is lost."""
-        known: set[int] = set()
+        since = 0.0  # when the loss was first known
         while self._leaving is None:
             time.sleep(PERIOD / 2)
-            now = time.monotonic()
-            gone = {peer.rank for peer in self.near if not is_running(peer)}
-            if not gone <= known | self._view.left.keys():
-                known |= gone
-                self._asked.set()
-                self._wake.set()
-                self._alarm_at = self._alarm_at or now
-            is_store_silent = self._store is not None and now - self._view.time > SILENCE
-            if is_store_silent:
-                self._alarm_at = self._alarm_at or now
-            if self._alarm_at == 0 or now - self._alarm_at < GRACE:
-                continue
-            lost = self._lost(is_fresh=self._store is not None and not is_store_silent)
-            if is_store_silent and not lost:
+            now, heard_of = time.monotonic(), self._view.time
+            is_silent = self._store is not None and now - heard_of > SILENCE
+            lost = self._lost(0 if self._store is None or is_silent else heard_of - SILENCE)
+            if is_silent and not lost:
                 lost = f"the launcher's store on {os.environ.get('MASTER_ADDR')}, or that machine, does not answer"
-            if lost and self._is_waiting:
+            since = (since or now) if lost else 0.0
+            if lost and now - since >= GRACE and self._is_waiting:
                 self._end(lost)
-            self._alarm_at = 0.0  # all have answered
 
-    def _lost(self, is_fresh: bool) -> str:
-        """The ranks that died, ended with an error or do not answer, as a clause; "" for none.
-
-        Args:
-            is_fresh: whether the store has been heard since it mattered; if not, only who died here is known.
-        """
+    def _lost(self, since: float) -> str:
+        """The ranks that died, ended with an error or were not heard after `since`, as a clause; "" for none."""
         view = self._view
-        died, silent, ended = [], [], []
-        for peer in self.others:
-            if view.left.get(peer.rank):
-                ended.append(f"{peer} ended with an error of its own ({view.left[peer.rank]})")
-            elif peer.rank in view.left:
-                continue
-            elif peer in self.near and not is_running(peer):
-                died.append(peer)
-            elif is_fresh and peer.rank not in view.answered:
-                silent.append(peer)
+        rest = [peer for peer in self.others if peer.rank not in view.left]
+        died = [peer for peer in rest if peer in self.near and not is_running(peer)]
+        silent = [peer for peer in rest if peer not in died and view.heard[peer.rank] <= since]
+        ended = [
+            f"{peer} ended with an error of its own ({view.left[peer.rank]})"
+            for peer in self.others
+            if view.left.get(peer.rank)
+        ]
         parts = [f"{_names(died)} died"] if died else []
         parts += [f"{_names(silent)} died, or cannot be reached"] if silent else []
         return " and ".join(parts + ended[:SHOWN])
 
     def _end(self, lost: str) -> None:
-        text = f"error: Training stopped: {lost}, and this one waits for it in vain; the last checkpoint counts.\n"
+        text = (
+            f"error: Training stopped: {lost}, and this process would wait forever; the last checkpoint counts.\n"
+        )
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             os.write(2, text.encode())

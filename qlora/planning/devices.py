@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from qlora.config.devices import DevicesConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.lora.full_parameters import replaced_parameters
+from qlora.model.base import base_info
 from qlora.model.block import decoder_layers
 from qlora.parallel.divisibility import split_axis
 from qlora.planning.memory import MemoryPlan, differentiated_layers
@@ -267,7 +268,7 @@ def measure_layout(model: Any, tensor_parallel: int = 1) -> Census:
         sum(p.numel() for p in model.parameters() if p.requires_grad),
         sum(rows * size for p in replaced for rows, size in stored_tensors(p)),
         tensor_parallel_base(model, tensor_parallel),
-        model.compute_dtype.itemsize * model.config.hidden_size,
+        base_info(model).compute_dtype.itemsize * model.config.hidden_size,
     )
 
 

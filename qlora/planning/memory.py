@@ -43,14 +43,14 @@ from qlora.lora.adapter import lora_layers
 from qlora.lora.full_parameters import replaced_parameters
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
+from qlora.model.families import family_of, known_layers
+from qlora.model.loss import CHUNK_SIZE
 from qlora.parallel.divisibility import split_axis
-from qlora.quant.layers import logical_numel
+from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
 from qlora.system.memory import GIB
 
 FREE_SHARE = 0.5  # of free memory that a run may use in addition to its base, without a given budget
-HEAD_NORMS = ("qwen3", "qwen3_moe", "gemma3_text", "olmoe")
-POST_NORMS = ("gemma2", "gemma3_text")
 
 
 @dataclass
@@ -99,24 +99,25 @@ def layer_bytes(
         fused: whether the layer is a fused block (model/block.py).
         tensor_parallel, sequence_parallel: T, and whether the norms' tokens are split too.
     """
+    family = family_of(config)
     (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
     queries, keys = heads * head_dim, kv_heads * head_dim
     mlp = getattr(config, "intermediate_size", None) or 4 * hidden
-    inputs = hidden * (not {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn"}.isdisjoint(adapted))
-    inputs += hidden * (not {"gate_proj", "up_proj", "gate_up_proj", "c_fc"}.isdisjoint(adapted))
-    inputs += mlp // tensor_parallel * (not {"down_proj", "c_proj"}.isdisjoint(adapted))
+    inputs = hidden * (not known_layers("qkv").isdisjoint(adapted))
+    inputs += hidden * (not known_layers("mlp_in").isdisjoint(adapted))
+    inputs += mlp // tensor_parallel * (not known_layers("mlp_out").isdisjoint(adapted))
     experts = getattr(config, "num_experts_per_tok", None) or 0  # per token
     if experts:
         shared = getattr(config, "shared_expert_intermediate_size", None) or 0
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp) + shared
     queries, keys, mlp = queries // tensor_parallel, keys // tensor_parallel, mlp // tensor_parallel
     stream = hidden // tensor_parallel if sequence_parallel else hidden
-    norms = 4 * (queries + keys) * (config.model_type in HEAD_NORMS)
+    norms = 4 * (queries + keys) * family.head_norms
     inputs += queries * ("o_proj" in adapted)
     if fused:
         return norms + c * (inputs + 2 * stream + queries + 2 * keys + 2 * mlp)
-    norms += 8 * stream * (2 if config.model_type in POST_NORMS else 1)
-    if config.model_type == "gpt2":  # its GELU is composed of torch operations and saves one more step
+    norms += 8 * stream * (2 if family.post_norms else 1)
+    if family.keeps_gelu:
         mlp = mlp * 4 // 3
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 
@@ -126,8 +127,9 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
     kept = 0
     for name, layer in lora_layers(model).items():
         ranks = tensor_parallel if split_axis(name) == 1 else 1
-        kept += layer.rank * dtype.itemsize + layer.in_features // ranks * (layer.dropout > 0)
-        kept += layer.out_features * dtype.itemsize * (layer.weights.magnitude is not None)
+        weights = layer.weights
+        kept += weights.rank * dtype.itemsize + layer.in_features // ranks * (weights.dropout > 0)
+        kept += 0 if weights.variant is None else weights.variant.token_bytes(layer, dtype.itemsize)
     return kept
 
 
@@ -174,40 +176,25 @@ def moment_bytes(parameter: Tensor, optim: str) -> int:
     return 8 * size
 
 
-def plan_memory(
+def plan_recomputing(
     model: nn.Module,
     num_tokens: int,
     dtype: torch.dtype,
-    recomputed: int = 0,
-    chunk_size: int = 256,
+    chunk_size: int = CHUNK_SIZE,
     optim: str = "adamw",
-) -> MemoryPlan:
-    """The plan of a run with this model, adapters included, and micro-batches of `num_tokens`.
+    tensor_parallel: int = 1,
+    sequence_parallel: bool = False,
+) -> list[MemoryPlan]:
+    """The plans of a run with this model, adapters included, with 0, 1, ... all layers recomputed.
 
     The model may be loaded (`load_base_model`) or on the meta device (`plan_base_model`): only shapes and dtypes
     matter. The optimizer includes fp32 masters of bf16 adapters and two moments; gradients include the head's of
     one micro-batch in addition to the sum, if the head trains. The base includes parameters replaced by copies.
 
     Args:
-        recomputed: number of recomputed layers.
+        num_tokens: of a micro-batch.
         chunk_size: positions whose logits exist at a time.
-        optim: kind of optimizer; moments of a paged one are counted, wherever the driver may put them.
-    """
-    return plan_recomputing(model, num_tokens, dtype, chunk_size, optim)[recomputed]
-
-
-def plan_recomputing(
-    model: nn.Module,
-    num_tokens: int,
-    dtype: torch.dtype,
-    chunk_size: int = 256,
-    optim: str = "adamw",
-    tensor_parallel: int = 1,
-    sequence_parallel: bool = False,
-) -> list[MemoryPlan]:
-    """`plan_memory` with 0, 1, ... all layers recomputed.
-
-    Args:
+        optim: kind of optimizer; a paged one's moments count, wherever the driver may put them.
         tensor_parallel, sequence_parallel: as for `layer_bytes`. The model must be whole, and the base is counted
             whole (planning/devices.py divides the plan).
     """
@@ -229,7 +216,7 @@ def plan_recomputing(
     layer += -(-adapter_bytes(model, dtype, tensor_parallel) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size // (tensor_parallel if sequence_parallel else 1)
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
-    largest = max((logical_numel(p) for block in layers for p in block.parameters()), default=0)
+    largest = max((size for block in layers for _, size in logical_sizes(block)), default=0)
     plan = MemoryPlan(
         base=sum(local(p).numel() * p.itemsize for p in frozen) + statistics,
         adapters=sum(p.numel() * p.itemsize for p in trainable),

@@ -23,6 +23,7 @@ from qlora.data.batches import CPU_TOKENS, largest_micro_batch
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import activate, create_adapter, wrap_layers
 from qlora.lora.trainable import ParameterSummary, freeze_base, parameter_summary
+from qlora.model.base import base_info
 from qlora.model.block import decoder_layers
 from qlora.model.load import plan_base_model
 from qlora.model.loss import CHUNK_SIZE
@@ -111,7 +112,7 @@ class Planner:
         plan = self._memory_plan(config, devices)
         if devices is None:
             return plan
-        t, length, layout = config.train, config.data.max_length, plan.layout
+        t, length, layout = config.loop, config.data.max_length, plan.layout
         model, census = self._adapted_model(config), self._census(layout.tensor_parallel)
         tokens, batches = t.batch_size * t.grad_accum * length, t.grad_accum
         if config.data.packing and self.device.type == "cpu":
@@ -128,13 +129,13 @@ class Planner:
     def _memory_plan(self, config: RunConfig, devices: DevicesConfig | None) -> RunPlan:
         config.check_split()
         layout = arrange(devices or DevicesConfig(), config.parallel, self.device.type)
-        t, d = config.train, config.data
+        t, d = config.loop, config.data
         model = self._adapted_model(config)
         check_widths(model.config, layout.tensor_parallel, self.name)
-        optim = choose_optimizer(t.optim, self.device)
+        optim = choose_optimizer(config.optimizer.optim, self.device)
         num_tokens = largest_micro_batch(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
         together = layout.tensor_parallel, layout.sequence_parallel
-        settings = (num_tokens, model.compute_dtype, CHUNK_SIZE, optim, *together)
+        settings = (num_tokens, base_info(model).compute_dtype, CHUNK_SIZE, optim, *together)
         key = f"{self._adapted} {settings}"
         if key not in self._counted:
             counted = plan_recomputing(model, *settings), parameter_summary(model), len(decoder_layers(model))
@@ -150,7 +151,7 @@ class Planner:
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
         return RunPlan(
             plans[number], summary, num_tokens, number, num_layers,
-            model.compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
+            base_info(model).compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
         )  # fmt: skip
 
     def _census(self, tensor_parallel: int) -> Census:
@@ -163,15 +164,15 @@ class Planner:
     def _adapted_model(self, config: RunConfig) -> Any:
         """The model on the meta device with the adapter of these settings."""
         model = self._base(config.model)
-        key = repr((config.model, config.lora, config.train.seed))
+        key = repr((config.model, config.lora, config.loop.seed))
         if self._adapted == key:
             return model
         tokenizer = None
-        if config.lora.added_tokens:
+        if config.lora.new_tokens:
             tokenizer = load_tokenizer(self.name)
-            add_tokens(tokenizer, config.lora.added_tokens)
+            add_tokens(tokenizer, config.lora.new_tokens)
         activate(model, None)
-        adapter = create_adapter(model, config.lora, config.train.seed, tokenizer)
+        adapter = create_adapter(model, config.lora, config.loop.seed, tokenizer)
         wrap_layers(model, adapter.layers)
         activate(model, adapter)
         freeze_base(model)

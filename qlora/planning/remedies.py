@@ -47,7 +47,7 @@ Change: TypeAlias = Callable[[Job], Changed]
 
 
 def _recompute(job: Job) -> Changed:
-    yield "--gradient-checkpointing on", job.changed("train", gradient_checkpointing="on")
+    yield "--gradient-checkpointing on", job.changed("loop", gradient_checkpointing="on")
 
 
 def _shard(job: Job) -> Changed:
@@ -63,13 +63,13 @@ def _shard(job: Job) -> Changed:
 
 def _smaller_batches(job: Job) -> Changed:
     """Smaller batches with more accumulation: the same examples per step, and so the same losses."""
-    size, accumulated = job.config.train.batch_size, job.config.train.grad_accum
+    size, accumulated = job.config.loop.batch_size, job.config.loop.grad_accum
     for part in range(size - 1, 0, -1):
         if size % part == 0:
             steps = accumulated * (size // part)
             yield (
                 f"--batch-size {part} --grad-accum {steps}",
-                job.changed("train", batch_size=part, grad_accum=steps),
+                job.changed("loop", batch_size=part, grad_accum=steps),
             )
 
 
@@ -93,7 +93,7 @@ def _cpu_offload(job: Job) -> Changed:
 
 
 def _small_moments(job: Job) -> Changed:
-    yield "--optim paged_adamw_8bit", job.changed("train", optim="paged_adamw_8bit")
+    yield "--optim paged_adamw_8bit", job.changed("optimizer", optim="paged_adamw_8bit")
 
 
 def _four_bits(job: Job) -> Changed:

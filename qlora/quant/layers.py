@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qlora.kernels.gemm import multiply_4bit, multiply_16bit
 from qlora.quant.library import Params4bit, bnb, get_ptr
-from qlora.quant.parts import PartState, part_of
+from qlora.quant.parts import Divisible, PartState, part_of
 from qlora.quant.weight import block_scales, cpu_kernel, dequantize_weight
 
 DECODE_ROWS = 64  # up to so many rows the decoding copy is used; more are a prompt, best on the training path
@@ -71,7 +71,7 @@ def drop_scratch() -> None:
 _buffers = threading.local()
 
 
-class Linear4bit(bnb.nn.Linear4bit):
+class Linear4bit(Divisible, bnb.nn.Linear4bit):
     """bitsandbytes' layer with a forward that never touches its weight.
 
     The parent's forward repacks the weight in place when it evaluates on an AVX512-BF16 CPU; after that it
@@ -94,7 +94,7 @@ class Linear4bit(bnb.nn.Linear4bit):
         return _decode_or_train(self, x)
 
 
-class Linear16bit(nn.Linear):
+class Linear16bit(Divisible, nn.Linear):
     """A frozen dense layer stored in bf16 that computes in its input's dtype.
 
     `nn.Linear` wants both dtypes equal; on a CPU without fast bf16 the activations are fp32 while the
@@ -167,12 +167,27 @@ def logical_shape(layer: nn.Module) -> tuple[int, int]:
     return (rows, columns) if part is None else part.whole_shape((rows, columns))  # type: ignore[return-value]
 
 
+def logical_sizes(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    """Every parameter at or below a module, tied ones once, with the number of weights it stands for.
+
+    A layer of which a part is here counts whole (`Divisible`).
+    """
+    sizes: dict[int, tuple[nn.Parameter, int]] = {}
+    for owner in module.modules():
+        for kind, parameter in owner.named_parameters(recurse=False):
+            count = (
+                owner.count_weights(kind, parameter) if isinstance(owner, Divisible) else logical_numel(parameter)
+            )
+            sizes.setdefault(id(parameter), (parameter, count))
+    return list(sizes.values())
+
+
 def logical_numel(parameter: Tensor) -> int:
     """Number of weights a parameter stands for: a packed 4-bit tensor holds two per byte, a part them all."""
     if isinstance(parameter, Params4bit):
         state = parameter.quant_state
         return math.prod(state.shape) * (state.part.count if isinstance(state, PartState) else 1)
-    return int(getattr(parameter, "logical_numel", parameter.numel()))
+    return parameter.numel()
 
 
 def layer_bias(layer: nn.Module, dtype: torch.dtype) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,10 +37,30 @@ class Part:
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(shape))
 
 
+class Divisible:
+    """A layer of which a process may hold a part (parallel/tensor_parallel.py).
+
+    Attributes:
+        part: which one; None = the whole layer.
+    """
+
+    part: Part | None = None
+
+    def count_weights(self, kind: str, parameter: Tensor) -> int:
+        """Number of weights of the whole layer that one of its parameters stands for.
+
+        Args:
+            kind: the parameter's name in the layer.
+        """
+        if isinstance(parameter, Params4bit):
+            return math.prod(parameter.quant_state.shape) * (self.part.count if self.part is not None else 1)
+        is_cut = self.part is not None and not (kind == "bias" and self.part.dim == 1)
+        return parameter.numel() * (self.part.count if self.part is not None and is_cut else 1)
+
+
 def part_of(layer: nn.Module) -> Part | None:
-    """Which part of its weight a layer holds (parallel/tensor_parallel.py); None: all of it."""
-    part: Part | None = getattr(layer, "part", None)
-    return part
+    """Which part of its weight a layer holds; None: all of it."""
+    return layer.part if isinstance(layer, Divisible) else None
 
 
 class PartState(QuantState):

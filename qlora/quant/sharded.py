@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from qlora.quant.layers import Linear4bit, frozen_linear
 from qlora.quant.library import Params4bit, QuantState, get_4bit_type, wrap_codes
-from qlora.quant.parts import local, whole
+from qlora.quant.parts import Divisible, local, whole
 from qlora.quant.weight import quantization_of, quantize_blocks, quantize_scales
 from qlora.system.errors import InputError
 
 
-class ShardedLinear4bit(nn.Linear):
+class ShardedLinear4bit(Divisible, nn.Linear):
     """A `Linear4bit` whose codes and scales are plain frozen parameters, which FSDP2 shards on their first axis.
 
     With M = out * in weights in blocks of b:
@@ -80,11 +80,11 @@ class ShardedLinear4bit(nn.Linear):
             state.offset, state.state2, state.nested = self.offset, nested, True
         return wrap_codes(whole(self.codes).view(-1, 1), state)
 
-    def count_weights(self) -> None:
-        """Tell `logical_numel` what the parameters stand for; they are others after FSDP2 has taken them."""
-        for part in (self.codes, self.scales, self.nested_scales):
-            if part is not None:
-                vars(part)["logical_numel"] = self.out_features * self.in_features if part is self.codes else 0
+    def count_weights(self, kind: str, parameter: Tensor) -> int:
+        """As of any divisible layer: the codes stand for all weights, the scales for none."""
+        if kind == "codes":
+            return self.out_features * self.in_features
+        return 0 if kind in ("scales", "nested_scales") else parameter.numel()
 
     def take_codes(self, weight: Params4bit, blocks: slice, chunk: Callable[[int], slice]) -> Tensor:
         """Fill this process' shards from a whole weight's, which may be a view of a file.

@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import math
+from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from qlora.quant.library import Params4bit, QuantState, wrap_codes
 from qlora.quant.weight import QuantConfig
 
+STATE_BYTES = 512  # of the quant_state of a 4-bit weight, in a file
+
+
+def quantization_config(quant: QuantConfig) -> dict[str, Any]:
+    """The entry of config.json by which transformers loads a bitsandbytes checkpoint in 4 bits."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": quant.quant_type,
+        "bnb_4bit_use_double_quant": quant.double_quant,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
+
 
 def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:
-    """The tensors that store a 4-bit weight, named by bitsandbytes' suffixes ("" for the codes)."""
-    return {"": weight.data, **{f".{k}": v for k, v in weight.quant_state.as_dict(packed=True).items()}}
+    """The tensors that store a 4-bit weight, named by bitsandbytes' suffixes ("" for the codes).
+
+    Their sizes do not depend on its values: its state is JSON with a number in it, whose digits vary, and spaces
+    bring it to STATE_BYTES. A weight on the meta device has the same tensors, for their dtypes and shapes.
+    """
+    state = weight.quant_state
+    if weight.is_meta and state.nested:  # the offset goes into the JSON as a number
+        state = copy(state)
+        state.offset = torch.zeros(())
+    parts = {f".{key}": tensor for key, tensor in state.as_dict(packed=True).items()}
+    (name,) = (key for key in parts if key.startswith(".quant_state."))
+    parts[name] = F.pad(parts[name], (0, STATE_BYTES - len(parts[name])), value=ord(" "))
+    return {"": weight.data, **parts}
 
 
 def packed_shape(quant_state: Tensor) -> tuple[int, ...]:

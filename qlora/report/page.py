@@ -7,18 +7,19 @@ out. The template, page.html, escapes text from the data.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from qlora.config.lora import VARIANTS
 from qlora.report.answers import MOST_ROWS, OPEN_PROMPTS, UNPRINTABLE, cut, short_count, trace_samples, words
 from qlora.report.charts import smooth
 from qlora.report.figures import draw_charts
-from qlora.report.run import ADAPTER, Run, is_number, read_run
+from qlora.report.run import Run, is_number, read_run
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from qlora.system.files import new_file
 from qlora.system.redact import redact
 
@@ -213,7 +214,7 @@ def list_settings(settings: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, 
     """((flag, value, default) of changed settings, (flag, value) of the others)."""
     from qlora.config.run import RunConfig
 
-    defaults = asdict(RunConfig())
+    defaults = RunConfig().saved()
     changed: list[tuple[str, ...]] = []
     unchanged: list[tuple[str, ...]] = []
     for section, values in settings.items():
@@ -261,18 +262,18 @@ def describe_adapter(run: Run) -> list[tuple[str, str]]:
     adapter, rows = run.adapter, []
     if not adapter:
         return []
-    ways = [name for key, name in (("use_dora", "DoRA"), ("use_rslora", "rsLoRA")) if adapter.get(key) is True]
+    ways = [name for key, name in VARIANTS.items() if adapter.get(key) is True]
     kind = " + ".join(ways) or {"ADALORA": "AdaLoRA"}.get(str(adapter.get("peft_type")), "LoRA")
     rows.append(("variant", kind))
     names = {"base_model_name_or_path": "base", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
              "target_modules": "target modules", "modules_to_save": "fully trained"}  # fmt: skip
     rows += [(name, cut(show(adapter[key]))) for key, name in names.items() if adapter.get(key)]
-    file = run.directory / ADAPTER
+    file = run.directory / WEIGHTS
     try:
         with safe_open(file, framework="numpy") as tensors:
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118  (no mapping)
         rows.append(("saved", f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes):,} tensors"))
         rows.append(("size", f"{file.stat().st_size / 1e6:,.1f} MB"))
     except (OSError, SafetensorError) as error:
-        rows.append(("saved", f"{ADAPTER} cannot be read ({error})"))
+        rows.append(("saved", f"{WEIGHTS} cannot be read ({error})"))
     return rows

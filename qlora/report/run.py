@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG
 from qlora.system.files import read_json, whole_lines
 
-ADAPTER, ADAPTER_SETTINGS = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 LARGEST = 1e15  # largest number to draw
 
 
@@ -103,7 +103,7 @@ def read_run(directory: Path) -> Run:
         raise InputError(
             f"{directory} holds no run (no metrics.jsonl or run.json); pass the --output-dir of a run."
         )
-    content: dict[str, dict[str, Any]] = {"run.json": {}, ADAPTER_SETTINGS: {}}
+    content: dict[str, dict[str, Any]] = {"run.json": {}, CONFIG: {}}
     for name in content:
         if (directory / name).is_file():
             try:
@@ -132,7 +132,7 @@ def read_run(directory: Path) -> Run:
         evaluations=evaluations,
         skipped=skipped,
         samples=samples,
-        adapter=content[ADAPTER_SETTINGS],
+        adapter=content[CONFIG],
         scores=[name for name in scores if re.fullmatch(r"[\w.-]{1,40}", name)],
         notes=notes,
     )

@@ -7,8 +7,10 @@ import os
 import resource
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # errors of commands that compute nothing are told without it
+    import torch
 
 GIB = 2**30
 
@@ -34,6 +36,8 @@ def return_large_frees() -> None:
 def available_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on the device (of main memory for a CPU)."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
@@ -50,6 +54,8 @@ def resident_memory() -> int:
 def peak_memory_gib(device: torch.device) -> float:
     """Highest memory use so far: the CUDA allocator's, or the process's peak resident set on a CPU."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.max_memory_allocated(device) / GIB
     # The kernel's value for this process; ru_maxrss starts at the peak of the parent process.
     status = Path("/proc/self/status")
@@ -60,8 +66,18 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or on the host, by any of torch's messages for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    """Whether memory ran out, on a device or on the host.
+
+    Recognized by torch's own error, by accelerate's list of messages, and by messages missing there: from C++,
+    cuBLAS, and CUDA and CPU outside torch's allocators.
+    """
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, MemoryError)
+    import torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(RuntimeError(text)):
+        return True
+    others = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    return any(words in text for words in others)

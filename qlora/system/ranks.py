@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -74,9 +73,3 @@ class Ranks:
         result = values.clone()
         torch.distributed.all_reduce(result, operation)
         return result
-
-
-def ranks_of(model: Any, accelerator: Accelerator | None) -> Ranks:
-    """How the processes share the work on a model: as its base was split, else data parallel; None: one alone."""
-    whole = Ranks() if accelerator is None else Ranks(accelerator.process_index, accelerator.num_processes)
-    return getattr(model, "ranks", None) or whole

@@ -1,14 +1,28 @@
-"""Heavy imports, made lighter: a run spends its first seconds on nothing else."""
+"""The start of a process: how threads wait, and heavy imports made lighter."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial, wraps
 from typing import Any
+
+
+def limit_spinning() -> None:
+    """Let OpenMP threads sleep soon when they wait for one another, unless the environment says otherwise.
+
+    By default they spin for a millisecond. Where another program uses a core, they keep it from the thread that
+    they wait for: training took 25 times as long. libgomp reads this when torch is imported, so call it first.
+
+    Entry points call it (cli/exits.py). `import qlora` does not, since it must not change the environment of a
+    notebook: call it there before torch is imported, or set GOMP_SPINCOUNT=3000.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ and "torch" not in sys.modules:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 @contextmanager
@@ -45,7 +59,7 @@ def packages_hidden(*names: str) -> Iterator[None]:
 
 @contextmanager
 def importing_transformers() -> Iterator[None]:
-    """Hide scipy: of it transformers imports scipy.optimize, 0.4 s, for the loss of object detectors.
+    """Hide scipy: transformers (5.23) imports scipy.optimize, 0.4 s, for the loss of object detectors.
 
     Where transformers is imported already it has looked for scipy, and would miss it: nothing is hidden.
     """

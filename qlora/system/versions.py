@@ -1,17 +1,22 @@
-"""Versions of the libraries."""
+"""Versions of this project and of the libraries."""
 
 from __future__ import annotations
 
 import platform
 
-PACKAGES = ("torch", "bitsandbytes", "transformers", "accelerate", "datasets")
+NUMERIC = ("torch", "transformers", "bitsandbytes", "accelerate")  # what the numbers of a run depend on
 
 
-def versions() -> dict[str, str]:
-    """Of Python, of what computes, and of this project."""
-    from importlib.metadata import version
+def versions(*names: str) -> dict[str, str]:
+    """name -> version of each package ("python" is one, too); those not installed are left out."""
+    from importlib.metadata import PackageNotFoundError, version
 
     import qlora
 
-    found = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
-    return found | {"qlora": qlora.__version__}
+    found = {"python": platform.python_version(), "qlora": qlora.__version__}
+    for name in names:
+        try:
+            found[name] = found.get(name) or version(name)
+        except PackageNotFoundError:
+            continue
+    return {name: found[name] for name in names if name in found}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
+from collections.abc import Sequence
 from typing import Any
+
+from qlora.system.redact import redact
 
 
 def explain(error: BaseException) -> str:
@@ -16,10 +20,10 @@ def explain(error: BaseException) -> str:
 NUM_LISTED = 50  # mismatches that one error names
 
 
-def list_problems(problems: list[str]) -> str:
-    """Mismatches as one clause, the first NUM_LISTED of them by name."""
-    rest = [f"and {len(problems) - NUM_LISTED} more"] if len(problems) > NUM_LISTED else []
-    return "; ".join([*problems[:NUM_LISTED], *rest])
+def list_first(items: Sequence[str], limit: int = NUM_LISTED, separator: str = "; ") -> str:
+    """Some as they are, of many the first `limit` and how many more there are."""
+    rest = [f"and {len(items) - limit:,} more"] if len(items) > limit else []
+    return separator.join([*items[:limit], *rest])
 
 
 _short = reprlib.Repr()
@@ -28,12 +32,27 @@ _short.maxlevel = _short.maxdict = _short.maxlist = _short.maxtuple = 3
 
 
 def quote(value: Any) -> str:
-    """A value for an error: its repr, so that control characters show and stay on one line, shortened."""
+    """A value of the user's own data: its repr, so that control characters show, shortened, on one line."""
     return "null" if value is None else shorten(_short.repr(value), 60)
 
 
+def show_value(value: Any, limit: int = 60) -> str:
+    """A value out of someone's file: a name as it is, others by their repr; cut, on one line, without secrets."""
+    is_plain = isinstance(value, str) and value.isprintable()
+    return redact(value if is_plain else _short.repr(value))[:limit]
+
+
 def shorten(text: str, limit: int) -> str:
+    """The beginning of a text, "..." included at most `limit` characters."""
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def show_controls(text: str) -> str:
+    """`text` with control characters written out, such as \\x1b: a terminal would obey them."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def describe(value: Any) -> str:

@@ -42,8 +42,7 @@ class AdaLoRAOptimizer(MasterOptimizer):
         # (parameter with the gradient, its fp32 master) of A, B and E of every layer
         self.layers: list[dict[str, tuple[Tensor, Tensor]]] = []
         for layer in layers:
-            assert layer.lora_E is not None
-            parts = {"A": layer.lora_A, "B": layer.lora_B, "E": layer.lora_E}
+            parts = {"A": layer.lora_A, "B": layer.lora_B, "E": layer.extras["lora_E"]}
             self.layers.append({part: (p, masters[id(p)]) for part, p in parts.items()})
         self.sensitivity = [{part: torch.zeros_like(m) for part, (_, m) in layer.items()} for layer in self.layers]
         self.uncertainty = [{part: torch.zeros_like(m) for part, (_, m) in layer.items()} for layer in self.layers]
@@ -145,6 +144,6 @@ def build_adapter_optimizer(
         return build_optimizer(parameters, name, weight_decay, config.lora_plus_ratio, fast)
     schedule = plan_budget(config, len(layers), total_steps)
     if adapter is not None:
-        adapter.budget = (schedule.t_i, schedule.t_f, schedule.total)
+        adapter.run_fields = {"tinit": schedule.t_i, "tfinal": schedule.t_f, "total_step": schedule.total}
     make = adamw_kind(name, weight_decay)
     return AdaLoRAOptimizer(parameters, make, layers, schedule, fast, config.lora_plus_ratio)

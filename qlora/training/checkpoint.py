@@ -12,7 +12,6 @@ step-N is whole, unless the disk damaged it later, which its checksums tell.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,16 +23,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from qlora.adapters.peft_files import AdapterSnapshot, read_adapter, write_adapter
+from qlora.config.lora import canonical
 from qlora.lora.base_shift import shift_base
 from qlora.lora.state import load_lora_state_dict
 from qlora.system.errors import InputError
-from qlora.system.files import is_file_name, new_directory
+from qlora.system.file_names import CONFIG, WEIGHTS
+from qlora.system.files import is_file_name, new_directory, sha256_of
+from qlora.system.versions import NUMERIC, versions
 from qlora.training.optimizer import MasterOptimizer
 from qlora.training.progress import Progress, badness
 
 FORMAT = 2
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-FILES = ("adapter_config.json", "adapter_model.safetensors", OPTIMIZER)  # a tokenizer or base shift may join them
+FILES = (CONFIG, WEIGHTS, OPTIMIZER)  # a tokenizer or base shift may join them
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
@@ -77,19 +79,12 @@ def save_checkpoint(
             **asdict(progress),
             "settings": settings,
             "run": run,
-            "versions": library_versions(),
-            "sha256": {file.name: _sha256(file) for file in sorted(staging.iterdir())},
+            "versions": versions(*NUMERIC),
+            "sha256": {file.name: sha256_of(file) for file in sorted(staging.iterdir())},
         }
         (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
         if path.exists():  # left by a run that was resumed from before it
             discard(path)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "bitsandbytes", "accelerate")}
 
 
 def discard(path: Path) -> None:
@@ -175,16 +170,16 @@ def read_state(path: Path) -> dict[str, Any]:
                 f"The checkpoint {path} has format {state['format']!r}, this version reads {FORMAT}; {remedy}."
             )
         progress = _read_progress(state)
-        settings, versions, checksums = dict(state["settings"]), dict(state["versions"]), dict(state["sha256"])
+        settings, libraries, checksums = dict(state["settings"]), dict(state["versions"]), dict(state["sha256"])
         files = sorted({*FILES, *filter(is_file_name, checksums)})
-        damaged = [name for name in files if checksums[name] != _sha256(path / name)]
+        damaged = [name for name in files if checksums[name] != sha256_of(path / name)]
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"The checkpoint {path} is not readable ({error!r}); {remedy}.") from error
     if damaged:
         raise InputError(f"The checkpoint {path} is damaged in {', '.join(damaged)}; {remedy}.")
-    return {"progress": progress, "settings": settings, "versions": versions}
+    return {"progress": progress, "settings": settings, "versions": libraries}
 
 
 def _read_progress(state: dict[str, Any]) -> Progress:
@@ -217,7 +212,7 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     state = read_state(path)
-    saved, settings = dict(state["settings"]), dict(settings)
+    saved, settings = canonical(state["settings"]), dict(settings)
     planned, plan = saved.pop("total_steps", None), settings.pop("total_steps", None)
     differing = [
         f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
@@ -233,7 +228,7 @@ def load_checkpoint(
         say(f"the run was planned for {planned} steps, now for {plan}; the learning rate follows the new plan")
     if differing:
         say(f"--force-resume overrides {'; '.join(differing)}")
-    current = library_versions()
+    current = versions(*NUMERIC)
     moved = [
         f"{name} {old} -> {current.get(name)}"
         for name, old in state["versions"].items()
@@ -247,11 +242,3 @@ def load_checkpoint(
     optimizer = make_optimizer()
     optimizer.load_state_tensors(load_file(path / OPTIMIZER))
     return state["progress"], optimizer
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as handle:
-        digest = hashlib.sha256()
-        for block in iter(lambda: handle.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()

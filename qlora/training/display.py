@@ -5,13 +5,17 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from qlora.report.curve import smoothing_width
+from qlora.training.observer import Observer
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
 
 
 class _TwoLines(Progress):
@@ -23,7 +27,7 @@ class _TwoLines(Progress):
             yield Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
 
-class RunDisplay:
+class Display(Observer):
     """Loss, tokens/s, peak memory and time left: a live bar on a terminal, about twenty lines elsewhere.
 
     Args:
@@ -43,8 +47,7 @@ class RunDisplay:
     ) -> None:
         self.total_steps, self.quiet, self.clock = total_steps, quiet, clock
         self.plan = f" (planned {planned_gib:.2f})" if planned_gib else ""
-        # What a model says may look like markup or an emoji's name.
-        self.console = console or Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        self.console = console or _make_console()
         self._every = max(1, round(total_steps / 20))
         self._losses: deque[float] = deque(maxlen=smoothing_width(total_steps))
         self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too
@@ -56,6 +59,12 @@ class RunDisplay:
             )  # fmt: skip
             self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="", status="")
             self._bar.start()
+
+    def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        self.show(line)
+
+    def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+        self.show(line)
 
     def show(self, line: dict[str, Any]) -> None:
         """Take one line of metrics.jsonl."""
@@ -92,7 +101,7 @@ class RunDisplay:
             start = f"step {sample['step']:>5}/{self.total_steps}  sample {number}"
             for name in ("prompt", "completion", "expected"):
                 if sample[name] is not None:
-                    self.say(f"{start}  {name:10}  {shorten(sample[name], keep_end=name == 'prompt')}")
+                    self.say(f"{start}  {name:10}  {one_line(sample[name], keep_end=name == 'prompt')}")
                     start = " " * len(start)
         self._begin_again()
 
@@ -110,6 +119,18 @@ class RunDisplay:
             self._bar.stop()
 
 
+def _make_console() -> Console:
+    """A console for what a model says, which may look like markup or an emoji's name.
+
+    A notebook gets plain lines: rich's live display needs a package of its own there, and ipykernel's FORCE_COLOR
+    would have it write a terminal's escape codes.
+    """
+    plain: dict[str, Any] = dict(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    if Console().is_jupyter:
+        return Console(**plain, force_jupyter=False, force_terminal=False)
+    return Console(**plain)
+
+
 def format_seconds(seconds: float) -> str:
     """45s, 3m 20s, 1h 05m."""
     whole = round(seconds)
@@ -119,7 +140,7 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m {rest:02}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02}m"
 
 
-def shorten(text: str, limit: int = 200, keep_end: bool = False) -> str:
+def one_line(text: str, limit: int = 200, keep_end: bool = False) -> str:
     """Text on one line of at most `limit` characters, none of which a terminal would obey."""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     if len(line) <= limit:

@@ -8,26 +8,27 @@ from typing import Any
 
 from torch import nn
 
-from qlora.config.data import DataConfig
 from qlora.config.lora import LoRAConfig
-from qlora.config.train import TrainConfig
+from qlora.config.run import RunConfig
 from qlora.data.example import Example
 from qlora.data.token_cache import digests_of
 from qlora.lora.full_parameters import base_name, replaced_parameters
+from qlora.model.base import base_info, find_base_info
 from qlora.model.fingerprint import sample_weight
 
 
 def base_fingerprint(model: nn.Module) -> str:
     """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from.
 
-    Of a base that is split, of the whole weights, as they were sampled while it was loaded (`weight_samples`).
+    Of a base that is split, of the whole weights, as they were sampled while it was loaded.
     """
-    samples: dict[str, bytes] | None = getattr(model, "weight_samples", None)
+    info = find_base_info(model)
+    samples = None if info is None else info.weight_samples
     if samples is None:
         replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
         named = {base_name(n): replaced.get(base_name(n), p) for n, p in model.named_parameters()}
         samples = {name: sample_weight(name, p) for name, p in named.items() if not p.requires_grad}
-    digest = hashlib.sha256(repr(getattr(model, "quantization", None)).encode())
+    digest = hashlib.sha256(repr(None if info is None else info.quantization).encode())
     for _, sample in sorted(samples.items()):
         digest.update(sample)
     return digest.hexdigest()[:16]
@@ -41,8 +42,7 @@ def data_fingerprint(examples: Sequence[Example]) -> str:
 def run_settings(
     model: Any,
     lora: LoRAConfig,
-    data: DataConfig,
-    train: TrainConfig,
+    config: RunConfig,
     examples: Sequence[Example],
     window: int,
     total_steps: int,
@@ -54,20 +54,23 @@ def run_settings(
     Args:
         model: with adapters in place, its base as it was loaded.
         window: examples of an optimizer step.
-        chat_template: what `data.chat_template` holds.
+        chat_template: what `config.data.chat_template` holds.
     """
-    own: dict[str, Any] = {"data_weights": data.weights} if set(data.weights) - {1.0} else {}
+    data, own = config.data, dict[str, Any]()
+    if set(data.data_weights) - {1.0}:
+        own["data_weights"] = data.data_weights
     if data.chat_template is not None:
         own["chat_template"] = hashlib.sha256(str(chat_template).encode()).hexdigest()[:16]
-    names = ("seed", "learning_rate", "schedule", "warmup_steps", "weight_decay")
+    names = ("learning_rate", "schedule", "warmup_steps", "weight_decay")
     return {
-        **{name: getattr(train, name) for name in names},
+        "seed": config.loop.seed,
+        **{name: getattr(config.optimizer, name) for name in names},
         **lora.variant(),
-        "max_grad_norm": train.max_grad_norm,
+        "max_grad_norm": config.optimizer.max_grad_norm,
         "base": base_fingerprint(model),
         "data": data_fingerprint(examples),
         "optim": optim,
-        "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+        "compute_dtype": str(base_info(model).compute_dtype).removeprefix("torch."),
         "examples_per_step": window,
         "total_steps": total_steps,
         **own,

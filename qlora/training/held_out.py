@@ -1,8 +1,10 @@
-"""Loss on held-out data."""
+"""Loss on held-out data, and what an evaluation decides: which state is the best, and when it is enough."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -10,11 +12,17 @@ from torch import nn
 
 from qlora.data.batches import balance_by_length, lengths_of, make_batches, split_batch
 from qlora.data.example import Example
+from qlora.model.base import ranks_of
 from qlora.model.loss import causal_lm_loss
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
-from qlora.system.ranks import ranks_of
+from qlora.training.observer import Observer
 from qlora.training.step import in_lockstep
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
+
+AskStop = Callable[[], "str | None"]  # why the run should stop now, or None
 
 
 @torch.no_grad()
@@ -24,7 +32,7 @@ def evaluate(
     accelerator: Accelerator,
     budget: int,
     packing: bool = True,
-    stop: Callable[[], str | None] = lambda: None,
+    stop: AskStop = lambda: None,
 ) -> float | None:
     """Mean loss per target token over `examples`, in nats; the model is left as it was found.
 
@@ -57,3 +65,66 @@ def evaluate(
     model.train(was_training)
     loss_sum, count, stopped = ranks.sum(sums).tolist()
     return None if stopped else loss_sum / count
+
+
+class HeldOut(Observer):
+    """Evaluates the held-out data every so many steps and at the end, and ends the run when patience runs out.
+
+    An evaluation that a request to stop interrupts is made when the run is resumed.
+
+    Args:
+        every: optimizer steps between evaluations; 0 = never.
+        score: judges an evaluation instead of its loss, higher is better. It is called on every process with
+            `stop`, and returns None once that gave a reason.
+        patience: evaluations in a row without one better by more than `min_delta` that end the run; 0 = never.
+        stop: asked while evaluating.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        score: Callable[[AskStop], float | None] | None = None,
+        patience: int = 0,
+        min_delta: float = 0.0,
+        stop: AskStop = lambda: None,
+    ) -> None:
+        self.every, self.score, self.patience, self.min_delta, self.stop = every, score, patience, min_delta, stop
+
+    def before_step(self, trainer: Trainer) -> None:
+        progress, total_steps = trainer.progress, trainer.limits.total_steps
+        is_end = trainer.is_enough or progress.step == total_steps
+        is_due = self.every and (progress.step % self.every == 0 or is_end)
+        trainer.is_pending = False
+        if is_due and progress.eval_loss is None:
+            self._evaluate(trainer)
+        if self._is_enough(trainer):
+            trainer.is_enough = True
+
+    def _evaluate(self, trainer: Trainer) -> None:
+        progress = trainer.progress
+        held_out = trainer.held_out(self.stop)
+        score = self.score(self.stop) if self.score is not None and held_out is not None else None
+        if held_out is None or (self.score is not None and score is None):
+            trainer.is_pending = True  # a reason to stop came first
+            return
+        if not math.isfinite(held_out):
+            raise TrainingStopped(f"the held-out loss is {held_out}; look at the held-out data")
+        is_best = progress.judge(held_out, score, self.min_delta)
+        line: dict[str, Any] = {"step": progress.step, "eval_loss": held_out}
+        line |= {"exact_match": score} if score is not None else {}
+        line |= {"stale_evaluations": progress.stale} if self.patience else {}
+        line |= {"stopped_early": True} if self._is_enough(trainer) else {}
+        for observer in trainer.observers:
+            observer.after_evaluation(trainer, line, is_best)
+
+    def at_end(self, trainer: Trainer, error: BaseException | None) -> None:
+        if error is None and self._is_enough(trainer) and trainer.accelerator.is_main_process:
+            step, stale, total = trainer.progress.step, trainer.progress.stale, trainer.limits.total_steps
+            trainer.say(
+                f"stopped early after step {step} of {total}; evaluations in a row that were no better: {stale} "
+                f"(--early-stopping-patience {self.patience})"
+            )
+
+    def _is_enough(self, trainer: Trainer) -> bool:
+        """Whether patience has run out before the last step."""
+        return 0 < self.patience <= trainer.progress.stale and trainer.progress.step < trainer.limits.total_steps

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora.system.files import new_file, whole_lines
+from qlora.training.observer import Observer
 from qlora.training.progress import Progress
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
 
 
 def _is_done(line: dict[str, Any], progress: Progress) -> bool:
@@ -24,32 +29,44 @@ def is_sampled(line: dict[str, Any], progress: Progress) -> bool:
     return bool(line["step"] <= progress.sampled)
 
 
-class MetricsFile:
-    """metrics.jsonl of a run: whole lines in the order of the steps, none lost or twice after a resume.
+class LinesFile:
+    """A .jsonl file of a run: whole lines in the order of the steps, none lost or twice after a resume.
 
     Args:
         progress: lines of what will be done again are dropped.
         is_done: whether a line is of what will not be done again.
+        is_lazy: a file that is absent is made with its first line.
     """
 
     def __init__(
-        self, path: Path, progress: Progress, is_done: Callable[[dict[str, Any], Progress], bool] = _is_done
+        self,
+        path: Path,
+        progress: Progress,
+        is_done: Callable[[dict[str, Any], Progress], bool] = _is_done,
+        is_lazy: bool = False,
     ) -> None:
-        kept = [line for line in _whole_lines(path) if is_done(line, progress)]
-        with new_file(path) as staging:
+        self.path, self._pending = path, b""
+        self._file: FileIO | None = None
+        if path.exists() or not is_lazy:
+            self._open([line for line in _whole_lines(path) if is_done(line, progress)])
+
+    def _open(self, kept: list[dict[str, Any]]) -> FileIO:
+        with new_file(self.path) as staging:
             staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = path.open("ab", buffering=0)
-        self._pending = b""
+        self._file = self.path.open("ab", buffering=0)
+        return self._file
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; what a full disk does not take now goes before the next line."""
+        if self._file is None:
+            self._open([])
         self._pending += json.dumps(line).encode() + b"\n"
         self.flush()
 
     def flush(self) -> OSError | None:
         """Write what waits; returns the error if some still does."""
         try:
-            while self._pending:
+            while self._pending and self._file is not None:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:
             return error
@@ -57,13 +74,28 @@ class MetricsFile:
 
     def sync(self) -> None:
         """Bring what was written to the disk itself."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> OSError | None:
         """Returns the error if lines could not be written."""
         failure = self.flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         return failure
+
+
+class Metrics(Observer):
+    """Writes metrics.jsonl: a line per step and per evaluation."""
+
+    def __init__(self, file: LinesFile) -> None:
+        self.file = file
+
+    def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        self.file.write(line)
+
+    def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+        self.file.write(line)
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

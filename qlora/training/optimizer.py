@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora.system.errors import InputError
+from qlora.system.wording import list_first
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as in the QLoRA paper's code
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -98,7 +99,7 @@ class MasterOptimizer:
             if (own[key].shape, own[key].dtype) != (tensors[key].shape, tensors[key].dtype):
                 wrong.append(key)
         if wrong:
-            some = ", ".join(wrong[:6]) + (f" and {len(wrong) - 6} more" if len(wrong) > 6 else "")
+            some = list_first(wrong, 6, ", ")
             raise InputError(f"The stored optimizer state does not fit this adapter and optimizer: {some} differ.")
         for index, (parameter, master) in enumerate(zip(self.parameters, self.masters, strict=True)):
             master.copy_(tensors[f"{index}.master"])

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
+from qlora.model.base import base_info, ranks_of
 from qlora.model.block import decoder_layers
 from qlora.model.loss import CHUNK_SIZE
 from qlora.parallel.fsdp import end_backward_at
@@ -24,7 +25,6 @@ from qlora.planning.memory import (
     plan_recomputing,
 )
 from qlora.system.memory import GIB, available_memory, return_large_frees
-from qlora.system.ranks import ranks_of
 
 
 def choose_recomputed_layers(
@@ -50,7 +50,7 @@ def choose_recomputed_layers(
     Returns:
         (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
     """
-    dtype = model.compute_dtype
+    dtype = base_info(model).compute_dtype
     device = next(model.parameters()).device if accelerator is None else accelerator.device
     layers = differentiated_layers(model)
     ranks = ranks_of(model, accelerator)

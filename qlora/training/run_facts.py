@@ -18,10 +18,11 @@ from qlora.system.device import describe_device
 from qlora.system.versions import versions
 
 NUM_BINS = 20
+PACKAGES = ("python", "torch", "bitsandbytes", "transformers", "accelerate", "datasets", "qlora")
 
 
 def gather_facts(
-    arguments: Sequence[str],
+    call: Sequence[str] | str,
     accelerator: Any,
     model: nn.Module,
     plan: MemoryPlan,
@@ -31,7 +32,7 @@ def gather_facts(
     """The facts of this start of the run, ready for JSON.
 
     Args:
-        arguments: of train.py.
+        call: the arguments of train.py, or Python's call as text.
         plan: what memory should be taken, in bytes.
     """
     lengths = [int(length) for length in lengths_of(examples)]
@@ -39,8 +40,8 @@ def gather_facts(
     if num_targets is None:
         num_targets = sum(example.num_targets for example in examples)
     return {
-        "command": describe_command(arguments, accelerator.num_processes),
-        "versions": versions(),
+        "command": call if isinstance(call, str) else describe_command(call, accelerator.num_processes),
+        "versions": versions(*PACKAGES),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": describe_device(accelerator.device),
         "num_processes": accelerator.num_processes,

@@ -7,15 +7,20 @@ computes the same losses with and without them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 
+from qlora.config.generate import Sampling
 from qlora.data.prompts import Prompt
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
 from qlora.system.redact import redact
+from qlora.training.observer import Observer
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
 
 DECODED_TOGETHER = 16  # prompts of a batch
 
@@ -57,6 +62,28 @@ class Sampler:
             if self.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()  # the memory goes back to steps of another shape
         self.accelerator.wait_for_everyone()
+
+
+class Samples(Observer):
+    """Samples every so many steps and at the end, or (0) with each evaluation; each step once.
+
+    Args:
+        take: takes the samples of a step (`Sampler`).
+    """
+
+    def __init__(self, take: Callable[[int], object], every: int = 0) -> None:
+        self.take, self.every = take, every
+
+    def before_step(self, trainer: Trainer) -> None:
+        progress, is_last = trainer.progress, trainer.is_last
+        if not is_last and trainer.is_stopping():
+            return  # a resumed run takes them
+        step, is_evaluated = progress.step, progress.eval_loss is not None
+        by_step = self.every and step and (step % self.every == 0 or is_last)
+        with_evaluation = is_evaluated and (self.every == 0 or step == 0)
+        if progress.sampled < step and (by_step or with_evaluation):
+            self.take(step)
+            progress.sampled = step
 
 
 class AnswerScore:
@@ -113,4 +140,6 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens
     """What the model says after each prompt, greedily."""
     from qlora.generation import generate  # a run without samples or scores does without it
 
-    return generate(model, tokenizer, [p.ids for p in prompts], max_new_tokens, batch_size=DECODED_TOGETHER)
+    return generate(
+        model, tokenizer, [p.ids for p in prompts], Sampling(max_new_tokens), batch_size=DECODED_TOGETHER
+    )

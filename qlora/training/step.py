@@ -1,10 +1,10 @@
-"""One optimizer step over a window of examples."""
+"""One optimizer step over the micro-batches of a window."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from qlora.data.batches import Batch, make_batches
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.lora.adapter import active_adapter, lora_layers
+from qlora.model.base import ranks_of
 from qlora.model.loss import causal_lm_loss
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
-from qlora.system.ranks import Ranks, ranks_of
+from qlora.system.ranks import Ranks
 from qlora.training.optimizer import MasterOptimizer
 
 
 class NonFiniteStep(TrainingStopped):
-    """A loss or gradient that is no number; nothing was changed."""
+    """A loss or gradient that is not finite; nothing was changed."""
 
 
 class StepOutOfMemory(TrainingStopped):
@@ -32,8 +33,34 @@ class StepOutOfMemory(TrainingStopped):
         self.here = here
 
 
-# What gloo and NCCL say when the other end of a collective is gone.
-LOST_PEER = re.compile(r"gloo|nccl|connection (closed|reset)|peer", re.IGNORECASE)
+class StoppedAtStep(TrainingStopped):
+    """A step failed for good. `state`: what became of the state before it; whoever saves it says so here."""
+
+    def __init__(self, step: int, cause: str) -> None:
+        super().__init__(step, cause)
+        self.step, self.cause, self.state = step, cause, "the state before it is not saved"
+
+    def __str__(self) -> str:
+        return f"Training stopped at step {self.step}: {self.cause}; {self.state}."
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step computed; losses in nats, counts of all devices together.
+
+    Attributes:
+        loss: per target token of the window.
+        grad_norm: before clipping.
+        num_tokens, num_targets: tokens of the window, and those of them that have a target.
+        largest_micro_batch: tokens that a micro-batch may hold from here on, found where memory ran out in this
+            step; None: it did not.
+    """
+
+    loss: float
+    grad_norm: float
+    num_tokens: int
+    num_targets: int
+    largest_micro_batch: int | None = None
 
 
 def train_step(
@@ -44,7 +71,7 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float = 0.0,
     check_adapters: bool = False,
-) -> tuple[float, float, int, int]:
+) -> StepResult:
     """One window, one update.
 
     Args:
@@ -52,8 +79,6 @@ def train_step(
         batches: this device's micro-batches of the window; may be empty.
         max_grad_norm: clip the global gradient to this norm; 0 = never.
         check_adapters: stop if an adapter got no gradient (`check_adapters_learn`).
-    Returns:
-        (loss per target token in nats, gradient norm before clipping, tokens, target tokens) of the window.
     Raises:
         NonFiniteStep, StepOutOfMemory: on all devices, before anything is changed.
     """
@@ -63,7 +88,7 @@ def train_step(
     num_tokens, num_targets = ranks.sum(counts).tolist()
     batches = in_lockstep(batches, ranks, device)
     losses: list[Tensor] = []
-    full = False
+    is_out = False
     try:
         for batch in batches:
             loss_sum, _ = causal_lm_loss(model, batch.to(device))
@@ -77,9 +102,9 @@ def train_step(
                 "a micro-batch does not fit in memory, and a split base takes no smaller ones; lower --max-length "
                 "or --batch-size, or pass --gradient-checkpointing on"
             ) from error
-        full = True  # and leave this block: the error holds the activations
-    if any_device(full, accelerator):
-        raise StepOutOfMemory(here=full)
+        is_out = True  # and leave this block: the error holds the activations
+    if any_device(is_out, accelerator):
+        raise StepOutOfMemory(here=is_out)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
     _sum_gradients(optimizer.parameters, ranks)
     for parameter in optimizer.parameters:
@@ -93,12 +118,13 @@ def train_step(
         raise NonFiniteStep(f"loss {loss}, gradient norm {norm}, first in {where}")
     if check_adapters:
         check_adapters_learn(model)
+    # torch's clip_grads_with_norm_ divides by norm + 1e-6 instead: other bits in every clipped step.
     if 0 < max_grad_norm < norm:
         for parameter in optimizer.parameters:
             if parameter.grad is not None:
                 parameter.grad.mul_(max_grad_norm / norm)
     optimizer.step(learning_rate)
-    return loss, norm, num_tokens, num_targets
+    return StepResult(loss, norm, num_tokens, num_targets)
 
 
 def any_device(flag: bool, accelerator: Accelerator) -> bool:
@@ -144,7 +170,9 @@ def check_adapters_learn(model: nn.Module) -> None:
         TrainingStopped: names the layers without one; what they would have learned is lost otherwise.
     """
     silent = [
-        n for n, layer in lora_layers(model).items() if layer.lora_A.grad is None or layer.lora_B.grad is None
+        n
+        for n, layer in lora_layers(model).items()
+        if layer.weights.lora_A.grad is None or layer.weights.lora_B.grad is None
     ]
     adapter = active_adapter(model)
     trained = {} if adapter is None else adapter.trained

@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora.system.errors import InputError
 from qlora.system.redact import redact
+from qlora.training.observer import Observer
+
+if TYPE_CHECKING:
+    from qlora.training.loop import Trainer
 
 # tracker -> its name in pip, where it is another, and -> what its start calls the name of a run
 PACKAGES = {"comet_ml": "comet-ml"}
@@ -99,7 +103,7 @@ def flatten(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
     return flat
 
 
-class Trackers:
+class Trackers(Observer):
     """Passes on what a run logs, for as long as each tracker takes it.
 
     Args:
@@ -109,6 +113,12 @@ class Trackers:
 
     def __init__(self, trackers: Iterable[Any], say: Callable[[str], object] = print) -> None:
         self.trackers, self.say = list(trackers), say
+
+    def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        self.log(line)
+
+    def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+        self.log(line)
 
     def log(self, line: dict[str, Any]) -> None:
         """The numbers in one line of metrics.jsonl."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import qlora.adapters.inspect
 from qlora.adapters.inspect import Inspection, inspect_adapter
-from qlora.adapters.peft_config import BASE_SHIFT, CONFIG, PREFIX, WEIGHTS
+from qlora.adapters.peft_config import PREFIX
 from qlora.cli.exits import run
 from qlora.cli.main import main
 from qlora.cli.show_inspection import draw_inspection, print_inspection
@@ -23,6 +23,7 @@ from qlora.lora.linalg import split_svd
 from qlora.model.weights import dequantized_weights
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from tests.models import save_tiny_llama
 
 Q, V, DOWN = "self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"

@@ -27,12 +27,12 @@ from qlora.adapters.mix import (
     update_norm,
 )
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.cli.main import main
 from qlora.config.lora import LoRAConfig
 from qlora.model.load import load_base_model
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
 

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 from qlora.adapters.load import load_adapter
 from qlora.adapters.mix import mix_adapters
 from qlora.adapters.model import LoRAModel, get_lora_model
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora, lora_layers
 from qlora.lora.trainable import freeze_base, unfreeze
 from qlora.model.load import load_base_model
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from tests.adapters.test_peft_files import adapted, logits, randomize
 from tests.models import save_tiny_llama
 from tests.reference import relative_error

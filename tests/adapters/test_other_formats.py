@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.other_formats import MLX_WEIGHTS, read_foreign_adapter, recognise
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.cli.exits import run
 from qlora.cli.main import main
 from qlora.model.hf_config import load_config
 from qlora.model.load import load_base_model
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from tests.models import TINY, save_tiny_llama
 from tests.reference import relative_error
 
@@ -338,14 +338,14 @@ BAD_MLX = {
     "no JSON": (lambda d: (d / CONFIG).write_text("{"), "is not readable JSON"),
     "full fine-tune": (edit_settings(lambda s: s.update(fine_tune_type="full")), "holds a full fine-tune"),
     "unknown type": (edit_settings(lambda s: s.update(fine_tune_type="ia3")), "has fine_tune_type = 'ia3'"),
-    "no settings": (edit_settings(lambda s: s.update(lora_parameters=None)), "lora_parameters = None"),
+    "no settings": (edit_settings(lambda s: s.update(lora_parameters=None)), "lora_parameters = null"),
     "rank of text": (lora(rank="4"), "has rank = '4', not a whole number of 1 or more"),
     "rank 0": (lora(rank=0), "has rank = 0"),
     "rank true": (lora(rank=True), "has rank = True"),
     "scale 0": (lora(scale=0), "has scale = 0, not a number above 0"),
     "scale NaN": (lora(scale=float("nan")), "has scale = nan"),
     "scale infinite": (lora(scale=float("inf")), "has scale = inf"),
-    "no scale": (edit_settings(lambda s: s["lora_parameters"].pop("scale")), "has scale = None"),
+    "no scale": (edit_settings(lambda s: s["lora_parameters"].pop("scale")), "has scale = no value"),
     "dropout 1": (lora(dropout=1), "has dropout = 1"),
     "another rank": (lora(rank=8), f"{Q}.lora_A.weight has the shape (4, 64), not (8, 64)"),
     "mixed ranks": (put(f"{V}.lora_a", torch.ones(64, 2)), f"{V}.lora_A.weight has the shape (2, 64)"),
@@ -385,7 +385,7 @@ def test_a_bad_mlx_adapter_is_one_sentence(
 TUNE_V = "layers.0.attn.v_proj"
 BAD_TORCHTUNE = {
     "no config": (lambda d: (d / CONFIG).unlink(), 'with "r" and "lora_alpha"'),
-    "no rank": (edit_settings(lambda s: s.pop("r")), "has r = None, not a whole number"),
+    "no rank": (edit_settings(lambda s: s.pop("r")), "has r = no value, not a whole number"),
     "alpha of text": (edit_settings(lambda s: s.update(lora_alpha="6")), "has lora_alpha = '6'"),
     "unknown layer": (put("layers.0.attn.w9.lora_a.weight", torch.ones(4, 64)), "attn.w9.lora_a.weight is no"),
     "output head": (put("output.lora_a.weight", torch.ones(4, 64)), "output.lora_a.weight is no LoRA tensor"),

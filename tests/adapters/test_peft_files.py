@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import LoRAModel, get_lora_model
-from qlora.adapters.peft_config import CONFIG, PREFIX, UNSUPPORTED, WEIGHTS
+from qlora.adapters.peft_config import PREFIX, UNSUPPORTED
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import lora_layers
@@ -25,6 +25,7 @@ from qlora.lora.trainable import lora_parameters, unfreeze
 from qlora.model.load import load_base_model
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from tests import reference
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
@@ -199,7 +200,7 @@ def test_ours_loads_ours(llama: Path, tmp_path: Path, dtype: str) -> None:
     config = load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(logits(fresh), logits(model))
     assert {p.dtype for p in lora_parameters(fresh)} == {getattr(torch, dtype)}
-    assert config.adapter_dtype == dtype and config.targets == ["q_proj", "v_proj"]
+    assert config.adapter_dtype == dtype and config.target_modules == ["q_proj", "v_proj"]
     randomize(fresh, seed=5)
     assert not torch.equal(logits(fresh), logits(model))
     load_adapter(fresh, tmp_path / "adapter")
@@ -245,7 +246,7 @@ def test_files(llama: Path, tmp_path: Path) -> None:
         assert json.loads(file.metadata()["base_quantization"]) == vars(QuantConfig())
         assert len(file.keys()) == 2 * 7 * 2
         first = file.get_tensor(f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight")
-    assert torch.equal(first, model.model.model.layers[0].mlp.down_proj.lora_A)
+    assert torch.equal(first, model.model.model.layers[0].mlp.down_proj.weights.lora_A)
 
 
 @pytest.mark.parametrize("quant", [QuantConfig("fp4", double_quant=False), None])

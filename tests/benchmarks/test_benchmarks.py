@@ -23,7 +23,6 @@ from benchmarks.word_problems import write_problems
 from qlora.adapters.model import LoRAModel
 from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
-from qlora.data.dataset import load_examples
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.lora.adapter import inject_lora
 from qlora.lora.state import lora_state_dict
@@ -33,11 +32,13 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
 from qlora.training.held_out import evaluate
-from qlora.training.loop import fit
+from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.optimizer import build_optimizer
 from qlora.training.schedule import build_schedule
 from tests.models import save_tiny_llama
+from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
+from tests.training.test_loop import Log
 
 
 def make_example(length: int, num_targets: int) -> Example:
@@ -272,11 +273,11 @@ def test_the_study_trains_as_a_run_of_its_own_would(study: tuple[Path, list[str]
     inject_lora(network, LoRAConfig(), seed=1)
     freeze_base(network)
     losses: list[float] = []
-    fit(
+    Trainer(
         network, build_optimizer(lora_parameters(network), "adamw"), build_schedule("cosine", 1e-3, 1, 2),
-        examples, accelerator, total_steps=2, batch_size=2, grad_accum=1, max_length=2048, max_grad_norm=1.0,
-        seed=1, log=lambda line: losses.append(line["loss"]),
-    )  # fmt: skip
+        TrainingData(examples, 2, 1, 2048, seed=1), accelerator, Limits(2, max_grad_norm=1.0),
+        [Log(lambda line: losses.append(line["loss"]))],
+    ).fit()  # fmt: skip
     assert result["losses"] == losses
     assert result["eval_loss"] == evaluate(network, held_out, accelerator, 2 * 2048)
     base = json.loads((directory / "base-nf4.json").read_text())

@@ -24,23 +24,25 @@ from qlora.chat.commands import COMMANDS
 from qlora.chat.history import History, Turn, from_turns
 from qlora.chat.session import Chat, split_adapter
 from qlora.chat.stream import AnswerStream
-from qlora.config.generate import GenerateConfig
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
 from qlora.data.conversations import to_messages
-from qlora.data.encode import encode_example, encode_prompt
-from qlora.data.example import IGNORE_INDEX, show_controls
+from qlora.data.encode import encode_prompt
+from qlora.data.example import IGNORE_INDEX
 from qlora.data.readers import read_records
 from qlora.generation import generate
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.layers import Linear4bit
 from qlora.system.errors import InputError
+from qlora.system.wording import show_controls
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS = ["Hi", "What is the capital of France?", "a b c d e f g"]
-OPTIONS = GenerateConfig(max_new_tokens=8)
+OPTIONS = Sampling(max_new_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def reference(tiny: Path, adapter: str | None, messages: list[dict[str, Any]], s
         model.load_adapter(tiny / adapter, adapter)
         model.set_adapter(adapter)
     tokenizer = load_tokenizer(str(tiny / "base"))
-    return generate(model.model, tokenizer, [messages], seed=seed, **options)[0]
+    return generate(model.model, tokenizer, [messages], Sampling(seed=seed, **options))[0]
 
 
 # ---- answers ----------------------------------------------------------------------------------------------
@@ -93,7 +95,7 @@ def reference(tiny: Path, adapter: str | None, messages: list[dict[str, Any]], s
 @pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1.5, 0.9)])
 def test_answers_equal_generate_on_the_same_conversation(tiny: Path, temperature: float, top_p: float) -> None:
     """Three turns, an adapter each, then none; sampled, the k-th answer is that of seed + k."""
-    chat = start(tiny, options=GenerateConfig(None, None, 8, temperature, top_p), seed=5, system="Be brief.")
+    chat = start(tiny, options=Sampling(8, temperature, top_p, seed=5), system="Be brief.")
     messages: list[dict[str, Any]] = [{"role": "system", "content": "Be brief."}]
     for number, (adapter, question) in enumerate(zip(("sql", "poem", None), QUESTIONS, strict=True)):
         chat.command(f"/adapter {adapter or 'none'}")
@@ -205,7 +207,7 @@ def test_a_conversation_that_outgrows_the_model_loses_its_oldest_turns(
 
 
 def test_an_answer_gets_what_room_is_left(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chat = start(tiny, options=GenerateConfig(max_new_tokens=200))
+    chat = start(tiny, options=Sampling(max_new_tokens=200))
     num_tokens = len(encode_prompt([{"role": "user", "content": "Hi"}], chat.tokenizers[None]))
     chat.model.model.config.max_position_embeddings = num_tokens + 3
     chat.ask("Hi")
@@ -242,7 +244,7 @@ def test_undo_retry_reset_and_system(tiny: Path) -> None:
 def test_settings_are_checked_and_shown(tiny: Path) -> None:
     chat = start(tiny)
     chat.command("/settings temperature=0.7 top_p=0.9 max_new_tokens=3 seed=9")
-    assert (chat.options, chat.seed) == (GenerateConfig(None, None, 3, 0.7, 0.9), 9)
+    assert chat.options == Sampling(3, 0.7, 0.9, seed=9)
     assert "max_new_tokens=3  temperature=0.7  top_p=0.9  seed=9" in printed(chat)
 
 
@@ -280,11 +282,11 @@ def test_wrong_commands_are_one_sentence_and_change_nothing(
 ) -> None:
     monkeypatch.chdir(tiny)
     chat = start(tiny)
-    before = (chat.turns, chat.options, chat.seed, chat.model.adapters, chat.model.active_adapter)
+    before = (chat.turns, chat.options, chat.model.adapters, chat.model.active_adapter)
     with pytest.raises(InputError) as found:
         chat.command(line)
     assert message in str(found.value)
-    assert before == (chat.turns, chat.options, chat.seed, chat.model.adapters, chat.model.active_adapter)
+    assert before == (chat.turns, chat.options, chat.model.adapters, chat.model.active_adapter)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +371,25 @@ def test_the_first_ctrl_c_stops_at_the_next_token_and_the_second_at_once(
         assert (len(raised), chat.turns) == (presses - 1, []) and signal.getsignal(signal.SIGINT) is before
 
 
+def test_ctrl_c_at_the_prompt_says_that_nothing_was_running(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Twice, after an answer: it stays in the conversation, and the chat goes on to its end."""
+    chat, lines = start(tiny), iter(["one", KeyboardInterrupt, KeyboardInterrupt])
+
+    def read() -> str:
+        line = next(lines, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr(chat, "_start_reading", lambda: read)
+    chat.run()
+    said = capsys.readouterr().err
+    assert said.count("nothing was running; /quit ends the chat") == 2 and "left out" not in said
+    assert len(chat.turns) == 1
+
+
 # ---- the history file -------------------------------------------------------------------------------------
 
 
@@ -379,7 +400,7 @@ def conversations(path: Path) -> list[list[dict[str, Any]]]:
 
 def test_the_history_is_training_data_after_each_turn(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
-    chat = start(tiny, system="Be brief.", options=GenerateConfig(max_new_tokens=4))
+    chat = start(tiny, system="Be brief.", options=Sampling(max_new_tokens=4))
     chat.open_history(str(path))
     assert not path.exists()
     for number in (1, 2):
@@ -404,7 +425,7 @@ def test_a_cut_answer_is_context_and_no_target(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training on it would teach to stop in the middle; a whole one is trained with its end-of-turn token."""
-    chat = start(tiny, options=GenerateConfig(max_new_tokens=3))
+    chat = start(tiny, options=Sampling(max_new_tokens=3))
     chat.open_history(str(tmp_path / "chat.jsonl"))
     chat.ask("one")
     assert not chat.turns[0].is_whole
@@ -686,7 +707,7 @@ def test_the_real_model_remembers(smollm2: str) -> None:
     expected = ""
     for question in lines.splitlines():
         messages.append({"role": "user", "content": question})
-        answer = generate(model, tokenizer, [messages], max_new_tokens=16)[0]
+        answer = generate(model, tokenizer, [messages], Sampling(16))[0]
         messages.append({"role": "assistant", "content": answer})
         expected += answer + "\n"
     assert result.stdout == expected

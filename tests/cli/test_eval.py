@@ -43,7 +43,7 @@ def test_a_checkout_runs_its_own_evaluations(arguments: list[str], strangers: Pa
     )  # fmt: skip
     assert shown.returncode == 0, shown.stderr
     *page, file, imported = shown.stdout.splitlines()
-    assert "usage: qlora eval" in "\n".join(page)
+    assert "usage: python -m qlora eval" in "\n".join(page)
     assert Path(file) == ROOT / "eval" / "__init__.py" and imported == "[]"
 
 

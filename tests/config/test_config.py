@@ -27,7 +27,8 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parse import config_file_flags, parse_args
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
+from qlora.config.saving import SavingConfig
+from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError, StoppedOnRequest, TrainingStopped
 
 REPOSITORY = Path(train.__file__).parent
@@ -41,42 +42,42 @@ FLAGS: list[tuple[list[str], str, str, Any]] = [
     (["--alpha", "32"], "lora", "alpha", 32.0),
     (["--dropout", "0.1"], "lora", "dropout", 0.1),
     (["--adapter-dtype", "float32"], "lora", "adapter_dtype", "float32"),
-    (["--target-modules", "all-linear"], "lora", "target_modules", "all-linear"),
-    (["--data", "a.jsonl"], "data", "data", "a.jsonl"),
-    (["--data", "a,b", "--data-weights", "1,0.3"], "data", "data_weights", "1,0.3"),
-    (["--columns", "prompt=a,completion=b"], "data", "columns", "prompt=a,completion=b"),
+    (["--target-modules", "all-linear"], "lora", "target_modules", ["all-linear"]),
+    (["--data", "a.jsonl"], "data", "data", ["a.jsonl"]),
+    (["--data", "a,b", "--data-weights", "1,0.3"], "data", "data_weights", [1.0, 0.3]),
+    (["--columns", "prompt=a,completion=b"], "data", "columns", {"prompt": "a", "completion": "b"}),
     (["--chat-template", "a.jinja"], "data", "chat_template", "a.jinja"),
     (["--no-token-cache"], "data", "token_cache", False),
     (["--eval-data", "b.jsonl"], "data", "eval_data", "b.jsonl"),
     (["--max-length", "77"], "data", "max_length", 77),
     (["--packing"], "data", "packing", True),
     (["--no-packing"], "data", "packing", False),
-    (["--output-dir", "elsewhere"], "train", "output_dir", "elsewhere"),
-    (["--max-steps", "5"], "train", "max_steps", 5),
-    (["--epochs", "2"], "train", "epochs", 2),
-    (["--batch-size", "3"], "train", "batch_size", 3),
-    (["--grad-accum", "6"], "train", "grad_accum", 6),
-    (["--learning-rate", "1e-5"], "train", "learning_rate", 1e-5),
-    (["--schedule", "constant"], "train", "schedule", "constant"),
-    (["--warmup-steps", "0"], "train", "warmup_steps", 0),
-    (["--seed", "7"], "train", "seed", 7),
-    (["--gradient-checkpointing", "on"], "train", "gradient_checkpointing", "on"),
-    (["--gradient-checkpointing", "off"], "train", "gradient_checkpointing", "off"),
-    (["--gradient-checkpointing", "auto"], "train", "gradient_checkpointing", "auto"),
-    (["--optim", "paged_adamw_8bit"], "train", "optim", "paged_adamw_8bit"),
-    (["--eval-every", "9"], "train", "eval_every", 9),
-    (["--save-every", "8"], "train", "save_every", 8),
-    (["--resume", "auto"], "train", "resume", "auto"),
-    (["--sample-every", "5"], "train", "sample_every", 5),
-    (["--num-samples", "0"], "train", "num_samples", 0),
-    (["--sample-prompts", "p.jsonl"], "train", "sample_prompts", "p.jsonl"),
-    (["--report-to", "tensorboard,wandb"], "train", "report_to", "tensorboard,wandb"),
-    (["--run-name", "first"], "train", "run_name", "first"),
-    (["--best-metric", "exact_match"], "train", "best_metric", "exact_match"),
-    (["--score-match", "gsm8k"], "train", "score_match", "gsm8k"),
-    (["--early-stopping-patience", "3"], "train", "early_stopping_patience", 3),
-    (["--early-stopping-min-delta", "0.01"], "train", "early_stopping_min_delta", 0.01),
-    (["--load-best"], "train", "load_best", True),
+    (["--output-dir", "elsewhere"], "saving", "output_dir", "elsewhere"),
+    (["--max-steps", "5"], "loop", "max_steps", 5),
+    (["--epochs", "2"], "loop", "epochs", 2),
+    (["--batch-size", "3"], "loop", "batch_size", 3),
+    (["--grad-accum", "6"], "loop", "grad_accum", 6),
+    (["--learning-rate", "1e-5"], "optimizer", "learning_rate", 1e-5),
+    (["--schedule", "constant"], "optimizer", "schedule", "constant"),
+    (["--warmup-steps", "0"], "optimizer", "warmup_steps", 0),
+    (["--seed", "7"], "loop", "seed", 7),
+    (["--gradient-checkpointing", "on"], "loop", "gradient_checkpointing", "on"),
+    (["--gradient-checkpointing", "off"], "loop", "gradient_checkpointing", "off"),
+    (["--gradient-checkpointing", "auto"], "loop", "gradient_checkpointing", "auto"),
+    (["--optim", "paged_adamw_8bit"], "optimizer", "optim", "paged_adamw_8bit"),
+    (["--eval-every", "9"], "watching", "eval_every", 9),
+    (["--save-every", "8"], "saving", "save_every", 8),
+    (["--resume", "auto"], "saving", "resume", "auto"),
+    (["--sample-every", "5"], "watching", "sample_every", 5),
+    (["--num-samples", "0"], "watching", "num_samples", 0),
+    (["--sample-prompts", "p.jsonl"], "watching", "sample_prompts", "p.jsonl"),
+    (["--report-to", "tensorboard,wandb"], "watching", "report_to", ["tensorboard", "wandb"]),
+    (["--run-name", "first"], "watching", "run_name", "first"),
+    (["--best-metric", "exact_match"], "watching", "best_metric", "exact_match"),
+    (["--score-match", "gsm8k"], "watching", "score_match", "gsm8k"),
+    (["--early-stopping-patience", "3"], "watching", "early_stopping_patience", 3),
+    (["--early-stopping-min-delta", "0.01"], "watching", "early_stopping_min_delta", 0.01),
+    (["--load-best"], "saving", "load_best", True),
     (["--adapter", "out"], "generate", "adapter", "out"),
     (["--prompt", "Who are you?"], "generate", "prompt", "Who are you?"),
     (["--max-new-tokens", "12"], "generate", "max_new_tokens", 12),
@@ -159,17 +160,19 @@ def test_every_promised_flag(argv: list[str], section: str, name: str, value: An
 
 def test_no_flags_give_the_defaults() -> None:
     assert parse() == RunConfig()
-    assert RunConfig().model.use_4bit and LoRAConfig().targets == ["q_proj", "v_proj"]
+    assert RunConfig().model.use_4bit and LoRAConfig().target_modules == ["q_proj", "v_proj"]
 
 
 def test_equals_sign_and_underscores() -> None:
     config = parse("--max_length=99", "--learning-rate=1e-3", "--use_4bit")
-    assert (config.data.max_length, config.train.learning_rate, config.model.use_4bit) == (99, 1e-3, True)
+    assert (config.data.max_length, config.optimizer.learning_rate, config.model.use_4bit) == (99, 1e-3, True)
 
 
 def test_target_modules_are_split_and_stripped() -> None:
-    assert LoRAConfig(target_modules=" q_proj, k_proj ,").targets == ["q_proj", "k_proj"]
-    assert LoRAConfig(target_modules=["q_proj", "k_proj"]).targets == ["q_proj", "k_proj"]  # type: ignore[arg-type]
+    for names in (" q_proj, k_proj ,", ["q_proj", "k_proj"], ("q_proj", "k_proj")):
+        assert LoRAConfig(target_modules=names).target_modules == ["q_proj", "k_proj"]  # type: ignore[arg-type]
+    unordered: Any = {"q_proj", "k_proj"}
+    assert LoRAConfig(target_modules=unordered).target_modules == ["k_proj", "q_proj"]
 
 
 def test_a_name_is_in_one_class_only() -> None:
@@ -251,10 +254,10 @@ def test_library_users_get_the_same_checks(bad: dict[str, Any]) -> None:
 )
 def test_patterns(text: Any, expected: dict[str, int]) -> None:
     config = LoRAConfig(rank_pattern=text, alpha_pattern=text)
-    assert config.rank_patterns == config.alpha_patterns == expected
-    assert all(type(rank) is int for rank in config.rank_patterns.values())
-    again = LoRAConfig(rank_pattern=config.rank_patterns)  # type: ignore[arg-type]
-    assert again.rank_patterns == expected
+    assert config.rank_pattern == config.alpha_pattern == expected
+    assert all(type(rank) is int for rank in config.rank_pattern.values())
+    again = LoRAConfig(rank_pattern=config.rank_pattern)
+    assert again.rank_pattern == expected
 
 
 @pytest.mark.parametrize(
@@ -299,10 +302,10 @@ def test_patterns_mean_what_pefts_mean(name: str, pattern: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("", None), (" ", None), ("3", [3]), ("0,2,4-7", [0, 2, 4, 5, 6, 7]), ("0009", [9])]
+    ("text", "expected"), [("", []), (" ", []), ("3", [3]), ("0,2,4-7", [0, 2, 4, 5, 6, 7]), ("0009", [9])]
 )
-def test_layers(text: str, expected: list[int] | None) -> None:
-    assert LoRAConfig(layers=text).layer_numbers == expected
+def test_layers(text: str, expected: list[int]) -> None:
+    assert LoRAConfig(layers=text).layers == expected
 
 
 @pytest.mark.parametrize("text", ["a", "-1", "3-1", "1-", "1.5", "1;2", "99999", "1-2-3", " 1 - 1"])
@@ -338,9 +341,9 @@ def test_file_values(tmp_path: Path) -> None:
     config = parse_file(tmp_path, text)
     expected = RunConfig(model=ModelConfig("some/model", use_4bit=False))
     expected.lora = LoRAConfig(rank=4, alpha=32.0, target_modules="q_proj,k_proj")
-    expected.data.max_length, expected.train.learning_rate = 128, 1e-4
+    expected.data.max_length, expected.optimizer.learning_rate = 128, 1e-4
     assert config == expected
-    assert type(config.train.learning_rate) is float and type(config.lora.alpha) is float
+    assert type(config.optimizer.learning_rate) is float and type(config.lora.alpha) is float
 
 
 def test_command_line_wins(tmp_path: Path) -> None:
@@ -352,14 +355,14 @@ def test_command_line_wins(tmp_path: Path) -> None:
     ):
         config = parse(*argv)
         assert (config.lora.rank, config.model.use_4bit, config.data.packing) == (16, True, False)
-        assert config.train.seed == 3
+        assert config.loop.seed == 3
 
 
 @pytest.mark.parametrize("word", ["on", "off", "auto"])
 def test_file_on_and_off(tmp_path: Path, word: str) -> None:
     """YAML 1.1 reads a bare on or off as a boolean; for this flag they are words."""
     config = parse_file(tmp_path, f"gradient_checkpointing: {word}")
-    assert config.train.gradient_checkpointing == word
+    assert config.loop.gradient_checkpointing == word
 
 
 @pytest.mark.parametrize("prompt", ["--use-4bit", "-5", "- a list?", "", "two words", "'quoted' \"twice\""])
@@ -607,7 +610,7 @@ def test_a_file_that_expands_without_end_is_refused_at_once(tmp_path: Path) -> N
     levels += [f"&{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise(names)]
     (tmp_path / "run.yaml").write_text(f"data: [{', '.join(levels)}]")
     with pytest.raises(InputError, match=r"run\.yaml:1: data is a list; write a single value"):
-        config_file_flags(str(tmp_path / "run.yaml"), {"data": "str"})
+        config_file_flags(str(tmp_path / "run.yaml"), {"data": list})
 
 
 @settings(max_examples=int(os.environ.get("QLORA_FUZZ", 300)), deadline=None, derandomize=True)
@@ -623,7 +626,7 @@ def test_a_file_that_expands_without_end_is_refused_at_once(tmp_path: Path) -> N
 def test_any_bytes_are_flags_or_one_sentence(content: bytes) -> None:
     with tempfile.NamedTemporaryFile(suffix=".yaml") as file:
         Path(file.name).write_bytes(content)
-        names = {"rank": "int", "seed": "int", "packing": "bool", "data": "str | None"}
+        names = {"rank": int, "seed": int, "packing": bool, "data": list}
         try:
             flags = config_file_flags(file.name, names)
         except InputError as error:
@@ -636,18 +639,18 @@ def test_any_bytes_are_flags_or_one_sentence(content: bytes) -> None:
     ("text", "seconds"), [("45s", 45), ("90m", 5400), ("3h", 10800), ("1h30m", 5400), ("2d", 172800), ("0s", 0)]
 )
 def test_times(text: str, seconds: int) -> None:
-    assert TrainConfig(stop_after=text).stop_after_seconds == seconds
+    assert WatchingConfig(stop_after=text).stop_after_seconds == seconds
 
 
 @pytest.mark.parametrize("text", ["", "3", "h", "-1h", "1.5h", "3 h", "30m1h", "1h\n"])
 def test_what_is_no_time(text: str) -> None:
     with pytest.raises(InputError, match="give --stop-after a time such as 45s, 90m or 1h30m"):
-        TrainConfig(stop_after=text)
+        WatchingConfig(stop_after=text)
 
 
 def test_forcing_without_resuming_is_refused() -> None:
     with pytest.raises(InputError, match="force_resume is given without resume"):
-        TrainConfig(force_resume=True)
+        SavingConfig(force_resume=True)
 
 
 def test_sources_weights_and_columns_in_yaml(tmp_path: Path) -> None:
@@ -655,13 +658,13 @@ def test_sources_weights_and_columns_in_yaml(tmp_path: Path) -> None:
         "data: [a.jsonl, owner/name]\ndata_weights: [1, 0.3]\ncolumns: {prompt: question, completion: answer}\n"
     )
     data = parse_args(RunConfig, "x", ["--config", str(tmp_path / "run.yaml")]).data
-    assert (data.data, data.weights) == ("a.jsonl,owner/name", [1.0, 0.3])
-    assert data.column_names == {"prompt": "question", "completion": "answer"}
+    assert (data.data, data.data_weights) == (["a.jsonl", "owner/name"], [1.0, 0.3])
+    assert data.columns == {"prompt": "question", "completion": "answer"}
     (tmp_path / "run.yaml").write_text("data: train.jsonl\ndata_weights: 2\n")
     data = parse_args(RunConfig, "x", ["--config", str(tmp_path / "run.yaml")]).data
-    assert (data.data, data.weights) == ("train.jsonl", [2.0])
-    python = DataConfig(data=["a", "b"], data_weights=[1, 2], columns={"text": "body"})  # type: ignore[arg-type]
-    assert (python.data, python.weights, python.column_names) == ("a,b", [1.0, 2.0], {"text": "body"})
+    assert (data.data, data.data_weights) == (["train.jsonl"], [2.0])
+    python = DataConfig(data=["a", "b"], data_weights=[1, 2], columns={"text": "body"})
+    assert (python.data, python.data_weights, python.columns) == (["a", "b"], [1.0, 2.0], {"text": "body"})
 
 
 @pytest.mark.parametrize(
@@ -674,7 +677,7 @@ def test_sources_weights_and_columns_in_yaml(tmp_path: Path) -> None:
     ],
 )
 def test_columns_may_hold_commas_and_equals_signs(text: str, expected: dict[str, str]) -> None:
-    assert DataConfig(columns=text).column_names == expected
+    assert DataConfig(columns=text).columns == expected
 
 
 @pytest.mark.parametrize(

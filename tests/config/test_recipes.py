@@ -75,7 +75,7 @@ def test_a_recipe_takes_what_it_says(recipe: str, monkeypatch: pytest.MonkeyPatc
         assert f"--config configs/{recipe}.yaml" in " ".join(flags)
         plan = planner.plan(settings)
         assert figure == f"{plan.total / GIB:.2f}"
-        shapes = in_and_out[settings.lora.target_modules]
+        shapes = in_and_out[",".join(settings.lora.target_modules)]
         trainable = settings.lora.rank * layers * sum(map(sum, shapes))
         assert plan.summary.trainable == trainable
         assert plan.summary.total == SIZES[recipe] + trainable
@@ -129,7 +129,7 @@ def test_a_recipe_trains_when_scaled_down(recipe: str, tmp_path: Path) -> None:
 
     settings = parse_args(RunConfig, "train.py", flags)
     line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
-    assert line["learning_rate"] == settings.train.learning_rate  # constant, from the first step
+    assert line["learning_rate"] == settings.optimizer.learning_rate  # constant, from the first step
     assert line["loss"] > 0 and line["grad_norm"] > 0
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     ranks = [tensor.shape[0 if "lora_A" in name else 1] for name, tensor in saved.items()]

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from qlora.data.conversations import to_messages
-from qlora.data.encode import encode_example, encode_prompt, encode_records
+from qlora.data.encode import encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.data.rows import BadRow, Record
 from qlora.system.errors import InputError
+from tests.shortcuts import encode_example
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 LONG = 100_000

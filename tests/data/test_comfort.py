@@ -12,7 +12,7 @@ import pytest
 import train
 from qlora.cli.main import main as qlora_main
 from qlora.data.encode import encode_prompt
-from qlora.export.gguf import export_model
+from qlora.export.gguf import export_gguf
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
 from tests.data.test_chat_template import HERMES, PARIS, TOOLS, conversation
@@ -130,8 +130,8 @@ def test_the_template_goes_with_the_adapter(run: Path, folder: Path, tmp_path: P
         patch.setattr(
             add_vocabulary, lambda writer, tokenizer, *_: writer.add_chat_template(tokenizer.chat_template)
         )
-        export_model(model, tmp_path / "a.gguf", "f32", str(run))
-        export_model(model, tmp_path / "base.gguf", "f32")
+        export_gguf(model, tmp_path / "a.gguf", "f32", str(run))
+        export_gguf(model, tmp_path / "base.gguf", "f32")
     templates = [template_of(tmp_path / name) for name in ("base.gguf", "a.gguf")]
     assert templates == [CHATML_TEMPLATE, OWN_TEMPLATE]
     more = ["--model", model, "--data", str(folder / "tokens.jsonl"), "--on-bad-row", "skip", "--max-steps", "1"]

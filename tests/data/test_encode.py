@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora.data.chat_template import fallback_template
-from qlora.data.encode import CHUNK_SIZE, encode_example, encode_prompt, encode_records
+from qlora.data.encode import CHUNK_SIZE, encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, format_sample
 from qlora.data.row_encoder import end_of_turn_id
 from qlora.data.rows import BadRow, Record
 from qlora.system.errors import InputError
+from tests.shortcuts import encode_example
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 LONG = 10_000

@@ -25,6 +25,7 @@ from eval.exact_match import (
     summarize,
 )
 from examples.orders import make_orders, write_task
+from qlora.config.generate import Sampling
 from qlora.data.answers import make_matcher
 from qlora.data.readers import read_records
 from qlora.data.rows import Record
@@ -221,7 +222,7 @@ def test_samples_depend_on_the_seed_alone(models: Path) -> None:
     questions = make_questions([record(prompt, "a") for prompt in PROMPTS], TEXT)
 
     def draw(num_samples: int, seed: int, batch_size: int) -> list[list[str]]:
-        return ask(model, tokenizer, questions, num_samples, 8, 1.0, 0.9, seed, batch_size)
+        return ask(model, tokenizer, questions, num_samples, Sampling(8, 1.0, 0.9, seed), batch_size)
 
     drawn = draw(3, 1, 16)
     assert drawn == draw(3, 1, 2) != draw(3, 2, 16)

@@ -12,10 +12,12 @@ import yaml
 
 from eval.__main__ import main
 from eval.harness import find_tasks, import_lm_eval, task_scores
+from qlora.config.generate import Sampling
 from qlora.generation import continue_prompts, cut_before
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
+from tests.evaluation.test_choice import write_questions
 from tests.lm_eval_models import (
     evaluate_by_lm_eval,
     instances,
@@ -24,7 +26,6 @@ from tests.lm_eval_models import (
     write_choice_task,
 )
 from tests.processes import launch
-from tests.test_choice import write_questions
 
 pytest.importorskip("lm_eval")
 
@@ -133,9 +134,11 @@ def test_stop_texts_end_a_row_by_itself(directory: Path) -> None:
     """As cutting the whole answers afterwards; with fewer steps where all rows are done."""
     model, tokenizer = load_base_model(str(directory), compute_dtype="float32"), load_tokenizer(str(directory))
     prompts = [tokenizer.encode(text) for text in ("the cat", "a hen and the barn", "bread")]
-    whole = [texts[0] for texts in continue_prompts(model, tokenizer, prompts, 1, 16)]
+    whole = [texts[0] for texts in continue_prompts(model, tokenizer, prompts, 1, Sampling(16))]
     stop = whole[1][3]
-    cut = [texts[0] for texts in continue_prompts(model, tokenizer, prompts, 1, 16, stop_texts=[stop, ""])]
+    cut = [
+        texts[0] for texts in continue_prompts(model, tokenizer, prompts, 1, Sampling(16, stop_texts=[stop, ""]))
+    ]
     assert cut == [cut_before(text, [stop]) for text in whole] and cut[1] == whole[1][: whole[1].index(stop)]
     assert cut_before("abcb", ["c", "b"]) == "a" and cut_before("abc", []) == "abc"
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,9 +36,9 @@ from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.cli import main as command_line
 from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
-from qlora.export.gguf import export_adapter, export_model
+from qlora.export.gguf import export_adapter, export_gguf
 from qlora.export.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name
-from qlora.export.ollama import FORMATS, go_template, recognise_format, write_modelfile
+from qlora.export.ollama import write_modelfile
 from qlora.lora.adapter import inject_lora
 from qlora.lora.svd_start import initialize_adapter
 from qlora.model.gguf_source import GGUFSource
@@ -159,7 +158,7 @@ def expected_tensors(weights: dict[str, Tensor], permuted: bool) -> dict[str, Te
 @pytest.mark.parametrize("encoding", ["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
 def test_every_encoding(llama: Path, tmp_path: Path, encoding: Any) -> None:
     """Each tensor under its name, its rows in place, in the codes that the gguf package makes of it."""
-    export_model(str(llama), tmp_path / "model.gguf", encoding)
+    export_gguf(str(llama), tmp_path / "model.gguf", encoding)
     written = tensors_of(tmp_path / "model.gguf")
     expected = expected_tensors(load_file(llama / "model.safetensors"), permuted=True)
     assert written.keys() == expected.keys() and len(written) == 21
@@ -181,7 +180,7 @@ def test_every_encoding(llama: Path, tmp_path: Path, encoding: Any) -> None:
 def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
     """f16 instead, as llama.cpp's converter does."""
     model = save_model(tmp_path / "model", config_of("llama", intermediate_size=72))
-    export_model(str(model), tmp_path / "model.gguf", "q8_0")
+    export_gguf(str(model), tmp_path / "model.gguf", "q8_0")
     kinds = {name: tensor.tensor_type.name for name, tensor in tensors_of(tmp_path / "model.gguf").items()}
     assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q8_0"
     assert logits(load(tmp_path / "model.gguf")).isfinite().all()
@@ -192,7 +191,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path: Path) -> None:
 def test_transformers_reads_the_same_model(tmp_path: Path, kind: str, tied: bool) -> None:
     """Exactly: fp32 in, fp32 out, whatever the rows' order. A tied head is not written twice."""
     model = save_model(tmp_path / "model", config_of(kind, tie_word_embeddings=tied, rms_norm_eps=1e-5))
-    export_model(str(model), tmp_path / "model.gguf", "f32")
+    export_gguf(str(model), tmp_path / "model.gguf", "f32")
     assert ("output.weight" in tensors_of(tmp_path / "model.gguf")) is not tied
     assert torch.equal(logits(load(tmp_path / "model.gguf")), logits(load(model)))
 
@@ -201,7 +200,7 @@ def test_transformers_reads_the_same_model(tmp_path: Path, kind: str, tied: bool
 def test_we_read_the_same_model(tmp_path: Path, encoding: Any, kind: str) -> None:
     """Our reader gives the values that the codes stand for; the model it makes is transformers' on them."""
     model = save_model(tmp_path / "model", config_of(kind))
-    export_model(str(model), tmp_path / "model.gguf", encoding)
+    export_gguf(str(model), tmp_path / "model.gguf", encoding)
     source, weights = GGUFSource(tmp_path / "model.gguf"), load_file(model / "model.safetensors")
     assert source.names == weights.keys()
     codec = gguf.GGMLQuantizationType[encoding.upper()]
@@ -218,8 +217,8 @@ def test_we_read_the_same_model(tmp_path: Path, encoding: Any, kind: str) -> Non
 
 def test_a_gguf_base_hands_on_its_metadata(llama: Path, tmp_path: Path) -> None:
     """Written again, a file has the same tensors, vocabulary and licence; q8_0 of q8_0 is itself."""
-    export_model(str(llama), tmp_path / "first.gguf", "q8_0")
-    export_model(str(tmp_path / "first.gguf"), tmp_path / "second.gguf", "q8_0")
+    export_gguf(str(llama), tmp_path / "first.gguf", "q8_0")
+    export_gguf(str(tmp_path / "first.gguf"), tmp_path / "second.gguf", "q8_0")
     first, second = tensors_of(tmp_path / "first.gguf"), tensors_of(tmp_path / "second.gguf")
     assert list(first) == list(second)
     assert all(np.array_equal(first[name].data, second[name].data) for name in first)
@@ -231,7 +230,7 @@ def test_a_gguf_base_hands_on_its_metadata(llama: Path, tmp_path: Path) -> None:
 def test_context_ends_where_the_window_does(tmp_path: Path) -> None:
     """llama.cpp has no sliding window in its llama architecture; up to its length both are the same."""
     model = save_model(tmp_path / "model", config_of("mistral", sliding_window=64))
-    export_model(str(model), tmp_path / "model.gguf", "f16")
+    export_gguf(str(model), tmp_path / "model.gguf", "f16")
     assert fields_of(tmp_path / "model.gguf")["llama.context_length"] == 64
 
 
@@ -242,7 +241,7 @@ def test_context_ends_where_the_window_does(tmp_path: Path) -> None:
 def test_adapter_merged_on_the_way(llama: Path, tmp_path: Path, quant: QuantConfig | None) -> None:
     """dequantized(W) + (alpha / rank) B A, in fp32, of the quantization that the adapter was trained with."""
     adapter = make_adapter(llama, tmp_path / "adapter", quant, target_modules="q_proj,down_proj")
-    export_model(str(llama), tmp_path / "model.gguf", "f32", adapter=str(adapter))
+    export_gguf(str(llama), tmp_path / "model.gguf", "f32", adapter=str(adapter))
     weights = load_file(llama / "model.safetensors")
     state = load_file(adapter / "adapter_model.safetensors")
     for name, weight in weights.items():
@@ -296,7 +295,7 @@ def test_adapter_that_is_more_than_low_rank(llama: Path, tmp_path: Path, setting
     with pytest.raises(InputError, match=r"a LoRA \.gguf cannot hold; export the merged model instead"):
         export_adapter(str(llama), str(adapter), tmp_path / "lora.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
-    export_model(str(llama), tmp_path / "model.gguf", "f32", adapter=str(adapter))
+    export_gguf(str(llama), tmp_path / "model.gguf", "f32", adapter=str(adapter))
     saved, stored = read_adapter(adapter), GGUFSource(tmp_path / "model.gguf")
     for name in ("model.layers.1.self_attn.v_proj.weight", "lm_head.weight"):
         expected = saved.merge_into(name, load_file(llama / "model.safetensors")[name])
@@ -311,7 +310,7 @@ def test_adapter_with_a_base_of_its_own(llama: Path, tmp_path: Path) -> None:
     initialize_adapter(model, config)
     save_adapter(model, tmp_path / "adapter", config)
     with pytest.raises(InputError, match="merge it first, then export the merged model"):
-        export_model(str(llama), tmp_path / "model.gguf", adapter=str(tmp_path / "adapter"))
+        export_gguf(str(llama), tmp_path / "model.gguf", adapter=str(tmp_path / "adapter"))
     assert not (tmp_path / "model.gguf").exists()
 
 
@@ -330,7 +329,7 @@ def test_adapter_of_another_base(llama: Path, tmp_path: Path) -> None:
     adapter = make_adapter(other, tmp_path / "adapter")
     for write in (
         lambda: export_adapter(str(llama), str(adapter), tmp_path / "model.gguf"),
-        lambda: export_model(str(llama), tmp_path / "model.gguf", adapter=str(adapter)),
+        lambda: export_gguf(str(llama), tmp_path / "model.gguf", adapter=str(adapter)),
     ):
         with pytest.raises(InputError, match="was made for another base"):
             write()
@@ -351,7 +350,7 @@ def test_llama3_scaling(tmp_path: Path) -> None:
     """The plain frequencies over the divisors are those that transformers computes with."""
     config = config_of("llama", rope_parameters=LLAMA3)
     model = save_model(tmp_path / "model", config)
-    export_model(str(model), tmp_path / "model.gguf", "f16")
+    export_gguf(str(model), tmp_path / "model.gguf", "f16")
     divisors = torch.from_numpy(np.array(tensors_of(tmp_path / "model.gguf")["rope_freqs.weight"].data))
     plain = torch.tensor([1e4 ** (-2 * i / 16) for i in range(8)])
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -362,7 +361,7 @@ def test_llama3_scaling(tmp_path: Path) -> None:
 def test_linear_and_yarn_scaling(tmp_path: Path) -> None:
     for name, rope in (("linear", LINEAR), ("yarn", YARN), ("attention", {**YARN, "attention_factor": 1.3})):
         model = save_model(tmp_path / name, config_of("qwen2", rope_parameters=rope))
-        export_model(str(model), tmp_path / f"{name}.gguf", "f16")
+        export_gguf(str(model), tmp_path / f"{name}.gguf", "f16")
         fields = fields_of(tmp_path / f"{name}.gguf")
         assert fields["qwen2.rope.freq_base"] == rope["rope_theta"]
         assert fields["qwen2.rope.scaling.type"] == rope["rope_type"]
@@ -390,7 +389,7 @@ def test_what_llama_cpp_would_compute_otherwise(
     """Refused, and nothing is left behind."""
     model = save_model(tmp_path / "model", config_of(kind, **settings))
     with pytest.raises(InputError, match=reason):
-        export_model(str(model), tmp_path / "model.gguf")
+        export_gguf(str(model), tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -398,7 +397,7 @@ def test_other_architectures(tmp_path: Path) -> None:
     sizes = dict(n_embd=32, n_layer=1, n_head=2, vocab_size=300, n_positions=64)
     model = save_model(tmp_path / "gpt2", GPT2Config(**sizes, bos_token_id=None, eos_token_id=2))
     with pytest.raises(InputError, match="is a gpt2 model; models like llama, mistral, qwen2, qwen3 can"):
-        export_model(str(model), tmp_path / "model.gguf")
+        export_gguf(str(model), tmp_path / "model.gguf")
 
 
 def test_values_beyond_f16(tmp_path: Path) -> None:
@@ -407,9 +406,9 @@ def test_values_beyond_f16(tmp_path: Path) -> None:
     network.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e5
     network.save_pretrained(model)
     with pytest.raises(InputError, match=r"up_proj\.weight has values outside the range of f16; .*bf16"):
-        export_model(str(model), tmp_path / "model.gguf", "f16")
+        export_gguf(str(model), tmp_path / "model.gguf", "f16")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    export_model(str(model), tmp_path / "model.gguf", "bf16")
+    export_gguf(str(model), tmp_path / "model.gguf", "bf16")
 
 
 # ---- tokenizers -------------------------------------------------------------------------------------------
@@ -420,7 +419,7 @@ def test_byte_level_tokenizer(tmp_path: Path, add_bos: bool) -> None:
     """transformers reads back one that encodes, decodes and renders alike; rows without a token are unused."""
     tokenizer = words_tokenizer(add_bos=add_bos)
     model = save_model(tmp_path / "model", config_of("llama"), tokenizer)
-    export_model(str(model), tmp_path / "model.gguf")
+    export_gguf(str(model), tmp_path / "model.gguf")
     fields = fields_of(tmp_path / "model.gguf")
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
     roles = {"bos": 4, "eos": 2, "padding": 3}
@@ -443,7 +442,7 @@ def test_tokenizer_without_template_gets_the_one_trained_with(tmp_path: Path) ->
 
     tokenizer = words_tokenizer(chat_template=False, add_bos=True)
     model = save_model(tmp_path / "model", config_of("llama"), tokenizer)
-    export_model(str(model), tmp_path / "model.gguf")
+    export_gguf(str(model), tmp_path / "model.gguf")
     assert fields_of(tmp_path / "model.gguf")["tokenizer.chat_template"] == fallback_template(tokenizer)
 
 
@@ -484,7 +483,7 @@ def test_sentencepiece_tokenizer(tmp_path: Path, prepend: str) -> None:
     """Its merges, turned into scores, are found again by transformers, which derives merges from scores."""
     tokenizer = sentencepiece_like(prepend)
     model = save_model(tmp_path / "model", config_of("llama", vocab_size=330), tokenizer)
-    export_model(str(model), tmp_path / "model.gguf")
+    export_gguf(str(model), tmp_path / "model.gguf")
     fields = fields_of(tmp_path / "model.gguf")
     assert fields["tokenizer.ggml.model"] == "llama"
     assert fields["tokenizer.ggml.add_space_prefix"] is (prepend != "never")
@@ -538,15 +537,15 @@ def test_unknown_splitter(tmp_path: Path) -> None:
     """The tiny tokenizer splits not at all, which llama.cpp cannot; a name may be given."""
     model = save_model(tmp_path / "model", config_of("llama"), tiny_tokenizer())
     with pytest.raises(InputError, match=r"splits text unlike any known splitter .*gpt-2, smollm"):
-        export_model(str(model), tmp_path / "model.gguf")
-    export_model(str(model), tmp_path / "model.gguf", pre_tokenizer="chameleon")
+        export_gguf(str(model), tmp_path / "model.gguf")
+    export_gguf(str(model), tmp_path / "model.gguf", pre_tokenizer="chameleon")
     assert fields_of(tmp_path / "model.gguf")["tokenizer.ggml.pre"] == "chameleon"
 
 
 def test_more_tokens_than_rows(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", config_of("llama", vocab_size=250))
     with pytest.raises(InputError, match="The tokenizer has 269 tokens but the embedding 250 rows"):
-        export_model(str(model), tmp_path / "model.gguf")
+        export_gguf(str(model), tmp_path / "model.gguf")
 
 
 # ---- the command and the Modelfile ------------------------------------------------------------------------
@@ -562,11 +561,11 @@ def test_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(command_line.main, [*both, "--output", str(files["lora"]), "--adapter-only"]) == 0
     assert "llama-cli -m BASE.gguf --lora" in capsys.readouterr().out
     assert tensors_of(files["model"])["blk.0.attn_q.weight"].tensor_type.name == "Q8_0"
-    template = 'TEMPLATE """{{ if .System }}<|im_start|>system\n'
+    stop = 'PARAMETER stop "<|im_end|>"\n'
     text = (tmp_path / "Modelfile").read_text()
-    assert text.startswith(f"FROM ./model.gguf\n{template}") and text.endswith('PARAMETER stop "<|im_end|>"\n')
+    assert text.startswith("FROM ./model.gguf\nPARAMETER stop ") and text.endswith(stop)
     text = (tmp_path / "lora" / "Modelfile").read_text()
-    assert text.startswith(f"FROM ./llama.gguf\nADAPTER ./lora.gguf\n{template}")
+    assert text.startswith("FROM ./llama.gguf\nADAPTER ./lora.gguf\nPARAMETER stop ") and text.endswith(stop)
     before = files["model"].read_bytes()
     for arguments, message in (
         ([], "Nothing to export; pass --model, --adapter or both"),
@@ -580,80 +579,15 @@ def test_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert files["model"].read_bytes() == before and not (tmp_path / "b.gguf").exists()
 
 
-def fill_go_template(template: str, **values: str) -> str:
-    """What Go's text/template makes of the two forms that occur: {{ if .Name }} ... {{ end }} and {{ .Name }}."""
-    blocks = re.compile(r"\{\{ if \.(\w+) \}\}(.*?)\{\{ end \}\}", re.DOTALL)
-    text = blocks.sub(lambda match: match[2] if values.get(match[1]) else "", template)
-    return re.sub(r"\{\{ \.(\w+) \}\}", lambda match: values.get(match[1], ""), text)
-
-
-LLAMA3_TEMPLATE = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
-    "+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
-    "{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-MISTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% else %}{{ message['content'] + '</s>' }}{% endif %}{% endfor %}"
-)
-DEFAULT_SYSTEM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a bear.<|im_end|>\n' }}{% endif %}"
-) + CHATML_TEMPLATE.partition("{% for message in messages %}")[2]
-
-
-PREAMBLE = (
-    "{% if messages[0]['role'] != 'system' %}{{ 'Some words before the first turn, longer than one' }}{% endif %}"
-) + CHATML_TEMPLATE
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (CHATML_TEMPLATE, ("ChatML", "")),
-        (DEFAULT_SYSTEM, ("ChatML", "You are a bear.")),
-        (LLAMA3_TEMPLATE, ("Llama 3", "")),
-        (MISTRAL_TEMPLATE, ("Mistral", "")),
-        (None, ("plain", "")),
-        (CHATML_TEMPLATE.replace("'\n'", "'\n\n'"), (None, "")),
-        (PREAMBLE, (None, "")),
-        ("{{ raise_exception('never') }}", (None, "")),
-    ],
-)
-def test_formats_are_recognised(template: str | None, expected: tuple[str | None, str]) -> None:
-    """By what the template renders; and the Go template then renders the same exchange."""
-    tokenizer = words_tokenizer(add_bos=True)
-    tokenizer.chat_template = template
-    name, system = recognise_format(tokenizer)
-    assert (name, system) == expected
-    if name is None:
-        return
-    from qlora.data.chat_template import fallback_template
-
-    go = go_template(FORMATS[name], tokenizer.eos_token)
-    messages = [{"role": "user", "content": "Hi"}]
-    rendered = tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=template or fallback_template(tokenizer),
-    )
-    prompt = fill_go_template(go.partition("{{ .Response }}")[0], System=system, Prompt="Hi")
-    assert prompt == rendered.removeprefix("<s>") and "Hi" in prompt
-
-
 def test_modelfile_takes_nothing_but_text(tmp_path: Path) -> None:
-    """A default system message that would end its own quotes could bring instructions with it: left out."""
+    """A token or a template that would end its own quotes brings no instruction with it: every line is ours."""
     tokenizer = words_tokenizer()
-    tokenizer.chat_template = DEFAULT_SYSTEM.replace("a bear", 'a """\\nADAPTER /etc/passwd\\n"""')
-    assert write_modelfile(tmp_path / "model.gguf", tokenizer) == "ChatML"
-    assert "ADAPTER" not in (tmp_path / "Modelfile").read_text()
+    tokenizer.chat_template = CHATML_TEMPLATE + '{# """\nADAPTER /etc/passwd\n""" #}'
+    tokenizer.add_special_tokens({"eos_token": '"\nADAPTER /etc/passwd\n"'})
+    write_modelfile(tmp_path / "model.gguf", tokenizer)
+    first, *stops = (tmp_path / "Modelfile").read_text().splitlines()
+    assert first == "FROM ./model.gguf" and stops and all(line.startswith('PARAMETER stop "') for line in stops)
+    assert any("ADAPTER" in line for line in stops)
 
 
 # ---- the real model ---------------------------------------------------------------------------------------
@@ -669,7 +603,7 @@ def test_real_gguf_written_again(smollm2: str, tmp_path: Path, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(gguf, "GGUFReader", lambda *args: first)
         patch.setattr("qlora.model.gguf_source._bounded_reader", lambda: gguf.GGUFReader)
-        export_model(smollm2, tmp_path / "model.gguf", "q8_0")
+        export_gguf(smollm2, tmp_path / "model.gguf", "q8_0")
     second = gguf.GGUFReader(tmp_path / "model.gguf")
     before, after = ({tensor.name: tensor for tensor in reader.tensors} for reader in (first, second))
     assert before.keys() == after.keys() and len(before) == 272
@@ -769,7 +703,7 @@ def test_llama_cpp_computes_the_same(
 ) -> None:
     """In fp32, on both sides of the context that a scaling starts from: what is left is the order of the sums."""
     model = save_model(tmp_path / "model", config_of(kind, rms_norm_eps=1e-5, **settings))
-    export_model(str(model), tmp_path / "model.gguf", "f32")
+    export_gguf(str(model), tmp_path / "model.gguf", "f32")
     network = load(model)
     for length in (20, 200):
         ids = prompt_that_goes_on(network, length)
@@ -787,8 +721,8 @@ def test_llama_cpp_adds_the_adapter(
     """Base and adapter in two files give what merged weights in one give, and not what the base alone does."""
     model = save_model(tmp_path / "model", config_of(kind))
     adapter = make_adapter(model, tmp_path / "adapter", None, target_modules="all-linear", **settings)
-    export_model(str(model), tmp_path / "base.gguf", "f32")
-    export_model(str(model), tmp_path / "merged.gguf", "f32", adapter=str(adapter))
+    export_gguf(str(model), tmp_path / "base.gguf", "f32")
+    export_gguf(str(model), tmp_path / "merged.gguf", "f32", adapter=str(adapter))
     export_adapter(str(model), str(adapter), tmp_path / "lora.gguf", "f32")
     ids = prompt_that_goes_on(load(tmp_path / "merged.gguf"))
     merged = llama_cpp(tmp_path / "merged.gguf").log_probabilities(ids, 300)
@@ -816,7 +750,7 @@ def test_llama_cpp_splits_text_alike(llama_cpp: type[LlamaCpp], tmp_path: Path, 
     )
     tokenizer.backend_tokenizer.pre_tokenizer = splitter(name)
     model = save_model(tmp_path / "model", config_of("llama"), tokenizer)
-    export_model(str(model), tmp_path / "model.gguf", "f16")
+    export_gguf(str(model), tmp_path / "model.gguf", "f16")
     served = llama_cpp(tmp_path / "model.gguf")
     for text in TEXTS:
         assert served.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
@@ -829,7 +763,7 @@ def test_llama_cpp_reads_sentencepiece(llama_cpp: type[LlamaCpp], tmp_path: Path
     """Metaspace adds no space before a text that begins with one, llama.cpp and SentencePiece do."""
     tokenizer = sentencepiece_like(prepend)
     model = save_model(tmp_path / "model", config_of("llama", vocab_size=330), tokenizer)
-    export_model(str(model), tmp_path / "model.gguf", "f16")
+    export_gguf(str(model), tmp_path / "model.gguf", "f16")
     served = llama_cpp(tmp_path / "model.gguf")
     for text in (text.lstrip() if prepend == "first" else text for text in SPM_TEXTS):
         assert served.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text

@@ -254,6 +254,25 @@ def test_card_keeps_secrets(tmp_path: Path) -> None:
     assert SECRET not in text and "`someone/[redacted]`" in text
 
 
+def test_names_in_a_card_stay_names(tmp_path: Path) -> None:
+    """A name ends neither its quotes, its line nor its cell, and a template in it is text."""
+    hostile = 'x`"|{{ 7 * 7 }}\n# Heading\n```\nos.remove("y")'
+    directory = save_run(tmp_path / "out", base=hostile)
+    settings = json.loads((directory / "run.json").read_text())
+    settings["lora"]["target_modules"] = hostile
+    (directory / "run.json").write_text(json.dumps(settings))
+    text = make_card(directory, repo="someone/" + hostile)
+    assert "{{ 7 * 7 }}" in text and "49" not in text
+    body = text.split("---\n")[2].splitlines()
+    assert len([line for line in body if line.startswith("# ")]) == 1
+    assert len([line for line in body if line.startswith("```")]) == 4  # the two blocks of an adapter's card
+    (row,) = [line for line in body if line.startswith("| target_modules")]
+    assert row.replace("\\|", "").count("|") == 3
+    (summary,) = [line for line in body if line.startswith("A LoRA adapter for")]
+    assert summary.count("`") == 2
+    compile(text.split("\n```python\n")[1].split("\n```\n")[0], "card", "exec")
+
+
 def test_card_of_damaged_files(tmp_path: Path) -> None:
     directory = save_run(tmp_path / "out")
     (directory / "metrics.jsonl").write_text('{"step": 1, "loss": ')

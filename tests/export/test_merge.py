@@ -23,19 +23,22 @@ from torch import Tensor, nn
 import qlora.export.merge
 import qlora.export.merged_weights
 import qlora.export.mixture
+import qlora.model.shards
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import WEIGHTS
 from qlora.adapters.provenance import adapter_quantization
 from qlora.cli import main as command_line
 from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.export.drift import Drift, compare_logits, load_drift_texts, perplexity
 from qlora.export.merge import merge_adapter
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.library import Params4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.system.file_names import WEIGHTS
 from tests import reference
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
@@ -73,7 +76,8 @@ def adapter(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def merge(model: Path, adapter: Path, output: Path, **options: Any) -> Drift | None:
     adapters = [str(adapter), *map(str, options.pop("others", []))]
-    return merge_adapter(str(model), adapters, str(output), **{"check_drift": False, **options})
+    say = options.pop("say", print)
+    return merge_adapter(str(model), adapters, str(output), MergeOptions(**{"drift": False, **options}), say)
 
 
 def merged_tensors(directory: Path) -> dict[str, Tensor]:
@@ -262,8 +266,8 @@ def make_variant(base: Path, directory: Path, size: float = 0.1, **settings: Any
     network = load_base_model(str(base), compute_dtype="float32", cache=False)
     config = LoRAConfig(**{"rank": 4, "alpha": 8.0, **settings})
     tokenizer = load_tokenizer(str(base))
-    if config.added_tokens:
-        add_tokens(tokenizer, config.added_tokens)
+    if config.new_tokens:
+        add_tokens(tokenizer, config.new_tokens)
     inject_lora(network, config, 0, tokenizer)
     initialize_adapter(network, config)
     freeze_base(network)
@@ -357,7 +361,7 @@ def test_several_adapters(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """W + sum w_i s_i B_i A_i, parameters trained in full included; the drift's reference computes the same."""
     other = make_variant(llama, tmp_path / "other", target_modules="v_proj,down_proj", modules_to_save="norm")
     weights = [0.5, -2.0]
-    drift = merge(llama, adapter, tmp_path / "merged", check_drift=True, weights=weights, others=[other])
+    drift = merge(llama, adapter, tmp_path / "merged", drift=True, weights=weights, others=[other])
     base = plain_merge(llama, adapter, QuantConfig())
     with_first, with_other = base, plain_merge(llama, other, QuantConfig())
     alone = {**with_first}
@@ -380,11 +384,11 @@ def test_4bit_checkpoint(llama: Path, tmp_path: Path, quant: QuantConfig) -> Non
     from transformers import AutoModelForCausalLM
 
     adapter = make_adapter(llama, tmp_path / "adapter", quant, target_modules="q_proj,v_proj")
-    merge(llama, adapter, tmp_path / "merged", save_4bit=True, max_shard_size=60_000)
+    merge(llama, adapter, tmp_path / "merged", save_4bit=True, max_shard_gb=60_000 / 1e9)
     ours = load_base_model(str(tmp_path / "merged"), compute_dtype="float32", cache=False)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     base = load_base_model(str(llama), True, quant, "float32", cache=False)
-    assert ours.quantization == quant
+    assert base_info(ours).quantization == quant
     assert theirs.config.quantization_config.bnb_4bit_quant_type == quant.quant_type
     assert theirs.config.quantization_config.llm_int8_skip_modules == ["lm_head"]
     packed = [name for name, p in ours.named_parameters() if isinstance(p, Params4bit)]
@@ -466,7 +470,7 @@ def test_adapters_that_do_not_go_together(llama: Path, adapter: Path, tmp_path: 
     for others, options, message in [
         ([plain], {}, "plain on one in 16 bits; merge them one at a time"),
         ([pissa], {}, "pissa holds an adapter for a base that was changed"),
-        ([dora], dict(check_drift=True), "dora holds a DoRA adapter"),
+        ([dora], dict(drift=True), "dora holds a DoRA adapter"),
         ([dora], dict(save_4bit=True), "dora holds a DoRA adapter"),
         ([dora], dict(weights=[1.0]), "one number per adapter"),
         ([dora], dict(weights=[1.0, math.nan]), "one number per adapter"),
@@ -483,7 +487,7 @@ def test_adapters_that_do_not_go_together(llama: Path, adapter: Path, tmp_path: 
 def test_sharded_output(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """The same tensors as in one file, in files of at most the given size, and an index that is complete."""
     merge(llama, adapter, tmp_path / "single")
-    merge(llama, adapter, tmp_path / "sharded", max_shard_size=60_000)
+    merge(llama, adapter, tmp_path / "sharded", max_shard_gb=60_000 / 1e9)
     files = sorted((tmp_path / "sharded").glob("*.safetensors"))
     assert len(files) > 3
     assert [file.name for file in files] == [
@@ -506,7 +510,7 @@ def test_sharded_output(llama: Path, adapter: Path, tmp_path: Path) -> None:
 
 def test_tensor_larger_than_a_shard(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """It gets a file of its own."""
-    merge(llama, adapter, tmp_path / "merged", max_shard_size=1)
+    merge(llama, adapter, tmp_path / "merged", max_shard_gb=1 / 1e9)
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) == len(merged_tensors(tmp_path / "merged"))
 
 
@@ -583,7 +587,7 @@ def test_invalid_generation_config_travels(llama: Path, adapter: Path, tmp_path:
 
 def test_model_card(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """It names the base, the adapter's size, the weights merged onto and the drift."""
-    drift = merge(llama, adapter, tmp_path / "merged", check_drift=True)
+    drift = merge(llama, adapter, tmp_path / "merged", drift=True)
     text = (tmp_path / "merged" / "README.md").read_text()
     assert text.startswith("---\n")
     for part in ("rank 4, alpha 6", "dequantized (nf4, double quantization True)", f"`{llama.name}`", str(drift)):
@@ -648,7 +652,7 @@ def test_no_drift_where_bf16_is_exact(tmp_path: Path) -> None:
         A.data = torch.eye(4, A.shape[1])  # one feature each: the update is four columns of s B
         B.data = exact_in_bf16(B.shape, B.shape[0])
     adapted.save(tmp_path / "adapter")
-    drift = merge(base, tmp_path / "adapter", tmp_path / "merged", check_drift=True)
+    drift = merge(base, tmp_path / "adapter", tmp_path / "merged", drift=True)
     assert drift is not None and drift.num_tokens > 100
     assert drift.mean_kl < 1e-9 and drift.adapter_perplexity == pytest.approx(drift.merged_perplexity, rel=1e-5)
     assert drift.max_logit_difference < 1e-4 and drift.greedy_agreement == 1.0
@@ -656,8 +660,8 @@ def test_no_drift_where_bf16_is_exact(tmp_path: Path) -> None:
 
 def test_drift_of_the_two_bases(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """bf16 rounding for the dequantized base, the whole of NF4's error for the original one."""
-    dequantized = merge(llama, adapter, tmp_path / "dequantized", check_drift=True)
-    original = merge(llama, adapter, tmp_path / "original", check_drift=True, base="original")
+    dequantized = merge(llama, adapter, tmp_path / "dequantized", drift=True)
+    original = merge(llama, adapter, tmp_path / "original", drift=True, base="original")
     assert dequantized is not None and original is not None
     assert 0 < dequantized.mean_kl < 1e-3
     assert original.mean_kl > 20 * dequantized.mean_kl
@@ -683,7 +687,7 @@ def test_drift_is_stored_and_comes_again(llama: Path, adapter: Path, tmp_path: P
     (tmp_path / "text.txt").write_text("The weather is nice today, and tomorrow it will rain. " * 5)
     for source in (None, str(tmp_path / "text.txt")):
         output = tmp_path / f"merged-{source is None}"
-        drift = merge(llama, adapter, output, check_drift=True, drift_text=source, save_4bit=save_4bit)
+        drift = merge(llama, adapter, output, drift=True, drift_text=source, save_4bit=save_4bit)
         assert drift is not None and drift.adapter_perplexity != drift.merged_perplexity
         assert json.loads((output / "drift.json").read_text()) == asdict(drift)
         mixture = qlora.export.mixture.read_mixture([str(adapter)])
@@ -749,7 +753,7 @@ def test_damaged_adapter(llama: Path, adapter: Path, tmp_path: Path, damage: str
     broken = Path(shutil.copytree(adapter, tmp_path / "broken"))
     damage_adapter(broken, DAMAGES[damage])
     with pytest.raises(InputError, match=r"layers\.0\.self_attn\.q_proj"):
-        merge(llama, broken, tmp_path / "merged", check_drift=check_drift)
+        merge(llama, broken, tmp_path / "merged", drift=check_drift)
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
@@ -758,7 +762,7 @@ def test_damaged_adapter(llama: Path, adapter: Path, tmp_path: Path, damage: str
 def test_adapter_of_another_base(adapter: Path, tmp_path: Path, change: dict[str, int], check_drift: bool) -> None:
     other = save_tiny_llama(tmp_path / "other", tokenizer=tiny_tokenizer(), **change)
     with pytest.raises(InputError, match=str(adapter)):
-        merge(other, adapter, tmp_path / "merged", check_drift=check_drift)
+        merge(other, adapter, tmp_path / "merged", drift=check_drift)
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
 
 
@@ -773,13 +777,18 @@ def test_original_of_a_16bit_base(llama: Path, tmp_path: Path) -> None:
 
 def test_failing_disk(llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever part is written when it happens: nothing of that name; whole files wait for the next try."""
-    for part, left in (("_write_safetensors", 0), ("_write_metadata", 1), ("_model_card", 1)):
+    merging, shards = qlora.export.merge, qlora.model.shards
+    for module, part, left in (
+        (shards, "_write_file", 0),
+        (merging, "_write_metadata", 1),
+        (merging, "make_merged_card", 1),
+    ):
 
         def fail(*args: Any) -> None:
             raise OSError(28, "No space left on device")
 
         with monkeypatch.context() as patch:
-            patch.setattr(qlora.export.merge, part, fail)
+            patch.setattr(module, part, fail)
             with pytest.raises(OSError, match="No space left"):
                 merge(llama, adapter, tmp_path / "merged")
         assert [path.name.rpartition(".")[2] for path in tmp_path.iterdir()] == ["partial"] * left
@@ -794,6 +803,7 @@ import os, signal, sys
 import qlora.export.merge
 import qlora.export.merged_weights
 import qlora.export.mixture
+from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
 model, adapter, output = sys.argv[1:]
 finish = qlora.export.merged_weights.sha256_of
@@ -802,7 +812,7 @@ def die(file):
         os.kill(os.getpid(), signal.SIGKILL)
     return finish(file)
 qlora.export.merged_weights.sha256_of = die
-merge_adapter(model, adapter, output, max_shard_size=60_000, check_drift=False)
+merge_adapter(model, adapter, output, MergeOptions(max_shard_gb=60_000 / 1e9, drift=False))
 """
 
 
@@ -829,19 +839,19 @@ def stop_merge(number: int, model: Path, adapter: Path, output: Path, **options:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(qlora.export.merged_weights, "sha256_of", stop)
         with pytest.raises(KeyboardInterrupt):
-            merge(model, adapter, output, max_shard_size=60_000, **options)
+            merge(model, adapter, output, max_shard_gb=60_000 / 1e9, **options)
     return left_behind(output)
 
 
 def assert_resumes(llama: Path, adapter: Path, tmp_path: Path, **options: Any) -> None:
     """The next try keeps the first two files as they are, and ends with the bytes of one that never stopped."""
-    merge(llama, adapter, tmp_path / "whole", max_shard_size=60_000, **options)
+    merge(llama, adapter, tmp_path / "whole", max_shard_gb=60_000 / 1e9, **options)
     first = min(left_behind(tmp_path / "merged").glob("model-*.safetensors"))
     written = first.stat().st_mtime_ns, first.stat().st_ino
     (first.parent / ".model-9.safetensors.17.tmp").touch()  # as a kill leaves them while one is written,
     (tmp_path / ".merged.17.tmp").mkdir()  # or while all are put in their place
     heard: list[str] = []
-    merge(llama, adapter, tmp_path / "merged", say=heard.append, max_shard_size=60_000, **options)
+    merge(llama, adapter, tmp_path / "merged", say=heard.append, max_shard_gb=60_000 / 1e9, **options)
     num_files = len(list((tmp_path / "whole").glob("*.safetensors")))
     assert (
         heard == [f"going on with a merge that was stopped: 2 of {num_files} files are there"] and num_files >= 3
@@ -868,7 +878,7 @@ def test_4bit_merge_stopped_and_resumed(llama: Path, adapter: Path, tmp_path: Pa
 
 def test_a_damaged_file_is_written_again(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """Every finished file is compared with its checksum before it is kept."""
-    merge(llama, adapter, tmp_path / "whole", max_shard_size=60_000)
+    merge(llama, adapter, tmp_path / "whole", max_shard_gb=60_000 / 1e9)
     staging = stop_merge(4, llama, adapter, tmp_path / "merged")
     with open(sorted(staging.glob("model-*.safetensors"))[1], "r+b") as file:
         position = file.seek(-1, os.SEEK_END)
@@ -876,7 +886,7 @@ def test_a_damaged_file_is_written_again(llama: Path, adapter: Path, tmp_path: P
         file.seek(position)
         file.write(bytes([last ^ 1]))
     heard: list[str] = []
-    merge(llama, adapter, tmp_path / "merged", max_shard_size=60_000, say=heard.append)
+    merge(llama, adapter, tmp_path / "merged", max_shard_gb=60_000 / 1e9, say=heard.append)
     assert "2 of " in heard[0]
     assert file_bytes(tmp_path / "merged") == file_bytes(tmp_path / "whole")
 
@@ -889,10 +899,10 @@ def test_other_inputs_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -
     damage_adapter(other, lambda state: state[f"{Q0}.lora_B.weight"].mul_(2))
     heard: list[str] = []
     for options in (
-        dict(max_shard_size=50_000),
-        dict(max_shard_size=60_000, base="original"),
-        dict(max_shard_size=60_000, weights=[0.5]),
-        dict(max_shard_size=60_000, adapter=other),
+        dict(max_shard_gb=50_000 / 1e9),
+        dict(max_shard_gb=60_000 / 1e9, base="original"),
+        dict(max_shard_gb=60_000 / 1e9, weights=[0.5]),
+        dict(max_shard_gb=60_000 / 1e9, adapter=other),
     ):
         merge(
             **{"model": llama, "adapter": adapter, "output": tmp_path / "merged", "say": heard.append, **options}
@@ -981,12 +991,13 @@ def test_command_with_wrong_inputs(
 # Peak from /proc: a child's ru_maxrss starts at the peak of the process that started it.
 MEASURE_MERGING = """
 import re, sys
+from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
 peak = lambda: 1024 * int(re.search("VmHWM:(.*) kB", open("/proc/self/status").read())[1])
 tiny, tiny_adapter, large, adapter, output = sys.argv[1:]
-merge_adapter(tiny, tiny_adapter, output + "-tiny", check_drift=False)  # libraries, kernels
+merge_adapter(tiny, tiny_adapter, output + "-tiny", MergeOptions(drift=False))  # libraries, kernels
 before = peak()
-merge_adapter(large, adapter, output, check_drift=False)
+merge_adapter(large, adapter, output, MergeOptions(drift=False))
 print(peak() - before)
 """
 

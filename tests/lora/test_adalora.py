@@ -18,6 +18,7 @@ from examples.orders import write_task
 from qlora.adapters.load import load_adapter
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
 from qlora.lora.adalora import BudgetSchedule, ScaledRows, pack_triplets, plan_budget, unpack_triplets
 from qlora.lora.adapter import inject_lora, lora_layers
@@ -77,7 +78,7 @@ def test_the_start(llama: str) -> None:
     base = load_base_model(llama, use_4bit=False, compute_dtype="float32", cache=False)
     assert torch.equal(logits(network), logits(base))
     layers = [layer.weights for layer in lora_layers(network).values()]
-    assert len(layers) == 6 and all(layer.lora_E is not None and not layer.lora_E.any() for layer in layers)
+    assert len(layers) == 6 and not any(layer.lora_E.any() for layer in layers)
     values = torch.cat([p.detach().flatten() for layer in layers for p in (layer.lora_A, layer.lora_B)])
     assert abs(values.std() / 0.02 - 1) < 0.05 and abs(values.mean()) < 0.002
     assert all(layer.scaling == 12.0 / (6 + 1e-5) for layer in layers)
@@ -185,7 +186,7 @@ def test_24_steps_equal_pefts(llama: str, tmp_path: Path) -> None:
     names = {name: f"base_model.model.{name}.lora_%s.default" for name in layers}
     for name, layer in layers.items():
         for part in "AB":
-            parameters[names[name] % part].data.copy_(getattr(layer, f"lora_{part}"))
+            parameters[names[name] % part].data.copy_(getattr(layer.weights, f"lora_{part}"))
     adamw = torch.optim.AdamW(
         [p for p in theirs.parameters() if p.requires_grad], lr=1e-2, betas=BETAS, eps=EPS, weight_decay=0.0
     )
@@ -367,13 +368,13 @@ def test_a_run_from_the_command_line(llama: str, tmp_path: Path) -> None:
     before = logits(network)
     load_adapter(network, tmp_path / "whole")
     assert relative_error(logits(network), before) > 1e-3
-    merge_adapter(llama, str(tmp_path / "whole"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(llama, str(tmp_path / "whole"), str(tmp_path / "merged"), MergeOptions(drift=False))
     merged = load_base_model(str(tmp_path / "merged"), use_4bit=False, compute_dtype="float32", cache=False)
     assert relative_error(logits(merged), logits(network)) < 0.02  # bf16 rounding of the merged weights
     saved = read_adapter(tmp_path / "whole")
     for name, layer in lora_layers(network).items():
         A, B = saved.low_rank(name)
-        assert relative_error(B @ A, layer.delta_weight()) < 1e-6 or not layer.delta_weight().any()
+        assert relative_error(B @ A, layer.weights.delta_weight()) < 1e-6 or not layer.weights.delta_weight().any()
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 import train
 from qlora.adapters.load import load_adapter
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.data.batches import Batch, make_batches
 from qlora.data.encode import encode_prompt
 from qlora.data.example import Example
@@ -32,14 +33,15 @@ from qlora.lora.trainable import freeze_base, lora_parameters, parameter_summary
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.tokenizer import load_tokenizer
-from qlora.planning.memory import plan_memory
 from qlora.system.errors import InputError, TrainingStopped
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.training.fingerprint import base_fingerprint
 from qlora.training.optimizer import build_optimizer
 from qlora.training.step import _sum_gradients, check_adapters_learn, train_step
 from tests import reference
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 IDS = torch.arange(3, 27)[None]
@@ -299,7 +301,7 @@ def test_the_base_is_left_as_it_was(bases: dict[str, Path], kind: str) -> None:
 def test_decoding_uses_the_trained_head(bases: dict[str, Path]) -> None:
     model, tokenizer = adapted(bases["untied"], modules_to_save="embed_tokens,lm_head"), tiny_tokenizer()
     ids = encode_prompt([{"role": "user", "content": "Hi"}], tokenizer)
-    answer = generate(model, tokenizer, [[{"role": "user", "content": "Hi"}]], max_new_tokens=8)[0]
+    answer = generate(model, tokenizer, [[{"role": "user", "content": "Hi"}]], Sampling(8))[0]
     for _ in range(8):
         ids.append(int(logits(model, torch.tensor([ids]))[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
@@ -409,7 +411,9 @@ def test_a_base_that_an_adapter_unties_is_merged_untied(bases: dict[str, Path], 
         theirs.get_input_embeddings().modules_to_save["default"].weight.mul_(1.5)
         warnings.simplefilter("ignore")
         theirs.save_pretrained(tmp_path / "adapter")
-    merge_adapter(str(bases["tied"]), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(bases["tied"]), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not merged.config.tie_word_embeddings
     assert relative_error(logits(merged), logits(theirs)) < 2e-2  # weights rounded to bf16

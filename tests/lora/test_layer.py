@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, active_adapter, inject_lora, lora_layers
+from qlora.lora.dora import DoRA, weight_norm
 from qlora.lora.layer import LoRALinear
 from qlora.lora.state import load_lora_state_dict, lora_state_dict
 from qlora.lora.targets import linear_layers, match_targets
@@ -66,7 +67,7 @@ def make_lora(kind: str, bias: bool = True, dropout: float = 0.0, dtype: Any = t
     """A LoRALinear in training mode with B away from zero."""
     base = make_base(kind, bias)
     layer = LoRALinear(base, RANK, 16.0, dropout, dtype, generator=torch.Generator().manual_seed(5)).train()
-    layer.lora_B.data = gaussian(ROWS, RANK, seed=6, dtype=dtype)
+    layer.weights.lora_B.data = gaussian(ROWS, RANK, seed=6, dtype=dtype)
     return layer
 
 
@@ -115,7 +116,7 @@ def test_fused_equals_composed(kind: str, dtype: torch.dtype, bias: bool, dropou
     y = layer(x)
     y.backward(dy)
 
-    exact = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    exact = [t.detach().double().requires_grad_() for t in (x, layer.weights.lora_A, layer.weights.lora_B)]
     base = layer.base_layer
     offset = base.bias.double() if base.bias is not None else None
     weight = reference.dense_weight(base).double()
@@ -128,7 +129,7 @@ def test_fused_equals_composed(kind: str, dtype: torch.dtype, bias: bool, dropou
     tolerance = FP32_TOLERANCE if dtype == torch.float32 else BF16_TOLERANCE
     assert y.dtype == dtype and y.shape == (2, 9, ROWS)
     assert relative_error(y, expected) < tolerance
-    for name, ours, theirs in zip("xAB", (x, layer.lora_A, layer.lora_B), exact, strict=True):
+    for name, ours, theirs in zip("xAB", (x, layer.weights.lora_A, layer.weights.lora_B), exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None, name
         assert relative_error(ours.grad, theirs.grad) < tolerance, name
     assert all(parameter.grad is None for parameter in base.parameters())
@@ -138,7 +139,7 @@ def test_fused_equals_composed(kind: str, dtype: torch.dtype, bias: bool, dropou
 def test_gradients_are_fp32_whatever_the_adapter_is(compute: torch.dtype) -> None:
     layer = make_lora("4bit", dtype=torch.bfloat16)
     layer(gaussian(5, COLUMNS, dtype=compute)).sum().backward()
-    for parameter in (layer.lora_A, layer.lora_B):
+    for parameter in (layer.weights.lora_A, layer.weights.lora_B):
         assert parameter.dtype == torch.bfloat16
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32
 
@@ -153,7 +154,7 @@ def test_dropout_drops_only_in_training() -> None:
 
 def test_dx_is_not_computed_for_an_input_without_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first adapted layer ends the backward pass: its base weight is read once, not twice."""
-    from qlora.quant import layers as lora
+    from qlora.lora import layer as lora
 
     calls: list[Any] = []
     real = lora.multiply
@@ -165,7 +166,7 @@ def test_dx_is_not_computed_for_an_input_without_gradient(monkeypatch: pytest.Mo
         layer(x).sum().backward()
         assert len(calls) == expected
         assert (x.grad is not None) == requires_grad
-        assert layer.lora_A.grad is not None and layer.lora_B.grad is not None
+        assert layer.weights.lora_A.grad is not None and layer.weights.lora_B.grad is not None
 
 
 def test_only_the_input_h_and_a_byte_mask_are_kept() -> None:
@@ -192,17 +193,19 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
     layer = make_lora("4bit", dtype=torch.bfloat16)
     x, dy = gaussian(64, 16, COLUMNS, seed=3), gaussian(64, 16, ROWS, seed=4)
     dy += 0.5  # a common part, so that the sum grows as a loss's gradient does
-    in_bf16: list[Tensor] = [torch.zeros_like(p) for p in (layer.lora_A, layer.lora_B)]
+    in_bf16: list[Tensor] = [torch.zeros_like(p) for p in (layer.weights.lora_A, layer.weights.lora_B)]
     for part, gradient in zip(x.to(torch.bfloat16), dy.to(torch.bfloat16), strict=True):
-        before = [None if p.grad is None else p.grad.clone() for p in (layer.lora_A, layer.lora_B)]
+        before = [None if p.grad is None else p.grad.clone() for p in (layer.weights.lora_A, layer.weights.lora_B)]
         layer(part).backward(gradient)
-        for total, parameter, old in zip(in_bf16, (layer.lora_A, layer.lora_B), before, strict=True):
+        for total, parameter, old in zip(
+            in_bf16, (layer.weights.lora_A, layer.weights.lora_B), before, strict=True
+        ):
             total += parameter.grad - (0 if old is None else old)
-    leaves = [p.detach().double().requires_grad_() for p in (layer.lora_A, layer.lora_B)]
+    leaves = [p.detach().double().requires_grad_() for p in (layer.weights.lora_A, layer.weights.lora_B)]
     weight = reference.dense_weight(layer.base_layer).double()
     whole = reference.lora_linear(x.to(torch.bfloat16).double(), weight, None, *leaves, 2.0)
     whole.backward(dy.to(torch.bfloat16).double())
-    for parameter, leaf, rough in zip((layer.lora_A, layer.lora_B), leaves, in_bf16, strict=True):
+    for parameter, leaf, rough in zip((layer.weights.lora_A, layer.weights.lora_B), leaves, in_bf16, strict=True):
         assert leaf.grad is not None
         ours = relative_error(parameter.grad, leaf.grad)
         assert ours < 2**-8
@@ -217,14 +220,14 @@ def test_start_of_a() -> None:
     base = nn.Linear(400, 300).requires_grad_(False)
     kaiming = LoRALinear(base, 64, dtype=torch.float32)
     bound = 400**-0.5
-    assert 0.999 * bound < kaiming.lora_A.abs().max() <= bound
-    assert kaiming.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
+    assert 0.999 * bound < kaiming.weights.lora_A.abs().max() <= bound
+    assert kaiming.weights.lora_A.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)
     normal = LoRALinear(base, 64, dtype=torch.float32, init="gaussian")
-    assert normal.lora_A.std().item() == pytest.approx(1 / 64, rel=0.02)  # 25,600 draws: 0.4 % deviation
-    assert normal.lora_A.abs().max() > 3 / 64 and abs(normal.lora_A.mean().item()) < 0.02 / 64**0.5
+    assert normal.weights.lora_A.std().item() == pytest.approx(1 / 64, rel=0.02)  # 25,600 draws: 0.4 % deviation
+    assert normal.weights.lora_A.abs().max() > 3 / 64 and abs(normal.weights.lora_A.mean().item()) < 0.02 / 64**0.5
     for layer in (kaiming, normal):
-        assert not layer.lora_B.any()
-        assert layer.lora_A.shape == (64, 400) and layer.lora_B.shape == (300, 64)
+        assert not layer.weights.lora_B.any()
+        assert layer.weights.lora_A.shape == (64, 400) and layer.weights.lora_B.shape == (300, 64)
 
 
 def test_fresh_adapter_is_the_base_bit_for_bit(tiny_4bit: Any) -> None:
@@ -326,10 +329,15 @@ def test_unfrozen_dense_base_gets_the_right_gradients() -> None:
     y = layer(x)
     y.sum().backward()
     base = layer.base_layer
-    leaves = [t.detach().double().requires_grad_() for t in (base.weight, base.bias, layer.lora_A, layer.lora_B)]
+    leaves = [
+        t.detach().double().requires_grad_()
+        for t in (base.weight, base.bias, layer.weights.lora_A, layer.weights.lora_B)
+    ]
     reference.lora_linear(x.double(), *leaves, 2.0).sum().backward()
     assert relative_error(y, frozen) < FP32_TOLERANCE
-    for ours, leaf in zip((base.weight, base.bias, layer.lora_A, layer.lora_B), leaves, strict=True):
+    for ours, leaf in zip(
+        (base.weight, base.bias, layer.weights.lora_A, layer.weights.lora_B), leaves, strict=True
+    ):
         assert leaf.grad is not None and relative_error(ours.grad, leaf.grad) < FP32_TOLERANCE
 
 
@@ -581,6 +589,7 @@ def make_dora(kind: str, bias: bool = True, dropout: float = 0.0, dtype: Any = t
     """A LoRALinear in training mode with B away from zero, and magnitudes away from the norms."""
     layer = make_lora(kind, bias, dropout, dtype)
     norms = reference.dense_weight(layer.base_layer).norm(dim=1)
+    layer.weights.variant = DoRA()
     layer.weights.magnitude = nn.Parameter(norms * (1 + 0.5 * gaussian(ROWS, seed=8)))
     return layer
 
@@ -601,7 +610,7 @@ def test_fused_dora_equals_composed(kind: str, dtype: torch.dtype, bias: bool, d
     y = layer(x)
     y.backward(dy)
 
-    ours = {"x": x, "A": layer.lora_A, "B": layer.lora_B, "magnitude": magnitude}
+    ours = {"x": x, "A": layer.weights.lora_A, "B": layer.weights.lora_B, "magnitude": magnitude}
     leaves = {name: t.detach().double().requires_grad_() for name, t in ours.items()}
     offset = base.bias.detach().double().requires_grad_() if bias else None
     weight = reference.dense_weight(base).double()
@@ -627,12 +636,12 @@ def test_norms_without_the_matrix(kind: str, dtype: torch.dtype) -> None:
     """The expanded square against the norm of the written-out W + s B A in fp64; B grows until it dominates."""
     layer = make_dora(kind)
     weight = reference.dense_weight(layer.base_layer).double()
-    B = layer.lora_B.detach().clone()
+    B = layer.weights.lora_B.detach().clone()
     for size in (0.0, 0.01, 1.0, 30.0):
-        layer.lora_B.data = B * size
-        expected = (weight + 2.0 * layer.lora_B.double() @ layer.lora_A.double()).norm(dim=1)
+        layer.weights.lora_B.data = B * size
+        expected = (weight + 2.0 * layer.weights.lora_B.double() @ layer.weights.lora_A.double()).norm(dim=1)
         # In bf16 W and A are rounded in the middle term alone, which is the largest where B is about W's size.
-        assert relative_error(layer.weight_norm(dtype), expected) < (2e-6 if dtype == torch.float32 else 2e-3)
+        assert relative_error(weight_norm(layer, dtype), expected) < (2e-6 if dtype == torch.float32 else 2e-3)
 
 
 def test_a_fresh_dora_is_the_base(tiny_4bit: Any) -> None:
@@ -645,7 +654,7 @@ def test_a_fresh_dora_is_the_base(tiny_4bit: Any) -> None:
         for layer in lora_layers(tiny_4bit).values():
             scale = layer.output_scale()
             assert scale is not None and torch.equal(scale, torch.ones_like(scale))
-            assert torch.equal(layer.weights.magnitude, layer.weight_norm())
+            assert torch.equal(layer.weights.magnitude, weight_norm(layer))
     assert relative_error(tiny_4bit(ids).logits, before) < FP32_TOLERANCE  # training's path adds a bias apart
 
 
@@ -666,9 +675,10 @@ def test_a_row_of_zeros_under_dora() -> None:
 def test_small_changes_of_the_magnitude_reach_a_bf16_output() -> None:
     """Magnitudes 0.3 % up: c itself rounded to bf16 would be 1, whose neighbour is 1.0078."""
     layer = make_dora("4bit", bias=False)
-    layer.weights.magnitude = nn.Parameter(1.003 * layer.weight_norm())
+    layer.weights.magnitude = nn.Parameter(1.003 * weight_norm(layer))
+    layer.weights.variant = DoRA()
     x = gaussian(200, COLUMNS, dtype=torch.bfloat16)
-    before = F.linear(x.float(), reference.dense_weight(layer.base_layer) + layer.delta_weight())
+    before = F.linear(x.float(), reference.dense_weight(layer.base_layer) + layer.weights.delta_weight())
     for y in (layer(x), layer.eval()(x)):
         growth = (y.float() * before).sum() / before.square().sum() - 1
         assert 0.002 < growth < 0.005  # outputs are rounded by up to 0.4 %, up or down by where they lie
@@ -719,7 +729,9 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
         rank=16, alpha=8, use_rslora=True, rank_pattern={"1.self_attn.v_proj": 4}, alpha_pattern={"q_proj": 2}
     )
     inject_lora(model, config)
-    scales = {name.removeprefix("model.layers."): layer.scaling for name, layer in lora_layers(model).items()}
+    scales = {
+        name.removeprefix("model.layers."): layer.weights.scaling for name, layer in lora_layers(model).items()
+    }
     assert scales == {
         "0.self_attn.q_proj": 2 / 16**0.5,
         "0.self_attn.v_proj": 8 / 16**0.5,
@@ -729,7 +741,7 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
     random_adapters(model)
     layer = lora_layers(model)["model.layers.1.self_attn.v_proj"]
     x = gaussian(5, 64)
-    update = x.double() @ layer.lora_A.double().T @ layer.lora_B.double().T * 4
+    update = x.double() @ layer.weights.lora_A.double().T @ layer.weights.lora_B.double().T * 4
     expected = x.double() @ layer.base_layer.weight.double().T + update
     assert relative_error(layer(x), expected) < FP32_TOLERANCE
 
@@ -745,15 +757,15 @@ def test_patterns_give_ranks_and_alphas() -> None:
         alpha_pattern="model.layers.1.mlp.up_proj=1.5",
     )
     inject_lora(model, config)
-    ranks = {name.removeprefix("model.layers."): layer.rank for name, layer in lora_layers(model).items()}
+    ranks = {name.removeprefix("model.layers."): layer.weights.rank for name, layer in lora_layers(model).items()}
     assert ranks["0.self_attn.q_proj"] == 2 and ranks["1.self_attn.q_proj"] == 5
     assert {rank for name, rank in ranks.items() if "mlp" in name} == {3}
     assert ranks["0.self_attn.k_proj"] == 8, "proj is the end of a name, but not after a dot"
-    alphas = {name: layer.alpha for name, layer in lora_layers(model).items()}
+    alphas = {name: layer.weights.alpha for name, layer in lora_layers(model).items()}
     assert alphas.pop("model.layers.1.mlp.up_proj") == 1.5 and set(alphas.values()) == {16}
     for name, layer in lora_layers(model).items():
-        assert layer.lora_A.shape[0] == layer.lora_B.shape[1] == config.rank_of(name)
-        assert layer.scaling == config.alpha_of(name) / config.rank_of(name)
+        assert layer.weights.lora_A.shape[0] == layer.weights.lora_B.shape[1] == config.rank_of(name)
+        assert layer.weights.scaling == config.alpha_of(name) / config.rank_of(name)
 
 
 def test_layers_choose_decoder_layers() -> None:
@@ -794,7 +806,7 @@ def test_gradients_of_biases(bias: Any, use_4bit: bool, tmp_path: Path) -> None:
             packed = hasattr(parameter, "quant_state")
             merged[name] = reference.dequantize(parameter) if packed else parameter.detach().float()
     for name, layer in lora_layers(model).items():
-        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.delta_weight()
+        merged[f"{name}.weight"] = merged[f"{name}.weight"] + layer.weights.delta_weight()
     plain.load_state_dict(merged)
 
     ids = torch.arange(24).view(2, 12)

@@ -18,6 +18,7 @@ from qlora.adapters.load import load_adapter, with_base_shift
 from qlora.adapters.model import LoRAModel
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
 from qlora.lora.adapter import activate, inject_lora, lora_layers
 from qlora.lora.base_shift import base_shift
@@ -140,12 +141,14 @@ def test_pissa_takes_the_principal_part_out_of_the_base(llama: str, use_4bit: bo
     for name, layer in lora_layers(network).items():
         W, base = originals[name], dense_weight(layer.base_layer)
         principal = largest_part(W, 8)
-        assert relative_error(layer.delta_weight(), principal) < 1e-4  # fp32 / the gap between singular values
+        assert (
+            relative_error(layer.weights.delta_weight(), principal) < 1e-4
+        )  # fp32 / the gap between singular values
         residual = W - principal
         expected = quantized(residual) if use_4bit else residual.bfloat16().float()
         # a value at the edge between two codes, or two bf16 numbers, may fall on the other side
         assert ((base - expected).abs() > 1e-6).float().mean() < 1e-2
-        whole = base + layer.delta_weight()
+        whole = base + layer.weights.delta_weight()
         before = (W - dense_weight(plain.get_submodule(name))).norm()
         if use_4bit:
             assert (W - whole).norm() < 0.97 * before, "QPiSSA quantizes a smaller matrix"
@@ -166,13 +169,15 @@ def test_loftq_equals_its_algorithm(llama: str, iterations: int) -> None:
             errors.append((W - Q - low_rank).norm())
         layer = lora_layers(network)[name]
         assert ((dense_weight(layer.base_layer) - Q).abs() > 1e-6).float().mean() < 5e-3
-        assert relative_error(layer.delta_weight(), low_rank) < 0.05  # a code on the other side moves the rest
-        error = (W - dense_weight(layer.base_layer) - layer.delta_weight()).norm()
+        assert (
+            relative_error(layer.weights.delta_weight(), low_rank) < 0.05
+        )  # a code on the other side moves the rest
+        error = (W - dense_weight(layer.base_layer) - layer.weights.delta_weight()).norm()
         assert abs(error / errors[-1] - 1) < 1e-3
         assert error < 0.9 * (W - quantized(W)).norm()
         if iterations == 1:
             assert torch.equal(layer.base_layer.weight, plain.get_submodule(name).weight)
-            assert relative_error(layer.delta_weight(), low_rank) < 1e-4
+            assert relative_error(layer.weights.delta_weight(), low_rank) < 1e-4
         else:
             assert errors[-1] < errors[0]
     assert bool(base_shift(network)) == (iterations > 1)
@@ -183,7 +188,9 @@ def test_a_bf16_adapter_starts_at_its_rounding(llama: str) -> None:
     exact, _ = started(llama, init="pissa")
     for name, layer in lora_layers(network).items():
         other = lora_layers(exact)[name]
-        assert layer.lora_A.dtype == torch.bfloat16 and torch.equal(layer.lora_A, other.lora_A.bfloat16())
+        assert layer.weights.lora_A.dtype == torch.bfloat16 and torch.equal(
+            layer.weights.lora_A, other.weights.lora_A.bfloat16()
+        )
         assert torch.equal(layer.base_layer.weight, other.base_layer.weight)
 
 
@@ -193,7 +200,7 @@ def test_dora_starts_with_the_norms_of_the_changed_weights(llama: str, settings:
     with_dora, _ = started(llama, **settings, use_dora=True)
     without, _ = started(llama, **settings)
     for name, layer in lora_layers(with_dora).items():
-        whole = dense_weight(layer.base_layer) + layer.delta_weight()
+        whole = dense_weight(layer.base_layer) + layer.weights.delta_weight()
         assert relative_error(layer.weights.magnitude.detach(), whole.norm(dim=1)) < 1e-6, name
     assert relative_error(logits(with_dora), logits(without)) < 1e-5
 
@@ -248,7 +255,7 @@ def test_conv1d_too(tmp_path: Path) -> None:
         ((name, W),) = read_weights(model, lora_layers(network))
         assert W.shape == (192, 64)
         plain = load(model, use_4bit).get_submodule(name)
-        whole = upright(layer.base_layer) + layer.delta_weight()
+        whole = upright(layer.base_layer) + layer.weights.delta_weight()
         assert (W - whole).norm() < (0.97 if use_4bit else 1.01) * (W - upright(plain)).norm()
         learn(network)
         save_adapter(network, tmp_path / str(use_4bit), config, model)
@@ -256,7 +263,7 @@ def test_conv1d_too(tmp_path: Path) -> None:
         load_adapter(again, tmp_path / str(use_4bit))
         assert torch.equal(logits(again), logits(network))
         merge_adapter(
-            model, str(tmp_path / str(use_4bit)), str(tmp_path / f"merged-{use_4bit}"), check_drift=False
+            model, str(tmp_path / str(use_4bit)), str(tmp_path / f"merged-{use_4bit}"), MergeOptions(drift=False)
         )
         merged = load(str(tmp_path / f"merged-{use_4bit}"), use_4bit=False)
         assert relative_error(logits(merged), logits(network)) < 0.02
@@ -269,13 +276,13 @@ def test_merged_onto_the_base_it_was_trained_on(llama: str, tmp_path: Path, name
     network, config = started(llama, **STARTS[name])
     learn(network)
     save_adapter(network, tmp_path / "adapter", config, llama)
-    merge_adapter(llama, str(tmp_path / "adapter"), str(tmp_path / "merged"), base=base, check_drift=False)
+    merge_adapter(llama, str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(base=base, drift=False))
     written = load_file(tmp_path / "merged" / "model.safetensors")
     for layer_name, W in read_weights(llama, lora_layers(network)):
         layer = lora_layers(network)[layer_name]
         A, B = base_shift(network)[layer_name]
         onto = W - B @ A if base == "original" else dense_weight(layer.base_layer)
-        expected = (onto + layer.delta_weight()).bfloat16()
+        expected = (onto + layer.weights.delta_weight()).bfloat16()
         # another order of fp32 additions may round to the neighbour
         assert (written[f"{layer_name}.weight"] != expected).float().mean() < 1e-3
         assert relative_error(written[f"{layer_name}.weight"], expected) < 1e-4
@@ -357,7 +364,7 @@ def test_bases_without_an_original(llama: str, tmp_path: Path) -> None:
     plain = load(stored)
     for name, layer in lora_layers(network).items():
         W = dense_weight(plain.get_submodule(name))
-        assert relative_error(layer.delta_weight(), largest_part(W, 8)) < 1e-4
+        assert relative_error(layer.weights.delta_weight(), largest_part(W, 8)) < 1e-4
     learn(network)
     save_adapter(network, tmp_path, config, stored)
     load_adapter(plain, tmp_path)
@@ -419,7 +426,7 @@ def test_pissa_equals_pefts(llama: str, tmp_path: Path) -> None:
     modules = dict(theirs.named_modules())
     for name, layer in lora_layers(network).items():
         module = modules[f"base_model.model.{name}"]
-        assert relative_error(layer.delta_weight(), module.get_delta_weight("default").detach()) < 1e-5
+        assert relative_error(layer.weights.delta_weight(), module.get_delta_weight("default").detach()) < 1e-5
         rounded = module.base_layer.weight.detach().bfloat16()
         assert (layer.base_layer.weight != rounded).float().mean() < 0.01
     learn(network)
@@ -493,8 +500,8 @@ def test_plain_lora_of_twice_the_rank(llama: str, tmp_path: Path) -> None:
         layer = lora_layers(network)[name]
         layer.base_layer.weight.data = W - B @ A
         low_A, low_B = plain.low_rank(name)
-        assert len(low_A) == 2 * layer.rank == plain.config.rank_of(name)
-        assert relative_error(W + low_B @ low_A, W - B @ A + layer.delta_weight()) < 1e-6
+        assert len(low_A) == 2 * layer.weights.rank == plain.config.rank_of(name)
+        assert relative_error(W + low_B @ low_A, W - B @ A + layer.weights.delta_weight()) < 1e-6
         onto.get_submodule(name).weight.data = plain.merge_into(f"{name}.weight", W)
     assert relative_error(logits(onto), logits(network)) < 1e-5
     with pytest.raises(InputError, match="with_base_shift"):

@@ -12,6 +12,7 @@ from qlora.adapters.load import build_adapter
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, create_adapter, wrap_layers
+from qlora.lora.dora import DoRA
 from qlora.model.load import load_base_model
 from tests.adapters.test_peft_files import dense_twin
 from tests.reference import relative_error
@@ -77,7 +78,7 @@ def test_the_real_model(real: Any, real_twin: Any, kind: str, tmp_path: Path) ->
     generator = torch.Generator().manual_seed(0)
     for weights in adapter.layers.values():
         torch.nn.init.normal_(weights.lora_B, std=0.02, generator=generator)
-        if weights.magnitude is not None:
+        if isinstance(weights.variant, DoRA):
             weights.magnitude.data *= 1 + 0.1 * torch.randn(weights.magnitude.shape, generator=generator)
     wrap_layers(real, adapter.layers)
     activate(real, adapter)

@@ -28,6 +28,7 @@ import qlora.model.shards
 import qlora.model.weights
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora
+from qlora.model.base import base_info
 from qlora.model.gguf_source import GGUFSource
 from qlora.model.hf_config import load_config, metadata_directory
 from qlora.model.load import cached_compute_dtype, load_base_model
@@ -178,12 +179,12 @@ def test_4bit_against_transformers(llama: Path, quant: QuantConfig) -> None:
     expected = logits(reference_model(llama, quant))
     assert relative_error(logits(model), expected) < FP32_TOLERANCE
     assert relative_error(logits(reference_model(llama, None)), expected) > 0.02
-    assert model.quantization == quant and model.compute_dtype is torch.float32
+    assert base_info(model).quantization == quant and base_info(model).compute_dtype is torch.float32
 
 
 def test_bf16_compute_against_transformers(llama: Path) -> None:
     model = load(llama, compute_dtype="bfloat16")
-    assert model.compute_dtype is torch.bfloat16 and logits(model).dtype is torch.bfloat16
+    assert base_info(model).compute_dtype is torch.bfloat16 and logits(model).dtype is torch.bfloat16
     expected = logits(reference_model(llama, QuantConfig()).to(torch.bfloat16))
     assert relative_error(logits(model), expected) < BF16_TOLERANCE
 
@@ -200,7 +201,7 @@ def test_without_4bit_equals_transformers_in_bf16(llama: Path) -> None:
     model = load(llama, use_4bit=False)
     expected = reference_model(llama, None)
     assert relative_error(logits(model), logits(expected)) < FP32_TOLERANCE
-    assert model.quantization is None
+    assert base_info(model).quantization is None
     theirs = dict(expected.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.float(), theirs[name])
@@ -406,7 +407,7 @@ def test_cache_is_keyed_by_the_options(llama: Path, fresh_cache: Path) -> None:
         assert len(list(fresh_cache.iterdir())) == number
     for quant, expected in zip(options, fresh, strict=True):
         cached = load(llama, quant=quant)
-        assert cached.quantization == quant
+        assert base_info(cached).quantization == quant
         assert_same_tensors(packed_bytes(cached), expected)
 
 
@@ -477,19 +478,17 @@ def test_cache_is_written_whole_or_not_at_all(
     llama: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """A disk that fills up leaves nothing behind, and the next start writes it again."""
-    import safetensors.torch
+    write, failed = qlora.model.shards._write_file, []
 
-    save, failed = safetensors.torch.save_file, []
-
-    def failing(tensors: Any, file: Path, **options: Any) -> None:
-        save(tensors, file, **options)
+    def failing(file: Path, *tensors: Any) -> None:
+        write(file, *tensors)
         failed.append(file)
         if moment == "weights":
             os.truncate(file, 1000)
             raise OSError(28, "No space left on device")
         (Path(file).parent / "config.json").mkdir()  # writing the config fails
 
-    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    monkeypatch.setattr(qlora.model.shards, "_write_file", failing)
     with pytest.raises(OSError):
         load(llama)
     assert failed and [path.suffix for path in fresh_cache.iterdir()] == [".lock"]
@@ -574,7 +573,7 @@ def test_prequantized_checkpoint(llama: Path, prequantized: Path, fresh_cache: P
         if isinstance(module, Linear4bit):
             assert torch.equal(module.weight.data, stored[f"{name}.weight"])
             assert torch.equal(module.weight.quant_state.absmax, stored[f"{name}.weight.absmax"])
-    assert model.quantization == QuantConfig() and not fresh_cache.exists()
+    assert base_info(model).quantization == QuantConfig() and not fresh_cache.exists()
     assert_same_tensors(packed_bytes(model), packed_bytes(load(llama)))
     assert relative_error(logits(model), logits(reference_model(llama, QuantConfig()))) < FP32_TOLERANCE
     assert not hasattr(model.config, "quantization_config")
@@ -588,7 +587,7 @@ def test_prequantized_with_other_options(llama: Path, tmp_path: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(llama, quantization_config=options, dtype=torch.float32)
     theirs.save_pretrained(tmp_path / "fp4")
     model = load(tmp_path / "fp4", quant=QuantConfig("nf4"))
-    assert model.quantization == QuantConfig("fp4", double_quant=False)
+    assert base_info(model).quantization == QuantConfig("fp4", double_quant=False)
     expected = logits(reference_model(llama, QuantConfig("fp4", double_quant=False)))
     assert relative_error(logits(model), expected) < FP32_TOLERANCE
 
@@ -1036,10 +1035,8 @@ def test_real_gguf_against_transformers(smollm2: str, own_cache: Path, monkeypat
 MEASURE_LOADING = """
 import re, sys
 import qlora.model.load
-import qlora.model.shards
 import qlora.model.weights
 def memory(name): return 1024 * int(re.search(name + ":(.*) kB", open("/proc/self/status").read())[1])
-qlora.model.shards.SHARD_BYTES = 1 << 20  # else all of this model waits to be written
 qlora.model.load.load_base_model(sys.argv[1], compute_dtype="float32")  # libraries, kernels
 model = None
 for cache in (True, True, False):
@@ -1189,7 +1186,7 @@ def test_the_compute_dtype_is_measured_once(
 
     monkeypatch.setattr(module, "choose_compute_dtype", noisy)
     found = [
-        load_base_model(str(llama), compute_dtype="auto", cache=cache).compute_dtype
+        base_info(load_base_model(str(llama), compute_dtype="auto", cache=cache)).compute_dtype
         for cache in (False, True, True, False)
     ]
     assert found == [torch.bfloat16, *[torch.float32] * 3]  # what is not to be remembered is measured again

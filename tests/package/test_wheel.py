@@ -167,7 +167,7 @@ def test_the_changelog_tells_of_this_version() -> None:
 
 def test_help_lists_every_command(installed: Path, strangers: Path) -> None:
     shown = run(installed / "bin" / "qlora", "--help", cwd=strangers, PYTHONPATH=str(installed)).stdout
-    assert "usage: " in shown
+    assert "usage: qlora COMMAND" in shown
     missing = [command for command in COMMANDS if not re.search(rf"\b{command}\b", shown)]
     assert missing == []
 
@@ -176,14 +176,14 @@ def test_help_lists_every_command(installed: Path, strangers: Path) -> None:
 def test_each_command_has_help(command: str, installed: Path, strangers: Path) -> None:
     words = [*command.split(), "--help"]
     shown = run(installed / "bin" / "qlora", *words, cwd=strangers, PYTHONPATH=str(installed)).stdout
-    assert "usage: " in shown
+    assert f"usage: qlora {command}" in shown
 
 
 def test_python_m_qlora_takes_no_stranger(installed: Path, strangers: Path) -> None:
     """Python puts the current directory first on the path."""
     for command in ("train", "eval"):
         words = [sys.executable, "-m", "qlora", command, "--help"]
-        assert "usage: " in run(*words, cwd=strangers, PYTHONPATH=str(installed)).stdout
+        assert f"usage: python -m qlora {command}" in run(*words, cwd=strangers, PYTHONPATH=str(installed)).stdout
 
 
 def test_a_run_from_plan_to_score(installed: Path, strangers: Path) -> None:

@@ -7,18 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import train
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
+from qlora.config.watching import WatchingConfig
 from qlora.data.example import IGNORE_INDEX
+from qlora.model.base import BaseInfo, ranks_of
 from qlora.model.fingerprint import sample_weight
 from qlora.parallel.launch import arrange_ranks
 from qlora.system.errors import InputError
-from qlora.system.ranks import Ranks, ranks_of
+from qlora.system.ranks import Ranks
 from qlora.training.step import in_lockstep
 
 CPU = torch.device("cpu")
@@ -72,14 +74,14 @@ def test_processes_that_do_not_divide(settings: dict[str, Any], size: int, words
         (LoRAConfig(use_adalora=True), {"tensor_parallel": 2}, "--use-adalora needs the whole base"),
         (ModelConfig(use_4bit=False), {"tensor_parallel": 4}, "--no-4bit needs the whole base"),
         (
-            TrainConfig(best_metric="exact_match", eval_every=1),
+            WatchingConfig(best_metric="exact_match", eval_every=1),
             {"shard": "fsdp"},
             "--best-metric exact_match needs",
         ),
     ],
 )
 def test_what_a_split_base_cannot_do(part: Any, parallel: dict[str, Any], words: str) -> None:
-    section = {LoRAConfig: "lora", ModelConfig: "model", TrainConfig: "train"}[type(part)]
+    section = {LoRAConfig: "lora", ModelConfig: "model", WatchingConfig: "watching"}[type(part)]
     config = RunConfig(**{section: part}, parallel=ParallelConfig(**parallel))
     config.data.eval_split = 0.1
     with pytest.raises(InputError, match=words):
@@ -99,9 +101,10 @@ def test_neighbours_compute_together() -> None:
     assert {r.data_size for r in ranks} == {3} and all(r.is_split for r in ranks)
     alone = Ranks(3, 4)
     assert (alone.data_rank, alone.data_size, alone.is_split) == (3, 4, False)
-    model = SimpleNamespace(ranks=ranks[3])
+    model, plain = nn.Module(), nn.Module()
+    model.base_info = BaseInfo("base", None, torch.float32, ranks[3], {})
     assert ranks_of(model, processes(0, 1)) is ranks[3]
-    assert ranks_of(SimpleNamespace(), processes(1, 2)) == Ranks(1, 2)
+    assert ranks_of(plain, processes(1, 2)) == Ranks(1, 2)
 
 
 def test_who_has_fewer_micro_batches_adds_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,9 @@ def test_dense_weights_and_biases_are_cut_alike() -> None:
 
 def adapted(layer: Linear4bit, dropout: float, dtype: torch.dtype = torch.float32) -> LoRALinear:
     lora = LoRALinear(layer, 8, 16.0, dropout, dtype, generator=torch.Generator().manual_seed(1))
-    lora.lora_B.data.copy_(torch.randn(lora.lora_B.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    lora.weights.lora_B.data.copy_(
+        torch.randn(lora.weights.lora_B.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+    )
     return lora.train()
 
 
@@ -105,8 +107,10 @@ def test_parts_of_a_layer_add_up(dim: int, dropout: float) -> None:
         with torch.no_grad():
             torch.testing.assert_close(layer.eval()(x), layer(x))
             answered = layer(x)
-        assert layer.lora_A.grad is not None and layer.lora_B.grad is not None and x.grad is not None
-        return y.detach(), answered, x.grad, layer.lora_A.grad, layer.lora_B.grad
+        assert (
+            layer.weights.lora_A.grad is not None and layer.weights.lora_B.grad is not None and x.grad is not None
+        )
+        return y.detach(), answered, x.grad, layer.weights.lora_A.grad, layer.weights.lora_B.grad
 
     y, answered, dx, dA, dB = compute(adapted(Linear4bit(whole, None), dropout), x, dy)
     parts = []
@@ -131,8 +135,8 @@ def test_gradients_of_bf16_adapters_leave_in_fp32() -> None:
     layer.part = Part(0, 1, 2)
     lora = adapted(layer, 0.0, torch.bfloat16)
     lora(torch.randn(3, 128)).sum().backward()
-    gradient = lora.lora_B.grad
-    assert gradient is not None and gradient.dtype == torch.float32 and lora.lora_B.dtype == torch.bfloat16
+    gradient = lora.weights.lora_B.grad
+    assert gradient is not None and gradient.dtype == torch.float32 and lora.weights.lora_B.dtype == torch.bfloat16
     assert not gradient[:64].any() and gradient[64:].all()
     assert not torch.equal(gradient, gradient.bfloat16().float())
 

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapters.peft_files import save_adapter
+from qlora.config.generate import Sampling
 from qlora.config.lora import LoRAConfig
+from qlora.config.merge import MergeOptions
 from qlora.data.batches import Batch, collate_packed, collate_padded
 from qlora.data.encode import encode_prompt
 from qlora.data.example import IGNORE_INDEX, Example
@@ -28,11 +30,11 @@ from qlora.generation import generate, generate_samples
 from qlora.lora.adapter import active_adapter, inject_lora
 from qlora.lora.state import lora_state_dict
 from qlora.lora.trainable import freeze_base, lora_parameters
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.model.safetensors_source import module_name, saved_name
 from qlora.model.weights import dequantized_weights
-from qlora.planning.memory import plan_memory
 from qlora.quant.layers import FrozenMatrix, Linear4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
@@ -42,6 +44,7 @@ from tests.model.test_load import assert_same_tensors, packed_bytes, reference_m
 from tests.models import TINY
 from tests.planning.test_memory import kept_by_layer
 from tests.reference import relative_error
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 VOCAB = 269  # the tiny tokenizer's
@@ -146,7 +149,7 @@ def write_out(model: Any, state: dict[str, Tensor]) -> list[nn.Parameter]:
             parent, _, child = name.rpartition(".")
             layer = WrittenOut(model.get_submodule(name), state[key], state[f"{name}.lora_B.weight"])
             setattr(model.get_submodule(parent), child, layer)
-            parameters += [layer.lora_A, layer.lora_B]
+            parameters += [layer.weights.lora_A, layer.weights.lora_B]
     return parameters
 
 
@@ -252,8 +255,8 @@ def test_greedy_generation(family: str, make: Maker) -> None:
                 ids.append(int(plain(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
         expected.append(tokenizer.decode(ids[start:], skip_special_tokens=True).strip())
     assert any(expected)
-    assert generate(model, tokenizer, chats, max_new_tokens=8) == expected
-    twice = generate_samples(model, tokenizer, chats, 2, max_new_tokens=8)  # the prompts computed beforehand
+    assert generate(model, tokenizer, chats, Sampling(8)) == expected
+    twice = generate_samples(model, tokenizer, chats, 2, Sampling(8))  # the prompts computed beforehand
     assert twice == [[text, text] for text in expected]
 
 
@@ -283,7 +286,7 @@ def test_cache_gives_the_same_model(family: str, make: Maker, tmp_path: Path, mo
     assert_same_tensors(packed_bytes(second), packed_bytes(first))
     assert_same_tensors(dict(second.named_parameters()), dict(first.named_parameters()))
     assert_same_tensors(packed_bytes(first), packed_bytes(load(make(family))))
-    assert second.quantization == QuantConfig()
+    assert base_info(second).quantization == QuantConfig()
 
 
 def test_a_trained_router_is_merged(make: Maker, tmp_path: Path) -> None:
@@ -294,7 +297,9 @@ def test_a_trained_router_is_merged(make: Maker, tmp_path: Path) -> None:
     for parameter in trained.values():
         parameter.data.add_(1.0)
     save_adapter(model, tmp_path / "adapter", config)
-    merge_adapter(str(make("mixtral")), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(make("mixtral")), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert len(trained) > 0
     for name, parameter in trained.items():
@@ -306,7 +311,9 @@ def test_merged_model_loads_in_transformers(family: str, make: Maker, tmp_path: 
     """Every parameter is bf16(dequantized + update), under the name that transformers saves it by."""
     model = adapt(load(make(family)))
     save_adapter(model, tmp_path / "adapter", CONFIG)
-    merge_adapter(str(make(family)), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(make(family)), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     stored, merged = (load_file(path / "model.safetensors") for path in (make(family), tmp_path / "merged"))
     assert merged.keys() == stored.keys()
     expected = reference_model(make(family), QuantConfig())

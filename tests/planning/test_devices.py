@@ -23,15 +23,16 @@ from benchmarks.roofline import useful_flops
 from qlora.cli.main import main
 from qlora.config.data import DataConfig
 from qlora.config.devices import DevicesConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
 from qlora.data.batches import collate_packed
 from qlora.data.example import Example
 from qlora.lora.adapter import inject_lora
 from qlora.lora.trainable import base_parameters, freeze_base
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model
 from qlora.model.loss import causal_lm_loss
 from qlora.parallel.fsdp import load_sharded_model
@@ -104,8 +105,8 @@ def run_config(
         ModelConfig(name, compute_dtype="float32"),
         LoRAConfig(**lora),
         DataConfig(max_length=LENGTH),
-        TrainConfig(**{"batch_size": 1, "gradient_checkpointing": "off", **(train or {})}),
-        ParallelConfig(**(parallel or {})),
+        LoopConfig(**{"batch_size": 1, "gradient_checkpointing": "off", **(train or {})}),
+        parallel=ParallelConfig(**(parallel or {})),
     )
 
 
@@ -383,10 +384,11 @@ def test_a_run_plans_what_the_plan_says(even_model: str, parallel: dict[str, Any
         model = load_for_ranks(even_model, ranks, here, compute_dtype="float32", cache=False, check=False)
         inject_lora(model, config.lora)
         freeze_base(model)
-        model.ranks = replace(ranks, cpu_offload=offload)  # without a GPU FSDP2 refuses to do it
+        ranks = replace(ranks, cpu_offload=offload)  # without a GPU FSDP2 refuses to do it
+        model.base_info = replace(base_info(model), ranks=ranks)
         for mode in ("off", "on"):
-            train = replace(config.train, gradient_checkpointing=mode)
-            plan = planner.plan(replace(config, train=train), DevicesConfig(gpus=size))
+            loop = replace(config.loop, gradient_checkpointing=mode)
+            plan = planner.plan(replace(config, loop=loop), DevicesConfig(gpus=size))
             _, found = choose_recomputed_layers(model, mode, plan.num_tokens, 1, here, lambda line: None)
             assert found == plan.memory
             passing = found.activations + found.logits + found.workspace

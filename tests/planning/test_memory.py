@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
-from qlora.config.train import TrainConfig
 from qlora.lora.adapter import inject_lora, lora_layers
 from qlora.lora.trainable import freeze_base
 from qlora.model.attention import packed_arguments
+from qlora.model.base import base_info
 from qlora.model.block import decoder_layers, is_fused
 from qlora.model.load import load_base_model
 from qlora.planning.memory import (
@@ -27,7 +28,6 @@ from qlora.planning.memory import (
     choose_recomputed,
     differentiated_layers,
     layer_bytes,
-    plan_memory,
 )
 from qlora.system import device
 from qlora.system.device import best_device, choose_compute_dtype
@@ -36,6 +36,7 @@ from qlora.system.memory import GIB, available_memory, peak_memory_gib
 from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama, tiny_llama_config
+from tests.shortcuts import plan_memory
 
 CPU = torch.device("cpu")
 REPOSITORY = Path(__file__).parents[2]
@@ -112,7 +113,9 @@ def test_a_layer_against_autograd(
     assert is_fused(decoder_layers(model)[1]) == fused
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     planned = num_tokens * layer_bytes(model.config, getattr(torch, dtype), adapted, fused)
-    assert adapter_bytes(model, getattr(torch, dtype)) == 3 * num_adapters * model.compute_dtype.itemsize
+    assert (
+        adapter_bytes(model, getattr(torch, dtype)) == 3 * num_adapters * base_info(model).compute_dtype.itemsize
+    )
     measured = kept_by_layer(model, num_tokens)
     assert measured[2] > measured[0] > 0  # below the first adapter the input needs no gradient
     assert 0.97 < planned / measured[2] < 1.01
@@ -217,13 +220,13 @@ def test_as_few_layers_as_needed(mode: str, limit: int, expected: int) -> None:
     [("4GiB", 4 * 2**30), ("3.5GB", 3_500_000_000), ("800 MiB", 800 * 2**20), ("0.5TB", 5 * 10**11)],
 )
 def test_a_budget_is_read_in_bytes(text: str, size: int) -> None:
-    assert TrainConfig(memory_budget=text).memory_budget_bytes == size
+    assert LoopConfig(memory_budget=text).memory_budget_bytes == size
 
 
 @pytest.mark.parametrize("text", ["", "4", "4G", "0GiB", "-1GiB", "1e3GB", "GiB", "lots", "4GiB or so"])
 def test_a_budget_that_is_no_size_is_named(text: str) -> None:
     with pytest.raises(InputError, match=f"memory_budget is '{text}'; give --memory-budget a size such as 4GiB"):
-        TrainConfig(memory_budget=text)
+        LoopConfig(memory_budget=text)
 
 
 # ---- the whole plan ---------------------------------------------------------------------------------------

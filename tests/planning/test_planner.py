@@ -12,22 +12,25 @@ import torch
 
 from qlora.cli.main import main
 from qlora.config.data import DataConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
+from qlora.config.optimizer import OptimizerConfig
 from qlora.config.run import RunConfig
-from qlora.config.train import TrainConfig
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import inject_lora
 from qlora.lora.trainable import freeze_base, parameter_summary
+from qlora.model.base import base_info
 from qlora.model.load import load_base_model, plan_base_model
 from qlora.model.tokenizer import load_tokenizer
-from qlora.planning.memory import plan_memory, plan_recomputing
+from qlora.planning.memory import plan_recomputing
 from qlora.planning.planner import Planner
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
 from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 
 TOKENS = 96
@@ -46,9 +49,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def adapted(model: Any, name: str, lora: LoRAConfig) -> Any:
     tokenizer = None
-    if lora.added_tokens:
+    if lora.new_tokens:
         tokenizer = load_tokenizer(name)
-        add_tokens(tokenizer, lora.added_tokens)
+        add_tokens(tokenizer, lora.new_tokens)
     inject_lora(model, lora, tokenizer=tokenizer)
     freeze_base(model)
     return model
@@ -58,14 +61,14 @@ def assert_same_plan(name: str, model: ModelConfig, lora: LoRAConfig, cache: boo
     """Every component, with any number of layers recomputed, of the loaded model and of its config."""
     quant, dtype = QuantConfig(model.quant_type, model.double_quant), model.compute_dtype
     loaded = adapted(load_base_model(name, model.use_4bit, quant, dtype, cache=cache), name, lora)
-    config = RunConfig(replace(model, model=name), lora, DataConfig(max_length=TOKENS), TrainConfig(batch_size=1))
+    config = RunConfig(replace(model, model=name), lora, DataConfig(max_length=TOKENS), LoopConfig(batch_size=1))
     planned = Planner(name, "cpu").plan(config)
-    assert planned.memory == plan_memory(loaded, TOKENS, loaded.compute_dtype)
+    assert planned.memory == plan_memory(loaded, TOKENS, base_info(loaded).compute_dtype)
     assert planned.summary == parameter_summary(loaded)
     empty = adapted(plan_base_model(name, model.use_4bit, quant, dtype), name, lora)
     assert all(p.is_meta for p in empty.parameters())
-    assert plan_recomputing(empty, TOKENS, empty.compute_dtype) == plan_recomputing(
-        loaded, TOKENS, loaded.compute_dtype
+    assert plan_recomputing(empty, TOKENS, base_info(empty).compute_dtype) == plan_recomputing(
+        loaded, TOKENS, base_info(loaded).compute_dtype
     )
 
 
@@ -151,9 +154,9 @@ def test_a_run_recomputes_what_its_plan_says(untied: Path) -> None:
     loaded = adapted(load_base_model(name, compute_dtype="float32", cache=False), name, LoRAConfig())
     totals = [plan.total for plan in plan_recomputing(loaded, TOKENS, torch.float32)]
     for budget, expected in ((totals[0], 0), (totals[1], 1), (min(totals) - 2**20, 2)):
-        train = TrainConfig(batch_size=1, memory_budget=f"{budget / 2**20:.9f}MiB")
+        train = LoopConfig(batch_size=1, memory_budget=f"{budget / 2**20:.9f}MiB")
         if budget != train.memory_budget_bytes:  # rounded down
-            train = TrainConfig(batch_size=1, memory_budget=f"{(budget + 1) / 2**20:.9f}MiB")
+            train = LoopConfig(batch_size=1, memory_budget=f"{(budget + 1) / 2**20:.9f}MiB")
         model = ModelConfig(model=name, compute_dtype="float32")
         plan = Planner(name, "cpu").plan(RunConfig(model, LoRAConfig(), DataConfig(max_length=TOKENS), train))
         share, _ = choose_recomputed_layers(
@@ -176,12 +179,13 @@ def test_half_of_the_device_is_left_free(untied: Path) -> None:
 
 
 def config_of(**train: Any) -> RunConfig:
-    settings = dict(batch_size=4, gradient_checkpointing="off", optim="adamw")
+    settings = dict(batch_size=4, gradient_checkpointing="off")
     return RunConfig(
         ModelConfig(compute_dtype="float32", use_4bit=False),
         LoRAConfig(rank=32, target_modules="all-linear"),
         DataConfig(max_length=512),
-        TrainConfig(**{**settings, **train}),
+        LoopConfig(**{**settings, **train}),
+        OptimizerConfig(optim="adamw"),
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qlora.report.curve import plot_loss, read_metrics
-from qlora.training.display import RunDisplay, format_seconds
+from qlora.training.display import Display, format_seconds
 
 LINE = {"step": 1, "loss": 2.0, "tokens_per_second": 1234.5, "peak_memory_gib": 1.5}
 SAMPLE = {"step": 100, "prompt": "Hi", "completion": "Hello", "expected": "Hello!"}
@@ -20,7 +20,7 @@ SAMPLE = {"step": 100, "prompt": "Hi", "completion": "Hello", "expected": "Hello
 def test_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """About twenty lines for a run of any length, the last step always, evaluations always."""
     now = iter(range(1000))
-    display = RunDisplay(total_steps=105, planned_gib=1.25, clock=lambda: next(now))
+    display = Display(total_steps=105, planned_gib=1.25, clock=lambda: next(now))
     for step in range(1, 106):
         display.show({**LINE, "step": step, "loss": 100.0 if step == 1 else 2.0})
     display.show({"step": 105, "eval_loss": 1.25})
@@ -37,7 +37,7 @@ def test_lines_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_time_left_is_measured_from_this_start_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     """Resumed at step 90 of 100; the evaluation and the samples before its first step count for nothing."""
     now = [1000.0]
-    display = RunDisplay(total_steps=100, start_step=90, clock=lambda: now[0])
+    display = Display(total_steps=100, start_step=90, clock=lambda: now[0])
     now[0] += 500  # an evaluation, which a resumed run may begin with
     display.show({"step": 90, "eval_loss": 1.0, "exact_match": 0.75})
     now[0] += 300
@@ -59,10 +59,10 @@ def test_seconds_in_words() -> None:
     ]  # fmt: skip
 
 
-def on_terminal(width: int) -> tuple[RunDisplay, io.StringIO]:
+def on_terminal(width: int) -> tuple[Display, io.StringIO]:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=width, soft_wrap=True, markup=False, emoji=False)
-    return RunDisplay(200, 100, planned_gib=1.25, console=console, clock=iter(range(1000)).__next__), screen
+    return Display(200, 100, planned_gib=1.25, console=console, clock=iter(range(1000)).__next__), screen
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -86,7 +86,7 @@ def test_the_bar_on_a_terminal(width: int) -> None:
 
 def test_a_sample_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     """Markup, emoji names, escape sequences and line breaks of a model print as themselves, or not at all."""
-    display = RunDisplay(total_steps=9)
+    display = Display(total_steps=9)
     long = "word " * 100 + "end"
     texts = {"prompt": long, "completion": "[bold]a[/nope] :smile: \x1b[31m\nred\x07", "expected": None}
     display.show_samples([{"step": 0, **texts}])
@@ -97,7 +97,7 @@ def test_a_sample_cannot_drive_the_terminal(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_other_processes_are_quiet(capsys: pytest.CaptureFixture[str]) -> None:
-    RunDisplay(total_steps=1, quiet=True).show(LINE)
+    Display(total_steps=1, quiet=True).show(LINE)
     assert capsys.readouterr().out == ""
 
 

@@ -11,11 +11,10 @@ import pytest
 
 from qlora.report import live as live_report
 from qlora.report.live import LiveReport
-from qlora.training.output import RunOutput
 from tests.models import save_tiny_llama
 from tests.pages import Page, train_line, write_run
+from tests.training.outputs import begin
 from tests.training.test_checkpoint import adapted
-from tests.training.test_output import begin
 
 EVALUATION = {"step": 2, "eval_loss": 1.5}
 
@@ -148,7 +147,7 @@ def test_a_page_that_cannot_be_made_ends_no_run(
         raise ZeroDivisionError("of all things")
 
     monkeypatch.setattr(live_report, "write_report", write_report)
-    output: RunOutput = begin(tmp_path, adapted(tiny))
+    output = begin(tmp_path, adapted(tiny))
     output.log(train_line(1))
     output.close()
     assert "report.html could not be made (of all things)" in capsys.readouterr().out

@@ -18,10 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
+import train as program
+from qlora.cli import exits
 from qlora.lora.trainable import lora_parameters
-from qlora.system.errors import StoppedOnRequest, TrainingStopped
+from qlora.system.errors import TrainingStopped
 from qlora.training.checkpoint import list_checkpoints, read_state
-from qlora.training.output import RunOutput
 from qlora.training.progress import Progress
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
@@ -67,6 +68,13 @@ def train(*arguments: str) -> tuple[int, str, str]:
     return finish(start(*arguments))
 
 
+def train_here(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """As `train`, in this process: for a run that is not hurt, and needs no second start of Python."""
+    capsys.readouterr()
+    code = exits.run(program.main, arguments)
+    return code, *capsys.readouterr()
+
+
 def read_lines(directory: Path) -> list[dict[str, Any]]:
     text = (directory / "metrics.jsonl").read_text() if (directory / "metrics.jsonl").is_file() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
@@ -95,7 +103,7 @@ def check_whole(directory: Path, last_step: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_the_step_saves_and_exits(
-    job: list[str], tmp_path: Path, number: signal.Signals
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
     process = start(*job, *ENDLESS, "--output-dir", str(out))
@@ -110,7 +118,8 @@ def test_a_signal_finishes_the_step_saves_and_exits(
     assert (out / "adapter_model.safetensors").is_file() and (out / "loss.png").is_file()
 
     if number == signal.SIGTERM:  # and it does go on, to its end
-        code, said, err = train(*job, "--max-steps", str(steps + 2), "--output-dir", str(out), "--resume", "auto")
+        on = ["--max-steps", str(steps + 2), "--output-dir", str(out), "--resume", "auto"]
+        code, said, err = train_here(capsys, *job, *on)
         assert code == 0, err
         assert f"{steps} steps done" in said and "planned for 100000 steps, now for" in said
         check_whole(out, steps + 2)
@@ -194,8 +203,8 @@ def test_a_clock_that_jumps_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert stop() is None
     monkeypatch.setattr(time, "time", lambda: -(10**12))
     assert stop() is None
-    for module in ("trainer", "output", "checkpoint", "interrupt", "report"):
-        assert "time.time(" not in (ROOT / "qlora" / f"{module}.py").read_text()
+    files = list((ROOT / "qlora").rglob("*.py"))
+    assert len(files) > 100 and not any("time.time(" in file.read_text() for file in files)
 
 
 # ---- disks ------------------------------------------------------------------------------------------------
@@ -239,19 +248,23 @@ def test_a_disk_that_fills_up_costs_nothing(job: list[str], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_read_only_output_is_refused_before_any_work(job: list[str], tmp_path: Path) -> None:
+def test_a_read_only_output_is_refused_before_any_work(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with small_disk(tmp_path / "disk", "ro,size=1m") as disk:
-        code, _, err = train(*job, "--output-dir", str(disk / "out"))
+        code, _, err = train_here(capsys, *job, "--output-dir", str(disk / "out"))
     assert code == 2
     assert re.fullmatch(r"error: --output-dir \S+ cannot be written \(.*Read-only.*\); choose another\.\n", err)
 
 
 @pytest.mark.slow
-def test_a_second_run_in_the_same_directory_is_refused(job: list[str], tmp_path: Path) -> None:
+def test_a_second_run_in_the_same_directory_is_refused(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "out"
     process = start(*job, *ENDLESS, "--output-dir", str(out))
     await_steps(process, out, 1)
-    code, _, err = train(*job, "--output-dir", str(out), "--resume", "auto")
+    code, _, err = train_here(capsys, *job, "--output-dir", str(out), "--resume", "auto")
     assert code == 2 and err.startswith("error: Another run is writing to --output-dir")
     process.terminate()
     assert finish(process)[0] == 4
@@ -265,7 +278,7 @@ import contextlib, json, resource, sys
 import numpy, psutil, torch
 import matplotlib.pyplot
 import qlora.training.loop, train
-fit = qlora.training.loop.fit
+fit = qlora.training.loop.Trainer.fit
 def grow_stack():
     # Where the stack itself cannot grow, the kernel sends SIGSEGV and no code of ours is asked.
     limit = sys.getrecursionlimit()
@@ -281,7 +294,7 @@ def limited_fit(*arguments, **options):
     limit = psutil.Process().memory_info().vms + room if room else resource.RLIM_INFINITY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     fit(*arguments, **options)
-qlora.training.loop.fit = limited_fit
+qlora.training.loop.Trainer.fit = limited_fit
 from qlora.cli.exits import run
 sys.exit(run(train.main, sys.argv[2:]))
 """
@@ -356,22 +369,6 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(
     assert saved == [2] and freed == [True]
 
 
-def test_an_end_that_fails_does_not_hide_why_training_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def close(_output: RunOutput, is_done: bool) -> None:
-        assert not is_done
-        raise MemoryError
-
-    monkeypatch.setattr(RunOutput, "close", close)
-    for error, seen in (
-        (TrainingStopped("It stopped."), "It stopped. MemoryError."),
-        (RuntimeError("a bug"), "a bug"),
-        (StoppedOnRequest("asked"), ""),
-    ):
-        with pytest.raises((type(error), MemoryError)) as raised, RunOutput.__new__(RunOutput):
-            raise error
-        assert str(raised.value) == seen  # a request ends with the failure: its state is not written
-
-
 # ---- processes --------------------------------------------------------------------------------------------
 
 
@@ -412,7 +409,9 @@ def test_two_processes_stop_together(job: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_process_ends_the_others_with_the_cause(job: list[str], tmp_path: Path, victim: int) -> None:
+def test_a_dead_process_ends_the_others_with_the_cause(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], victim: int
+) -> None:
     """SIGKILL for one of two; the other names it within 30 s, and one process goes on with the same windows."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3"]
@@ -432,7 +431,8 @@ def test_a_dead_process_ends_the_others_with_the_cause(job: list[str], tmp_path:
     assert "exitcode" in err and "-9" in err  # the launcher names the rank that died
     done = read_state(list_checkpoints(out)[-1])["progress"].step
     assert done >= 1
-    code, said, err = train(*flags, "--batch-size", "8", "--max-steps", str(done + 2), "--resume", "auto")
+    on = ["--batch-size", "8", "--max-steps", str(done + 2), "--resume", "auto"]
+    code, said, err = train_here(capsys, *flags, *on)
     assert code == 0, err
     assert f"{done} steps done" in said
     check_whole(out, done + 2)

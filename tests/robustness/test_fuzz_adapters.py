@@ -34,12 +34,14 @@ import qlora.system.files
 import train
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import CONFIG, PREFIX, WEIGHTS
+from qlora.adapters.peft_config import PREFIX
 from qlora.adapters.provenance import adapter_quantization
 from qlora.cli.exits import run as run_main
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, active_adapter, lora_layers
+from qlora.lora.slot import slot_of
 from qlora.lora.trainable import lora_parameters
+from qlora.model.base import base_info
 from qlora.model.gguf_source import GGUFSource
 from qlora.model.hf_config import load_config
 from qlora.model.load import load_base_model
@@ -50,6 +52,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.storage import unpack_tensors
 from qlora.quant.weight import QuantConfig, dequantize_weight
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import JSON_LIMIT
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
@@ -87,7 +90,7 @@ def adapted(llama: Path) -> Any:
     network = load_base_model(str(llama), compute_dtype="float32", cache=False)
     model = get_lora_model(network, LoRAConfig(rank=4, adapter_dtype="float32"), base_model=str(llama)).model
     for layer in lora_layers(model).values():
-        nn.init.normal_(layer.lora_B, std=0.1)
+        nn.init.normal_(layer.weights.lora_B, std=0.1)
     return model
 
 
@@ -207,7 +210,7 @@ def edit_state(directory: Path, change: Callable[[dict[str, Tensor]], Any]) -> N
 def test_the_good_ones_load(base: Any, adapted: Any, varied: Any, whole: Path, whole_variant: Path) -> None:
     """Otherwise every refusal below could have another reason; and a loaded one is noticed."""
     other = copy.deepcopy(varied.model)
-    other.model.layers[0].self_attn.q_proj.lora_B.data.zero_()
+    other.model.layers[0].self_attn.q_proj.weights.lora_B.data.zero_()
     for model, directory in ((base, whole), (adapted, whole), (base, whole_variant), (other, whole_variant)):
         model = copy.deepcopy(model)
         before = State(model)
@@ -345,25 +348,25 @@ def rename(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
 A, B = f"{Q0}.lora_A.weight", f"{Q0}.lora_B.weight"
 TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] = {
     "int8": (to(torch.int8), ("int8", "save it in float32")),
-    "one int8": (lambda s: s.update({A: s[A].to(torch.int8)}), ("q_proj.lora_A.weight in int8",)),
+    "one int8": (lambda s: s.update({A: s[A].to(torch.int8)}), ("q_proj.weights.lora_A.weight in int8",)),
     "float64": (to(torch.float64), ("float64", "save it in float32")),
     "float8": (to(torch.float8_e4m3fn), ("float8_e4m3fn", "save it in float32")),
     "bool": (to(torch.bool), ("bool", "save it in float32")),
     "complex": (to(torch.complex64), ("complex64", "save it in float32")),
-    "swapped": (lambda s: s.update({A: s[B], B: s[A]}), ("q_proj.lora_A.weight is (32, 4)",)),
-    "transposed": (lambda s: s.update({A: s[A].T, B: s[B].T}), ("q_proj.lora_A.weight is (32, 4)",)),
-    "NaN": (lambda s: s[B][1].fill_(torch.nan), ("q_proj.lora_B.weight holds NaN or infinity",)),
-    "infinity": (lambda s: s[A][1].fill_(-torch.inf), ("q_proj.lora_A.weight holds NaN or infinity",)),
-    "missing B": (lambda s: s.pop(B), ("missing model.layers.0.self_attn.q_proj.lora_B.weight",)),
+    "swapped": (lambda s: s.update({A: s[B], B: s[A]}), ("q_proj.weights.lora_A.weight is (32, 4)",)),
+    "transposed": (lambda s: s.update({A: s[A].T, B: s[B].T}), ("q_proj.weights.lora_A.weight is (32, 4)",)),
+    "NaN": (lambda s: s[B][1].fill_(torch.nan), ("q_proj.weights.lora_B.weight holds NaN or infinity",)),
+    "infinity": (lambda s: s[A][1].fill_(-torch.inf), ("q_proj.weights.lora_A.weight holds NaN or infinity",)),
+    "missing B": (lambda s: s.pop(B), ("missing model.layers.0.self_attn.q_proj.weights.lora_B.weight",)),
     "extra layer": (lambda s: s.update({A.replace("0", "9"): s[A] + 1}), ("layers.9.self_attn.q_proj",)),
     "extra tensor": (lambda s: s.update({"x": torch.ones(1)}), ("x among 9 tensors", "save the adapter again")),
     "no name": (rename(A, f"{PREFIX}.lora_A.weight"), ("is no linear layer",)),
     "line break": (rename(A, f"{Q0}\n.lora_A.weight"), ("not LoRA tensors in PEFT's names",)),
     "escape": (rename(A, f"{Q0}\x1b[2J.lora_A.weight"), ("not LoRA tensors in PEFT's names",)),
     "comma": (rename(A, f"{Q0},{V1}.lora_A.weight"), ("is no linear layer",)),
-    "no dimension": (lambda s: s.update({A: torch.tensor(1.0)}), ("q_proj.lora_A.weight is ()",)),
-    "three": (lambda s: s.update({A: s[A][None]}), ("q_proj.lora_A.weight is (1, 4, 32)",)),
-    "no rows": (lambda s: s.update({A: s[A][:0]}), ("q_proj.lora_A.weight is (0, 32)",)),
+    "no dimension": (lambda s: s.update({A: torch.tensor(1.0)}), ("q_proj.weights.lora_A.weight is ()",)),
+    "three": (lambda s: s.update({A: s[A][None]}), ("q_proj.weights.lora_A.weight is (1, 4, 32)",)),
+    "no rows": (lambda s: s.update({A: s[A][:0]}), ("q_proj.weights.lora_A.weight is (0, 32)",)),
     "nothing": (lambda s: s.clear(), ("holds nothing",)),
     "10,000 foreign layers": (
         lambda s: s.update({f"{PREFIX}x{i}.lora_A.weight": torch.ones(4, 1) for i in range(10**4)}),
@@ -413,7 +416,10 @@ FIELDS_OF_VARIANTS: list[tuple[dict[str, Any], str]] = [
     ({"bias": ["all"]}, "bias = ['all'], not none"),
     ({"bias": "all"}, "missing model.layers.0.self_attn.k_proj.bias"),
     ({"rank_pattern": {}}, "v_proj.lora_A.weight is (2, 32) but its layer and rank want (4, 32)"),
-    ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight is (4, 32) but its layer and rank want (3, 32)"),
+    (
+        {"rank_pattern": {"q_proj": 3}},
+        "q_proj.weights.lora_A.weight is (4, 32) but its layer and rank want (3, 32)",
+    ),
     ({"rank_pattern": {"v_proj": 2.5}}, "rank 2.5; give a whole number"),
     ({"rank_pattern": {"v_proj": 0}}, "not names with numbers above 0"),
     ({"rank_pattern": ["v_proj"]}, "not names with numbers above 0"),
@@ -537,7 +543,7 @@ def test_half_precision_keeps_its_digits(base: Any, saved: Path) -> None:
     load_adapter(model, saved)
     stored = load_file(saved / WEIGHTS)
     for name, layer in lora_layers(model).items():
-        assert torch.equal(layer.lora_A, stored[f"{PREFIX}{name}.lora_A.weight"].float())
+        assert torch.equal(layer.weights.lora_A, stored[f"{PREFIX}{name}.lora_A.weight"].float())
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
@@ -704,7 +710,8 @@ def test_parts_of_a_4bit_weight(quantized: Path, tmp_path: Path, kind: str) -> N
 
 def test_the_parts_that_load(quantized: Path) -> None:
     """Unchanged, they do; otherwise the refusals above could have another reason."""
-    assert load_base_model(str(quantized), compute_dtype="float32", cache=False).quantization == QuantConfig()
+    quantized_model = load_base_model(str(quantized), compute_dtype="float32", cache=False)
+    assert base_info(quantized_model).quantization == QuantConfig()
 
 
 def test_a_damaged_cache_is_to_be_deleted(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -948,7 +955,7 @@ def unwrap(model: nn.Module) -> None:
     """Take the adapters off again."""
     layers = lora_layers(model)
     activate(model, None)
-    model.__dict__.pop("_wrapped_layers", None)
+    slot_of(model).wrapped = None
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base_layer)

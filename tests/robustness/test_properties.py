@@ -32,7 +32,7 @@ from qlora.data.batches import (
     make_batches,
     pack_examples,
 )
-from qlora.data.encode import encode_example, encode_prompt
+from qlora.data.encode import encode_prompt
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.data.order import WindowOrder
 from qlora.lora.adapter import inject_lora
@@ -48,12 +48,16 @@ from qlora.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from qlora.training.lines import MetricsFile
-from qlora.training.loop import fit
+from qlora.training.held_out import HeldOut
+from qlora.training.lines import LinesFile, Metrics
+from qlora.training.loop import Limits, Trainer, TrainingData
+from qlora.training.observer import Observer, Stop
 from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
+from qlora.training.saver import Saver
 from qlora.training.schedule import build_schedule
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import SPECIAL_TOKENS, tiny_tokenizer
 
 CASES = int(os.environ.get("QLORA_FUZZ", "60"))
@@ -526,16 +530,21 @@ def train_piece(base: str, directory: Path, plan: Plan, interruption: tuple[int,
     else:
         progress, optimizer = load_checkpoint(checkpoint, model, make_optimizer, {})
     begun_at = progress.step
-    metrics = MetricsFile(directory / "metrics.jsonl", progress)
+    metrics = LinesFile(directory / "metrics.jsonl", progress)
     limit, is_killed = interruption or (10**6, True)
     lines = questions = 0
 
-    def log(line: dict[str, Any]) -> None:
-        nonlocal lines
-        metrics.write(line)
-        lines += 1
-        if is_killed and lines == limit:
-            raise Killed
+    class Killer(Observer):
+        """Ends the run after so many lines of metrics."""
+
+        def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+            nonlocal lines
+            lines += 1
+            if is_killed and lines == limit:
+                raise Killed
+
+        def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+            self.after_step(trainer, line)
 
     schedule = build_schedule(plan.schedule, 1e-2, 2, plan.total_steps)
     is_poisoned = False
@@ -562,29 +571,24 @@ def train_piece(base: str, directory: Path, plan: Plan, interruption: tuple[int,
 
     torch.rand(begun_at + 1)  # the global generator is not where it would be had the run not stopped
     try:
-        fit(
+        rows, held_out = random_rows(plan.num_examples, plan.seed), random_rows(3, plan.seed + 1)
+        observers = [
+            HeldOut(plan.eval_every, stop=stop),
+            Stop(stop),
+            Saver(save, progress, plan.save_every),
+            Metrics(metrics),
+            Killer(),
+        ]
+        Trainer(
             model,
             optimizer,
             learning_rate,
-            random_rows(plan.num_examples, plan.seed),
+            TrainingData(rows, plan.batch_size, plan.grad_accum, 12, plan.packing, plan.seed, held_out),
             Accelerator(),
-            total_steps=plan.total_steps,
-            batch_size=plan.batch_size,
-            grad_accum=plan.grad_accum,
-            max_length=12,
-            packing=plan.packing,
-            max_grad_norm=1.0,
-            seed=plan.seed,
-            progress=progress,
-            eval_examples=random_rows(3, plan.seed + 1),
-            eval_every=plan.eval_every,
-            save_every=plan.save_every,
-            max_skipped=len(plan.poisoned),
-            save=save,
-            log=log,
-            stop=stop,
+            Limits(plan.total_steps, 1.0, len(plan.poisoned)),
+            observers,
             say=lambda line: None,
-        )
+        ).fit(progress)
     finally:
         metrics.close()
     return progress

@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.peft_config import CONFIG, WEIGHTS
 from qlora.adapters.peft_files import read_adapter
 from qlora.adapters.provenance import base_model_of
 from qlora.config.lora import LoRAConfig
-from qlora.data.encode import encode_example, encode_prompt
+from qlora.config.merge import MergeOptions
+from qlora.data.encode import encode_prompt
 from qlora.export.merge import merge_adapter
 from qlora.model.hf_config import load_config
 from qlora.model.load import load_base_model
@@ -37,9 +37,11 @@ from qlora.model.resolve import resolve_model
 from qlora.model.skeleton import empty_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
+from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import is_file_name
 from qlora.system.redact import redact
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import tiny_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -624,7 +626,9 @@ def test_permissions_follow_the_umask(
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "new" / "cache"))
     model = get_lora_model(load_base_model(str(llama), compute_dtype="float32"), LoRAConfig(rank=2))
     model.save(tmp_path / "deep" / "adapter")
-    merge_adapter(str(llama), str(tmp_path / "deep" / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(
+        str(llama), str(tmp_path / "deep" / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False)
+    )
     written = list(tmp_path.rglob("*"))
     assert {"new", "deep", "adapter", "merged", WEIGHTS, "config.json"} <= {path.name for path in written}
     for path in written:
@@ -683,7 +687,7 @@ def test_no_secret_in_adapter_and_card(llama: Path, tmp_path: Path) -> None:
         read_adapter(tmp_path / "adapter").description["base_model_name_or_path"]
         == "https://[redacted]@host/model"
     )
-    merge_adapter(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), MergeOptions(drift=False))
     assert "`[redacted]`" in (tmp_path / "merged" / "README.md").read_text()
     for file in [*(tmp_path / "adapter").iterdir(), *(tmp_path / "merged").iterdir()]:
         assert secret.encode() not in file.read_bytes(), file.name
@@ -771,7 +775,7 @@ def test_the_pins_are_what_is_installed() -> None:
 
 def test_a_merged_model_holds_no_code(llama: Path, saved: Path, tmp_path: Path) -> None:
     """Whoever loads it needs no trust: no Python file, no pickle, no auto_map."""
-    merge_adapter(str(llama), str(saved), str(tmp_path / "merged"), check_drift=False)
+    merge_adapter(str(llama), str(saved), str(tmp_path / "merged"), MergeOptions(drift=False))
     suffixes = {path.suffix for path in (tmp_path / "merged").rglob("*")}
     assert suffixes <= {".safetensors", ".json", ".jinja", ".md", ".txt", ".model"} and ".safetensors" in suffixes
     assert "auto_map" not in (tmp_path / "merged" / "config.json").read_text()

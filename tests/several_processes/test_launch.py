@@ -64,7 +64,7 @@ def test_launchers_read_the_page_s_commands(command: str, monkeypatch: pytest.Mo
         words = script_command(words)
     parsed, flags = launched(words)
     config = parse_args(RunConfig, "train.py", flags)
-    assert config.model.model == "M" and config.data.data == "train.jsonl" and config.train.output_dir == "out"
+    assert config.model.model == "M" and config.data.data == ["train.jsonl"] and config.saving.output_dir == "out"
     if "--config_file" in words:
         machines, processes = PROCESSES[Path(parsed.config_file).stem]
         assert (parsed.num_machines, parsed.num_processes, parsed.multi_gpu) == (machines, processes, True)

@@ -100,13 +100,13 @@ def test_a_run_imports_no_more_than_it_needs(tmp_path: Path) -> None:
     data.write_text(json.dumps({"prompt": "Hi", "completion": "Hello"}) + "\n")
     code = f"""
 import sys, train
-from qlora.training.display import RunDisplay
+from qlora.training.display import Display
 names = "datasets peft scipy sklearn pandas pyarrow matplotlib gguf qlora.merge qlora.generate"
-show = RunDisplay.show
+show = Display.show
 def stop(self, line):
     show(self, line)
     print("imported:", *(name for name in names.split() if name in sys.modules))
-RunDisplay.show = stop
+Display.show = stop
 train.main(["--model", {str(model)!r}, "--data", {str(data)!r}, "--output-dir", {str(tmp_path / "out")!r},
             "--max-steps", "1", "--no-cache"])
 """
@@ -122,10 +122,16 @@ train.main(["--model", {str(model)!r}, "--data", {str(data)!r}, "--output-dir", 
 def test_threads_do_not_spin_for_long(
     monkeypatch: pytest.MonkeyPatch, theirs: dict[str, str], expected: str
 ) -> None:
-    """Unless the user says otherwise; read by libgomp when torch is imported, which `import qlora` does not do."""
+    """Unless the user says otherwise; read by libgomp when torch is imported. A notebook's environment stays."""
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in theirs.items():
         monkeypatch.setenv(name, value)
-    code = "import os, sys, qlora; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    code = """
+import os, sys, qlora
+before = dict(os.environ)
+from qlora.cli.exits import run
+assert os.environ == before
+run(lambda argv: print(os.environ.get("GOMP_SPINCOUNT"), "torch" in sys.modules), [])
+"""
     assert python("-c", code) == f"{expected} False\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,19 +25,23 @@ from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.block import decoder_layers
 from qlora.model.load import load_base_model
 from qlora.model.loss import CHUNK_SIZE
-from qlora.planning.memory import plan_memory
 from qlora.system.errors import StoppedOnRequest, TrainingStopped
+from qlora.training import held_out as held_out_module
 from qlora.training import loop as trainer
 from qlora.training import recompute
 from qlora.training import step as step_module
-from qlora.training.held_out import evaluate
-from qlora.training.loop import fit
+from qlora.training.held_out import HeldOut, evaluate
+from qlora.training.loop import Limits, Trainer, TrainingData
+from qlora.training.observer import Observer, Stop
 from qlora.training.optimizer import build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.recompute import choose_recomputed_layers
+from qlora.training.samples import Samples
+from qlora.training.saver import Saver
 from qlora.training.schedule import build_schedule
 from qlora.training.step import train_step
 from tests.models import save_tiny_llama
+from tests.shortcuts import plan_memory
 
 FP32 = "float32"
 TIMING = ("tokens_per_second", "peak_memory_gib")
@@ -64,17 +71,46 @@ def adapted(tiny: str, dtype: str = "float32", dropout: float = 0.0, compute: st
     freeze_base(model)
     generator = torch.Generator().manual_seed(2)
     for layer in lora_layers(model).values():  # a B of zeros would leave A without a real gradient
-        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.05)
+        layer.weights.lora_B.data.copy_(torch.randn(layer.weights.lora_B.shape, generator=generator) * 0.05)
     return model.train()
 
 
+class Log(Observer):
+    """Gives each line of metrics to a function."""
+
+    def __init__(self, take: Callable[[dict[str, Any]], object]) -> None:
+        self.take = take
+
+    def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        self.take(line)
+
+    def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
+        self.take(line)
+
+
 def run(model: Any, examples: list[Example], steps: int, **options: Any) -> list[dict[str, Any]]:
+    """Train `steps` steps, watched as a run is, and return the lines of metrics; options go to their namesakes."""
     lines: list[dict[str, Any]] = []
-    optimizer = options.pop("optimizer", None) or build_optimizer(lora_parameters(model), "adamw")
-    settings = dict(batch_size=4, grad_accum=1, max_length=64, max_grad_norm=1.0, seed=3, log=lines.append)
-    total = options.pop("total_steps", steps)
-    schedule = build_schedule("cosine", 1e-2, 2, options.pop("schedule_steps", total))
-    fit(model, optimizer, schedule, examples, Accelerator(), total_steps=steps, **{**settings, **options})
+    take, o = options.pop, options
+    optimizer = take("optimizer", None) or build_optimizer(lora_parameters(model), "adamw")
+    schedule = build_schedule("cosine", 1e-2, 2, take("schedule_steps", take("total_steps", steps)))
+    progress, stop = take("progress", None) or Progress(), take("stop", lambda: None)
+    names = ("batch_size", "grad_accum", "max_length", "packing", "seed")
+    of_data = {"batch_size": 4, "grad_accum": 1, "max_length": 64, "seed": 3} | {
+        n: take(n) for n in names if n in o
+    }
+    data = TrainingData(examples, held_out=take("eval_examples", ()), **of_data)
+    limits = Limits(steps, take("max_grad_norm", 1.0), take("max_skipped", 0), take("skipped_dir", None))
+    judged = {name: take(name) for name in ("score", "patience", "min_delta") if name in o}
+    observers: list[Observer] = [HeldOut(take("eval_every", 0), **judged, stop=stop), Stop(stop)]
+    if "sample" in o:
+        observers.append(Samples(take("sample"), take("sample_every", 0)))
+    if "save" in o:
+        observers.append(Saver(take("save"), progress, take("save_every", 0), take("keep_best", False)))
+    observers.append(Log(take("log", lines.append)))
+    trainer = Trainer(model, optimizer, schedule, data, Accelerator(), limits, observers, take("say", print))
+    assert not options, options
+    trainer.fit(progress)
     return lines
 
 
@@ -100,10 +136,10 @@ def test_the_gradient_does_not_depend_on_how_a_window_is_cut(tiny: str, batch_si
     optimizer = build_optimizer(lora_parameters(model), "adamw")
     batches = make_batches(examples, batch_size, max_length, packing=True)
     assert len(batches) > 1 or batch_size == 8
-    loss_value, norm, _, targets = train_step(model, optimizer, batches, Accelerator(), 0.0)
-    assert loss_value == pytest.approx((total / count).item(), rel=1e-5)
-    assert targets == count
-    assert norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), rel=1e-4)
+    result = train_step(model, optimizer, batches, Accelerator(), 0.0)
+    assert result.loss == pytest.approx((total / count).item(), rel=1e-5)
+    assert result.num_targets == count and result.largest_micro_batch is None
+    assert result.grad_norm == pytest.approx(math.sqrt(sum(float(g.square().sum()) for g in expected)), rel=1e-4)
     for parameter, gradient in zip(lora_parameters(model), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-6)
 
@@ -237,7 +273,8 @@ def test_a_cpu_cuts_a_window_into_short_micro_batches(tiny: str, monkeypatch: py
 
     options: dict[str, Any] = dict(eval_examples=make_examples(5, seed=9), eval_every=4)
     expected = run(adapted(tiny), make_examples(), 4, **options)
-    monkeypatch.setattr(step_module, "causal_lm_loss", causal_lm_loss)
+    for module in (step_module, held_out_module):
+        monkeypatch.setattr(module, "causal_lm_loss", causal_lm_loss)
     monkeypatch.setattr(packing, "CPU_TOKENS", 32)
     lines = run(adapted(tiny), make_examples(), 4, **options)
     assert losses(lines) == pytest.approx(losses(expected), rel=1e-5)
@@ -260,7 +297,7 @@ def test_clipping_bounds_the_update(tiny: str) -> None:
     model, examples = adapted(tiny), make_examples(4)
     optimizer = build_optimizer(lora_parameters(model), "adamw")
     batches = make_batches(examples, 4, 64, packing=True)
-    _, norm, _, _ = train_step(model, optimizer, batches, Accelerator(), 1e-3, max_grad_norm=0.01)
+    norm = train_step(model, optimizer, batches, Accelerator(), 1e-3, max_grad_norm=0.01).grad_norm
     clipped = math.sqrt(sum(float(p.grad.square().sum()) for p in lora_parameters(model)))
     assert norm > 0.02 and clipped == pytest.approx(0.01, rel=1e-4)
 
@@ -272,7 +309,7 @@ def test_a_step_that_learns_lowers_the_loss(tiny: str) -> None:
     assert list(lines[0]) == fields.split()
 
 
-def test_a_non_finite_loss_stops_and_saves_the_state_before(tiny: str) -> None:
+def test_a_non_finite_loss_stops_and_saves_the_state_before(tiny: str, tmp_path: Path) -> None:
     """The weights are poisoned after step 2: step 3 must stop, name itself, and change nothing."""
     model, saved = adapted(tiny), []
     good: dict[str, torch.Tensor] = {}
@@ -282,10 +319,10 @@ def test_a_non_finite_loss_stops_and_saves_the_state_before(tiny: str) -> None:
             good.update({k: v.clone() for k, v in lora_state_dict(model).items()})
             model.model.norm.weight.data.fill_(float("nan"))
 
-    with pytest.raises(TrainingStopped, match=r"step 3: loss nan.*micro-batch 1 of 1.*kept") as caught:
+    with pytest.raises(TrainingStopped, match=r"step 3: loss nan.*micro-batch 1 of 1.*kept/step-000003") as caught:
         run(
             model, make_examples(), 6, log=poison, save=lambda progress: saved.append(progress.step),
-            keep_batch=lambda step, window: f"kept {step}",
+            skipped_dir=tmp_path / "kept",
         )  # fmt: skip
     assert saved == [2]
     assert "the state before it is saved" in str(caught.value)
@@ -326,7 +363,7 @@ def poisoned_examples() -> tuple[list[Example], Any, int]:
     return examples, poison, number
 
 
-def test_a_non_finite_step_is_skipped_and_its_batch_kept(tiny: str) -> None:
+def test_a_non_finite_step_is_skipped_and_its_batch_kept(tiny: str, tmp_path: Path) -> None:
     """The other steps go on as in a loop, written out here, that leaves the poisoned window out."""
     examples, poison, number = poisoned_examples()
     order = WindowOrder(12, 4, seed=3)
@@ -344,18 +381,21 @@ def test_a_non_finite_step_is_skipped_and_its_batch_kept(tiny: str) -> None:
             optimizer.zero_grad()
             train_step(expected, optimizer, batches, Accelerator(), schedule(step), max_grad_norm=1.0)
 
-    model, kept, said, progress = poison(adapted(tiny)), [], [], Progress()
+    model, said, progress = poison(adapted(tiny)), [], Progress()
     lines = run(
-        model, examples, 6, max_skipped=2, progress=progress, say=said.append,
-        keep_batch=lambda step, window: kept.append((step, window)) or "there",
-    )  # fmt: skip
-    assert [(step, [id(e) for e in window]) for step, window in kept] == [
-        (step + 1, [id(examples[i]) for i in order.window(step)]) for step in bad
-    ]
+        model, examples, 6, max_skipped=2, progress=progress, say=said.append, skipped_dir=tmp_path / "there"
+    )
+    kept = {
+        path.name: [json.loads(row)["input_ids"] for row in path.read_text().splitlines()]
+        for path in (tmp_path / "there").iterdir()
+    }
+    assert kept == {
+        f"step-{step + 1:06d}.jsonl": [examples[i].input_ids.tolist() for i in order.window(step)] for step in bad
+    }
     assert progress == Progress(step=6, skipped=2)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["step"] - 1 for line in lines if line["loss"] is None] == bad
-    assert "skipped (1 of at most 2): loss nan" in said[0] and "there" in said[0]
+    assert "skipped (1 of at most 2): loss nan" in said[0] and f"{tmp_path}/there/step-" in said[0]
     for key, tensor in lora_state_dict(expected).items():
         assert torch.equal(tensor, lora_state_dict(model)[key])
 
@@ -385,6 +425,7 @@ def test_a_held_out_loss_that_is_no_number_stops_the_run(tiny: str) -> None:
 def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) -> list[int]:
     """Micro-batches of more than `limit` tokens fail in the backward pass as if memory ran out."""
     refused: list[int] = []
+    whole_loss = step_module.causal_lm_loss
 
     class Fails(torch.autograd.Function):
         @staticmethod
@@ -396,7 +437,7 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) 
             raise error
 
     def causal_lm_loss(model: Any, batch: Any) -> Any:
-        loss, count = step_module.loss_of(model, batch)
+        loss, count = whole_loss(model, batch)
         if batch.input_ids.numel() <= limit:
             return loss, count
         refused.append(batch.input_ids.numel())
@@ -404,8 +445,8 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, limit: int, error: Exception) 
             raise error
         return Fails.apply(loss), count
 
-    monkeypatch.setattr(step_module, "loss_of", step_module.causal_lm_loss, raising=False)
-    monkeypatch.setattr(step_module, "causal_lm_loss", causal_lm_loss)
+    for module in (step_module, held_out_module):
+        monkeypatch.setattr(module, "causal_lm_loss", causal_lm_loss)
     return refused
 
 

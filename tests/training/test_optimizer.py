@@ -266,7 +266,7 @@ def test_lora_plus_groups_are_pefts(tmp_path: Path) -> None:
         if group["ratio"] == 16.0
         for master in group["params"]
     ]
-    assert {id(p) for p in fast} == {id(layer.lora_B) for layer in lora_layers(network).values()}
+    assert {id(p) for p in fast} == {id(layer.weights.lora_B) for layer in lora_layers(network).values()}
     assert sum(len(group["params"]) for group in ours.inner.param_groups) == len(ours.parameters) == 4 * 3 + 1
     options = LoraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "v_proj"])
     theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(model), options)

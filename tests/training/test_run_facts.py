@@ -18,10 +18,10 @@ from qlora.config.parse import parse_args
 from qlora.config.run import RunConfig
 from qlora.lora.trainable import parameter_summary
 from qlora.model.loss import CHUNK_SIZE
-from qlora.planning.memory import plan_memory
 from qlora.system.device import describe_device
 from qlora.training.run_facts import count_lengths, describe_command, gather_facts
 from tests.models import save_tiny_llama
+from tests.shortcuts import plan_memory
 from tests.tiny import tiny_tokenizer
 from tests.training.test_checkpoint import adapted
 from tests.training.test_loop import make_examples

@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from qlora.config.generate import Sampling
 from qlora.data.conversations import to_messages
-from qlora.data.encode import encode_example
 from qlora.data.prompts import Prompt, choose_prompts, prompt_of
 from qlora.data.rows import Record
 from qlora.generation import generate
@@ -21,6 +21,7 @@ from qlora.system.errors import InputError, TrainingStopped
 from qlora.training import samples as sampling
 from qlora.training.samples import AnswerScore, Sampler
 from tests.models import save_tiny_llama
+from tests.shortcuts import encode_example
 from tests.tiny import tiny_tokenizer
 from tests.training.test_loop import adapted, losses, make_examples, run
 
@@ -244,5 +245,5 @@ def test_prompts_as_ids_answer_as_conversations_do(tiny: str) -> None:
     model = adapted(tiny)
     example = encode({"messages": TURNS})
     asked: list[Any] = [TURNS[:-1], prompt_of(example, TOKENIZER).ids]
-    one, other = generate(model, TOKENIZER, asked, max_new_tokens=6)
+    one, other = generate(model, TOKENIZER, asked, Sampling(6))
     assert one == other != ""

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
 
-from qlora.lora.trainable import lora_parameters
 from qlora.system.errors import InputError
 from qlora.training import trackers as tracking
 from qlora.training.checkpoint import checkpoint_path
-from qlora.training.optimizer import build_optimizer
-from qlora.training.output import RunOutput
 from qlora.training.progress import Progress
 from qlora.training.trackers import Trackers, check_trackers, flatten, start_accelerator, start_trackers
 from tests.models import save_tiny_llama
-from tests.training.test_checkpoint import SETTINGS, adapted, stepped, write
-from tests.training.test_output import LoRAConfig, step_line
+from tests.training.outputs import Output, step_line
+from tests.training.test_checkpoint import adapted, stepped, write
 
 SAMPLE = {"step": 2, "prompt": "Hi\nthere", "completion": "*Hello*", "expected": None}
 
@@ -66,6 +63,14 @@ def test_numbers_samples_and_the_end_reach_every_tracker() -> None:
     assert first.calls == second.calls == [
         ("log", 2, {"loss": 1.5, "skipped": 1}), ("log_table", 2, [["Hi\nthere", "*Hello*", ""]]), ("finish",),
     ]  # fmt: skip
+
+
+def test_lines_of_a_run_are_logged() -> None:
+    recorder, trainer = Recorder(), cast(Any, None)
+    trackers = Trackers([recorder])
+    trackers.after_step(trainer, {"step": 1, "loss": 1.5})
+    trackers.after_evaluation(trainer, {"step": 1, "eval_loss": 1.25}, True)
+    assert recorder.calls == [("log", 1, {"loss": 1.5}), ("log", 1, {"eval_loss": 1.25})]
 
 
 @pytest.mark.parametrize("call", ["log", "log_table", "finish"])
@@ -130,23 +135,20 @@ def test_tensorboard_holds_a_resumed_run_without_gap_or_double(tmp_path: Path) -
     tiny = str(save_tiny_llama(tmp_path / "model"))
     secret = "hf_" + "aB3" * 12
 
-    def start(resume: str | None) -> RunOutput:
+    def start(resume: str | None) -> Output:
         project = ProjectConfiguration(str(tmp_path), logging_dir=str(tmp_path / "out" / "logs"))
         accelerator = Accelerator(cpu=True, log_with=["tensorboard"], project_config=project)
-        output = RunOutput(
-            str(tmp_path / "out"), "base", resume, accelerator, {"train": {"seed": 1, "key": secret}}
-        )
-        output.start_trackers("project", None)
-        model = adapted(tiny)
-        make = lambda: build_optimizer(lora_parameters(model), "adamw")  # noqa: E731
-        output.begin(model, LoRAConfig(rank=4), make, SETTINGS, 6)
+        output = Output(tmp_path / "out", adapted(tiny), resume, run={"train": {"seed": 1, "key": secret}})
+        directory = output.directory
+        start_trackers(accelerator, "project", "out", directory.settings, directory.done)
+        output.trackers = Trackers(accelerator.trackers)
         return output
 
     killed = start(None)
     for step in range(1, 6):
         killed.log(step_line(step))
     killed.write_samples([{**SAMPLE, "step": 3}])
-    killed._lock.release()
+    killed.directory.release()
     model = adapted(tiny)
     write(checkpoint_path(tmp_path / "out", 3), model, stepped(model), Progress(3, sampled=3))
 

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from qlora.config.generate import GenerateConfig
+from qlora.cli.program import program
+from qlora.config.generate import SamplingConfig
+from qlora.config.loop import LoopConfig
 from qlora.config.model import ModelConfig
 from qlora.config.parse import parse_args
-from qlora.config.train import TrainConfig
+from qlora.config.settings import Count
 from qlora.system.errors import InputError
 from qlora.system.startup import collection_paused, importing_transformers
 
 
 @dataclass
-class ChatConfig:
+class ChatConfig(SamplingConfig):
     """Chat with a base model and its adapters; /help in the chat lists its commands."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -24,28 +26,16 @@ class ChatConfig:
     --model."""
     system: str = ""
     """System message."""
-    max_new_tokens: int = GenerateConfig.max_new_tokens
-    """Longest answer, in tokens."""
-    temperature: float = GenerateConfig.temperature
-    """0 = greedy; higher is more random."""
-    top_p: float = GenerateConfig.top_p
-    """Sample from the smallest set of tokens with this much probability."""
-    seed: int = TrainConfig.seed
+    seed: Count = LoopConfig.seed
     """Sampling seed; each answer adds 1."""
     history: str | None = None
     """Save the conversation to this .jsonl file, as training data, and continue its newest conversation."""
     debug: bool = False
     """Show the traceback of an error."""
 
-    def __post_init__(self) -> None:
-        self.options = GenerateConfig(
-            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p
-        )
-        TrainConfig(seed=self.seed)  # the same range
-
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ChatConfig, "python -m qlora chat", argv)
+    config = parse_args(ChatConfig, program("chat"), argv)
     if config.model.model is None and not config.adapter:
         raise InputError("Nothing to chat with: pass --model, --adapter or both.")
     with collection_paused(), importing_transformers():
@@ -62,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     name = m.model or base_model_of(str(directories[0]), lambda text: print(text, file=sys.stderr))
     quant = QuantConfig(m.quant_type, m.double_quant)
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
-    session = Chat(LoRAModel(model, base_model=name), name, config.options, config.seed, config.system)
+    session = Chat(LoRAModel(model, base_model=name), name, config.sampling(config.seed), config.system)
     names = [session.load_adapter(text) for text in config.adapter]
     session.model.set_adapter(names[0] if names else None)
     if config.history is not None:

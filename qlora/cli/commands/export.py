@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -34,13 +35,13 @@ class ExportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ExportConfig, "python -m qlora export", argv)
+    config = parse_args(ExportConfig, program("export"), argv)
     if config.model is None and config.adapter is None:
         raise InputError("Nothing to export; pass --model, --adapter or both.")
     if config.adapter_only and config.adapter is None:
         raise InputError("--adapter-only needs an adapter; pass --adapter with the output directory of a run.")
     from qlora.adapters.provenance import base_model_of
-    from qlora.export.gguf import export_adapter, export_model
+    from qlora.export.gguf import export_adapter, export_gguf
     from qlora.export.ollama import check_modelfile, write_modelfile
     from qlora.model.tokenizer import load_tokenizer
 
@@ -53,13 +54,11 @@ def main(argv: Sequence[str]) -> None:
             f"Adapter saved to {output}. Load it with a .gguf of its base: llama-cli -m BASE.gguf --lora {output}"
         )
     else:
-        export_model(model, output, config.type, config.adapter, config.pre_tokenizer)
+        export_gguf(model, output, config.type, config.adapter, config.pre_tokenizer)
         print(f"Model saved to {output} ({output.stat().st_size / 1e6:,.1f} MB)")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None
-        name = write_modelfile(output, load_tokenizer(model, config.adapter), base)
-        print(
-            "Modelfile saved next to it, " + (f"TEMPLATE from {name}" if name else "the template is in the .gguf")
-        )
+        write_modelfile(output, load_tokenizer(model, config.adapter), base)
+        print("Modelfile saved next to it; the chat template is in the .gguf")
         if base is not None:
             print(f"It expects the base next to it as {base}")

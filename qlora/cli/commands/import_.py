@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -28,7 +29,7 @@ class ImportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ImportConfig, "python -m qlora import", argv)
+    config = parse_args(ImportConfig, program("import"), argv)
     if config.output_dir is None:
         raise InputError("No output directory given; pass --output-dir.")
     from qlora.adapters.load import check_adapter
@@ -50,5 +51,5 @@ def main(argv: Sequence[str]) -> None:
         saved = replace(read_adapter(staging), directory=Path(config.adapter))  # the name for messages
         if config.model:
             check_adapter(saved, empty_model(config.model))
-    variant = "DoRA" if saved.config.use_dora else "LoRA"
+    variant = saved.config.variant_name
     print(f"{variant} of rank {saved.config.rank} in {len(saved.adapted_layers)} layers saved to {target}")

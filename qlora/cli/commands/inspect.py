@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 
 
@@ -26,7 +27,7 @@ class InspectConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(InspectConfig, "python -m qlora inspect", argv)
+    config = parse_args(InspectConfig, program("inspect"), argv)
     from qlora.adapters.inspect import inspect_adapter
     from qlora.cli.show_inspection import draw_inspection, print_inspection
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -30,7 +31,7 @@ class MixConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(MixConfig, "python -m qlora mix", argv)
+    config = parse_args(MixConfig, program("mix"), argv)
     if not config.adapters:
         raise InputError("No adapters given; pass --adapters with the directories to mix.")
     from qlora.adapters.mix import mix_adapters

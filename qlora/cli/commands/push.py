@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 from qlora.system.errors import InputError
 
@@ -29,7 +30,7 @@ class PushConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(PushConfig, "python -m qlora push", argv)
+    config = parse_args(PushConfig, program("push"), argv)
     if config.repo is None:
         raise InputError("No repository given; pass --repo owner/name.")
     from qlora.export.hub import push_to_hub

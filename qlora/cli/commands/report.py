@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from qlora.cli.program import program
 from qlora.config.parse import parse_args
 
 
@@ -24,7 +25,7 @@ class ReportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    config = parse_args(ReportConfig, "python -m qlora report", argv)
+    config = parse_args(ReportConfig, program("report"), argv)
     from qlora.report.page import write_report
 
     print(write_report(config.directory, config.output))

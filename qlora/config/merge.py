@@ -1,0 +1,30 @@
+"""Settings of a merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from qlora.config.settings import Read, Settings
+
+
+@dataclass
+class MergeOptions(Settings):
+    """How adapters are merged, and how the result is checked."""
+
+    weights: Annotated[tuple[float, ...], Read(lambda _, values: tuple(map(float, values)))] = ()
+    """Factor for each adapter's update; default: 1."""
+    base: Literal["dequantized", "original"] = "dequantized"
+    """Merge into the dequantized weights that the adapter was trained on, or into the original ones."""
+    save_4bit: bool = False
+    """Write 4-bit weights, with codes chosen so that the update survives, instead of bf16."""
+    calibration: str | None = None
+    """Data file for choosing the 4-bit codes, ideally the training data; default: built-in texts."""
+    max_shard_gb: float = 5.0
+    """Largest weights file, in GB."""
+    drift: bool = True
+    """Measure how far the merged model is from base + adapter."""
+    drift_text: str | None = None
+    """Measure drift on the first tokens of this data file (or .txt); default: built-in texts."""
+    max_drift: float | None = None
+    """Fail and write nothing if the mean KL exceeds this many nats per token."""

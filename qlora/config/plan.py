@@ -1,0 +1,32 @@
+"""Settings of `plan`: those of a run, and of the devices it would have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import tyro
+
+from qlora.config.devices import DevicesConfig
+from qlora.config.fields import size_in_bytes
+from qlora.config.run import RunConfig
+from qlora.config.settings import Check
+
+Memory = Annotated[str | None, Check("a size such as 24GiB or 24GB", lambda text: size_in_bytes(text) is not None)]
+
+
+@dataclass
+class PlanConfig(RunConfig):
+    """Estimate a training run with the same flags from the model's config alone: memory and, on several devices,
+    communication and step time."""
+
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
+    device: Literal["cuda", "cpu"] | None = None
+    """Device to plan for; default: this machine's."""
+    device_memory: Annotated[Memory, tyro.conf.arg(aliases=["--gpu-memory"])] = None
+    """Memory per device, as 24GiB or 24GB: checks whether the run fits, and what would make it fit."""
+
+    @property
+    def device_memory_bytes(self) -> int | None:
+        """--device-memory in bytes; None where it is not given."""
+        return size_in_bytes(self.device_memory or "")

@@ -1,0 +1,56 @@
+"""An adapter, and what adapters have done to a model: one object per model, and the only one that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor, nn
+
+from qlora.config.lora import LoRAConfig
+from qlora.lora.layer import LoRALinear, LoRAWeights
+
+BaseShift: TypeAlias = dict[str, tuple[Tensor, Tensor]]
+"""Layer -> (A' (r, in), B' (out, r)) fp32; its base is q(W - B' A')."""
+
+
+@dataclass
+class Adapter:
+    """All that one adapter learns, active in a model or at rest.
+
+    Attributes:
+        config: what it was made by.
+        layers: qualified layer name -> its weights there.
+        trained: parameter name -> a copy of a base parameter that trains in full (biases, embeddings, ...).
+        tokenizer: files by name of the tokenizer that goes with the adapter; none where it is the base's.
+        run_fields: whole numbers of its adapter_config.json that come from the run (AdaLoRA's schedule).
+    """
+
+    config: LoRAConfig
+    layers: dict[str, LoRAWeights]
+    trained: dict[str, nn.Parameter] = field(default_factory=dict)
+    tokenizer: dict[str, bytes] = field(default_factory=dict)
+    run_fields: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class AdapterSlot:
+    """Where a model keeps what adapters have changed in it; an untouched model's is empty.
+
+    Attributes:
+        wrapped: qualified name -> LoRALinear, in model order; None before `wrap_layers` has looked.
+        active: the adapter that the model computes with; None = the base alone.
+        replaced: the base's parameters whose places the active adapter's copies have taken, by name.
+        shift: what was subtracted from the base's weights (base_shift.py); empty for an ordinary base.
+    """
+
+    wrapped: dict[str, LoRALinear] | None = None
+    active: Adapter | None = None
+    replaced: dict[str, nn.Parameter] = field(default_factory=dict)
+    shift: BaseShift = field(default_factory=dict)
+
+
+def slot_of(model: nn.Module) -> AdapterSlot:
+    """The slot of a model, made on first use. A deep copy of the model has a copy of its own."""
+    slot: AdapterSlot = vars(model).setdefault("adapter_slot", AdapterSlot())
+    return slot

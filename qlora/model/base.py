@@ -1,0 +1,75 @@
+"""What a run knows of its base: one object, and the only attribute that we set on a network of transformers.
+
+`load_base_model`, `plan_base_model` and the loaders of qlora/parallel set it. A model that a user built otherwise
+has none. Code that needs one asks `base_info`, which raises; code that also adapts such a plain model asks
+`find_base_info`, which raises where a loader of ours forgot it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from qlora.quant.layers import FrozenMatrix, Linear4bit, Linear16bit
+from qlora.quant.sharded import ShardedLinear4bit
+from qlora.quant.weight import QuantConfig
+from qlora.system.errors import InputError
+from qlora.system.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """A base as it was loaded.
+
+    Attributes:
+        source: directory, hub id or .gguf file, as given; the original weights are read from it again.
+        quantization: of its weights; None for a 16-bit base.
+        compute_dtype: dtype of activations.
+        ranks: how processes split it; None where each of them holds it whole.
+        weight_samples: of a base that is split, name -> what stands for the whole weight in its fingerprint.
+    """
+
+    source: str
+    quantization: QuantConfig | None
+    compute_dtype: torch.dtype
+    ranks: Ranks | None = None
+    weight_samples: dict[str, bytes] | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.ranks is None) == (self.weight_samples is None), "a split base needs ranks and weight samples"
+
+
+def base_info(model: nn.Module) -> BaseInfo:
+    """The base's description.
+
+    Raises:
+        InputError: a model that was not loaded by this package.
+    """
+    info = find_base_info(model)
+    if info is None:
+        raise InputError("This needs a model from load_base_model, which knows its source and compute dtype.")
+    return info
+
+
+def find_base_info(model: nn.Module) -> BaseInfo | None:
+    """The base's description; None for a plain model, whose layers are all of torch and transformers.
+
+    Raises:
+        RuntimeError: a loader put our layers into the model and did not describe it.
+    """
+    info: BaseInfo | None = vars(model).get("base_info")
+    own = (Linear4bit, Linear16bit, ShardedLinear4bit, FrozenMatrix)
+    if info is None and any(isinstance(module, own) for module in model.modules()):
+        raise RuntimeError("The model has frozen layers of qlora but no base_info, which its loader has to set.")
+    return info
+
+
+def ranks_of(model: nn.Module, accelerator: Accelerator | None) -> Ranks:
+    """How the processes share the work on a model: as its base was split, else data parallel; None: one alone."""
+    info = find_base_info(model)
+    if info is not None and info.ranks is not None:
+        return info.ranks
+    return Ranks() if accelerator is None else Ranks(accelerator.process_index, accelerator.num_processes)

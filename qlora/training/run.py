@@ -1,0 +1,341 @@
+"""A run of training, from its settings to its adapter, in six chapters.
+
+    open          the processes, the output directory, the trackers
+    read_data     rows -> token ids and targets, held-out rows, sample prompts
+    load_base     the frozen base, quantized, on this process's device
+    add_adapter   LoRA on it (or an adapter to go on with), optimizer, and what a resumed run was at
+    fit           the loop, and all that watches it
+    save          waits for the last checkpoint, makes the last page and the curve
+
+The command line and Python both come through here. Errors are `InputError` before the loop, `TrainingStopped` or
+`StoppedOnRequest` in it. Leaving the `with` block gives back whatever the run has taken: lock, threads, signal
+handlers, trackers. The process group of several processes stays the launcher's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
+
+from qlora.adapters.load import load_adapter
+from qlora.config.data import DataConfig
+from qlora.config.lora import LoRAConfig
+from qlora.config.run import RunConfig
+from qlora.data.answers import make_matcher
+from qlora.data.batches import largest_micro_batch, lengths_of
+from qlora.data.dataset import Encoder, Sources, load_examples
+from qlora.data.order import WindowOrder
+from qlora.data.prompts import choose_prompts
+from qlora.data.python_rows import PythonRows
+from qlora.data.row_encoder import set_chat_template
+from qlora.data.tokenizer_files import add_tokens
+from qlora.lora.adapter import inject_lora, set_tokenizer
+from qlora.lora.svd_start import initialize_adapter
+from qlora.lora.trainable import freeze_base, parameter_summary
+from qlora.model.tokenizer import load_tokenizer
+from qlora.parallel.launch import arrange_ranks
+from qlora.parallel.load import load_for_ranks
+from qlora.planning.memory import MemoryPlan
+from qlora.quant.weight import QuantConfig
+from qlora.system.device import choose_optimizer
+from qlora.system.errors import InputError
+from qlora.system.memory import GIB
+from qlora.system.signals import StopRequest
+from qlora.training.adalora_optimizer import build_adapter_optimizer
+from qlora.training.checkpoint import load_checkpoint
+from qlora.training.display import Display
+from qlora.training.fingerprint import run_settings
+from qlora.training.held_out import HeldOut
+from qlora.training.lines import LinesFile, Metrics, is_sampled
+from qlora.training.loop import Limits, Trainer, TrainingData
+from qlora.training.observer import Observer, Stop
+from qlora.training.optimizer import MasterOptimizer
+from qlora.training.page import Page
+from qlora.training.progress import Progress
+from qlora.training.recompute import choose_recomputed_layers
+from qlora.training.run_directory import RunDirectory
+from qlora.training.run_facts import gather_facts
+from qlora.training.samples import AnswerScore, Sampler, Samples
+from qlora.training.saver import CheckpointWriter, Saver, TrainedState
+from qlora.training.schedule import build_schedule
+from qlora.training.trackers import Trackers, start_accelerator, start_trackers
+
+
+class TrainingRun:
+    """One run of training; a context from `open` to its end.
+
+        with TrainingRun.from_config(config, observers=[Mine()]) as run:
+            run.train()
+
+    Args:
+        config: its settings, which go together (`from_config` checks).
+        call: the command line's arguments, or Python's call as text, for run.json.
+        observers: watch beside the run's own, called after evaluations and before anything is saved.
+        started: time.monotonic() at which --stop-after begins to count.
+        rows: what names among the data stand for, where they are neither file nor hub id.
+        ends_process: what a second signal does (`StopRequest`).
+    Attributes:
+        model, tokenizer, examples, held_out, optimizer, progress, trainer: from the chapter on that makes them.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        call: Sequence[str] | str = (),
+        observers: Sequence[Observer] = (),
+        started: float | None = None,
+        rows: Mapping[str, PythonRows] | None = None,
+        ends_process: bool = True,
+    ) -> None:
+        self.config, self.call, self.observers = config, call, list(observers)
+        self.rows, self.ends_process = rows or {}, ends_process
+        self.started = time.monotonic() if started is None else started
+        self.progress = Progress()
+        self._taken, self._writing = ExitStack(), ExitStack()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: RunConfig,
+        call: Sequence[str] | str = (),
+        observers: Sequence[Observer] = (),
+        started: float | None = None,
+        rows: Mapping[str, PythonRows] | None = None,
+        ends_process: bool = True,
+    ) -> TrainingRun:
+        """A run of these settings; arguments as the class has them.
+
+        Raises:
+            InputError: something is missing, or settings do not go together.
+        """
+        if config.model.model is None:
+            raise InputError(
+                "No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file."
+            )
+        if not config.data.data:
+            raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
+        config.check_training()
+        return cls(config, call, observers, started, rows, ends_process)
+
+    def __enter__(self) -> TrainingRun:
+        try:
+            self.open()
+        except BaseException:
+            self._taken.close()
+            raise
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            self._writing.__exit__(*error)
+        finally:
+            self._taken.close()
+
+    def train(self) -> TrainingRun:
+        """All chapters in order."""
+        self.read_data()
+        self.load_base()
+        self.add_adapter()
+        self.fit()
+        self.save()
+        return self
+
+    # ---- chapters -----------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Find the other processes, claim the output directory, start the trackers."""
+        w, s = self.config.watching, self.config.saving
+        self.accelerator = start_accelerator(w.report_to, s.output_dir)
+        self.say = self.accelerator.print
+        self.ranks = arrange_ranks(self.config.parallel, self.accelerator)
+        self.directory = RunDirectory(s.output_dir, s.resume, self.accelerator, self.config.saved())
+        self._taken.callback(self.directory.release)
+        self.trackers = Trackers([])
+        if self.directory.is_main:
+            run = w.run_name or self.directory.path.resolve().name
+            start_trackers(self.accelerator, w.project_name, run, self.directory.settings, self.directory.done)
+            self.trackers = Trackers(self.accelerator.trackers, self.say)
+        self._taken.callback(self.trackers.finish)
+
+    def read_data(self) -> None:
+        """Tokenizer, examples, held-out examples, sample prompts."""
+        config, d, w = self.config, self.config.data, self.config.watching
+        self.tokenizer = load_tokenizer(self._base, config.generate.adapter)
+        add_tokens(self.tokenizer, config.lora.new_tokens)
+        if d.chat_template is not None:
+            set_chat_template(self.tokenizer, d.chat_template)
+        sources = Sources(
+            [self.rows.get(name, name) for name in d.data],
+            d.data_weights,
+            None if d.eval_data is None else self.rows.get(d.eval_data, d.eval_data),
+            d.eval_split,
+            config.loop.seed,
+        )
+        self.examples, self.held_out = load_examples(
+            sources, encoder_of(d, self.tokenizer), self.say, on_bad_row=d.on_bad_row,
+            bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
+        )  # fmt: skip
+        # One process alone cannot answer with a split base.
+        num_samples = 0 if self.ranks.is_split else w.num_samples
+        rows = self.held_out or self.examples
+        self.prompts = choose_prompts(rows, self.tokenizer, num_samples, w.sample_prompts, d.parse_special)
+
+    def load_base(self) -> None:
+        """The frozen base."""
+        m = self.config.model
+        quant, dtype = QuantConfig(m.quant_type, m.double_quant), self.directory.compute_dtype(m.compute_dtype)
+        self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
+
+    def add_adapter(self) -> None:
+        """LoRA, memory plan, optimizer; of a resumed run as its checkpoint has them."""
+        config, t, lora = self.config, self.config.loop, self.config.lora
+        if config.generate.adapter is not None:
+            lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
+        else:
+            inject_lora(self.model, lora, t.seed, self.tokenizer)
+            freeze_base(self.model)
+        if config.data.chat_template is not None:
+            set_tokenizer(self.model, self.tokenizer)
+        self.say(parameter_summary(self.model))
+        optim = choose_optimizer(config.optimizer.optim, self.accelerator.device, self.say)
+        self.plan = self._plan_memory(optim)
+        window = t.batch_size * t.grad_accum * self.ranks.data_size
+        steps_per_epoch = WindowOrder(self.examples.sources, window, t.seed).steps_per_epoch
+        self.total_steps = t.max_steps or t.epochs * steps_per_epoch
+        self.settings = run_settings(
+            self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
+        )  # fmt: skip
+        if config.generate.adapter is None and self.directory.checkpoint is None:
+            initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
+        self.optimizer = self._optimizer(lora, optim)
+        self.state = TrainedState(self.model, lora, self.optimizer, self._base)
+
+    def fit(self) -> None:
+        """Train to the last step."""
+        t, d, o = self.config.loop, self.config.data, self.config.optimizer
+        observers = self._observers()
+        data = TrainingData(
+            self.examples, t.batch_size, t.grad_accum, d.max_length, d.packing, t.seed, self.held_out
+        )
+        skipped = self.directory.path / "skipped"
+        self.trainer = Trainer(
+            self.model, self.optimizer,
+            build_schedule(o.schedule, o.learning_rate, o.warmup_steps, self.total_steps), data, self.accelerator,
+            Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
+        )  # fmt: skip
+        self.trainer.fit(self.progress)
+
+    def save(self) -> None:
+        """Wait for what is still being written."""
+        self._writing.close()
+        self.say = self.accelerator.print
+        path = self.directory.path
+        self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
+
+    # ---- their parts --------------------------------------------------------------------------------------
+
+    @property
+    def _base(self) -> str:
+        assert self.config.model.model is not None
+        return self.config.model.model
+
+    def _plan_memory(self, optim: str) -> MemoryPlan:
+        """Choose the layers that are recomputed."""
+        t, d, device = self.config.loop, self.config.data, self.accelerator.device
+        longest = max(lengths_of(self.examples))
+        num_tokens = largest_micro_batch(t.batch_size, d.max_length, longest, d.packing, device.type)
+        mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
+        return choose_recomputed_layers(
+            self.model, mode, num_tokens, budget, self.accelerator, self.say, optim
+        )[1]  # fmt: skip
+
+    def _optimizer(self, lora: LoRAConfig, optim: str) -> MasterOptimizer:
+        """A fresh optimizer, or the checkpoint's, whose adapter and progress are restored with it."""
+        o, checkpoint = self.config.optimizer, self.directory.checkpoint
+
+        def make() -> MasterOptimizer:
+            return build_adapter_optimizer(self.model, lora, optim, o.weight_decay, self.total_steps)
+
+        if checkpoint is None:
+            return make()
+        self.progress, optimizer = load_checkpoint(
+            checkpoint, self.model, make, self.settings, self.config.saving.force_resume, self.say
+        )
+        self.say(f"resumed from {checkpoint}, {self.progress.step} steps done")
+        return optimizer
+
+    def _observers(self) -> list[Observer]:
+        """All that watches, in the order it is told. Every process judges and saves; the main one writes."""
+        w, s = self.config.watching, self.config.saving
+        directory, writing = self.directory, self._writing
+        is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
+        deadline = None if w.stop_after_seconds is None else self.started + w.stop_after_seconds
+        self.stop = stop = writing.enter_context(StopRequest(deadline, self.ends_process))
+        writing.callback(self.trackers.finish)
+        display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
+        writing.callback(display.close)  # whatever fails below
+        self.say = display.say
+        page = [writing.enter_context(Page(directory.path, self.say))] if is_main else []
+        directory.set_aside_later(self.progress.step)
+        writer = writing.enter_context(
+            CheckpointWriter(
+                directory, self.state, self.settings, self.progress, s.keep_last, s.load_best, self.say
+            )
+        )
+        writing.callback(display.close)  # at the end it is the first to go
+        writer.lines = self._open_lines() if is_main else []
+        return [
+            HeldOut(w.eval_every, self._score(), w.early_stopping_patience, w.early_stopping_min_delta, stop),
+            *self.observers,
+            Stop(stop),
+            *([Samples(self._sampler(display, writer.lines), w.sample_every)] if self.prompts else []),
+            Saver(writer.save, self.progress, s.save_every, self.config.keeps_best),
+            *([Metrics(writer.lines[0])] if is_main else []),
+            display,
+            self.trackers,
+            *page,
+        ]
+
+    def _open_lines(self) -> list[LinesFile]:
+        """run.json is written, and metrics.jsonl and samples.jsonl go on where the run does."""
+        path, examples = self.directory.path, self.examples
+        self.directory.write_run(
+            gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
+        )
+        metrics = LinesFile(path / "metrics.jsonl", self.progress)
+        return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
+
+    def _sampler(self, display: Display, lines: list[LinesFile]) -> Sampler:
+        """Answers the sample prompts; the main process writes, shows and tracks the answers."""
+
+        def keep(samples: Sequence[dict[str, Any]]) -> None:
+            for sample in samples:
+                lines[1].write(sample)
+            display.show_samples(samples)
+            self.trackers.log_samples(samples)
+
+        return Sampler(
+            self.model, self.tokenizer, self.prompts, self.config.watching.sample_tokens, self.accelerator, keep,
+            self.say,
+        )  # fmt: skip
+
+    def _score(self) -> AnswerScore | None:
+        """Judges evaluations by exact match, if that is asked for."""
+        w = self.config.watching
+        number = (w.score_examples or len(self.held_out)) if w.best_metric == "exact_match" else 0
+        asked = choose_prompts(self.held_out, self.tokenizer, number)
+        if not asked:
+            return None
+        is_match, length = make_matcher(w.score_match).same, self.config.generate.max_new_tokens
+        return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
+
+
+def encoder_of(d: DataConfig, tokenizer: Any) -> Encoder:
+    """How rows become examples, by these settings."""
+    return Encoder(
+        tokenizer, d.max_length, d.train_on, d.on_long, d.parse_special, d.num_workers, d.columns, d.token_cache
+    )
