@@ -92,7 +92,7 @@ def test_any_kind_of_data_trains_the_adapter_of_the_command_line(train: Any, by_
 def test_what_a_run_leaves(train: Any, by_flags: Path, base: str, tmp_path: Path, capsys: Any) -> None:
     run = train(eval_data=HELD_OUT, eval_every=2)
     found = json.loads((run.adapter_dir / "run.json").read_text())
-    call = "qlora.train(model='BASE', data=..., output_dir=PosixPath('OUT'), max_steps=4,"
+    call = "qlora.train(model='BASE', data=..., output_dir='OUT', max_steps=4,"
     assert found["facts"]["command"].startswith(call.replace("BASE", base).replace("OUT", str(run.adapter_dir)))
     assert (found["data"]["data"], found["data"]["eval_data"], found["lora"]["rank"]) == ("data", "eval_data", 4)
     assert repr(run).startswith(f"<Run in {run.adapter_dir}: 4 steps, loss ") and not run.model.training
@@ -167,7 +167,7 @@ def test_after_an_error_the_same_directory_can_be_used(train: Any, tmp_path: Pat
         (lambda: run.generate(""), "prompt is empty"),
         (lambda: run.generate([]), "prompt is empty"),
         (lambda: run.generate("a", top_k=3), "generate has no option 'top_k'; it has max_new_tokens, temperature"),
-        (lambda: run.generate("a", temperature=-1), "temperature is -1; give --temperature"),
+        (lambda: run.generate("a", temperature=-1), "temperature is -1.0; give --temperature"),
         (lambda: run.evaluate(), "Nothing was held out from this run"),
         (lambda: run.evaluate([]), "data holds no records"),
         (lambda: run.merge(run.adapter_dir), "exists already"),
