@@ -188,7 +188,7 @@ class Bench:
     def __init__(self, config: FidelityConfig, model: str, data: str, eval_data: str) -> None:
         from accelerate import Accelerator
 
-        from qlora.data.dataset import load_examples
+        from qlora.data.dataset import Encoder, Sources, load_examples
         from qlora.data.readers import read_records
         from qlora.model.tokenizer import load_tokenizer
         from qlora.system.device import best_device
@@ -198,7 +198,7 @@ class Bench:
         self.accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
         self.tokenizer = load_tokenizer(model)
         self.examples, held_out = load_examples(
-            data, self.tokenizer, config.max_length, on_long="drop", eval_source=eval_data
+            Sources(data, held_out=eval_data), Encoder(self.tokenizer, config.max_length, on_long="drop")
         )
         self.held_out = held_out[: config.eval_rows or None]
         self.records = read_records(eval_data)[: config.problems]

@@ -66,7 +66,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from qlora.adapters.peft_files import save_adapter
     from qlora.config.lora import LoRAConfig
-    from qlora.data.dataset import load_examples
+    from qlora.data.dataset import Encoder, Sources, load_examples
     from qlora.data.order import WindowOrder
     from qlora.lora.adapter import inject_lora
     from qlora.model.load import load_base_model
@@ -76,7 +76,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     source, dense = Path(options.model), folder / "model"
     data = options.data or str(write_problems(folder / "rows.jsonl", 2 * count))
     tokenizer = load_tokenizer(options.model)
-    examples, _ = load_examples(data, tokenizer, options.max_length, on_long="drop")
+    examples, _ = load_examples(Sources(data), Encoder(tokenizer, options.max_length, on_long="drop"))
     if len(examples) < count:
         raise InputError(f"{data} has {len(examples)} rows, too few for {options.steps} steps; lower --steps.")
     rows = []

@@ -24,7 +24,7 @@ from qlora.adapters.peft_files import read_adapter
 from qlora.config.parse import with_settings
 from qlora.config.run import RunConfig
 from qlora.data.batches import lengths_of
-from qlora.data.dataset import load_examples
+from qlora.data.dataset import Sources, load_examples
 from qlora.data.python_rows import PythonRows, take_sources
 from qlora.export.hub import check_destination, push_to_hub
 from qlora.lora.state import load_lora_state_dict
@@ -33,7 +33,7 @@ from qlora.system.errors import InputError, StoppedOnRequest
 from qlora.system.files import whole_lines
 from qlora.training.held_out import evaluate
 from qlora.training.observer import Observer
-from qlora.training.run import TrainingRun, encoding_of
+from qlora.training.run import TrainingRun, encoder_of
 
 if TYPE_CHECKING:
     from qlora.config.devices import DevicesConfig
@@ -245,10 +245,9 @@ class Run:
         d, examples = self.config.data, self._held_out
         if data is not None:
             sources = data if isinstance(data, (str, os.PathLike)) else take_sources("data", data)
-            examples, _ = load_examples(
-                os.fspath(sources) if isinstance(sources, os.PathLike) else sources, self.tokenizer,
-                d.max_length, say=self._accelerator.print, **encoding_of(d),
-            )  # fmt: skip
+            named = os.fspath(sources) if isinstance(sources, os.PathLike) else sources
+            encoder = encoder_of(d, self.tokenizer)
+            examples, _ = load_examples(Sources(named), encoder, self._accelerator.print, on_bad_row=d.on_bad_row)
         if not examples:
             raise InputError("Nothing was held out from this run; give data to evaluate on.")
         budget = self.config.loop.batch_size * d.max_length

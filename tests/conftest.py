@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as our entry points do, for what the tests start as well
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a thread each, or they wait for one another
     os.environ["OMP_NUM_THREADS"] = "1"
 

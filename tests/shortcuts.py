@@ -1,12 +1,14 @@
-"""One row, one plan: what the package does for many at once, for tests that look at one."""
+"""One row, one plan, one call: what the package does for many at once, for tests that look at one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora.data import dataset
 from qlora.data.example import Example, shift_targets
 from qlora.data.row_encoder import RowEncoder
 from qlora.planning.memory import MemoryPlan, plan_recomputing
@@ -23,6 +25,21 @@ def encode_example(
     """One conversation, or one document, as a row of at most max_length tokens: the first ones are kept."""
     row = RowEncoder(tokenizer, parse_special).encode_row(messages, train_on, origin)
     return shift_targets(*row, max_length, origin)
+
+
+def load_examples(
+    source: Any, tokenizer: Any, max_length: int, **options: Any
+) -> tuple[dataset.Examples, Sequence[Example]]:
+    """The package's `load_examples`; every option of sources, encoder and call is a keyword."""
+    names = {"weights": "weights", "eval_source": "held_out", "eval_split": "split", "seed": "seed"}
+    of_sources = {names[name]: options.pop(name) for name in names if name in options}
+    own = {
+        name: options.pop(name)
+        for name in ("say", "on_bad_row", "bad_rows_file", "show_sample")
+        if name in options
+    }
+    encoder = dataset.Encoder(tokenizer, max_length, **options)
+    return dataset.load_examples(dataset.Sources(source, **of_sources), encoder, **own)
 
 
 def plan_memory(

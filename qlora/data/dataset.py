@@ -192,44 +192,46 @@ class Encoder:
         return write_store(fill, None), "tokenised"
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Where training and held-out rows come from.
+
+    Attributes:
+        training, weights: as `find_sources`.
+        held_out: one file, hub id or rows.
+        split: instead of `held_out`, the share of each source to hold out, at least a row, drawn by
+            `seed`; 0 = none. A single row is trained on. Weights are for training alone.
+    """
+
+    training: str | Sequence[Source]
+    weights: Sequence[float] = ()
+    held_out: Source | None = None
+    split: float = 0.0
+    seed: int = 0
+
+
 def load_examples(
-    source: str | Sequence[Source],
-    tokenizer: Any,
-    max_length: int,
-    train_on: str = "completion",
-    on_long: str = "truncate",
-    *,
-    weights: Sequence[float] = (),
-    eval_source: Source | None = None,
-    eval_split: float = 0.0,
-    seed: int = 0,
+    sources: Sources,
+    encoder: Encoder,
     say: Callable[[str], Any] = print,
-    show_sample: bool = False,
+    *,
     on_bad_row: str = "stop",
     bad_rows_file: Path | None = None,
-    parse_special: bool = False,
-    num_workers: int = 0,
-    columns: Mapping[str, str] | None = None,
-    cache: bool = False,
+    show_sample: bool = False,
 ) -> tuple[Examples, Sequence[Example]]:
     """(training, held-out) examples.
 
     Args:
-        source, weights: as `find_sources`; eval_source: one file, hub id or rows.
-        eval_split: share of each source to hold out, at least a row, drawn by `seed`; 0 = none. A source of a
-            single row gives none, and weights are for training alone.
         say: receives one line per source, the sample, the split and the mix.
         on_bad_row: a row that cannot be used is raised ("stop"), or left out and counted ("skip").
         bad_rows_file: lists the rows left out, one {"where", "problem"} a line, whether or not enough are left
             to train on; an older one is replaced, or removed where no row is bad.
-        parse_special, num_workers, columns, cache: as `Encoder`.
     Raises:
         InputError: unusable data, or a split that leaves one side empty.
     """
     if on_bad_row not in ("stop", "skip"):
         raise InputError(f"on_bad_row is '{on_bad_row}'; use 'stop' or 'skip'.")
-    sources = find_sources(source, weights)
-    encoder = Encoder(tokenizer, max_length, train_on, on_long, parse_special, num_workers, columns, cache)
+    found = find_sources(sources.training, sources.weights)
     skipped: list[BadRow] = []
 
     def load(name: Source) -> TokenStore:
@@ -243,23 +245,23 @@ def load_examples(
         return store
 
     try:
-        stores = [load(name) for name, _ in sources]
+        stores = [load(name) for name, _ in found]
         if show_sample:
-            say(format_sample(stores[0][0], tokenizer))
-        held_out = None if eval_source is None else load(eval_source)
+            say(format_sample(stores[0][0], encoder.tokenizer))
+        held_out = None if sources.held_out is None else load(sources.held_out)
     finally:
         if bad_rows_file is not None:
             write_bad_rows(skipped, bad_rows_file)
-    parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, sources, strict=True)]
+    parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, found, strict=True)]
     held: list[Part] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
-    if held_out is None and eval_split:
-        parts, held = _split(parts, eval_split, seed)
+    if held_out is None and sources.split:
+        parts, held = _split(parts, sources.split, sources.seed)
         if not held:
-            few = f"{', '.join(str(name) for name, _ in sources)}: {sum(map(len, stores))} examples"
+            few = f"{', '.join(str(name) for name, _ in found)}: {sum(map(len, stores))} examples"
             raise InputError(f"{few} are too few to hold any out; pass --eval-data.")
         say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
-    if len(sources) > 1 or sources[0][1] != 1:
-        say(describe_mix([str(name) for name, _ in sources], parts))
+    if len(found) > 1 or found[0][1] != 1:
+        say(describe_mix([str(name) for name, _ in found], parts))
     return Examples(parts), Examples(held) if held else []
 
 

@@ -27,7 +27,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
 from qlora.data.batches import largest_micro_batch, lengths_of
-from qlora.data.dataset import load_examples
+from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.order import WindowOrder
 from qlora.data.prompts import choose_prompts
 from qlora.data.python_rows import PythonRows
@@ -168,11 +168,16 @@ class TrainingRun:
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
+        sources = Sources(
+            [self.rows.get(name, name) for name in d.data],
+            d.data_weights,
+            None if d.eval_data is None else self.rows.get(d.eval_data, d.eval_data),
+            d.eval_split,
+            config.loop.seed,
+        )
         self.examples, self.held_out = load_examples(
-            [self.rows.get(name, name) for name in d.data], self.tokenizer, d.max_length, weights=d.data_weights,
-            eval_source=None if d.eval_data is None else self.rows.get(d.eval_data, d.eval_data),
-            eval_split=d.eval_split, seed=config.loop.seed, say=self.say, show_sample=d.show_sample,
-            bad_rows_file=self.directory.bad_rows, **encoding_of(d),
+            sources, encoder_of(d, self.tokenizer), self.say, on_bad_row=d.on_bad_row,
+            bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
         )  # fmt: skip
         # One process alone cannot answer with a split base.
         num_samples = 0 if self.ranks.is_split else w.num_samples
@@ -329,7 +334,8 @@ class TrainingRun:
         return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
 
 
-def encoding_of(data: DataConfig) -> dict[str, Any]:
-    """How rows become examples, as keywords of `load_examples`."""
-    same = ("train_on", "on_long", "on_bad_row", "parse_special", "num_workers", "columns")
-    return {name: getattr(data, name) for name in same} | {"cache": data.token_cache}
+def encoder_of(d: DataConfig, tokenizer: Any) -> Encoder:
+    """How rows become examples, by these settings."""
+    return Encoder(
+        tokenizer, d.max_length, d.train_on, d.on_long, d.parse_special, d.num_workers, d.columns, d.token_cache
+    )

@@ -23,7 +23,6 @@ from benchmarks.word_problems import write_problems
 from qlora.adapters.model import LoRAModel
 from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
-from qlora.data.dataset import load_examples
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.lora.adapter import inject_lora
 from qlora.lora.state import lora_state_dict
@@ -37,6 +36,7 @@ from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.optimizer import build_optimizer
 from qlora.training.schedule import build_schedule
 from tests.models import save_tiny_llama
+from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
 from tests.training.test_loop import Log
 

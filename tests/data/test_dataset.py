@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from qlora.data.dataset import find_sources, load_examples
+from qlora.data.dataset import find_sources
 from qlora.system.errors import InputError
 from tests.models import save_tiny_llama
+from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
 
 
@@ -239,6 +240,6 @@ def test_a_run_with_workers(spoilt: str, tmp_path: Path) -> None:
     environment = dict(os.environ, PYTHONPATH=f"{tmp_path}:{root}", OMP_NUM_THREADS="1")
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "40 of 42 records kept" in run.stdout and run.stdout.count("adapter in") == 1
+    assert "40 of 42 records kept" in run.stdout and run.stdout.count("Adapter saved to") == 1
     assert len((tmp_path / "out" / "bad_rows.jsonl").read_text().splitlines()) == 2
     assert len((tmp_path / "started").read_text().split()) >= 3  # itself and two workers

@@ -17,12 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlora.data.token_cache as token_store
-from qlora.data.dataset import load_examples
 from qlora.data.example import IGNORE_INDEX, EncodeReport, Example
 from qlora.data.rows import BadRow
 from qlora.data.token_cache import FILES, TOKENS, TokenWriter, read_store, token_cache, write_store
 from qlora.system.errors import InputError
 from qlora.training.fingerprint import data_fingerprint
+from tests.shortcuts import load_examples
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 

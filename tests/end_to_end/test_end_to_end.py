@@ -149,13 +149,13 @@ def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pyte
     from qlora.adapters.peft_files import save_adapter
     from qlora.config.lora import LoRAConfig
     from qlora.data.batches import make_batches
-    from qlora.data.dataset import load_examples
     from qlora.lora.adapter import inject_lora
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.model.load import load_base_model
     from qlora.model.tokenizer import load_tokenizer
     from qlora.training.optimizer import BETAS, EPS, build_optimizer
     from qlora.training.step import train_step
+    from tests.shortcuts import load_examples
 
     own_cache = tmp_path / "cache"  # that holds this base and no other
     monkeypatch.setenv("QLORA_CACHE", str(own_cache))
