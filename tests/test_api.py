@@ -297,11 +297,22 @@ def test_a_second_run_works_and_neither_leaves_a_trace(
         results.append((adapter(run.adapter_dir), timeless(run.metrics)))
         del run
         seen.append(traces())
-        sizes.append(sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor)))
+        sizes.append(sum(t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)))
     assert all(result == results[0] for result in results)
     assert all(model() is None for model in models)
     assert seen[1] == seen[2] == seen[3] and seen[0]["signals"] == seen[1]["signals"]
     assert sizes[1] == sizes[2] == sizes[3]
+
+
+def test_a_run_that_is_held_keeps_no_optimizer(train: Any) -> None:
+    class Peek(Observer):
+        def before_step(self, trainer: Any) -> None:
+            self.seen = [weakref.ref(trainer), weakref.ref(trainer.optimizer)]
+
+    peek = Peek()
+    run = train(observers=[peek], max_steps=1)
+    assert [seen() for seen in peek.seen] == [None, None] and run.model is not None
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_rows_are_tokenized_once(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
