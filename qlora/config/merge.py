@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from qlora.config.settings import ABOVE_ZERO, Read, Settings
+from qlora.config.settings import Read, Settings
 
 
 @dataclass
@@ -20,7 +20,7 @@ class MergeOptions(Settings):
     """Go back into 4 bits, the codes chosen so that the update survives; by default bf16 is written."""
     calibration: str | None = None
     """Texts to choose the 4-bit codes for: a data file, best the training data; by default a few built-in ones."""
-    max_shard_gb: Annotated[float, ABOVE_ZERO] = 5.0
+    max_shard_gb: float = 5.0
     """Largest weights file, in GB."""
     drift: bool = True
     """Measure how far the merged model is from base + adapter."""

@@ -79,6 +79,8 @@ def merge_adapter(
     if o.save_4bit and (o.base == "original" or quant is None):
         why = "--base original is asked for" if quant is not None else "The adapter was trained on a 16-bit base"
         raise InputError(f"{why}, so there is no 4-bit base to go back into; leave out --save-4bit.")
+    if not o.max_shard_gb > 0:
+        raise InputError(f"max_shard_gb is {o.max_shard_gb}; give --max-shard-gb a number above 0.")
     if o.max_drift is not None and not (o.drift and 0 <= o.max_drift < math.inf):
         raise InputError(
             f"max_drift is {o.max_drift}; give --max-drift a number of 0 or more, without --no-drift."

@@ -245,7 +245,7 @@ def test_files(llama: Path, tmp_path: Path) -> None:
     with safe_open(tmp_path / "deep" / "adapter" / WEIGHTS, framework="pt") as file:
         assert json.loads(file.metadata()["base_quantization"]) == vars(QuantConfig())
         assert len(file.keys()) == 2 * 7 * 2
-        first = file.get_tensor(f"{PREFIX}model.layers.0.mlp.down_proj.weights.lora_A.weight")
+        first = file.get_tensor(f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.weight")
     assert torch.equal(first, model.model.model.layers[0].mlp.down_proj.weights.lora_A)
 
 

@@ -75,7 +75,7 @@ def test_a_recipe_takes_what_it_says(recipe: str, monkeypatch: pytest.MonkeyPatc
         assert f"--config configs/{recipe}.yaml" in " ".join(flags)
         plan = planner.plan(settings)
         assert figure == f"{plan.total / GIB:.2f}"
-        shapes = in_and_out[settings.lora.target_modules]
+        shapes = in_and_out[",".join(settings.lora.target_modules)]
         trainable = settings.lora.rank * layers * sum(map(sum, shapes))
         assert plan.summary.trainable == trainable
         assert plan.summary.total == SIZES[recipe] + trainable

@@ -19,9 +19,16 @@ from tokenizers import pre_tokenizers
 
 from eval.__main__ import main as evaluate
 from examples.orders import write_task
+from tests.adapters.test_other_formats import (
+    LAYERS,
+    hf_model,
+    random_factors,
+    round_to_bf16,
+    write_mlx,
+    write_torchtune,
+)
 from tests.docs.pages import LOG, PAGES, commands, name_of
 from tests.models import save_tiny_llama
-from tests.test_foreign import LAYERS, hf_model, random_factors, round_to_bf16, write_mlx, write_torchtune
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

@@ -17,6 +17,7 @@ from qlora.generation import continue_prompts, cut_before
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
+from tests.evaluation.test_choice import write_questions
 from tests.lm_eval_models import (
     evaluate_by_lm_eval,
     instances,
@@ -25,7 +26,6 @@ from tests.lm_eval_models import (
     write_choice_task,
 )
 from tests.processes import launch
-from tests.test_choice import write_questions
 
 pytest.importorskip("lm_eval")
 
