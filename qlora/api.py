@@ -4,8 +4,9 @@
     run.metrics[-1]["loss"], run.generate("Why is the sky blue?"), run.evaluate(held_out).perplexity
     run.merge("merged")
 
-The command line comes through `start_run`, `publish` and `start_planner`, too. No function here ends the process,
-and nothing of a run outlives its `Run`: no thread, no open file, no signal handler.
+The command line comes through `start_run`, `publish` and `start_planner`, too; what only Python needs is imported
+where it is used. No function here ends the process, and nothing of a run outlives its `Run`: no thread, no open
+file, no signal handler.
 """
 
 from __future__ import annotations
@@ -17,29 +18,28 @@ import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora.adapters.peft_files import read_adapter
-from qlora.config.devices import DevicesConfig
 from qlora.config.parse import with_settings
-from qlora.config.plan import PlanConfig
 from qlora.config.run import RunConfig
 from qlora.data.batches import lengths_of
 from qlora.data.dataset import Sources, load_examples
 from qlora.data.python_rows import PythonRows, take_sources
-from qlora.export.drift import Drift
 from qlora.export.hub import check_destination, push_to_hub
-from qlora.export.merge import merge_adapter
-from qlora.generation import generate
 from qlora.lora.state import load_lora_state_dict
-from qlora.planning.planner import Planner, RunPlan
 from qlora.report.curve import part_metrics
-from qlora.system.device import best_device
 from qlora.system.errors import InputError, StoppedOnRequest
 from qlora.system.files import whole_lines
 from qlora.training.held_out import evaluate
 from qlora.training.observer import Observer
 from qlora.training.run import TrainingRun, encoder_of
+
+if TYPE_CHECKING:
+    from qlora.config.devices import DevicesConfig
+    from qlora.config.plan import PlanConfig
+    from qlora.export.drift import Drift
+    from qlora.planning.planner import Planner, RunPlan
 
 C = TypeVar("C", bound=RunConfig)
 
@@ -117,6 +117,9 @@ def plan(config: RunConfig | None = None, **settings: Any) -> RunPlan:
     Raises:
         InputError: a setting cannot be used, or devices and settings do not go together.
     """
+    from qlora.config.plan import PlanConfig
+    from qlora.planning.planner import Planner
+
     planned = PlanConfig() if config is None else PlanConfig(**vars(config))
     return Planner.plan(*start_planner(_configure(planned, settings)))
 
@@ -127,6 +130,9 @@ def start_planner(config: PlanConfig) -> tuple[Planner, PlanConfig, DevicesConfi
     Raises:
         InputError: no model is given, or the adapter cannot be read.
     """
+    from qlora.planning.planner import Planner
+    from qlora.system.device import best_device
+
     if config.model.model is None:
         raise InputError("No model given; pass --model with a Hugging Face directory, a hub id or a .gguf file.")
     if config.generate.adapter is not None:
@@ -212,6 +218,8 @@ class Run:
         Raises:
             InputError: an unknown option, no prompt, or a base that is split over processes.
         """
+        from qlora.generation import generate
+
         if self.config.parallel.is_split:
             raise InputError(f"{self.config.parallel.flag} has split the base; load the adapter on a whole one.")
         is_one = isinstance(prompt, str) or isinstance(next(iter(prompt), None), Mapping)
@@ -256,6 +264,8 @@ class Run:
 
     def merge(self, output_dir: str | os.PathLike[str], **options: Any) -> Drift | None:
         """Write base and adapter as one model; options and result as `merge_adapter`."""
+        from qlora.export.merge import merge_adapter
+
         base = str(self.config.model.model)
         return merge_adapter(base, str(self.adapter_dir), os.fspath(output_dir), **options)
 
@@ -283,6 +293,7 @@ def _describe_call(config: RunConfig | None, settings: Mapping[str, Any]) -> str
     """The call as Python's text, rows left out, for run.json."""
     words = [] if config is None else ["config"]
     for name, value in settings.items():
-        is_rows = name in ("data", "eval_data") and not isinstance(value, (str, os.PathLike))
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
+        is_rows = name in ("data", "eval_data") and not isinstance(value, str)
         words.append(f"{name}={'...' if is_rows else repr(value)}")
     return f"qlora.train({', '.join(words)})"

@@ -92,7 +92,7 @@ def test_any_kind_of_data_trains_the_adapter_of_the_command_line(train: Any, by_
 def test_what_a_run_leaves(train: Any, by_flags: Path, base: str, tmp_path: Path, capsys: Any) -> None:
     run = train(eval_data=HELD_OUT, eval_every=2)
     found = json.loads((run.adapter_dir / "run.json").read_text())
-    call = "qlora.train(model='BASE', data=..., output_dir=PosixPath('OUT'), max_steps=4,"
+    call = "qlora.train(model='BASE', data=..., output_dir='OUT', max_steps=4,"
     assert found["facts"]["command"].startswith(call.replace("BASE", base).replace("OUT", str(run.adapter_dir)))
     assert (found["data"]["data"], found["data"]["eval_data"], found["lora"]["rank"]) == ("data", "eval_data", 4)
     assert repr(run).startswith(f"<Run in {run.adapter_dir}: 4 steps, loss ") and not run.model.training
@@ -167,7 +167,7 @@ def test_after_an_error_the_same_directory_can_be_used(train: Any, tmp_path: Pat
         (lambda: run.generate(""), "prompt is empty"),
         (lambda: run.generate([]), "prompt is empty"),
         (lambda: run.generate("a", top_k=3), "generate has no option 'top_k'; it has max_new_tokens, temperature"),
-        (lambda: run.generate("a", temperature=-1), "temperature is -1; give --temperature"),
+        (lambda: run.generate("a", temperature=-1), "temperature is -1.0; give --temperature"),
         (lambda: run.evaluate(), "Nothing was held out from this run"),
         (lambda: run.evaluate([]), "data holds no records"),
         (lambda: run.merge(run.adapter_dir), "exists already"),
@@ -297,11 +297,22 @@ def test_a_second_run_works_and_neither_leaves_a_trace(
         results.append((adapter(run.adapter_dir), timeless(run.metrics)))
         del run
         seen.append(traces())
-        sizes.append(sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor)))
+        sizes.append(sum(t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)))
     assert all(result == results[0] for result in results)
     assert all(model() is None for model in models)
     assert seen[1] == seen[2] == seen[3] and seen[0]["signals"] == seen[1]["signals"]
     assert sizes[1] == sizes[2] == sizes[3]
+
+
+def test_a_run_that_is_held_keeps_no_optimizer(train: Any) -> None:
+    class Peek(Observer):
+        def before_step(self, trainer: Any) -> None:
+            self.seen = [weakref.ref(trainer), weakref.ref(trainer.optimizer)]
+
+    peek = Peek()
+    run = train(observers=[peek], max_steps=1)
+    assert [seen() for seen in peek.seen] == [None, None] and run.model is not None
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_rows_are_tokenized_once(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -10,6 +10,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+INTERRUPTED = """import os
+import signal
+
+
+class Interrupt(Observer):
+    def after_step(self, trainer, line):
+        if line["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # what the button for it does
+
+
+interrupted = qlora.train(**settings, data=train_rows, output_dir=work / "interrupted", observers=[Interrupt()])
+interrupted.stopped, interrupted.generate("3 lamps, please.", max_new_tokens=2)"""
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
@@ -23,6 +36,7 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         environment.setenv("IPYTHONDIR", str(folder / "ipython"))
         environment.setenv("OMP_NUM_THREADS", "1")
         notebook = nbformat.read(NOTEBOOK, as_version=4)
+        notebook.cells.insert(-1, nbformat.v4.new_code_cell(INTERRUPTED))
         client = NotebookClient(
             notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": folder}}
         )
@@ -48,7 +62,7 @@ def test_the_notebook_is_stored_without_outputs() -> None:
 
 @pytest.mark.slow
 def test_it_runs_and_shows_its_results(cells: dict[str, Any]) -> None:
-    assert len(cells) == 12
+    assert len(cells) == 13
     frame = outputs_of(cells, "to_pandas")[0].data
     assert "learning_rate" in frame["text/html"]
     picture = outputs_of(cells, "run.plot()")
@@ -68,3 +82,9 @@ def test_progress_is_shown_as_lines(cells: dict[str, Any]) -> None:
     shown = [output for output in outputs if output.output_type != "stream"]
     assert [output.output_type for output in shown] == ["execute_result"]
     assert re.search(r"<Run in .*: 24 steps, loss \d", shown[0].data["text/plain"])
+
+
+@pytest.mark.slow
+def test_interrupting_the_kernel_returns_the_run_so_far(cells: dict[str, Any]) -> None:
+    shown = outputs_of(cells, "class Interrupt")[-1].data["text/plain"]
+    assert "stopped after step 3 of 24 (SIGINT); --resume auto goes on from there" in shown
