@@ -113,7 +113,7 @@ def test_a_bad_row_is_named_by_its_place_as_in_python(row: Any, problem: str) ->
             "data is of type DatasetDict, with 'train'; give one split",
         ),
         (Dataset.from_list(PAIRS).to_iterable_dataset(), "data is of type IterableDataset; give a path"),
-        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' stands there twice; rename one."),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' occurs twice; rename one."),
         (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split or [row]."),
         ([PAIRS, 7], "data[1] is of type int; give a path"),
     ],
