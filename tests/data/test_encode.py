@@ -411,7 +411,7 @@ def test_tokenised_records_stand_as_they_are(train_on):
 @pytest.mark.parametrize(("token", "place"), [(269, 2), (-1, 2), (2**40, 2)])
 def test_tokens_of_another_vocabulary_are_named(token, place):
     with pytest.raises(
-        BadRow, match=f"^a:1: input_ids holds {token} at place {place}, .* tokens are 0 to 268; tok"
+        BadRow, match=f"^a:1: input_ids holds {token} at index {place}, .* tokens are 0 to 268; tok"
     ):
         encode_records([Record({"input_ids": [268, token, 5]}, "a:1")], tiny_tokenizer(), LONG)
 

@@ -114,10 +114,10 @@ def test_json_object_with_one_list_field(tmp_path):
             '{"text": "a"}\n{"text": "b", "score": NaN}\n',
             "a.jsonl:2: 'score' is NaN, which is not a JSON value; write null",
         ),
-        ("a.jsonl", "", "a.jsonl holds no records"),
-        ("a.jsonl", "\n \n", "a.jsonl holds no records"),
-        ("a.json", "", "a.json holds no records"),
-        ("a.json", "[]", "a.json holds no records"),
+        ("a.jsonl", "", "a.jsonl has no records"),
+        ("a.jsonl", "\n \n", "a.jsonl has no records"),
+        ("a.json", "", "a.json has no records"),
+        ("a.json", "[]", "a.json has no records"),
         (
             "a.json",
             '[{"text": "a"},\n {"text" "b"}]',
@@ -127,8 +127,8 @@ def test_json_object_with_one_list_field(tmp_path):
         ("a.json", '[{"text": "a"}, 3]', "a.json record 2: the row is 3 (int)"),
         ("a.json", "3", "a.json: holds 3 (int), not a list of records"),
         ("a.json", b'[{"text":\n "\xff"}]', "a.json:2: byte 3, 0xff after ' \"', is not valid UTF-8"),
-        ("a.csv", "", "a.csv holds no records"),
-        ("a.csv", "text\n", "a.csv holds no records"),
+        ("a.csv", "", "a.csv has no records"),
+        ("a.csv", "text\n", "a.csv has no records"),
         (
             "a.csv",
             "question,answer\na,b\nc,d,e\n",
@@ -206,7 +206,7 @@ def test_empty_parquet(tmp_path):
 
     path = str(tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), path)
-    assert "a.parquet holds no records" in error_of(read_records, path)
+    assert "a.parquet has no records" in error_of(read_records, path)
 
 
 def test_damaged_parquet(tmp_path):
@@ -494,7 +494,7 @@ def test_tokenised_rows(fields, ids, is_target):
         ({"labels": [6, 7]}, "labels has 2 numbers where input_ids has 3"),
         (
             {"labels": [6, 7, 2]},
-            "labels holds 6 at place 1, where input_ids has 5; use that or -100: labels are not",
+            "labels holds 6 at index 1, where input_ids has 5; use that or -100: labels are not",
         ),
         ({"attention_mask": [0, 0, 0]}, "input_ids is empty"),
         ({"input_ids": [], "labels": [], "attention_mask": []}, "input_ids is empty"),
