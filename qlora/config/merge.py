@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from qlora.config.settings import Read, Settings
+from qlora.system.errors import InputError
 
 
 @dataclass
@@ -28,3 +30,12 @@ class MergeOptions(Settings):
     """Measure drift on the first tokens of this data file (or .txt); default: built-in texts."""
     max_drift: float | None = None
     """Fail and write nothing if the mean KL exceeds this many nats per token."""
+
+    def check_bounds(self) -> None:
+        """Raise InputError where a bound makes no sense. Whoever merges calls it first."""
+        if not self.max_shard_gb > 0:
+            raise InputError(f"max_shard_gb is {self.max_shard_gb}; give --max-shard-gb a number above 0.")
+        if self.max_drift is not None and not (self.drift and 0 <= self.max_drift < math.inf):
+            raise InputError(
+                f"max_drift is {self.max_drift}; give --max-drift a number of 0 or more, without --no-drift."
+            )

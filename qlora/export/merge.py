@@ -16,7 +16,6 @@ continues there, and the output appears whole or not at all.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -72,6 +71,7 @@ def merge_adapter(
         CheckFailed: the drift exceeds `options.max_drift`; nothing is written.
     """
     o, target = options or MergeOptions(), Path(output_dir)
+    o.check_bounds()
     if target.exists():
         raise InputError(f"--output-dir {target} exists already; remove it or choose another.")
     mixture = read_mixture([adapter] if isinstance(adapter, str) else adapter, o.weights or None)
@@ -79,12 +79,6 @@ def merge_adapter(
     if o.save_4bit and (o.base == "original" or quant is None):
         why = "--base original was given" if quant is not None else "The adapter was trained on a 16-bit base"
         raise InputError(f"{why}, so there are no 4-bit scales to reuse; leave out --save-4bit.")
-    if not o.max_shard_gb > 0:
-        raise InputError(f"max_shard_gb is {o.max_shard_gb}; give --max-shard-gb a number above 0.")
-    if o.max_drift is not None and not (o.drift and 0 <= o.max_drift < math.inf):
-        raise InputError(
-            f"max_drift is {o.max_drift}; give --max-drift a number of 0 or more, without --no-drift."
-        )
     network = empty_model(model)
     if o.save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
         raise InputError("transformers cannot load a 4-bit mixture of experts; leave out --save-4bit.")

@@ -14,11 +14,12 @@ import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qlora.data.dataset import find_sources, load_examples
+from qlora.data.dataset import find_sources
 from qlora.data.python_rows import PythonRows, take_sources
 from qlora.data.readers import identify_source, read_records
 from qlora.data.rows import BadRow, sort_by_place
 from qlora.system.errors import InputError
+from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [

@@ -243,7 +243,7 @@ def test_samples_depend_on_the_seed_alone(models: Path) -> None:
         (["--shots", "1", "--few-shot-data", "{folder}/data.jsonl"], "data.jsonl:1 is also one of the shots"),
         (["--match", "json"], "data.jsonl:1 expects 'a', in which this --match finds no answer"),
         (["--match", "regex", "--pattern", "("], "not a regular expression"),
-        (["--temperature", "-1"], "temperature is -1.0; give --temperature 0 or more"),
+        (["--temperature", "-1"], r"temperature is -1.0; give --temperature 0 \(greedy\) or more"),
         (["--top-p", "0"], "top_p is 0.0; give --top-p"),
     ],
 )  # fmt: skip

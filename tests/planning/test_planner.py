@@ -112,12 +112,10 @@ def test_a_checkpoint_in_4_bits(untied: Path, tmp_path: Path) -> None:
     from qlora.model.cache import write_cache
     from qlora.model.resolve import open_source
     from qlora.model.skeleton import empty_model
-    from qlora.model.weights import stored_weights
 
     target, quant = tmp_path / "quantized", QuantConfig("fp4", False)
     network = empty_model(str(untied))
-    weights = stored_weights(network, open_source(untied), quant, torch.device("cpu"))
-    write_cache(network, weights, quant, target)
+    write_cache(network, open_source(untied), quant, torch.device("cpu"), target)
     assert_same_plan(str(target), ModelConfig(compute_dtype="bfloat16"), LoRAConfig())
     with pytest.raises(InputError, match="stored in 4 bits; leave out --no-4bit"):
         plan_base_model(str(target), use_4bit=False)

@@ -29,6 +29,7 @@ def main(argv: Sequence[str]) -> None:
     config = parse_args(MergeConfig, program("merge"), argv)
     if not config.adapter:
         raise InputError("No adapter given; pass --adapter with the output directory of a run.")
+    config.check_bounds()
     from qlora.adapters.provenance import base_model_of
     from qlora.export.merge import merge_adapter
 
