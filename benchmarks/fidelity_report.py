@@ -251,7 +251,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
         axis.set(xlabel=title, xlim=(-0.5, len(cells) - 0.5))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats per target token")
-    legend = "Blue: after training, mean and 95 % interval over seeds (a grey line is a seed). "
+    legend = "Blue: after training, mean and 95 % interval over seeds (a gray line is a seed). "
     figure.suptitle(legend + "Orange: the untrained base", fontsize=10)
     figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

@@ -134,8 +134,8 @@ def draw_inspection(found: Inspection, picture: str | Path) -> None:
     figure, axes = pyplot.subplots(
         figsize=(min(3 + 0.9 * len(modules), 40), min(2.5 + 0.25 * len(blocks), 40)), layout="constrained"
     )
-    colours = pyplot.get_cmap("viridis").with_extremes(bad="0.85")  # gray: no value, or not finite
-    image = axes.imshow(cells.numpy(), aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
+    colors = pyplot.get_cmap("viridis").with_extremes(bad="0.85")  # gray: no value, or not finite
+    image = axes.imshow(cells.numpy(), aspect="auto", cmap=colors, vmin=0, interpolation="nearest")
     figure.colorbar(image, ax=axes, label=found.measure)
     axes.set_xticks(range(len(modules)), _labels(modules), rotation=45, ha="right", parse_math=False)
     step = -(-len(blocks) // 40)

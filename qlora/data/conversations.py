@@ -22,7 +22,7 @@ SHAPES = (
     ("prompt_completion", ("prompt", "response"), None),
     ("question_answer", ("question", "answer"), None),
     ("text", ("text",), None),
-    ("tokenised", ("input_ids",), None),
+    ("tokenized", ("input_ids",), None),
 )
 # Optional columns that belong to another one.
 COMPANIONS = {"messages": "tools", "conversations": "tools", "prompt": "tools"}

@@ -188,7 +188,7 @@ class Encoder:
                 if bad_rows is not None:
                     bad_rows[:] = store.bad_rows
                 return store, "read from the token cache" if was_there else "tokenized"
-        return write_store(fill, None), "tokenised"
+        return write_store(fill, None), "tokenized"
 
 
 @dataclass(frozen=True)

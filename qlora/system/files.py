@@ -131,7 +131,7 @@ def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, A
         with open(path, "rb") as file:
             text = file.read(JSON_LIMIT + 1)
         if len(text) > JSON_LIMIT:
-            raise InputError(f"{path} is larger than the limit of {JSON_LIMIT // 2**20} MiB; {remedy}.")
+            raise InputError(f"{path} is larger than {JSON_LIMIT // 2**20} MiB, the limit; {remedy}.")
         content = json.loads(text.decode("utf-8"), object_pairs_hook=build)
     except InputError:
         raise

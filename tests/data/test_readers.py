@@ -480,7 +480,7 @@ TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 
     ],
 )
 def test_tokenised_rows(fields, ids, is_target):
-    assert detect_format(fields, "here") == "tokenised"
+    assert detect_format(fields, "here") == "tokenized"
     assert messages_of(fields) == [{"role": "tokens", "content": "", "input_ids": ids, "is_target": is_target}]
     assert messages_of(fields | {"text": "t"})[0]["role"] == "document"  # what there is to read goes first
 

@@ -141,10 +141,10 @@ def test_the_second_start_reads_what_the_first_one_wrote(
     plain, first_said = load(source, cache=False, bad_rows_file=listed)
     list_of_first, found = listed.read_text(), [plain]
     assert not cache.exists() and "30 of 32 records kept" in first_said[0]
-    for how in ("tokenised in", "read from the token cache in"):
+    for how in ("tokenized in", "read from the token cache in"):
         listed.unlink()
         examples, said = load(source, bad_rows_file=listed)
-        assert how in said[0] and said[0].partition(how)[0] == first_said[0].partition("tokenised in")[0]
+        assert how in said[0] and said[0].partition(how)[0] == first_said[0].partition("tokenized in")[0]
         assert listed.read_text() == list_of_first and list_of_first.count("\n") == 2
         found.append(examples)
         monkeypatch.setattr("qlora.data.dataset.stream_records", lambda *_, **__: pytest.fail("read again"))
@@ -167,7 +167,7 @@ def test_whatever_changes_the_rows_makes_them_anew(cache: Path, source: Path) ->
         ],
         start=1,
     ):  # fmt: skip
-        for how in ("tokenised", "read from the token cache"):
+        for how in ("tokenized", "read from the token cache"):
             _, said = load(source, tokenizer, **options)
             assert how in said[0] and len(stores_in(cache)) == number
     _, said = load(source, num_workers=2)
@@ -176,13 +176,13 @@ def test_whatever_changes_the_rows_makes_them_anew(cache: Path, source: Path) ->
     source.write_text(source.read_text().replace("Answer 7", "Answer 8"))
     os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))  # as `cp -p` would: same size, same time
     _, said = load(source)
-    assert "tokenised" in said[0] and len(stores_in(cache)) == number + 1
+    assert "tokenized" in said[0] and len(stores_in(cache)) == number + 1
 
 
 def test_other_code_makes_the_rows_anew(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     load(source)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
-    assert "tokenised" in load(source)[1][0] and len(stores_in(cache)) == 2
+    assert "tokenized" in load(source)[1][0] and len(stores_in(cache)) == 2
 
 
 def test_a_damaged_store_is_made_anew(cache: Path, source: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_damaged_store_is_made_anew(cache: Path, source: Path) -> None:
     flip(store / TOKENS, 1000)
     (cache / f".{store.name}.99999.tmp").mkdir()  # left half written by a killed process
     examples, said = load(source)
-    assert "tokenised" in said[0] and content(examples) == expected
+    assert "tokenized" in said[0] and content(examples) == expected
     assert "read from the token cache" in load(source)[1][0]
     assert stores_in(cache) == {store}
 
@@ -207,7 +207,7 @@ def test_the_least_recently_used_go_first(cache: Path, source: Path, monkeypatch
     monkeypatch.setattr(token_store, "MAX_CACHE", size + 10)
     load(source, max_length=63)
     assert len(stores_in(cache)) == 3
-    for max_length, how in ((60, "cache"), (62, "cache"), (63, "cache"), (61, "tokenised")):
+    for max_length, how in ((60, "cache"), (62, "cache"), (63, "cache"), (61, "tokenized")):
         assert how in load(source, max_length=max_length)[1][0]
     monkeypatch.setattr(token_store, "MAX_CACHE", 1)
     load(source, max_length=64)
@@ -300,7 +300,7 @@ def test_memory_stays_while_the_data_grows(cache: Path, tmp_path: Path) -> None:
     run = start("cache")
     assert run.returncode == 0, run.stderr
     first, second = run.stdout.splitlines()
-    assert "tokenised" in first and "read from the token cache" in second
+    assert "tokenized" in first and "read from the token cache" in second
     assert all(line.startswith(f"2000 {2000 * sum(ids[:-1])} ") for line in (first, second))
     (store,) = (path for path in stores_in(cache) if (path / TOKENS).stat().st_size > size)
     assert (store / TOKENS).stat().st_size > 2 * allowance

@@ -163,8 +163,8 @@ HITS = [True, False]
     ("other", "said"),
     [
         (result(HITS, "choice"), "can be compared, but a is of exact_match, b is of choice"),
-        (result([True]), r"1 of the 2 items of a are not in b \(data.jsonl:2 is the first\)"),
-        (result([True] * 3), r"1 of the 3 items of b are not in a \(data.jsonl:3 is the first\)"),
+        (result([True]), r"1 of the 2 items of a are not in b \(the first is data.jsonl:2\)"),
+        (result([True] * 3), r"1 of the 3 items of b are not in a \(the first is data.jsonl:3\)"),
         (result(HITS, prompt=["0?", "2?"]), "The prompt of data.jsonl:2 differs between a and b"),
         (result(HITS, expected=["1", "2"]), "The expected of data.jsonl:1 differs"),
         (result(HITS) | {"pairing": {"accuracy": ["correct"]}}, "a and b have no score in common"),

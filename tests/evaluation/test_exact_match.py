@@ -239,7 +239,7 @@ def test_samples_depend_on_the_seed_alone(models: Path) -> None:
         (["--shots", "2"], "--shots and --few-shot-data go together"),
         (["--prompt-template", "hello"], r"'hello', neither a text that contains \{prompt\} nor"),
         (["--prompt-template", "{folder}/none.txt"], r"has no \{prompt\}; add it"),
-        (["--shots", "9", "--few-shot-data", "{folder}/data.jsonl"], "holds 6 examples; give --shots 6 at most"),
+        (["--shots", "9", "--few-shot-data", "{folder}/data.jsonl"], "has 6 examples; give --shots at most 6"),
         (["--shots", "1", "--few-shot-data", "{folder}/data.jsonl"], "data.jsonl:1 is also one of the shots"),
         (["--match", "json"], "data.jsonl:1 expects 'a', in which this --match finds no answer"),
         (["--match", "regex", "--pattern", "("], "not a regular expression"),

@@ -190,8 +190,8 @@ def test_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "Expecting value"), (b"{", "Expecting property name"), (b"[1]", "no JSON object"),
-        (b'"a"', "no JSON object"), (b"null", "no JSON object"), (b'{"a": "\xff"}', "can't decode"),
+        (b"", "Expecting value"), (b"{", "Expecting property name"), (b"[1]", "not a JSON object"),
+        (b'"a"', "not a JSON object"), (b"null", "not a JSON object"), (b'{"a": "\xff"}', "can't decode"),
         (b"[" * 10**6, "recursion"), (b'{"a": ' + b"1" * 10**5 + b"}", "digits"), (b"{} x", "Extra data"),
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' twice"),
     ],
