@@ -1,10 +1,10 @@
-"""What a switch between adapters on one base costs, against reading the adapter, and base and adapter, again.
+"""Cost of switching adapters on one base, compared with reading the adapter, or base and adapter, again.
 
     python -m benchmarks.adapter_switch MODEL [--adapters 8] [--rank 8] [--rounds 200]
 
-For q_proj,v_proj and for all-linear: adapters with random values are saved, loaded by name onto one 4-bit base,
-and switched in turn. Medians; files and the quantized base come from the disk cache in every round, which is the
-best case for reading. Prints a Markdown table.
+For q_proj,v_proj and for all-linear: save adapters with random values, load them by name onto one 4-bit base, and
+switch in turn. Medians. Files and the quantized base come from the disk cache in every round, the best case for
+reading. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("model")
     parser.add_argument("--adapters", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=200, help="times that each adapter is switched to")
+    parser.add_argument("--rounds", type=int, default=200, help="number of switches to each adapter")
     options = parser.parse_args(argv)
     load_base_model(options.model)  # fills the cache
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"

@@ -1,6 +1,6 @@
-"""Forward and backward of one causal sequence in bf16, and in fp32 cast from bf16 and back.
+"""Compare attention over one causal sequence in bf16, and in fp32 cast from bf16 and back, forward and backward.
 
-Decides `UPCAST_BELOW` in qlora/model/attention.py. The two run in turns; the figure is the median of their ratios.
+Decides `UPCAST_BELOW` in qlora/model/attention.py. The two alternate; the result is the median of their ratios.
 
     python benchmarks/attention_dtype.py
 """

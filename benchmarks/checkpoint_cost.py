@@ -1,10 +1,10 @@
-"""What checkpoints cost a training run: seconds that the loop waits, and seconds that the writing thread works.
+"""Cost of checkpoints in a training run: seconds that the loop waits, and seconds that the writing thread works.
 
     python -m benchmarks.checkpoint_cost --model M --data train.jsonl [--steps 30] [--save-every 50]
 
 Trains with a checkpoint after every step, so that each is measured, and scales to one in `--save-every` steps.
-"Waits" is what the loop spends in `save`: copies, and the wait for a write still under way. "Writes" runs
-beside training; on a machine whose cores are all busy it may slow a step by as much, so the bound is the sum.
+"Waits" is the loop's time in `save`: copies, and waiting for an unfinished write. "Writes" runs in parallel with
+training; if all cores are busy it may slow a step by as much, so the upper bound is the sum.
 """
 
 from __future__ import annotations

@@ -1,19 +1,18 @@
-"""A base split over processes of this machine: memory, bytes that a step sends, seconds, each beside the plan's.
+"""Split a base over processes of this machine and compare memory, bytes sent per step and seconds with the plan.
 
     python -m benchmarks.devices [--layers 24] [--train-layers 4] [--processes 2] [--steps 2] [--folder DIR]
 
-The model has LLaMA-7B's shape with --layers layers and random weights, written and deleted by the benchmark.
+The model has LLaMA-7B's shape with --layers layers and random weights; the benchmark writes and deletes it.
 
     loading     one process with load_base_model (nothing cached), then --processes that each read and quantize
-                their share; memory is the peak of the resident set, with and without what Python and the
-                libraries take
+                their share; memory is the peak of the resident set, with and without Python and libraries
     training    the same shape with --train-layers: rank 8 on q_proj and v_proj, one row of --tokens random tokens
                 on each process, every layer recomputed; in every mode. Planned is what `qlora.plan` says from the
                 config; its rates are those of a plain product and of a sum over the processes just before the
                 first step. Bytes are those that the loopback carries from the second step on (gloo, headers
                 included), for each process; peaks are above what was resident before the model
 
-Each part is started by torchrun with one thread a process. 24 layers write 10 GB.
+torchrun starts each part with one thread per process. 24 layers write 10 GB.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Part:
-    """What a launch does: load alone, or train as well."""
+    """One launch: load only, or load and train."""
 
     name: str
     processes: int
@@ -67,7 +66,7 @@ class Part:
         return folder / f"{self.name.replace(' ', '-')}.{rank}.json"
 
     def config(self, model: Path) -> RunConfig:
-        """The run that it is."""
+        """The settings of the run."""
         return RunConfig(
             model=ModelConfig(model=str(model), compute_dtype="float32"),
             lora=LoRAConfig(rank=8),
@@ -85,7 +84,7 @@ def resident() -> int:
 
 
 def peak() -> int:
-    """Bytes, the most that were resident since `forget_peak`."""
+    """Peak resident bytes since `forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
@@ -95,13 +94,13 @@ def forget_peak() -> None:
 
 
 def sent() -> int:
-    """Bytes that the loopback has carried."""
+    """Bytes sent over the loopback interface."""
     line = next(line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
     return int(line.partition(":")[2].split()[8])
 
 
 def measure_rates(processes: int) -> Result:
-    """What one of so many processes computes and sends in a second, all at once."""
+    """Rates of computing and sending per process when this many processes run at once."""
     from qlora.planning.step import measure_flops
 
     if processes == 1:
@@ -119,7 +118,7 @@ def measure_rates(processes: int) -> Result:
 
 
 def work(part: Part, model_folder: Path) -> Result:
-    """What this process does of a part."""
+    """Run this process's share of a part."""
     from accelerate import Accelerator
 
     from qlora.data.example import Example
@@ -164,7 +163,7 @@ def work(part: Part, model_folder: Path) -> Result:
     marks: list[tuple[float, int]] = []
 
     class Mark(Observer):
-        """Looks at clock and network between steps."""
+        """Records clock and network traffic between steps."""
 
         def before_step(self, trainer: Trainer) -> None:
             accelerator.wait_for_everyone()
@@ -205,7 +204,7 @@ def run_part(part: Part, folder: Path) -> list[Result]:
 
 
 def write_model(folder: Path, layers: int) -> int:
-    """A model of random weights in folder/model; how many it has."""
+    """Write a model of random weights to folder/model; returns the number of weights."""
     from qlora.model.skeleton import empty_model, weight_shapes
 
     shutil.rmtree(folder / "model", ignore_errors=True)

@@ -1,22 +1,22 @@
-"""The QLoRA paper's tables in small: what 4 bits, double quantization, the layers and the rank cost.
+"""The QLoRA paper's tables on a small scale: effect of 4 bits, double quantization, adapted layers and rank.
 
     python -m benchmarks.fidelity --model M --data train.jsonl --eval-data test.jsonl --output-dir DIR \\
         [--steps 16] [--seeds 3] [--only nf4-qv-r8,bf16-qv-r8] [--page docs/fidelity.md]
     python -m benchmarks.fidelity --report-only --output-dir DIR
 
-Nine adapters, each from every seed, with the same steps, rows, learning rate and alpha:
+Nine adapters, each trained from every seed, with the same steps, rows, learning rate and alpha:
 
     data type   bf16, nf4, fp4 and nf4-nodq (without double quantization): q_proj and v_proj, rank 8
     layers      bf16 and nf4: all linear layers, rank 8
     rank        nf4: q_proj and v_proj, rank 4, 16 and 64
 
-A seed gives the same order of rows and, in layers of the same shape and rank, the same A to begin with, whatever
-the base: cells are compared within a seed. Measured on held-out rows before (the base alone) and after: the loss,
-in nats per target token, and exact match of greedy answers.
+A seed gives the same order of rows and, in layers of the same shape and rank, the same initial A for every base:
+cells are compared within a seed. Loss (nats per target token) and exact match of greedy answers are measured on
+held-out rows before (the base alone) and after training.
 
-Each finished part is a file of its own in DIR, written whole; started again, the command makes what is missing.
-Several of them, with different --only, may share DIR. Tables and pictures are made from the files that are there
-(benchmarks/fidelity_report.py).
+Each finished part is a file in DIR, written atomically; when restarted, the command computes the missing ones.
+Several commands with different --only may share DIR. benchmarks/fidelity_report.py makes tables and pictures from
+the existing files.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from qlora.system.errors import InputError
 from qlora.system.files import new_file, read_json
 from qlora.training.recompute import choose_recomputed_layers
 
-STUDY = "study.json"  # the settings, which all files of a directory share
-REMEDY = "remove it, and it is made again"
+STUDY = "study.json"  # the settings shared by all files of a directory
+REMEDY = "remove it to compute it again"
 
 
 @dataclass(frozen=True)
@@ -84,39 +84,39 @@ class FidelityConfig:
     model: str | None = None
     """A Hugging Face directory, a hub id, or a .gguf file."""
     data: str | None = None
-    """Training data, in any format that training takes."""
+    """Training data, in any format accepted for training."""
     eval_data: str | None = None
     """Held-out data."""
     output_dir: str = "fidelity"
-    """Receives a file per finished part, report.md and the pictures; its name is the study's."""
+    """Directory for a file per finished part, report.md and pictures; its name is the study's name."""
     seeds: int = 3
     """Each adapter is trained from the seeds 0, 1, ..."""
     only: str = ""
-    """Train these cells alone: names as in the report, separated by commas; all if empty."""
+    """Train only these cells: names as in the report, separated by commas; empty = all."""
     steps: int = 16
     """Optimizer steps of each adapter."""
     batch_size: int = 4
     """Examples per step."""
     learning_rate: float = 1e-3
-    """Peak learning rate, of all cells; a warm-up of a tenth of the steps, then down as a cosine."""
+    """Peak learning rate of all cells, with warm-up over a tenth of the steps, then cosine decay."""
     alpha: float = 16.0
-    """Scale of the update, as alpha / rank, of all cells."""
+    """LoRA alpha of all cells; the update is scaled by alpha / rank."""
     max_length: int = 512
-    """Longest example, in tokens; longer ones are left out."""
+    """Longest example in tokens; longer ones are dropped."""
     eval_rows: int = 64
-    """Held-out rows for the loss: the first so many; 0 = all."""
+    """Number of held-out rows for the loss, from the start; 0 = all."""
     problems: int = 16
-    """Held-out rows to answer for exact match: the first so many; 0 = none."""
+    """Number of held-out rows for exact match, from the start; 0 = none."""
     match: Literal["gsm8k", "json", "text"] = "gsm8k"
     """Compare the number after #### (or else the last one), JSON values, or text."""
     max_new_tokens: int = 200
     """Longest answer, in tokens."""
     compute_dtype: ComputeDtype = "auto"
-    """Dtype of activations, of all cells; auto picks the faster one on this device by measuring."""
+    """Dtype of activations in all cells; auto measures which is faster on this device."""
     report_only: bool = False
-    """Train nothing; make tables and pictures from the files in --output-dir."""
+    """Train nothing; only make tables and pictures from the files in --output-dir."""
     page: str | None = None
-    """Put the tables into this page, between the study's two marks, and results and pictures beside it."""
+    """Write the tables to this page, between the study's marks, and results and pictures next to it."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -128,7 +128,7 @@ class FidelityConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give --{flag} {low} or more.")
         if not 0 < self.learning_rate < float("inf"):
             raise InputError(f"learning_rate is {self.learning_rate}; give --learning-rate a number above 0.")
-        _ = self.cells, LoRAConfig(alpha=self.alpha)  # each raises if it does not read
+        _ = self.cells, LoRAConfig(alpha=self.alpha)  # each raises if invalid
 
     @property
     def cells(self) -> list[Cell]:
@@ -154,10 +154,10 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
 
 
 def settle_settings(directory: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings with the results, or refuse to mix results of others with these.
+    """Save the settings with the results, or check that existing results have the same settings.
 
     Raises:
-        InputError: lists what differs.
+        InputError: the settings differ; lists the differences.
     """
     path = directory / STUDY
     if not path.exists():
@@ -183,7 +183,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 class Bench:
-    """Data and settings of a study, and the base in use: one at a time is in memory."""
+    """Data and settings of a study, and the current base; only one base is in memory at a time."""
 
     def __init__(self, config: FidelityConfig, model: str, data: str, eval_data: str) -> None:
         from accelerate import Accelerator
@@ -219,7 +219,7 @@ class Bench:
         }
 
     def take_base(self, base: str) -> Any:
-        """The base of this name as a LoRAModel without an adapter; the one before is dropped first."""
+        """The base of this name as a LoRAModel without an adapter; drops the previous one first."""
         from qlora.adapters.model import LoRAModel
         from qlora.model.load import load_base_model
         from qlora.quant.weight import QuantConfig
@@ -251,7 +251,7 @@ class Bench:
         }
 
     def train_cell(self, cell: Cell, seed: int, directory: Path) -> dict[str, Any]:
-        """Train one adapter, keep it in `directory` and measure it; the base is as before afterwards."""
+        """Train one adapter, save it in `directory` and measure it; leaves the base unchanged."""
         from qlora.data.batches import largest_micro_batch
         from qlora.lora.trainable import count_trainable_parameters
         from qlora.system.device import choose_optimizer
@@ -298,7 +298,7 @@ class Bench:
         return result
 
     def answer(self, base: str, directory: Path | None) -> dict[str, Any]:
-        """Whether each problem's greedy answer is right, of a base with or without the adapter in `directory`."""
+        """Whether each greedy answer is right, for a base with or without the adapter in `directory`."""
         from eval.exact_match import exact_match
         from qlora.data.answers import make_matcher
 
@@ -314,7 +314,7 @@ class Bench:
 
 
 def settle_dtype(config: FidelityConfig) -> str:
-    """Name of the dtype that all cells compute in; under auto, the one that the study began with."""
+    """Name of the dtype for all cells; with auto, the one that the study started with."""
     from qlora.model.load import MEASURED_WIDTH
     from qlora.system.device import best_device, choose_compute_dtype
 
@@ -326,7 +326,7 @@ def settle_dtype(config: FidelityConfig) -> str:
 
 
 def weight_error(network: Any, source: str) -> float:
-    """Mean over the blocks' linear layers of |W_hat - W| / |W| (Frobenius); W is what the model's files hold."""
+    """Mean over the blocks' linear layers of |W_hat - W| / |W| (Frobenius); W: the weight in the files."""
     import torch
 
     from qlora.lora.targets import linear_layers
@@ -345,7 +345,7 @@ def weight_error(network: Any, source: str) -> float:
 
 
 def make_part(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
-    """Measure, and keep the result with the seconds it took, wall and processor; not if it is there already."""
+    """Measure and save the result with its wall and processor seconds, unless it exists already."""
     if path.exists():
         read_json(path, REMEDY)
         return
@@ -358,9 +358,9 @@ def make_part(path: Path, measure: Callable[[], dict[str, Any]]) -> None:
 
 
 def run_study(config: FidelityConfig) -> None:
-    """Make every missing part, seed by seed, so that what is there after a kill compares."""
+    """Compute every missing part, seed by seed, so that the results left by a kill are comparable."""
     if config.model is None or config.data is None or config.eval_data is None:
-        raise InputError("Something is missing; pass --model, --data and --eval-data (or --report-only).")
+        raise InputError("--model, --data and --eval-data are required (or --report-only).")
     directory = Path(config.output_dir)
     bench = Bench(config, config.model, config.data, config.eval_data)
     directory.mkdir(parents=True, exist_ok=True)
@@ -373,7 +373,7 @@ def run_study(config: FidelityConfig) -> None:
             name = run_name(cell, seed)
             train = partial(bench.train_cell, cell, seed, directory / "adapters" / name)
             make_part(directory / f"{name}.json", train)
-    for seed, base in rounds if bench.records else ():  # takes longest and says least, so it comes last
+    for seed, base in rounds if bench.records else ():  # last, since it takes longest and shows least
         make_part(directory / f"answers-{base}.json", partial(bench.answer, base, None))
         for cell in (cell for cell in config.cells if cell.base == base):
             name = run_name(cell, seed)

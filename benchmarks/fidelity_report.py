@@ -1,10 +1,10 @@
-"""Tables and pictures of a fidelity study, made from the files that are there.
+"""Make tables and pictures of a fidelity study from its finished files.
 
-Intervals are of 95 %. Over seeds: Student's t on the mean, n - 1 degrees of freedom; of two cells, on the mean of
-their differences seed by seed. Of two bases, which no seed changes: over held-out rows, for a ratio of sums (with
-d the difference of a row's summed losses and n its target tokens, r = sum d / sum n and its standard error is
-sqrt(m / (m - 1) sum (d - r n)^2) / sum n over m rows; Cochran, Sampling Techniques, section 6.4). Of exact match:
-Wilson's, over problems and seeds together, as if each answer were a problem of its own.
+Intervals are 95 %. Over seeds: Student's t on the mean, n - 1 degrees of freedom; for two cells, on the mean of
+the differences per seed. For two bases, which do not depend on the seed: over held-out rows, as a ratio of sums
+(with d the difference of a row's summed losses and n its target tokens, r = sum d / sum n has the standard error
+sqrt(m / (m - 1) sum (d - r n)^2) / sum n over m rows; Cochran, Sampling Techniques, section 6.4). For exact match:
+Wilson's, over problems and seeds together, as if each answer were a separate problem.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BASE_NAMES = {"bf16": "bf16", "nf4": "NF4", "nf4-nodq": "NF4, no double quantiza
 PLOT_NAMES = {**BASE_NAMES, "nf4-nodq": "NF4, no\ndouble q."}
 TARGET_NAMES = {"qv": "q/v", "all": "all-linear"}
 REFERENCE = Cell("bf16", "qv", 8)
-# (what it asks, cell, cell it is compared with)
+# (title, cell, cell to compare with)
 COMPARISONS = (
     ("NF4 − bf16, q/v", Cell("nf4", "qv", 8), REFERENCE),
     ("NF4 − bf16, all-linear", Cell("nf4", "all", 8), Cell("bf16", "all", 8)),
@@ -44,7 +44,7 @@ COMPARISONS = (
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """(mean, half of its t-interval's width); None where one value gives no interval."""
+    """(mean, half width of its t-interval); None for a single value."""
     from scipy import stats
 
     mean = sum(values) / len(values)
@@ -54,7 +54,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def row_interval(rows: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float | None]:
-    """Difference of two losses per target token over the same rows, and half of its interval's width.
+    """Difference of two losses per target token over the same rows, and half width of its interval.
 
     Args:
         rows, others: (mean loss, target tokens) of each row.
@@ -72,12 +72,12 @@ def row_interval(rows: Sequence[Sequence[float]], others: Sequence[Sequence[floa
 
 
 def mean_loss(rows: Sequence[Sequence[float]]) -> float:
-    """Per target token, of the (mean loss, target tokens) of rows."""
+    """Loss per target token from (mean loss, target tokens) per row."""
     return sum(loss * count for loss, count in rows) / sum(count for _, count in rows)
 
 
 def show(value: float, half: float | None, sign: bool = False) -> str:
-    """A value with its interval, to three decimals."""
+    """Format a value with its interval, to three decimals."""
     shown = f"{value:+.3f}" if sign else f"{value:.3f}"
     if half is None:
         return shown
@@ -86,7 +86,7 @@ def show(value: float, half: float | None, sign: bool = False) -> str:
 
 
 def show_match(answers: Sequence[Sequence[bool]]) -> str:
-    """Right answers of all, and Wilson's interval."""
+    """Format the number of right answers with Wilson's interval."""
     from scipy import stats
 
     right, total = sum(map(sum, answers)), sum(map(len, answers))
@@ -100,10 +100,10 @@ def show_match(answers: Sequence[Sequence[bool]]) -> str:
 
 
 def read_study(directory: Path) -> dict[str, Any]:
-    """Settings, and the results of every finished part, by name.
+    """Settings and the results of every finished part, by name.
 
     Raises:
-        InputError: nothing is finished, or a file holds something else.
+        InputError: no part is finished, or a file is not a result.
     """
     if not (directory / STUDY).is_file():
         raise InputError(f"{directory} holds no study; pass --output-dir of one, or leave out --report-only.")
@@ -114,8 +114,8 @@ def read_study(directory: Path) -> dict[str, Any]:
         wanted = {"answers": "correct", "bases": "row_losses", "cells": "eval_loss"}[kind]
         if path.name != STUDY:
             if wanted not in part or "seconds" not in part:
-                raise InputError(f"{path} is no result of this command; {REMEDY}.")
-            part.pop("answers", None)  # the texts stay where they are
+                raise InputError(f"{path} is not a result of this command; {REMEDY}.")
+            part.pop("answers", None)  # large texts, not needed here
             study.setdefault(kind, {})[name.removeprefix("answers-").removeprefix("base-")] = part
     if not study.get("cells"):
         raise InputError(f"No part of the study in {directory} is finished; leave out --report-only.")
@@ -133,7 +133,7 @@ def answers_of(study: dict[str, Any], cell: Cell) -> list[list[bool]]:
 
 
 def differences(study: dict[str, Any], cell: Cell, other: Cell) -> list[float]:
-    """Held-out loss of a cell less that of the other, at each seed that both have."""
+    """Held-out loss of a cell minus that of the other, for each seed that both have."""
     ours, theirs = losses_of(study, cell), losses_of(study, other)
     return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
 
@@ -142,12 +142,12 @@ def differences(study: dict[str, Any], cell: Cell, other: Cell) -> list[float]:
 
 
 def make_tables(study: dict[str, Any]) -> str:
-    """All of a study in Markdown."""
+    """The whole study in Markdown."""
     return "\n\n".join([describe(study), base_table(study), cell_table(study), comparison_table(study)])
 
 
 def describe(study: dict[str, Any]) -> str:
-    """Settings and time in a paragraph."""
+    """A paragraph on settings and time."""
     s = study["settings"]
     parts = [part for kind in ("bases", "cells", "answers") for part in study[kind].values()]
     seconds, processor = (sum(part[key] for part in parts) for key in ("seconds", "cpu_seconds"))
@@ -168,7 +168,7 @@ def make_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def base_table(study: dict[str, Any]) -> str:
-    """What quantizing alone does, before any training."""
+    """Effect of quantization alone, before training."""
     rows, bases = [], study["bases"]
     for name in (name for name in BASES if name in bases):
         losses = bases[name]["row_losses"]
@@ -222,7 +222,7 @@ def comparison_table(study: dict[str, Any]) -> str:
 
 
 def draw(study: dict[str, Any], path: Path) -> None:
-    """Held-out loss by data type, by layers and by rank: mean, interval, and each seed as a grey line."""
+    """Plot held-out loss by data type, layers and rank: mean, interval, and each seed as a gray line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -261,15 +261,15 @@ def draw(study: dict[str, Any], path: Path) -> None:
 
 
 def marks(name: str) -> tuple[str, str]:
-    """The lines of a page between which a study's tables stand."""
+    """The lines of a page that enclose a study's tables."""
     return f"<!-- {name}: written by benchmarks/fidelity.py -->", f"<!-- end of {name} -->"
 
 
 def fill_page(text: str, name: str, tables: str) -> str:
-    """The page with these tables between the marks of the study.
+    """The page with these tables between the study's marks.
 
     Raises:
-        ValueError: the marks are not there, once each and in order.
+        ValueError: the marks do not occur once each and in order.
     """
     begin, end = marks(name)
     before, _, rest = text.partition(begin)
@@ -280,13 +280,13 @@ def fill_page(text: str, name: str, tables: str) -> str:
 
 
 def write_report(directory: Path, page: Path | None) -> None:
-    """report.md and loss.png in the directory; with a page, its tables, and results and picture beside it."""
+    """Write report.md and loss.png; with a page, also its tables, and results and picture next to it."""
     study, name = read_study(directory), directory.resolve().name
     tables = make_tables(study)
     write_text(directory / "report.md", tables + "\n")
     with new_file(directory / "loss.png") as staging:
         draw(study, staging)
-    print(f"{tables}\n\nreport and picture in {directory}")
+    print(f"{tables}\n\nReport and picture saved to {directory}")
     if page is None:
         return
     try:
@@ -298,7 +298,7 @@ def write_report(directory: Path, page: Path | None) -> None:
     with new_file(beside.with_suffix(".png")) as staging:
         draw(study, staging)
     write_text(page, filled)
-    print(f"tables in {page}, results and picture in {beside}.json and .png")
+    print(f"Tables saved to {page}, results and picture to {beside}.json and .png")
 
 
 def write_text(path: Path, text: str) -> None:

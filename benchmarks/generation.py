@@ -1,19 +1,19 @@
-"""Generation side by side with transformers: tokens per second, time to the first token, peak memory, in one run.
+"""Compare generation with transformers in one run: tokens per second, time to first token, peak memory.
 
     python -m benchmarks.generation --model M          # the model, and a stack of layers of LLaMA-7B's shape
 
-Every side is a process of its own that holds one model; the sides answer the same prompt in turns, greedily, at
-batch 1. Ratios are medians over the rounds of (ours / theirs in the same round), for machines drift; the first
-answer of each process is a warm-up.
+Every side is a separate process with one model. The sides answer the same prompt in turns, greedily, at batch 1.
+Ratios are medians over the rounds of (ours / theirs in the same round), since machines drift; the first answer
+of each process is a warm-up.
 
     ours + LoRA        4-bit base with a rank-8 adapter on q_proj and v_proj
     ours               the same without an adapter
-    bnb, training      transformers on bitsandbytes' Linear4bit in the layout that trains, which dequantizes
-    bf16               transformers in bf16, nothing quantized
+    bnb, training      transformers with bitsandbytes' Linear4bit in the training layout, which dequantizes
+    bf16               transformers in bf16, not quantized
 
-bitsandbytes has a faster layout on CPUs with AVX512-BF16, but repacks a weight into it for good: it cannot train
-after that, so a generation between training steps cannot use it. The first token's time has in it all that is
-made for a generation and dropped after it. The stack has random weights, written to a temporary folder.
+bitsandbytes has a faster layout on CPUs with AVX512-BF16, but repacking a weight into it is permanent: the weight
+cannot train afterwards, so generation between training steps cannot use it. The time to the first token includes
+everything prepared for one generation. The stack has random weights, written to a temporary folder.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ THEIRS = ("bnb, training", "bf16")
 
 
 def write_stack(folder: Path, num_layers: int) -> Path:
-    """`num_layers` layers of LLaMA-7B's shape, random, bf16."""
+    """Write `num_layers` random layers of LLaMA-7B's shape in bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(num_hidden_layers=num_layers, dtype="bfloat16")  # the rest is LLaMA-7B by default
+    config = LlamaConfig(num_hidden_layers=num_layers, dtype="bfloat16")  # the defaults are LLaMA-7B's
     torch.set_default_dtype(torch.bfloat16)
     LlamaForCausalLM(config).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
@@ -54,7 +54,7 @@ def write_stack(folder: Path, num_layers: int) -> Path:
 
 
 def write_dense(model: Path, folder: Path) -> Path:
-    """A .gguf model as a dense Hugging Face directory, for transformers; others stay as they are."""
+    """Convert a .gguf model to a dense Hugging Face directory for transformers; others are returned unchanged."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from qlora.model.resolve import resolve_model
@@ -68,7 +68,7 @@ def write_dense(model: Path, folder: Path) -> Path:
 
 
 def load_side(side: str, model: str) -> Any:
-    """The model as a side has it, ready to generate."""
+    """Load a side's model, ready to generate."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     if side == "bf16":
@@ -81,7 +81,7 @@ def load_side(side: str, model: str) -> Any:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, quantization_config=how)
-        return loaded.train()  # in eval mode bitsandbytes repacks
+        return loaded.train()  # bitsandbytes repacks in eval mode
     from qlora.config.lora import LoRAConfig
     from qlora.lora.adapter import inject_lora
     from qlora.model.load import load_base_model
@@ -93,7 +93,7 @@ def load_side(side: str, model: str) -> Any:
 
 
 class Clock:
-    """A streamer that notes when each token came."""
+    """A streamer that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -116,12 +116,12 @@ def answer(side: str, model: Any, prompt: int, tokens: int) -> tuple[float, floa
     clock, started = Clock(), time.perf_counter()
     with fast_decoding(model) if side in OURS else nullcontext(), torch.inference_mode():
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
-    first, *rest = clock.times[1:]  # before it the prompt is put
+    first, *rest = clock.times[1:]  # the first entry is the prompt
     return len(rest) / (rest[-1] - first), first - started
 
 
 def serve(side: str, model: str, prompt: int, tokens: int, pipe: Any) -> None:
-    """A side's process: an answer whenever one is asked for, until None is."""
+    """A side's process: generate one answer per request, until the request is None."""
     from transformers.utils import logging
 
     from qlora.system.memory import peak_memory_gib
@@ -143,7 +143,7 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, list[tuple[fl
         pipes[side], theirs = processes.Pipe()
         arguments = (side, str(model), options.prompt, options.tokens, theirs)
         processes.Process(target=serve, args=arguments, daemon=True).start()
-        theirs.close()  # so that a side that dies is noticed
+        theirs.close()  # so that the death of a side is noticed
         pipes[side].recv()
     results: dict[str, list[tuple[float, float, float]]] = {side: [] for side in pipes}
     for number in range(options.rounds):
@@ -156,7 +156,7 @@ def measure(model: Path, options: argparse.Namespace) -> dict[str, list[tuple[fl
 
 
 def table_of(title: str, results: dict[str, list[tuple[float, float, float]]]) -> Table:
-    """Medians, and of ratios within a round how much faster ours with LoRA is."""
+    """Table of medians, and of how much faster ours with LoRA is within a round."""
     table = Table(title=title)
     for heading in ("side", "tokens/s", "ours + LoRA is", "ours is", "first token, s", "peak GiB"):
         table.add_column(heading)
@@ -171,8 +171,8 @@ def table_of(title: str, results: dict[str, list[tuple[float, float, float]]]) -
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare generation with transformers'.")
-    parser.add_argument("--model", type=Path, help="a Hugging Face directory or .gguf file; none: the stack alone")
-    parser.add_argument("--layers", type=int, default=4, help="of the stack of LLaMA-7B's shape; 0: none")
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory or .gguf file (only the stack)")
+    parser.add_argument("--layers", type=int, default=4, help="layers in the stack; 0 = no stack")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,20 +1,19 @@
-"""How time and memory grow with the tokens of a micro-batch and with the length of its sequences.
+"""Measure how time and memory grow with the tokens of a micro-batch and with sequence length.
 
     python -m benchmarks.growth [--model M] [--rounds 3] [--plot growth.png]
 
-Trains rank-8 adapters on q_proj and v_proj of SmolLM2-135M (or --model) in 4 bits on random tokens, every one of
-them supervised, and keeps all activations. Two series:
+Trains rank-8 adapters on q_proj and v_proj of SmolLM2-135M (or --model) in 4 bits on random tokens, all of them
+targets, and keeps all activations. Two series:
 
     tokens     1,024 to 8,192 tokens a micro-batch, in sequences of 256: a token should take as long in each, which
                is why a CPU's micro-batches stop at `CPU_TOKENS` (qlora/data/batches.py), and memory should be
     linear length     sequences of 256 to 8,192 tokens, a micro-batch of one sequence or of 1,024 tokens
 
-Each point is a process of its own, for its peak of memory; the points take turns, `--rounds` times, in both
-directions, and every step is made twice, the first as a warm-up. Figures are medians over the rounds. Memory is
-the peak of the steps (the kernel's VmHWM, or the CUDA allocator's) above what was resident before; beside it
-stands what qlora/planning/memory.py plans, on a CPU with the base, which is mapped and read in the first step. The
-limit is that of benchmarks/roofline.py: it counts attention's products, whose share grows with the length; its
-softmax, which grows alike, is not in it.
+Each point is a separate process, for its peak memory; the points take turns, `--rounds` times, in both directions,
+and every step runs twice, first as a warm-up. Results are medians over the rounds. Memory is the peak of the steps
+(the kernel's VmHWM, or the CUDA allocator's) above what was resident before, next to the plan of
+qlora/planning/memory.py, on a CPU with the base, which is mapped and read in the first step. The limit is that of
+benchmarks/roofline.py: it includes attention's products, whose share grows with the length, but not its softmax.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 Point = tuple[int, int]  # tokens of the micro-batch, tokens of each of its sequences
 BY_TOKENS: list[Point] = [(tokens, 256) for tokens in (1024, 2048, 4096, 8192)]
 BY_LENGTH: list[Point] = [(max(1024, length), length) for length in (256, 512, 1024, 2048, 4096, 8192)]
-FLAT = 0.15  # the goal: how far a token's time may move between 1,024 and 8,192 tokens
+FLAT = 0.15  # goal: largest relative change of the time per token from 1,024 to 8,192 tokens
 HEADINGS = (
     "tokens", "length", "tokens/s", "ms per token", "of the limit", "attention's FLOPs", "peak GiB", "KiB a token",
     "planned GiB",
@@ -49,7 +48,7 @@ HEADINGS = (
 
 
 def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
-    """One micro-batch, forward, backward and update, twice; figures of the second, memory of both."""
+    """Run forward, backward and update of one micro-batch twice; time of the second, memory of both."""
     from accelerate import Accelerator
 
     from qlora.config.lora import LoRAConfig
@@ -85,7 +84,7 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
         seconds = time.perf_counter() - started
         rate = (before + product_rate(base_info(model).compute_dtype, device)) / 2
         limit = useful_flops(model, window) / rate
-    products = useful_flops(model, [Example(ids[:1], ids[:1])]) * tokens  # with next to no attention
+    products = useful_flops(model, [Example(ids[:1], ids[:1])]) * tokens  # with almost no attention
     plan = plan_recomputing(model, tokens, base_info(model).compute_dtype)[0]
     return {
         "seconds": seconds,
@@ -97,7 +96,7 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Bytes in use now; the peak is counted from here."""
+    """Bytes in use now; the peak counts from here."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -110,12 +109,12 @@ def reset_peak(device: torch.device) -> int:
 
 
 def run_point(options: argparse.Namespace, point: Point) -> dict[str, float]:
-    """Measure in a process of its own."""
+    """Measure in a separate process."""
     command = [sys.executable, "-m", "benchmarks.growth", "--model", options.model, "--dtype", options.dtype]
     done = subprocess.run(
         [*command, "--point", *map(str, point)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
     )
-    if done.returncode == 2:  # bad input, and it has said so
+    if done.returncode == 2:  # bad input, already reported
         sys.exit(2)
     if done.returncode != 0:
         sys.exit(
@@ -134,7 +133,7 @@ def per_token(runs: list[dict[str, float]], point: Point) -> float:
 
 
 def report(results: dict[Point, list[dict[str, float]]], console: Console) -> None:
-    """One table, and what the two goals come to."""
+    """Print the table and the results for the two goals."""
     table = Table(title=f"medians of {len(next(iter(results.values())))} rounds")
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
@@ -203,7 +202,7 @@ def plot(results: dict[Point, list[dict[str, float]]], path: Path) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", help="a Hugging Face directory or .gguf file; SmolLM2-135M-Instruct by default")
+    parser.add_argument("--model", help="a Hugging Face directory or .gguf file; default: SmolLM2-135M-Instruct")
     parser.add_argument("--dtype", default="auto", help="compute dtype")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--longest", type=int, default=8192, help="leave out longer sequences (minutes each)")

@@ -1,4 +1,4 @@
-"""What each way of merging does to an adapter: drift, exact match and seconds, side by side.
+"""Compare the ways of merging an adapter: drift, exact match and seconds.
 
     python -m benchmarks.merge_drift --model M --adapter out --data held_out.jsonl --calibration train.jsonl \\
         [--match json] [--max-examples 30] [--max-new-tokens 100]
@@ -6,12 +6,12 @@
     base + adapter         nothing merged
     dequantized, bf16      the default of `python -m qlora merge`
     original, bf16         --base original
-    4 bits                 --save-4bit, calibrated on texts that come with the project
+    4 bits                 --save-4bit, calibrated on the built-in texts
     4 bits, own data       --save-4bit --calibration
-    4 bits, nearest        every weight rounded to the nearest code of new scales, as quantizing anew does it
+    4 bits, nearest        every weight rounded to the nearest code of new scales, as in plain quantization
 
-Drift is from base + adapter, in fp32, on the project's own texts and on the first 1,024 tokens of --data; exact
-match is of greedy answers to the first --max-examples of --data. Seconds are those of the merge alone.
+Drift is measured against base + adapter in fp32, on the built-in texts and on the first 1,024 tokens of --data;
+exact match on greedy answers to the first --max-examples of --data. Seconds are those of the merge alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from qlora.system.device import best_device
 
 
 def round_to_nearest(target: torch.Tensor, base: Params4bit, moment: torch.Tensor) -> Params4bit:
-    """In the place of `requantize`: what quantizing the merged weight anew gives."""
+    """Replacement for `requantize`: quantize the merged weight again."""
     return quantize_weight(target, quantization_of(base))
 
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--adapter", required=True)
     parser.add_argument("--data", required=True, help="held-out data, for drift and exact match")
-    parser.add_argument("--calibration", required=True, help="training data, for the codes of the 4-bit merge")
+    parser.add_argument("--calibration", required=True, help="training data, to choose the 4-bit codes")
     parser.add_argument("--match", choices=("text", "json"), default="text")
     parser.add_argument("--max-examples", type=int, default=30)
     parser.add_argument("--max-new-tokens", type=int, default=100)

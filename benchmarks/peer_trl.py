@@ -1,8 +1,8 @@
-"""One run of PEFT + TRL's SFTTrainer on rows that are tokenised already; started by benchmarks/peers.py.
+"""One run of PEFT + TRL's SFTTrainer on tokenized rows, started by benchmarks/peers.py.
 
     python peer_trl.py JOB.json
 
-Nothing of this project is imported: the file runs in an environment of its own. It prints one JSON object.
+It imports nothing from this project, since it runs in a separate environment. It prints one JSON object.
 """
 
 import json
@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
 
 
 class InOrder(SFTTrainer):
-    """Takes the rows as they come."""
+    """Takes the rows in the given order."""
 
     def _get_train_sampler(self, *_args):
         return SequentialSampler(self.train_dataset)

@@ -1,22 +1,22 @@
-"""Side by side with PEFT + TRL's SFTTrainer: real tokens per second, peak memory and losses, in one run.
+"""Compare training with PEFT + TRL's SFTTrainer in one run: real tokens per second, peak memory and losses.
 
     make bench [DATA=train.jsonl]        both environments, then the whole comparison (15 to 40 minutes on 2 cores)
     python -m benchmarks.peers [--model M] [--data train.jsonl] [--rounds 3] [--steps 4]
 
-Each side is a process of its own that loads the same dense checkpoint, quantizes it to NF4 with double
-quantization, starts from the same rank-8 adapter on q_proj and v_proj, and trains on the same tokenised rows in
-the same windows with AdamW at a constant rate. Without --data the rows are those of benchmarks/word_problems.py.
+Each side is a separate process that loads the same dense checkpoint, quantizes it to NF4 with double quantization,
+starts from the same rank-8 adapter on q_proj and v_proj, and trains on the same tokenized rows in the same windows
+with AdamW at a constant rate. Without --data the rows come from benchmarks/word_problems.py.
 
-    ours        as it comes, through `fit`: compute dtype by measurement, packing, checkpointing where needed
+    ours        the defaults, through `fit`: measured compute dtype, packing, checkpointing if needed
     TRL bf16    SFTTrainer's defaults: bf16, gradient checkpointing, batch 8, padded rows
     TRL fp32    the same in fp32
     TRL fp32-   the same in fp32 without gradient checkpointing
 
-The sides take turns, `--rounds` times; a step's rate counts real tokens, padding left out, and each process's
-first step is left out as its warm-up. Ratios are medians over the rounds of (ours / theirs in the same round), for
-machines are shared and drift. Memory is the peak resident set of the process (of the CUDA allocator on a GPU).
-Losses are compared at every step with a run of ours in the same dtype; where that is not the one that `ours`
-computes in, it is run once more, for its losses alone. The limit is that of benchmarks/roofline.py.
+The sides take turns, `--rounds` times. A step's rate counts real tokens without padding; the first step of each
+process is a warm-up. Ratios are medians over the rounds of (ours / theirs in the same round), since machines are
+shared and drift. Memory is the peak resident set of the process (of the CUDA allocator on a GPU). Losses are
+compared at every step with a run of ours in the same dtype; if `ours` uses another dtype, ours runs once more in
+that dtype for the losses. The limit is that of benchmarks/roofline.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "TRL fp32": {"dtype": "float32", "checkpointing": True},
     "TRL fp32-": {"dtype": "float32", "checkpointing": False},
 }
-DEFAULT = "TRL bf16"  # what a user gets who sets nothing
+DEFAULT = "TRL bf16"  # what a user gets by default
 FASTER_THAN_DEFAULT, FASTER_THAN_BEST, MEMORY_SHARE, LIMIT_SHARE, LOSS_GAP = 5.0, 3.5, 0.3, 0.80, 1e-3  # the goals
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate")
 
@@ -61,7 +61,7 @@ Run = dict[str, Any]  # seconds, losses, peak_bytes; ours also limit and dtype
 
 
 def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """A dense checkpoint, the initial adapter, the rows, and the order in which both sides train on them."""
+    """Write a dense checkpoint, the initial adapter, the rows and their order, for both sides."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from qlora.adapters.peft_files import save_adapter
@@ -100,7 +100,7 @@ def write_job(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def train_ours(job: dict[str, Any]) -> Run:
-    """One run of this project, by the calls that train.py makes."""
+    """One run of this project, with the same calls as train.py."""
     from accelerate import Accelerator
 
     from qlora.adapters.load import load_adapter
@@ -130,7 +130,7 @@ def train_ours(job: dict[str, Any]) -> Run:
     lines: list[dict[str, Any]] = []
 
     class Measure(Observer):
-        """Measures between steps, on no step's time."""
+        """Measures between steps, outside their timing."""
 
         def before_step(self, trainer: Trainer) -> None:
             rates.append(product_rate(base_info(model).compute_dtype, device))
@@ -161,7 +161,7 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
     file.write_text(json.dumps(job))
     ours = [sys.executable, "-m", "benchmarks.peers", "--job", str(file)]
     command = [peer_python, str(ROOT / "benchmarks/peer_trl.py"), str(file)] if name in PEERS else ours
-    environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # the user's own keeps no throw-away model
+    environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}  # not the user's
     if name in PEERS:
         environment.pop("GOMP_SPINCOUNT", None)  # our entry points set it, for their own threads
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -173,14 +173,14 @@ def run_side(name: str, job: dict[str, Any], folder: Path, peer_python: str) -> 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="Compare training with PEFT + TRL's.")
     parser.add_argument("--model", help="a Hugging Face directory or .gguf file (SmolLM2-135M-Instruct)")
-    parser.add_argument("--data", help="rows as train.py takes them (generated word problems)")
-    parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a process, the first unmeasured")
+    parser.add_argument("--data", help="training data (generated word problems)")
+    parser.add_argument("--steps", type=int, default=4, help="optimizer steps per process, the first unmeasured")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--dtype", default="auto", help="our compute dtype")
-    parser.add_argument("--peers", default=",".join(PEERS), help="which of them to run")
+    parser.add_argument("--peers", default=",".join(PEERS), help="peers to run")
     parser.add_argument("--peer-python", default=str(ROOT / "benchmarks/.venv/bin/python"))
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -191,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown := [name for name in peers if name not in PEERS]:
         parser.error(f"--peers has {unknown}; choose from {', '.join(PEERS)}")
     if options.steps < 2:
-        parser.error(f"--steps is {options.steps}; give at least 2, for the first is not measured")
+        parser.error(f"--steps is {options.steps}; give at least 2, since the first is not measured")
     if options.rounds < 1:
         parser.error(f"--rounds is {options.rounds}; give at least 1")
     if not Path(options.peer_python).is_file():
@@ -217,11 +217,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def report(job: dict[str, Any], runs: dict[str, list[Run]], same: dict[str, list[Run]]) -> Table:
-    """The table: medians over rounds, ratios within rounds, the largest difference of a loss, and the goals.
+    """The table: medians over rounds, ratios within rounds, the largest loss difference, and the goals.
 
     Args:
         runs: each side's rounds.
-        same: our runs by compute dtype, to compare losses with.
+        same: our runs by compute dtype, for comparing losses.
     """
     ours, size = runs["ours"], job["batch_size"]
     lengths = [len(job["rows"][i]["input_ids"]) - 1 for i in job["order"]]
@@ -259,13 +259,13 @@ def report(job: dict[str, Any], runs: dict[str, list[Run]], same: dict[str, list
         table.add_row(
             f"PEFT + {name}{kind}",
             rate,
-            judge(f"{faster:.2f} x", faster, ">=", goal),
+            mark_goal(f"{faster:.2f} x", faster, ">=", goal),
             memory,
-            judge(f"{smaller:.2f} x", smaller, "<=", goal and MEMORY_SHARE),
-            judge(f"{gap:.1e}", gap, "<=", LOSS_GAP),
+            mark_goal(f"{smaller:.2f} x", smaller, "<=", goal and MEMORY_SHARE),
+            mark_goal(f"{gap:.1e}", gap, "<=", LOSS_GAP),
         )
     share = median(ours, lambda run: speed(run) / limit(run))
-    table.add_row("the limit", f"{median(ours, limit):.0f}", judge(f"{share:.2f} x", share, ">=", LIMIT_SHARE))
+    table.add_row("the limit", f"{median(ours, limit):.0f}", mark_goal(f"{share:.2f} x", share, ">=", LIMIT_SHARE))
     return table
 
 
@@ -275,8 +275,8 @@ def loss_gap(some: list[Run], others: list[Run]) -> float:
     return max(abs(x - y) for a, b in pairs for x, y in zip(a["losses"], b["losses"], strict=True))
 
 
-def judge(text: str, value: float, sign: str, goal: float | None) -> str:
-    """`text`, followed by the goal, if there is one, and whether `value` reaches it."""
+def mark_goal(text: str, value: float, sign: str, goal: float | None) -> str:
+    """`text`, followed by the goal if there is one, and whether `value` meets it."""
     if goal is None:
         return text
     holds = {">=": operator.ge, "<=": operator.le}[sign](value, goal)
@@ -284,8 +284,8 @@ def judge(text: str, value: float, sign: str, goal: float | None) -> str:
 
 
 def describe_runs(runs: dict[str, list[Run]], same: dict[str, list[Run]]) -> list[str]:
-    """Lines for below the table: what `ours` settled on, what bf16 itself does to each side's losses, each side's
-    versions and threads, machine and date.
+    """Lines to print below the table: choices of `ours`, effect of bf16 on each side's losses, versions, threads,
+    machine and date.
     """
     chosen = runs["ours"][0]
     lines = [f"ours: {chosen['dtype']}, {chosen['recomputed']:.0%} of the layers recomputed"]

@@ -1,20 +1,20 @@
-"""The limit that a step is measured against: FLOPs that training must do, over the GEMM rate of this machine.
+"""The limit of a training step: the FLOPs it must compute, divided by the GEMM rate of this machine.
 
-For a step on sequences of T tokens, of which Y are supervised, with P parameters in the decoder blocks' matrices,
-V x D in the head, L layers and Q = heads x head_dim:
+For a step on sequences of T tokens with Y targets, P parameters in the decoder blocks' matrices, V x D in the
+head, L layers and Q = heads x head_dim:
 
-    2 P T                     forward; and as much for the gradient of the activations (frozen weights have none)
-    2 P T x recomputed share  the forward pass of those layers that are recomputed: none, some, or all of them
-    4 V D Y                   the head, forward and backward, where there is a target to predict
+    2 P T                     forward; the same for the gradient of the activations (frozen weights have none)
+    2 P T x recomputed share  forward pass of the recomputed layers: none, some, or all
+    4 V D Y                   the head, forward and backward, at the targets
     12 L Q T^2 / 2            attention: two products forward, four backward, over the causal half
 
 So a block's matrices cost 2 P per token, 2 times without checkpointing and 3 times with. The adapters' products,
-norms, softmax, dequantization and the optimizer are left out, and so is attention that is computed again: an
-implementation that reaches 1.0 would have spent no time on any of these.
+norms, softmax, dequantization, recomputed attention and the optimizer are not counted: an implementation that
+reaches 1.0 would spend no time on them.
 
-The rate is that of torch's square product in the compute dtype, timed before and after each step in the step's
-own process, for shared machines drift from minute to minute. Products of this project's own
-(qlora/kernels/gemm.py) may run faster than that one, so a share of more than 1 is possible.
+The rate is that of torch's square product in the compute dtype, timed before and after each step in the same
+process, since shared machines drift from minute to minute. This project's own products (qlora/kernels/gemm.py) may
+be faster than torch's, so a share above 1 is possible.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 from qlora.data.example import Example
 from qlora.quant.layers import Linear4bit, logical_numel
 
-SQUARE = 1536  # width of the product that tells the machine's rate
+SQUARE = 1536  # width of the product that measures the machine's rate
 
 
 def useful_flops(model: Any, window: Iterable[Example], recomputed_share: float = 0.0) -> float:
@@ -40,7 +40,7 @@ def useful_flops(model: Any, window: Iterable[Example], recomputed_share: float 
 
     Args:
         model: a 4-bit causal LM.
-        recomputed_share: layers under gradient checkpointing / layers; True and False do for all and none.
+        recomputed_share: layers under gradient checkpointing / layers; True and False mean all and none.
     """
     config = model.config
     body = sum(logical_numel(m.weight) for m in model.modules() if isinstance(m, Linear4bit))
@@ -63,7 +63,7 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def describe_machine() -> str:
-    """Processor or GPU, threads and date, as every benchmark prints them."""
+    """Processor or GPU, threads and date, for the output of every benchmark."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -1,17 +1,17 @@
-"""Loading, quantizing and training a model of LLaMA-7B's shape: seconds, memory and the share of the limit.
+"""Load, quantize and train a model of LLaMA-7B's shape: seconds, memory and share of the limit.
 
     python -m benchmarks.seven_b [--layers 32] [--steps 2] [--folder DIR] [--memory-budget GB]
 
-The weights are random, written by the benchmark, one tensor in memory at a time (13.5 GB at 32 layers, and 3.9 GB
-of cache; all of it is deleted at the end). Then, each in a process of its own:
+The benchmark writes random weights, one tensor in memory at a time (13.5 GB for 32 layers, plus 3.9 GB of cache;
+all is deleted at the end). Then, each in a separate process:
 
     first start     load_base_model reads the bf16 weights, quantizes them and writes the cache
-    second start    it maps the cache; once with the cache out of the memory of the system, once with it there
+    second start    it maps the cache, once with cold and once with warm page cache
     training        rank 8 on q_proj and v_proj through `fit`, micro-batches of 1,024 random tokens, all of them
-                    supervised; every layer recomputed, or with --memory-budget as few as make it fit
+                    targets; every layer recomputed, or with --memory-budget as few as needed
 
-"Ready" counts from the start of the process, imports included. Memory is the resident set of the process, mapped
-files included. The share of the limit is that of benchmarks/roofline.py. 32 layers take 2 cores about 10 minutes.
+"Ready" counts from the start of the process, with imports. Memory is the resident set of the process, with mapped
+files. The limit is that of benchmarks/roofline.py. 32 layers take about 10 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.peers import judge
+from benchmarks.peers import mark_goal
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from qlora.cli.exits import run
 from qlora.system.errors import InputError
@@ -65,7 +65,7 @@ def write_config(folder: Path, layers: int) -> None:
 
 
 def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Random bf16 weights, one file per decoder layer; norms are 1. Only one tensor is ever in memory."""
+    """Write random bf16 weights, one file per decoder layer, one tensor in memory at a time; norms are 1."""
     files: dict[str, list[str]] = {}
     for name in shapes:
         layer = name.split(".")[2] if ".layers." in name else name.removesuffix(".weight")
@@ -109,7 +109,7 @@ def start(folder: Path) -> tuple[Any, Result]:
 
 
 def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
-    """Optimizer steps of one micro-batch each, by the calls that train.py makes."""
+    """Run optimizer steps of one micro-batch each, with the same calls as train.py."""
     from accelerate import Accelerator
 
     from qlora.config.lora import LoRAConfig
@@ -139,7 +139,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     lines: list[Result] = []
 
     class Measure(Observer):
-        """Measures between steps, on no step's time."""
+        """Measures between steps, outside their timing."""
 
         def before_step(self, trainer: Trainer) -> None:
             rates.append(product_rate(base_info(model).compute_dtype, device))
@@ -163,7 +163,7 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
 
 
 def run_part(part: str, folder: Path, options: argparse.Namespace) -> Result:
-    """A part in a process of its own: the JSON object that it prints last, and the seconds until it was ready."""
+    """Run a part in a separate process; returns the JSON object that it prints last, and seconds until ready."""
     command = [sys.executable, "-m", "benchmarks.seven_b", "--part", part, "--folder", str(folder / "model")]
     command += ["--steps", str(options.steps)]
     if options.memory_budget is not None:
@@ -180,7 +180,7 @@ def run_part(part: str, folder: Path, options: argparse.Namespace) -> Result:
 
 
 def forget(files: Iterable[Path]) -> None:
-    """Have the system drop its copies of files in memory, where it can be asked to."""
+    """Drop files from the page cache if the system supports it."""
     for file in files if hasattr(os, "posix_fadvise") else ():
         with open(file, "rb") as handle:
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -191,7 +191,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=2, help="training steps; 0 leaves training out")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
-    parser.add_argument("--memory-budget", type=float, help="GB: recompute as few layers as fit into it")
+    parser.add_argument("--memory-budget", type=float, help="in GB: recompute as few layers as fit")
     parser.add_argument("--part", choices=("start", "train"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.part == "start":
@@ -199,7 +199,7 @@ def main(argv: Sequence[str]) -> None:
     elif options.part == "train":
         print(json.dumps(train(options.folder, options.steps, options.memory_budget)))
     else:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed then too
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed on SIGTERM too
         measure_all(options)
 
 
@@ -207,14 +207,14 @@ def measure_all(options: argparse.Namespace) -> None:
     from qlora.model.skeleton import empty_model, weight_shapes
 
     if not options.folder.is_dir():
-        raise InputError(f"--folder {options.folder} does not exist; make it, or choose another.")
+        raise InputError(f"--folder {options.folder} does not exist; create it or choose another.")
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="seven_b-") as name:
         folder = Path(name)
         (folder / "model").mkdir()
         write_config(folder / "model", options.layers)
         shapes = weight_shapes(empty_model(str(folder / "model")))
         sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
-        needed, free = 1.3 * sum(sizes.values()), shutil.disk_usage(folder).free  # 4 bits of 16, embeddings whole
+        needed, free = 1.3 * sum(sizes.values()), shutil.disk_usage(folder).free  # 4 bits of 16, and embeddings
         if free < needed:
             raise InputError(
                 f"{options.folder} has {free / GB:.1f} GB free and the benchmark writes {needed / GB:.1f}; "
@@ -237,7 +237,7 @@ def measure_all(options: argparse.Namespace) -> None:
 def report(
     first: Result, cold: Result, warm: Result, trained: Result | None, model_bytes: int, largest: int
 ) -> Table:
-    """Every figure and its goal.
+    """Table of every result and its goal.
 
     Args:
         model_bytes: of the 4-bit model.
@@ -246,7 +246,7 @@ def report(
     table = Table("what", "measured")
 
     def show(what: str, text: str, value: float = 0.0, sign: str = "<=", goal: float | None = None) -> None:
-        table.add_row(what, judge(text, value, sign, goal))
+        table.add_row(what, mark_goal(text, value, sign, goal))
 
     limit = (model_bytes + largest) / GB + LOADING_SLACK
     above = (first["peak"] - first["libraries"]) / GB

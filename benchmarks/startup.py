@@ -1,14 +1,15 @@
-"""Seconds from a command to its first result, each time in a fresh process: --help, an answer, a training step.
+"""Measure seconds from a command to its first result in a fresh process: --help, an answer, a training step.
 
     python -m benchmarks.startup [--rounds 5] [--model M] [--config configs/demo.yaml]
 
     help            until the process ends
-    first token     --prompt with the quantized base in the cache, until something is printed
-    first step      the demo's training with the quantized base in the cache, until metrics.jsonl has a line
+    first token     --prompt with the quantized base cached, until something is printed
+    first step      the demo's training with the quantized base cached, until metrics.jsonl has a line
 
-They take turns, `--rounds` times after one round that fills the cache and is left out. Each ratio is the median
-over the rounds of (the command / `python -c "import torch, transformers"` in the same round): machines are shared
-and drift. CPU seconds are those of all threads, until the process ends or, after its first step, is killed.
+They take turns, `--rounds` times, after one round that fills the cache and is not counted. Each ratio is the
+median over the rounds of (command / `python -c "import torch, transformers"` in the same round), since machines
+are shared and drift. CPU seconds are those of all threads until the process ends or is killed after its first
+step.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ GOALS = {"train.py --help": 1.0, "the demo's first step": 15.0}  # seconds
 
 
 def measure(arguments: list[str], cache: Path, is_done: Callable[[bytes], bool]) -> tuple[float, float]:
-    """(seconds, CPU seconds) of a command until it is done, asked with the first byte it printed, or ends."""
+    """(seconds, CPU seconds) of a command until `is_done` (given the first byte it printed) or its end."""
     environment = os.environ | {"QLORA_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile() as printed, tempfile.TemporaryFile() as complaints:
         start = time.perf_counter()

@@ -1,9 +1,9 @@
-"""Word problems about shopping, with worked answers in the style and the lengths of GSM8K, from a seed.
+"""Generate word problems about shopping from a seed, with worked answers in the style and length of GSM8K.
 
     python -m benchmarks.word_problems rows.jsonl [--count 100] [--seed 0]
 
-For benchmarks that are given no data. With SmolLM2's chat template a row has 226 tokens on average (standard
-deviation 72), 60 % of them supervised; the first 1,000 of GSM8K have 214 (68), 58 %. Every answer is right.
+For benchmarks without data. With SmolLM2's chat template a row has 226 tokens on average (standard deviation 72),
+60 % of them targets; the first 1,000 rows of GSM8K have 214 (68) and 58 %. Every answer is right.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Score a base model, an adapter or a merged model on held-out data.
 
 perplexity    of any text or data set: per token, per word, per byte
-choice        the likeliest of several answers: MMLU, ARC, HellaSwag and their like
+choice        the most likely of several answers: MMLU, ARC, HellaSwag and similar
 exact_match   generated answers against expected ones
 harness       any task of lm-eval
 compare       two results, or two models, item by item

@@ -1,20 +1,20 @@
-"""python -m eval choice: which of several answers does the model find likeliest?
+"""python -m eval choice: which of several answers is most likely for the model?
 
-Each choice is a continuation of the question's context, scored by its log-likelihood ll(choice):
+Each choice continues the question's context and is scored by its log-likelihood ll(choice):
 
     acc         argmax of ll(choice) is the answer
     acc_norm    argmax of ll(choice) / characters of the choice
     acc_bytes   argmax of ll(choice) / UTF-8 bytes of the choice; all three as in lm-eval
 
-Layouts of a file, one question a row:
+File layouts, one question per row:
 
-    MMLU        question, choices: [text, ...], answer: number or letter, perhaps subject
+    MMLU        question, choices: [text, ...], answer: number or letter, optional subject
                 a .csv without a header: question, A, B, C, D, letter; its name is the subject
     ARC         question, choices: {text: [...], label: [...]}, answerKey
-    HellaSwag   ctx (or ctx_a, ctx_b), endings, label, perhaps activity_label
+    HellaSwag   ctx (or ctx_a, ctx_b), endings, label, optional activity_label
 
-Two styles of asking. "letters", as Hendrycks et al. and QLoRA measure MMLU: the choices stand in the context, and
-only their letters are scored,
+There are two prompt styles. "letters", as Hendrycks et al. and QLoRA measure MMLU: the context lists the choices,
+and only their letters are scored,
 
     The following are multiple choice questions (with answers) about SUBJECT.
 
@@ -27,9 +27,9 @@ only their letters are scored,
     ...
     Answer:
 
-"text": the context is "Question: QUESTION\\nAnswer:" (HellaSwag: the text to be continued), and the texts of the
-choices are scored. By default MMLU's layout is asked by letters, the others by text. Shots are the first ones of
---few-shot-data, of the same subject where subjects are given, each ending in its answer and an empty line.
+"text": the context is "Question: QUESTION\\nAnswer:" (HellaSwag: the text to continue), and the texts of the
+choices are scored. By default MMLU's layout uses letters, the others text. Shots are the first questions of
+--few-shot-data, of the same subject if there are subjects, each followed by its answer and an empty line.
 """
 
 from __future__ import annotations
@@ -59,40 +59,40 @@ Style = Literal["letters", "text"]
 
 @dataclass
 class ChoiceConfig(EvalConfig):
-    """Multiple choice by log-likelihood: MMLU, ARC, HellaSwag and files like theirs."""
+    """Multiple choice by log-likelihood: MMLU, ARC, HellaSwag and files in their layouts."""
 
     few_shot_data: str | None = None
-    """Solved questions to begin the context with, in any of the layouts."""
+    """Solved questions for the start of the context, in any of the layouts."""
     shots: Count = 0
-    """How many of them; MMLU is measured with 5."""
+    """Number of solved questions; usually 5 for MMLU."""
     style: Literal["auto", "letters", "text"] = "auto"
-    """Score the letters of choices listed in the context, or their texts; auto: letters for MMLU's layout."""
+    """Score the letters of choices listed in the context, or the texts; auto: letters for MMLU's layout."""
     max_length: Window = 2048
-    """Longest context with a choice, in tokens, or the model's own limit; a longer one loses its beginning."""
+    """Maximum tokens of context and choice, at most the model's limit; a longer context loses its beginning."""
 
     def __post_init__(self) -> None:
         if bool(self.shots) != (self.few_shot_data is not None):
-            raise InputError("Few-shot takes both: pass --few-shot-data FILE and --shots N, or neither.")
+            raise InputError("Few-shot needs both: pass --few-shot-data FILE and --shots N, or neither.")
 
 
 @dataclass
-class Question:
-    """One question, with the number of its answer among the choices."""
+class ChoiceQuestion:
+    """One question, with the index of its answer among the choices."""
 
     origin: str
     text: str
     choices: list[str]
     answer: int
     subject: str | None
-    style: Style  # the one that its layout is asked in
-    is_continued: bool = False  # a text to go on with, no question
+    style: Style  # default style of its layout
+    is_continued: bool = False  # a text to continue instead of a question
 
 
-def read_questions(source: str) -> list[Question]:
-    """Every question of a file or hub id.
+def read_choice_questions(source: str) -> list[ChoiceQuestion]:
+    """Read every question of a file or hub id.
 
     Raises:
-        InputError: unreadable, or a row in none of the layouts, without choices or without an answer.
+        InputError: unreadable, or a row without a known layout, choices or an answer.
     """
     bare = _read_bare_csv(source)
     return [to_question(record) for record in (read_records(source) if bare is None else bare)]
@@ -117,18 +117,18 @@ def _read_bare_csv(source: str) -> list[Record] | None:
     for number, row in enumerate(rows, 1):
         if len(row) != len(first):
             raise BadRow(
-                f"{source}:{number}", f"{len(row)} columns, where the first row has {len(first)}; mend it."
+                f"{source}:{number}", f"{len(row)} columns, but the first row has {len(first)}; make them equal."
             )
         fields = {"question": row[0], "choices": row[1:-1], "answer": row[-1], "subject": subject}
         records.append(Record(fields, f"{source}:{number}"))
     return records
 
 
-def to_question(record: Record) -> Question:
-    """A record in one of the layouts of the module docstring.
+def to_question(record: Record) -> ChoiceQuestion:
+    """Parse a record in one of the layouts of the module docstring.
 
     Raises:
-        BadRow: it is in none, has fewer than two choices, or no answer among them.
+        BadRow: unknown layout, fewer than two choices, or no answer among them.
     """
     fields, origin = record.fields, record.origin
     subject = fields.get("subject")
@@ -157,7 +157,7 @@ def to_question(record: Record) -> Question:
         raise BadRow(origin, f"{len(choices)} choices; give 2 to {len(LETTERS)}.")
     answer = _find_answer(key, choices, labels, origin)
     continued = "endings" in fields
-    return Question(origin, text, choices, answer, subject, style, continued)  # type: ignore[arg-type]
+    return ChoiceQuestion(origin, text, choices, answer, subject, style, continued)  # type: ignore[arg-type]
 
 
 def _text(value: Any, name: str, origin: str) -> str:
@@ -173,7 +173,7 @@ def _texts(value: Any, name: str, origin: str) -> list[str]:
 
 
 def _find_answer(key: Any, choices: list[str], labels: list[str] | None, origin: str) -> int:
-    """Its number: a label where there are labels, else a number from 0, a letter, or a choice's own text."""
+    """Index of the answer, given as a label if there are labels, else as a number from 0, a letter or a text."""
     if isinstance(key, str):
         key = key.strip()
         if labels is not None and key in labels:
@@ -191,7 +191,7 @@ def _find_answer(key: Any, choices: list[str], labels: list[str] | None, origin:
 
 
 def _clean(text: str) -> str:
-    """lm-eval's cleaning of HellaSwag: WikiHow's headings in brackets go."""
+    """Clean HellaSwag as lm-eval does: remove WikiHow's headings in brackets."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -206,8 +206,10 @@ def _hellaswag_context(fields: dict[str, Any], origin: str) -> str:
     return _clean(f"{activity}: {text}" if activity else text)
 
 
-def build_context(question: Question, shots: Sequence[Question], style: Style) -> tuple[str, list[str]]:
-    """What the model reads, and the continuations that are scored."""
+def build_context(
+    question: ChoiceQuestion, shots: Sequence[ChoiceQuestion], style: Style
+) -> tuple[str, list[str]]:
+    """(text that the model reads, continuations to score)."""
     parts = []
     if style == "letters":
         about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
@@ -216,22 +218,22 @@ def build_context(question: Question, shots: Sequence[Question], style: Style) -
     return "".join(parts) + _ask(question, style), _continuations(question, style)
 
 
-def _ask(question: Question, style: Style) -> str:
+def _ask(question: ChoiceQuestion, style: Style) -> str:
     if style == "letters":
         listed = "".join(f"\n{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=False))
         return f"{question.text}{listed}\nAnswer:"
     return question.text if question.is_continued else f"Question: {question.text}\nAnswer:"
 
 
-def _continuations(question: Question, style: Style) -> list[str]:
+def _continuations(question: ChoiceQuestion, style: Style) -> list[str]:
     return [f" {text}" for text in (LETTERS[: len(question.choices)] if style == "letters" else question.choices)]
 
 
-def choose_shots(question: Question, solved: Sequence[Question], count: int) -> list[Question]:
-    """The first `count` solved questions of the same subject, the question itself left out.
+def choose_shots(question: ChoiceQuestion, solved: Sequence[ChoiceQuestion], count: int) -> list[ChoiceQuestion]:
+    """The first `count` solved questions of the same subject, without the question itself.
 
     Raises:
-        InputError: there are not as many.
+        InputError: there are too few.
     """
     same = [s for s in solved if s.subject == question.subject or s.subject is None or question.subject is None]
     shots = [s for s in same if s.text != question.text or s.choices != question.choices][:count]
@@ -249,13 +251,13 @@ def score_choices(
     budget: int,
     is_shown: bool = False,
 ) -> list[tuple[list[float], bool]]:
-    """Log-likelihood of every continuation in nats; a context is computed once for all of its own.
+    """Log-likelihoods of every question's continuations in nats, and whether its context was truncated.
 
-    With each question's: whether its context was too long and lost its beginning.
+    Each context is computed only once.
 
     Args:
         asked: (context, continuations) of each question.
-        max_length, budget, is_shown: as `log_likelihoods`.
+        max_length, budget, is_shown: as for `log_likelihoods`.
     """
     from .likelihood import encode_pairs, log_likelihoods
 
@@ -265,8 +267,8 @@ def score_choices(
     return [([log_p for log_p, _ in row], cut) for row, cut in zip(found, is_cut, strict=True)]
 
 
-def grade(question: Question, log_likelihoods: Sequence[float], style: Style) -> dict[str, Any]:
-    """One row of the result: whether the likeliest choice is the answer, by each measure of likely."""
+def grade(question: ChoiceQuestion, log_likelihoods: Sequence[float], style: Style) -> dict[str, Any]:
+    """One row of the result: whether the most likely choice is the answer, by each measure."""
     lengths = {"acc": [1] * len(question.choices)}
     if style == "text":
         lengths["acc_norm"] = [len(text) for text in question.choices]
@@ -283,12 +285,12 @@ def grade(question: Question, log_likelihoods: Sequence[float], style: Style) ->
     row |= {"answer": question.answer, "log_likelihoods": list(log_likelihoods)}
     for name, counts in lengths.items():
         values = [value / count for value, count in zip(log_likelihoods, counts, strict=True)]
-        row[name] = max(range(len(values)), key=values.__getitem__) == question.answer  # the first of equals
+        row[name] = max(range(len(values)), key=values.__getitem__) == question.answer  # the first of equal values
     return row
 
 
 def choice_scores(rows: Sequence[dict[str, Any]], seed: int = 0, confidence: float = 0.95) -> list[Score]:
-    """Overall, and of each subject where there are several."""
+    """Overall scores, and per subject if there are several."""
     names = [name for name in ("acc", "acc_norm", "acc_bytes") if all(name in row for row in rows)]
     scores = [proportion(name, [row[name] for row in rows], confidence) for name in names]
     subjects = sorted({row.get("subject", "") for row in rows})
@@ -307,8 +309,8 @@ def main(argv: Sequence[str]) -> None:
     config = parse_args(ChoiceConfig, f"{PROGRAM} choice", argv)
     require(config, "model", "data")
     check_output(config.output)
-    questions = read_questions(config.data or "")[: config.max_examples or None]
-    solved = read_questions(config.few_shot_data) if config.few_shot_data is not None else []
+    questions = read_choice_questions(config.data or "")[: config.max_examples or None]
+    solved = read_choice_questions(config.few_shot_data) if config.few_shot_data is not None else []
     styles: list[Style] = [q.style if config.style == "auto" else config.style for q in questions]
     asked = [
         build_context(question, choose_shots(question, solved, config.shots), style)
@@ -335,4 +337,4 @@ def main(argv: Sequence[str]) -> None:
     print_scores(f"Multiple choice on {config.data}{shots}", scores)
     num_cut = sum(is_cut for _, is_cut in found)
     if num_cut:
-        print(f"{num_cut} of {len(found)} contexts were longer than {max_length} tokens and lost their beginning")
+        print(f"{num_cut} of {len(found)} contexts were longer than {max_length} tokens; their beginning was cut")

@@ -1,10 +1,9 @@
 """python -m eval compare: a base, its adapters and merged models side by side on the same items.
 
-It answers the prompts of --data with each model, or reads what --output of other evaluations wrote (--results), or
-both. Each two models are compared by the paired test of their items (pairs.py), and the items that one of them
-wins, loses or ties are listed (tables.py).
+It answers the prompts of --data with each model, or reads result files of other evaluations (--results), or both.
+Each pair of models gets a paired test (pairs.py) and a list of the items won, lost and tied (tables.py).
 
-The base is loaded once and the adapters switch on it; one that changed its base (PiSSA) gets a base of its own.
+The base is loaded once for all adapters, except for those that change their base (PiSSA).
 """
 
 from __future__ import annotations
@@ -29,32 +28,30 @@ from .tables import make_tables, print_tables, to_markdown
 
 @dataclass
 class CompareConfig(ExactMatchConfig):
-    """Base, adapters and merged models side by side on the same prompts; or results that are there already."""
+    """Base, adapters and merged models side by side on the same prompts, or existing results."""
 
     adapter: tuple[str, ...] = ()  # type: ignore[assignment]
-    """Adapter directories, each measured on the base."""
+    """Adapter directories, each evaluated on the base."""
     merged: tuple[str, ...] = ()
-    """Further models as they are stored: merged ones, in 16 bits unless saved in 4."""
+    """More models, such as merged ones, loaded in 16 bits unless they were saved in 4."""
     results: tuple[str, ...] = ()
-    """Files that --output of exact_match, choice or perplexity wrote, compared as they are."""
+    """Result files written by --output of exact_match, choice or perplexity."""
     show: Count = 3
-    """Wins, losses and ties to print of each two models; --output and --markdown hold all."""
+    """Number of wins, losses and ties to print per pair; --output and --markdown have all."""
     markdown: str | None = None
-    """Write the tables to this Markdown file, too."""
+    """Also write the tables to this Markdown file."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.adapter and self.model is None:
-            raise InputError("Adapters are given without their base; pass --model.")
+            raise InputError("--adapter needs its base; pass --model.")
         if (self.model is not None) + len(self.adapter) + len(self.merged) + len(self.results) < 2:
-            raise InputError(
-                "There are no two things to compare; pass --model with --adapter or --merged, or two --results."
-            )
+            raise InputError("Nothing to compare; pass --model with --adapter or --merged, or two --results.")
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the things compared."""
+    """One of the models or results to compare."""
 
     name: str
     kind: Literal["base", "adapter", "merged", "results"]
@@ -62,10 +59,10 @@ class Side:
 
 
 def list_sides(config: CompareConfig) -> list[Side]:
-    """Everything to compare, by short names: base, or the last part of a path; the whole path where two agree.
+    """Everything to compare, with short names: base, or the last part of a path; the whole path if not unique.
 
     Raises:
-        InputError: one and the same is given twice.
+        InputError: one is given twice.
     """
     given: list[tuple[Any, str]] = [("base", config.model)] if config.model is not None else []
     given += [("adapter", path) for path in config.adapter] + [("merged", path) for path in config.merged]
@@ -88,7 +85,7 @@ def list_sides(config: CompareConfig) -> list[Side]:
 def measure_sides(
     config: CompareConfig, sides: Sequence[Side], questions: Sequence[Question]
 ) -> dict[str, dict[str, Any]]:
-    """Name -> result of exact_match, for each side that is a model; empty in all processes but the main one."""
+    """Name -> result of exact_match for each side that is a model; empty except in the main process."""
     from qlora.model.weights import is_stored_in_4bit
 
     found: dict[str, dict[str, Any]] = {}
@@ -101,7 +98,7 @@ def measure_sides(
             found[side.name] = write_result(None, "exact_match", scores, settings, rows, pairing)
 
     on_base, alone = [], []
-    for side in sides:  # before anything is measured: a path that is none is found here
+    for side in sides:  # before any measurement, to find a wrong path early
         if side.kind == "merged":
             alone.append((side, _loading(config, model=side.path, use_4bit=is_stored_in_4bit(side.path))))
         elif side.kind == "adapter" and _changes_base(side.path):
@@ -116,14 +113,14 @@ def measure_sides(
 
 
 def _measure_on_one_base(config: CompareConfig, sides: Sequence[Side], record: Callable[..., None]) -> None:
-    """The base, then each adapter on it; the base is given free on the way out."""
+    """Measure the base, then each adapter on it; frees the base at the end."""
     from qlora.adapters.model import LoRAModel
     from qlora.model.tokenizer import load_tokenizer
 
     model, tokenizer, accelerator = load_evaluated(_loading(config))
     switching = LoRAModel(model, base_model=config.model or "")
     adapters = [side for side in sides if side.kind == "adapter"]
-    for side in adapters:  # all of them first: one that does not fit is found before anything is measured
+    for side in adapters:  # load all first, to find one that does not fit before any measurement
         switching.load_adapter(side.path, side.name)
     record(sides[0], _loading(config), model, tokenizer, accelerator)
     for side in adapters:
@@ -133,7 +130,7 @@ def _measure_on_one_base(config: CompareConfig, sides: Sequence[Side], record: C
 
 
 def _loading(config: CompareConfig, **changes: Any) -> EvalConfig:
-    """The flags by which one model is loaded."""
+    """The flags to load one model."""
     values = {item.name: getattr(config, item.name) for item in fields(EvalConfig)}
     return EvalConfig(**{**values, "adapter": None, **changes})
 
@@ -173,4 +170,4 @@ def main(argv: Sequence[str]) -> None:
         print(f"settings that differ: {'; '.join(differing)}")
     num_tests = sum(len(pair.tests) for pair in pairs)
     if num_tests > 1:
-        print(f"p-values are those of each test by itself, not adjusted for there being {num_tests}")
+        print(f"p-values are per test, not adjusted for {num_tests} tests")

@@ -1,11 +1,11 @@
-"""python -m eval exact_match: generated answers to held-out prompts, compared with the expected ones.
+"""python -m eval exact_match: generate answers to held-out prompts and compare them with the expected ones.
 
-Greedily one answer a prompt; or n samples of each, drawn from seeds of their own. For a prompt that c of n samples
-answer rightly, the chance that one of k drawn without replacement is right is (Chen et al. 2021, arXiv 2107.03374)
+One greedy answer per prompt, or n samples with separate seeds. If c of n samples of a prompt are correct, the
+probability that at least one of k drawn without replacement is correct is (Chen et al. 2021, arXiv 2107.03374)
 
     pass@k = 1 - C(n - c, k) / C(n, k)
 
-and maj@n asks whether the answer that most samples agree on is right; of several, the one that came first.
+and maj@n tells whether the most frequent answer is correct; on a tie the one that came first counts.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from .scores import Score, mean_score, proportion
 
 @dataclass
 class AskConfig(SamplingConfig):
-    """How the prompts are put and the answers made."""
+    """How to prompt and how to generate answers."""
 
     samples: Positive = 1
-    """Answers drawn for each prompt; several want a --temperature above 0."""
+    """Answers to sample per prompt; more than one needs --temperature above 0."""
     pass_at: str = ""
-    """Numbers k, separated by commas: how often one of k samples is right."""
+    """Values of k, separated by commas: how often at least one of k samples is correct."""
     prompt_template: str | None = None
-    """What the user says, with {prompt} where the record's prompt goes: as text, or a file of it."""
+    """Text of the user's turn, or a file with it; {prompt} marks the place of the record's prompt."""
     shots: Count = 0
-    """Solved examples that precede each prompt, as earlier turns: the first ones of --few-shot-data."""
+    """Number of solved examples before each prompt, as earlier turns: the first of --few-shot-data."""
     few_shot_data: str | None = None
-    """Where the solved examples come from, in any format that training takes."""
+    """Solved examples, in any format accepted for training."""
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.temperature == 0:
-            raise InputError(f"All {self.samples} samples would be the same; give --temperature a number above 0.")
+            raise InputError(f"All {self.samples} samples would be equal; give --temperature a number above 0.")
         if (self.shots > 0) != (self.few_shot_data is not None):
-            raise InputError("Only one of --shots and --few-shot-data is given; they go together.")
-        _ = self.template  # which raises
+            raise InputError("--shots and --few-shot-data go together; pass both or neither.")
+        _ = self.template  # raises if invalid
         for k in self.pass_numbers:
             if not 1 <= k <= self.samples:
                 raise InputError(f"pass_at holds {k}; give --pass-at numbers from 1 to --samples, {self.samples}.")
@@ -75,19 +75,19 @@ class AskConfig(SamplingConfig):
             text = Path(self.prompt_template).read_text(encoding="utf-8-sig").removesuffix("\n")
         except (OSError, ValueError) as error:
             raise InputError(
-                f"prompt_template is {quote(self.prompt_template)}, neither text with {{prompt}} in it nor a file "
-                "that can be read."
+                f"prompt_template is {quote(self.prompt_template)}, neither a text that contains {{prompt}} nor a "
+                "readable file."
             ) from error
         if "{prompt}" not in text:
             raise InputError(
-                f"The template in {self.prompt_template} has no {{prompt}}; write it where that goes."
+                f"The template in {self.prompt_template} has no {{prompt}}; add it where the prompt belongs."
             )
         return text
 
 
 @dataclass
 class ExactMatchConfig(AskConfig, AnswerConfig, EvalConfig):
-    """Generated answers to held-out prompts, compared with the expected ones."""
+    """Generate answers to held-out prompts and compare them with the expected ones."""
 
     def __post_init__(self) -> None:
         for part in (AnswerConfig, AskConfig):
@@ -96,7 +96,7 @@ class ExactMatchConfig(AskConfig, AnswerConfig, EvalConfig):
 
 @dataclass
 class Question:
-    """What is asked, with the turns before it, and the answer that is expected."""
+    """A prompt with the turns before it, and the expected answer."""
 
     origin: str
     messages: list[dict[str, Any]]
@@ -106,7 +106,7 @@ class Question:
 
 @dataclass
 class Sample:
-    """One answer, what was read out of it (None = nothing), and whether that is the expected one."""
+    """One answer, the value read from it (None = nothing), and whether it is correct."""
 
     answer: str
     extracted: str | None
@@ -115,7 +115,7 @@ class Sample:
 
 @dataclass
 class Prediction:
-    """One example: what was asked, wanted and given; `answer` and `correct` are those of the first sample."""
+    """One example: prompt, expected answer and samples; `answer` and `correct` are those of the first sample."""
 
     prompt: str
     expected: str
@@ -128,7 +128,7 @@ class Prediction:
         return sum(sample.correct for sample in self.samples)
 
     def majority(self) -> bool:
-        """Whether the answer that most samples agree on is right; samples without one have no vote."""
+        """Whether the most frequent answer is correct; samples without an answer do not count."""
         votes = Counter(sample.extracted for sample in self.samples if sample.extracted is not None)
         winner = votes.most_common(1)[0][0] if votes else None
         return any(sample.correct for sample in self.samples if sample.extracted == winner)
@@ -142,32 +142,32 @@ def exact_match(
     max_new_tokens: int = 256,
     batch_size: int = 16,
 ) -> list[Prediction]:
-    """Greedy answers to the last assistant turn of each record.
+    """Answer each record's last user turn greedily and compare with its last assistant turn.
 
     Args:
-        match: how to compare, by name or as `make_matcher` returns it.
+        match: how to compare, by name or from `make_matcher`.
     Raises:
-        InputError: no records, one without an assistant turn to compare with, or with one that holds no answer.
+        InputError: no records, or a record without an assistant turn or without an answer in it.
     """
     matcher = make_matcher(match) if isinstance(match, str) else match
     questions = make_questions(records, matcher)
     answers = ask(model, tokenizer, questions, sampling=Sampling(max_new_tokens), batch_size=batch_size)
-    return judge(questions, answers, matcher)
+    return grade_answers(questions, answers, matcher)
 
 
 def make_questions(
     records: Sequence[Record], matcher: Matcher, template: str | None = None, shots: Sequence[Record] = ()
 ) -> list[Question]:
-    """The prompts to answer: a record's turns up to its last answer, after those of the `shots`.
+    """The prompts to answer: the turns of the `shots`, then a record's turns up to its last answer.
 
     Args:
-        template: what each last user turn becomes, with {prompt} in it.
-        shots: solved examples; their system messages are left out.
+        template: text of each last user turn, with {prompt} in it.
+        shots: solved examples; their system messages are dropped.
     Raises:
-        InputError: as `exact_match`; and a prompt whose answer stands in a shot.
+        InputError: as for `exact_match`; or a prompt is also one of the shots.
     """
     if not records:
-        raise InputError("There is nothing to evaluate: the data holds no record.")
+        raise InputError("Nothing to evaluate: the data has no records.")
 
     def read(record: Record) -> list[dict[str, Any]]:
         messages = to_messages(record)
@@ -191,12 +191,12 @@ def make_questions(
         *before, last, answer = read(record)
         if said([*before, last]) in given_away:
             raise InputError(
-                f"{record.origin} asks what one of the shots answers; give --few-shot-data other than --data."
+                f"{record.origin} is also one of the shots; use other data for --few-shot-data than for --data."
             )
         if matcher.read_expected(answer["content"]) is None:
             raise InputError(
                 f"{record.origin} expects {quote(answer['content'])}, in which this --match finds no answer; "
-                "choose another (for regex, --pattern-on answer takes it as it is), or mend the record."
+                "choose another (for regex, --pattern-on answer uses it unchanged), or fix the record."
             )
         system = before[:1] if before and before[0]["role"] == "system" else []
         turns = [*system, *earlier, *before[len(system) :], *put([last, answer])[:1]]
@@ -213,11 +213,11 @@ def ask(
     batch_size: int = 16,
     accelerator: Any = None,
 ) -> list[list[str]]:
-    """`num_samples` answers to each question, in their order; arguments as `generate_samples`.
+    """`num_samples` answers to each question, in order; other arguments as for `generate_samples`.
 
     Args:
-        accelerator: whose processes take their shares. What is dealt out is whole batches, the same ones on any
-            number of processes: a row's rounding may depend on those beside it.
+        accelerator: its processes share the work in whole batches, which are the same for any number of processes:
+            a row's rounding may depend on the other rows.
     """
     from qlora.data.encode import encode_prompt
     from qlora.generation import generate_samples
@@ -228,7 +228,7 @@ def ask(
     batches = [order[start : start + together] for start in range(0, len(order), together)]
 
     def compute(mine: list[list[int]]) -> list[list[list[str]]]:
-        numbers = [i for batch in mine for i in batch]  # sorted by length, so generate forms the same batches
+        numbers = [i for batch in mine for i in batch]  # sorted by length, so that generate forms the same batches
         if not numbers:
             return []
         conversations = [questions[i].messages for i in numbers]
@@ -245,8 +245,10 @@ def ask(
     return answers
 
 
-def judge(questions: Sequence[Question], answers: Sequence[list[str]], matcher: Matcher) -> list[Prediction]:
-    """Each question's answers, compared with the expected one."""
+def grade_answers(
+    questions: Sequence[Question], answers: Sequence[list[str]], matcher: Matcher
+) -> list[Prediction]:
+    """Compare each question's answers with the expected one."""
     found = []
     for question, texts in zip(questions, answers, strict=True):
         wanted = matcher.read_expected(question.expected)
@@ -257,14 +259,14 @@ def judge(questions: Sequence[Question], answers: Sequence[list[str]], matcher: 
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The chance that one of k of the samples, drawn without replacement, is right: unbiased for k new ones."""
+    """Probability that one of k samples, drawn without replacement, is correct: unbiased for k new samples."""
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
 def summarize(
     questions: Sequence[Question], found: Sequence[Prediction], config: AskConfig, seed: int, confidence: float
 ) -> tuple[list[Score], list[dict[str, Any]], dict[str, Sequence[str]]]:
-    """(scores, rows, pairing) as `write_result` takes them."""
+    """(scores, rows, pairing) for `write_result`."""
     rows = [{"id": q.origin, **asdict(p)} for q, p in zip(questions, found, strict=True)]
     n = config.samples
     if n == 1:
@@ -289,10 +291,10 @@ def summarize(
 
 
 def read_questions(config: ExactMatchConfig) -> list[Question]:
-    """The prompts that a command's flags name."""
+    """The prompts for a command's flags."""
     shots = read_records(config.few_shot_data)[: config.shots] if config.few_shot_data else []
     if len(shots) < config.shots:
-        raise InputError(f"{config.few_shot_data} holds {len(shots)} examples; give --shots {len(shots)} at most.")
+        raise InputError(f"{config.few_shot_data} has {len(shots)} examples; give --shots at most {len(shots)}.")
     records = read_records(config.data or "")[: config.max_examples or None]
     return make_questions(records, config.matcher(), config.template, shots)
 
@@ -300,10 +302,10 @@ def read_questions(config: ExactMatchConfig) -> list[Question]:
 def measure(
     model: Any, tokenizer: Any, questions: Sequence[Question], config: ExactMatchConfig, accelerator: Any
 ) -> list[Prediction]:
-    """The model's answers to all questions, made and compared as a command's flags say."""
+    """Generate and compare the model's answers to all questions by a command's flags."""
     sampling = config.sampling(config.seed)
     answers = ask(model, tokenizer, questions, config.samples, sampling, config.batch_size, accelerator)
-    return judge(questions, answers, config.matcher())
+    return grade_answers(questions, answers, config.matcher())
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""python -m eval harness: any task of lm-eval on our model, in 4 bits with an adapter or otherwise."""
+"""python -m eval harness: run any lm-eval task on our model, in 4 or 16 bits, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .scores import Score, proportion
 
 @dataclass
 class HarnessConfig(EvalConfig):
-    """Tasks of lm-eval: its own by name, or one of yours as a .yaml file."""
+    """Tasks of lm-eval: built-in ones by name, or your own as .yaml files."""
 
     tasks: str | None = None
     """Names of tasks or groups, or .yaml files, separated by commas."""
     num_fewshot: Annotated[int | None, at_least(0)] = None
-    """Solved examples before each question; by default the task's own number."""
+    """Solved examples before each question; default: as the task says."""
     limit: Count = 0
-    """Only the first so many questions of each task; 0 = all."""
+    """Use only this many questions of each task; 0 = all."""
     include_path: str | None = None
     """Directory with more task files."""
     max_length: Window = 2048
-    """Longest window, in tokens; the model's own limit where that is lower."""
+    """Longest window in tokens, at most the model's limit."""
     apply_chat_template: bool = False
-    """Ask through the model's chat template."""
+    """Apply the model's chat template."""
 
 
 def import_lm_eval() -> Any:
-    """The optional package.
+    """Import the optional package.
 
     Raises:
         InputError: it is not installed.
@@ -51,25 +51,27 @@ def import_lm_eval() -> Any:
 
 
 def find_tasks(names: Sequence[str], include_path: str | None = None) -> tuple[Any, list[str]]:
-    """(lm-eval's TaskManager, what it loads).
+    """(lm-eval's TaskManager, tasks to load).
 
     Raises:
-        InputError: a name that it does not know, or no such file.
+        InputError: an unknown task, or a missing file.
     """
     from lm_eval.tasks import TaskManager
 
     files = [name.endswith((".yaml", ".yml")) for name in names]
     missing = [name for name, is_file in zip(names, files, strict=True) if is_file and not Path(name).is_file()]
     if include_path is not None and not Path(include_path).is_dir():
-        raise InputError(f"--include-path {include_path} is no directory; give one that holds task files.")
+        raise InputError(f"--include-path {include_path} is not a directory; give one with task files.")
     named = [name for name, is_file in zip(names, files, strict=True) if not is_file]
     manager = TaskManager(include_path=include_path, include_defaults=False)
-    if not missing and not set(named) <= set(manager.all_tasks):  # lm-eval's own are thousands of files to read
+    if not missing and not set(named) <= set(
+        manager.all_tasks
+    ):  # listing the built-in tasks reads thousands of files
         manager = TaskManager(include_path=include_path)
     missing += [name for name in named if name not in set(manager.all_tasks)]
     if missing:
         raise InputError(
-            f"lm-eval knows no task {', '.join(missing)}; see `lm-eval ls tasks`, or give a .yaml file."
+            f"lm-eval has no task {', '.join(missing)}; see `lm-eval ls tasks`, or give a .yaml file."
         )
     return manager, list(names)
 
@@ -83,7 +85,7 @@ def run_tasks(
     use_template: bool,
     seed: int,
 ) -> dict[str, Any]:
-    """What lm_eval.simple_evaluate returns: results by task, and samples.
+    """Run tasks; returns the result of lm_eval.simple_evaluate: results by task, and samples.
 
     Raises:
         InputError: lm-eval cannot load the task or its data.
@@ -98,7 +100,7 @@ def run_tasks(
         )  # fmt: skip
     except InputError:
         raise
-    except (KeyError, ValueError, TypeError, AttributeError, ImportError) as error:  # it checks little itself
+    except (KeyError, ValueError, TypeError, AttributeError, ImportError) as error:  # it checks little
         name = type(error).__name__
         raise InputError(
             f"lm-eval cannot run {', '.join(tasks)} ({name}: {error}); --debug shows where."
@@ -107,10 +109,10 @@ def run_tasks(
 
 
 def task_scores(found: dict[str, Any], seed: int = 0, confidence: float = 0.95) -> list[Score]:
-    """Every metric of every task, with an interval from its samples where it has a value for each of them.
+    """Every metric of every task, with an interval if each sample has a value.
 
-    Hits have Wilson's interval, other means a bootstrap; a figure that lm-eval computes from all samples at once,
-    such as a perplexity or a group's mean, has none.
+    Hits get Wilson's interval, other means a bootstrap; a value that lm-eval computes from all samples at once,
+    such as a perplexity or a group's mean, gets none.
     """
     from .scores import mean_score
 
@@ -130,7 +132,7 @@ def task_scores(found: dict[str, Any], seed: int = 0, confidence: float = 0.95) 
                 score = mean_score(name, values, seed=seed, confidence=confidence)
             else:
                 score = Score(name, float(value), None, None, confidence, "none", len(mine))
-            if abs(score.value - value) > 1e-9:  # lm-eval's figure is no mean of its samples
+            if abs(score.value - value) > 1e-9:  # lm-eval's value is not a mean of its samples
                 score = Score(name, float(value), None, None, confidence, "none", len(mine))
             scores.append(score)
     return scores
@@ -140,12 +142,14 @@ def main(argv: Sequence[str]) -> None:
     config = parse_args(HarnessConfig, f"{PROGRAM} harness", argv)
     require(config, "model", "tasks")
     if config.data is not None or config.max_examples:
-        raise InputError("A task names its own data; leave out --data and --max-examples, and pass --limit N.")
+        raise InputError(
+            "Tasks have their own data; leave out --data, and use --limit N instead of --max-examples."
+        )
     check_output(config.output)
     import_lm_eval()
     names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
     if not names:
-        raise InputError("--tasks is empty; give the name of a task of lm-eval, or a .yaml file.")
+        raise InputError("--tasks is empty; give the name of an lm-eval task or a .yaml file.")
     manager, tasks = find_tasks(names, config.include_path)
     model, tokenizer, accelerator = load_evaluated(config)
     from .lm_eval_model import TaskModel
@@ -166,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _row(task: str, sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample's id, answer, responses and metrics; its prompt can be had from the task."""
+    """A sample's id, answer, responses and metrics; the task has its prompt."""
     kept = sample.get("filter", "none")
     row: dict[str, Any] = {"id": f"{task}:{sample['doc_id']}" + (f":{kept}" if kept != "none" else "")}
     row |= {"target": str(sample["target"]), "responses": sample["filtered_resps"]}
@@ -178,6 +182,6 @@ def _row(task: str, sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pairing(rows: Sequence[dict[str, Any]]) -> dict[str, Sequence[str]]:
-    """The metrics that every sample has, for the paired test of two models."""
+    """The metrics of every sample, for the paired test of two models."""
     names = [name for name in rows[0] if name not in ("id", "target", "responses")] if rows else []
     return {name: (name,) for name in names if all(name in row for row in rows)}

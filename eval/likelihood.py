@@ -1,21 +1,21 @@
-"""log p of continuations of a context: what perplexity, multiple choice and lm-eval's tasks are computed from.
+"""log p of continuations of a context, the basis of perplexity, multiple choice and lm-eval's tasks.
 
-A *passage* is what one forward pass must read to answer some questions about next tokens:
+A *passage* is the input of one forward pass that answers some queries about next tokens:
 
-    trunk      c_0 .. c_(P-1)              read by all
-    branches   b_0 .. , b'_0 .. , ...      each continues the trunk, blind to the other branches
-    queries    (position, token, owner)    log p(token | what stands up to the position), added to the owner's sum
+    trunk      c_0 .. c_(P-1)              seen by all branches
+    branches   b_0 .. , b'_0 .. , ...      each continues the trunk and does not see the other branches
+    queries    (position, token, owner)    log p(token | text up to the position), added to the owner's sum
 
-A context with four continuations of a few tokens is one passage: the trunk holds the context, each branch the
-continuation but its last token, and the first token of every continuation is asked at the trunk's end. So a
-context is computed once, and where all continuations are single tokens (the letters of MMLU) nothing else is.
+A context with four short continuations is one passage: the trunk is the context, each branch is a continuation
+without its last token, and the first token of every continuation is queried at the trunk's end. So a context is
+computed once, and if all continuations are single tokens (the letters of MMLU) there are no branches.
 
-Passages without branches are packed by qlora/packing.py and its block-diagonal attention. With branches, several
-passages share a row too, and a mask says who sees whom: (N, N) booleans for a row of N tokens, SHARED_TOKENS where
-no passage is longer. A model with sliding windows gets each branch with a copy of its trunk instead.
+Passages without branches are packed (qlora/data/batches.py) with block-diagonal attention. Passages with branches
+also share rows, with a mask that says which tokens see each other: (N, N) booleans for a row of N tokens, at most
+SHARED_TOKENS unless a passage is longer. With sliding windows each branch gets a copy of its trunk instead.
 
-How text becomes tokens, and where a context too long for the model is cut, is lm-eval's way (0.4.13,
-lm_eval/api/model.py and models/huggingface.py), so that the sums are comparable with its own.
+Tokenization, and truncation of a context that is too long, follow lm-eval (0.4.13, lm_eval/api/model.py and
+models/huggingface.py), so that the sums are comparable.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from qlora.model.loss import attention_arguments, output_head, target_log_likeli
 from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.memory import is_out_of_memory
 
-SHARED_TOKENS = 4096  # of a row with branches: its mask and scores grow with the square
+SHARED_TOKENS = 4096  # per row with branches: mask and scores grow with the square
 
-Sums = dict[int, tuple[float, bool]]  # of each owner: log p in nats, and whether every token was the likeliest
+Sums = dict[int, tuple[float, bool]]  # owner -> (log p in nats, whether every token was the most likely)
 
 
 @dataclass
 class Passage:
-    """See the module docstring; positions count through the trunk and then the branches, laid end to end."""
+    """See the module docstring; positions count through the trunk, then through the branches in order."""
 
     trunk: list[int]
     branches: list[list[int]] = field(default_factory=list)
@@ -54,20 +54,20 @@ class Passage:
         return len(self.trunk) + sum(map(len, self.branches))
 
     def ask(self, position: int, token: int, owner: int) -> None:
-        """One query more."""
+        """Add a query."""
         self.positions.append(position)
         self.tokens.append(token)
         self.owners.append(owner)
 
 
 def longest_window(model: Any, max_length: int) -> int:
-    """`max_length`, or as many tokens as the model was made for where that is fewer."""
+    """The smaller of `max_length` and the model's context length."""
     limits = [getattr(model.config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx")]
     return min([max_length, *(limit for limit in limits if limit)])
 
 
 def prefix_token(tokenizer: Any) -> int:
-    """What a text's first token is conditioned on: BOS, else EOS.
+    """The token before a text's first token: BOS, else EOS.
 
     Raises:
         InputError: the tokenizer has neither.
@@ -75,22 +75,20 @@ def prefix_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    raise InputError(
-        "The tokenizer has neither a BOS nor an EOS token for a text's first token to follow; set one."
-    )
+    raise InputError("The tokenizer has neither a BOS nor an EOS token to start a text with; set one.")
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a text that begins a sequence, after a BOS where the tokenizer puts one and the text has none."""
+    """Ids of a text that starts a sequence, after BOS if the tokenizer adds it and the text has none."""
     options = {"add_special_tokens": False} if text.startswith(tokenizer.decode(prefix_token(tokenizer))) else {}
     return tokenizer.encode(text, verbose=False, **options)
 
 
 def encode_pairs(context: str, continuations: Sequence[str], tokenizer: Any) -> tuple[list[int], list[list[int]]]:
-    """Ids of a context, and of each text that continues it, cut where the context's own tokens end.
+    """Ids of a context and of each continuation, split where the tokens of the context alone end.
 
-    Spaces at the context's end go over to the continuation: a token mostly begins with its space. An empty context
-    is the prefix token.
+    Spaces at the context's end move to the continuation, since tokens usually begin with their space. An empty
+    context becomes the prefix token.
     """
     prefix = prefix_token(tokenizer)
     if not context:
@@ -103,10 +101,10 @@ def encode_pairs(context: str, continuations: Sequence[str], tokenizer: Any) -> 
 
 
 def branch_out(context: list[int], continuations: Sequence[list[int]], max_length: int) -> list[Passage]:
-    """Passages that give log p of each continuation; owners are numbered as the continuations.
+    """Passages for log p of each continuation; owners have the numbers of the continuations.
 
-    A context that leaves too little room loses its first tokens, for each continuation by itself: the model reads
-    the last max_length tokens before the last one.
+    A context that is too long loses its first tokens, separately for each continuation: the model reads the last
+    max_length tokens before the last one.
     """
     by_trunk: dict[tuple[int, ...], list[int]] = {}
     for owner, continuation in enumerate(continuations):
@@ -139,10 +137,10 @@ def log_likelihoods(
     budget: int,
     is_shown: bool = False,
 ) -> list[list[tuple[float, bool]]]:
-    """Of each (context, continuations): for every continuation, log p in nats and whether it is the greedy one.
+    """For each (context, continuations): log p of every continuation in nats, and whether it is the greedy one.
 
     Args:
-        max_length, budget, is_shown: as `branch_out` and `score_passages`.
+        max_length, budget, is_shown: as for `branch_out` and `score_passages`.
     """
     passages, places = [], []
     for index, (context, continuations) in enumerate(requests):
@@ -156,15 +154,15 @@ def log_likelihoods(
 
 
 def rolling_windows(ids: Sequence[int], is_scored: Sequence[bool], max_length: int, stride: int) -> list[Passage]:
-    """A whole row t_0 .. t_T as windows, whose scored tokens are disjoint and together all of t_1 .. t_T.
+    """Split a row t_0 .. t_T into windows that score each of t_1 .. t_T once.
 
-    The first window scores up to `max_length` tokens, each further one the next `stride`, after as much of what
-    precedes them as fits: as lm-eval's rolling windows with max_length - stride + 1 tokens of context.
+    The first window scores up to `max_length` tokens, each further one the next `stride`, with as many preceding
+    tokens as fit: like lm-eval's rolling windows with max_length - stride + 1 tokens of context.
 
     Args:
-        is_scored: (T + 1,) which tokens count; windows without one are left out.
+        is_scored: (T + 1,) which tokens count; windows without any are dropped.
     Returns:
-        passages with the one owner 0.
+        passages with a single owner, 0.
     """
     windows, done, last = [], 1, len(ids)
     while done < last:
@@ -185,9 +183,9 @@ def score_passages(model: Any, passages: Sequence[Passage], budget: int, is_show
     """The sums of every passage's owners, computed in rows of about `budget` tokens.
 
     Args:
-        model: from `load_base_model`, adapted or not, in eval mode.
-        budget: halved for as long as a row does not fit in memory.
-        is_shown: draw a progress bar, if the terminal can.
+        model: from `load_base_model`, with or without an adapter, in eval mode.
+        budget: halved until a row fits in memory.
+        is_shown: show a progress bar if the terminal supports it.
     Raises:
         TrainingStopped: a single passage does not fit in memory.
     """
@@ -216,17 +214,17 @@ def score_passages(model: Any, passages: Sequence[Passage], budget: int, is_show
 
 
 def _add(sums: Sums, answers: Sequence[tuple[int, float, bool]]) -> None:
-    """Add (owner, log p, is greedy) of single tokens to their owners' sums."""
+    """Add each token's (owner, log p, is greedy) to its owner's sum."""
     for owner, log_p, is_greedy in answers:
         before = sums.get(owner, (0.0, True))
         sums[owner] = (before[0] + log_p, before[1] and is_greedy)
 
 
 def _separate(passages: Sequence[Passage], window: int | None) -> tuple[list[int], list[Passage]]:
-    """(index of the passage each part comes from, parts): passages without branches, or with two and more.
+    """(index of each part's passage, parts); the parts have no branches, or two and more.
 
-    A single branch just continues its trunk. Where a sliding window is shorter than a passage, our mask would hide
-    it, and each branch takes its trunk along.
+    A single branch is joined to its trunk. If a sliding window is shorter than a passage, which our mask would
+    ignore, each branch gets a copy of its trunk.
     """
     sources, parts = [], []
     for index, passage in enumerate(passages):
@@ -258,7 +256,7 @@ def _unshare(passage: Passage) -> list[Passage]:
 
 
 def _rows(parts: Sequence[Passage], budget: int) -> list[list[int]]:
-    """Indices of parts that share a row; those with branches stay among themselves."""
+    """Indices of parts that share a row; parts with and without branches are not mixed."""
     rows = []
     for has_branches, limit in ((False, budget), (True, min(budget, SHARED_TOKENS))):
         chosen = [i for i, part in enumerate(parts) if bool(part.branches) == has_branches]
@@ -296,9 +294,9 @@ def _score_row(model: Any, row: Sequence[Passage], device: torch.device) -> list
 
 
 def _tree_mask(row: Sequence[Passage]) -> tuple[Tensor, Tensor]:
-    """Positions (1, N), and (1, 1, N, N) booleans: true where a token sees another.
+    """Positions (1, N), and a mask (1, 1, N, N): true where a token sees another.
 
-    Each token sees the trunk of its own passage and its own branch, up to itself.
+    Each token sees the trunk of its passage and its own branch, up to itself.
     """
     positions: list[int] = []
     passage_of: list[int] = []
@@ -317,7 +315,7 @@ def _tree_mask(row: Sequence[Passage]) -> tuple[Tensor, Tensor]:
 
 
 def _progress(total: int, is_shown: bool) -> Any:
-    """A context manager that gives a function to call with the number of finished items."""
+    """A context manager that yields a function to call with the number of finished items."""
     if not is_shown or not sys.stderr.isatty():
         return nullcontext(lambda count: None)
     from contextlib import contextmanager

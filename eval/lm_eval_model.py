@@ -1,12 +1,12 @@
-"""The model that lm-eval's tasks run on: our base, in 4 bits or not, with an adapter or without.
+"""The model for lm-eval's tasks: our base, in 4 or 16 bits, with or without an adapter.
 
 Importing this module registers it with lm-eval as "qlora" (in a checkout it is eval.lm_eval_model),
 
     import qlora.evaluation.lm_eval_model, lm_eval
     lm_eval.simple_evaluate("qlora", model_args="model=M,adapter=A", tasks=["arc_easy"])
 
-and `qlora eval harness` does the same with flags. Requests are computed by eval/likelihood.py and
-qlora/generate.py, in each process its share; to lm-eval it looks like one.
+and `qlora eval harness` does the same with flags. eval/likelihood.py and qlora/generation.py compute the requests,
+each process its share; lm-eval sees a single process.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class TaskModel(LM):
     """Answers lm-eval's three kinds of request.
 
     Args:
-        model: its name, or the model from `load_base_model`; then `tokenizer` and `accelerator` come with it.
+        model: its name, or a model from `load_base_model`, which needs `tokenizer` and `accelerator` too.
         adapter: adapter directory.
-        max_length: longest window in tokens, at most the model's own limit.
-        batch_size: windows of max_length whose tokens share a row; answers decoded together.
-        flags: others of `EvalConfig`, such as use_4bit.
+        max_length: longest window in tokens, at most the model's limit.
+        batch_size: number of max_length windows per row, and of answers decoded together.
+        flags: other fields of `EvalConfig`, such as use_4bit.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TaskModel(LM):
         max_length: int = 2048,
         batch_size: int | str = 16,
         seed: int = 42,
-        device: str | None = None,  # lm-eval passes it; the model is loaded on the best one
+        device: str | None = None,  # passed by lm-eval; unused, the model is on the best device
         max_batch_size: int | None = None,
         **flags: Any,
     ) -> None:
@@ -89,7 +89,7 @@ class TaskModel(LM):
         return text
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[Likelihood]:
-        """Requests with one context, such as a question's choices, are computed together."""
+        """Log-likelihoods; requests with the same context, such as a question's choices, are computed together."""
         texts: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             texts.setdefault(request.args[0], []).append(index)
@@ -129,7 +129,7 @@ class TaskModel(LM):
         return share_out(self.accelerator, texts, compute, [len(text) for text in texts])
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """Greedy, or sampled by temperature and top_p; a prompt too long for the model loses its beginning."""
+        """Greedy, or sampled with temperature and top_p; a prompt that is too long loses its beginning."""
         kinds: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             kinds.setdefault(repr(sorted(request.args[1].items())), []).append(index)
@@ -139,7 +139,7 @@ class TaskModel(LM):
         return [answers[place] for place in range(len(requests))]
 
     def _generate(self, requests: Sequence[Instance], places: list[int]) -> list[str]:
-        """The answers to requests that share their settings."""
+        """The answers to requests with the same settings."""
         settings = normalize_gen_kwargs(requests[places[0]].args[1])
         limit = settings["max_gen_toks"]
         if limit >= self.max_length:

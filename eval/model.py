@@ -1,7 +1,7 @@
-"""The model that is measured: the flags every evaluation shares, how it is loaded, and who computes what.
+"""The model to evaluate: flags shared by all evaluations, loading, and distribution over processes.
 
-Started by `accelerate launch` or torchrun, each process takes its share of the items, and every one gets all the
-results in the items' order; what is one writer's work, the main process does.
+Under `accelerate launch` or torchrun each process computes its share of the items and gets all results in the
+items' order; only the main process writes.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ R = TypeVar("R")
 
 @dataclass
 class EvalConfig(ModelConfig):
-    """What every evaluation asks; a command's own flags come on top."""
+    """Flags shared by all evaluations."""
 
     adapter: str | None = None
-    """Adapter directory; without one the base itself is measured."""
+    """Adapter directory; without it the base is evaluated."""
     data: str | None = None
-    """What is measured on."""
+    """Data to evaluate on."""
     max_examples: Count = 0
-    """Only the first so many; 0 = all."""
+    """Use only this many examples; 0 = all."""
     batch_size: Positive = 16
-    """Items computed together, per device."""
+    """Items computed together on each device."""
     output: str | None = None
     """Write scores, settings and every item's result to this JSON file."""
     confidence: Annotated[float, Check("a number between 0 and 1, such as 0.95", lambda x: 0 < x < 1)] = 0.95
-    """Confidence of the intervals."""
+    """Confidence level of the intervals."""
     seed: Count = 42
-    """Seeds the resampling, and whatever is drawn."""
+    """Seed for resampling and sampling."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
 def require(config: Any, *names: str) -> None:
-    """Refuse a config that lacks one of these, naming all that it lacks."""
+    """InputError if one of these is missing; it names all that are."""
     missing = [f"--{name.replace('_', '-')}" for name in names if getattr(config, name) is None]
     if missing:
-        raise InputError(f"Something is missing; pass {' and '.join(missing)}.")
+        raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required.")
 
 
 def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
-    """The model to measure, in eval mode, with its adapter if it has one.
+    """The model to evaluate, in eval mode, with its adapter if there is one.
 
     Returns:
-        (model, tokenizer, accelerator); the model stands on the accelerator's device.
+        (model, tokenizer, accelerator); the model is on the accelerator's device.
     Raises:
-        InputError: no such model or adapter, or one that does not fit the other.
+        InputError: model or adapter does not exist, or they do not fit together.
     """
     from qlora.system.startup import collection_paused
 
@@ -70,7 +70,7 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         from qlora.quant.weight import QuantConfig
         from qlora.system.device import best_device
 
-    # Without cpu=True, several processes on a machine without a GPU would each measure everything.
+    # Without cpu=True, each of several processes on a machine without a GPU would compute everything.
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     tokenizer = load_tokenizer(name, config.adapter)
     quant = QuantConfig(config.quant_type, config.double_quant)
@@ -89,11 +89,11 @@ def share_out(
     compute: Callable[[list[T]], list[R]],
     lengths: Sequence[int] | None = None,
 ) -> list[R]:
-    """`compute` over all items, each process doing its share; every process gets all results, in the items' order.
+    """Apply `compute` to all items, a share per process; every process gets all results, in the items' order.
 
     Args:
-        compute: items -> their results, in the same order; called once in each process, also with no items.
-        lengths: what each item costs, to deal them out evenly.
+        compute: items -> results in the same order; called once per process, even with no items.
+        lengths: cost of each item, to split them evenly.
     """
     from accelerate.utils import gather_object
 

@@ -1,4 +1,4 @@
-"""Two results of one evaluation, item by item: the paired tests, and the items won, lost and tied."""
+"""Compare two results of one evaluation item by item: paired tests, and the items won, lost and tied."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from qlora.system.errors import InputError
 
 from .scores import Comparison, paired_test
 
-OWN_SETTINGS = ("output", "markdown", "results", "show", "debug", "cache", "batch_size")  # change no score
-CONTENT = ("prompt", "expected", "words", "bytes")  # of a row: what the item is
+OWN_SETTINGS = ("output", "markdown", "results", "show", "debug", "cache", "batch_size")  # do not affect scores
+CONTENT = ("prompt", "expected", "words", "bytes")  # keys of a row that describe the item
 
 
 @dataclass
 class Pair:
-    """Two models by their places, what the tests say, and the places of the items that the second one wins, ..."""
+    """Indices of two models, their tests, and the indices of the items that the second wins, loses and ties."""
 
     first: int
     second: int
@@ -26,30 +26,30 @@ class Pair:
 
 
 def align_rows(names: Sequence[str], results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Each result's rows in the order of the first one's.
+    """Each result's rows in the order of the first result.
 
-    Items are known by where they stood, the folder left aside: the files may have moved.
+    Items are identified by file name and position without the folder, since files may have moved.
     Raises:
-        InputError: the results are not of one task, or not of the same items.
+        InputError: the results have different tasks or items.
     """
     tasks = [result.get("task") for result in results]
     if len(set(tasks)) > 1:
         listed = ", ".join(f"{name} is of {task}" for name, task in zip(names, tasks, strict=True))
-        raise InputError(f"Results of one evaluation can be compared, but {listed}.")
+        raise InputError(f"Only results of the same evaluation can be compared, but {listed}.")
     keyed = [_rows_by_item(name, result) for name, result in zip(names, results, strict=True)]
     for name, rows in zip(names[1:], keyed[1:], strict=True):
         for one, other, here, there in ((keyed[0], rows, names[0], name), (rows, keyed[0], name, names[0])):
             missing = [key for key in one if key not in other]
             if missing:
                 raise InputError(
-                    f"{len(missing)} of the {len(one)} items of {here} are not in {there} ({missing[0]} is the "
-                    "first); measure both on the same data."
+                    f"{len(missing)} of the {len(one)} items of {here} are not in {there} (the first is "
+                    f"{missing[0]}); evaluate both on the same data."
                 )
         for key, row in rows.items():
             for part in CONTENT:
                 if keyed[0][key].get(part) != row.get(part):
                     raise InputError(
-                        f"The {part} of {key} is not the same in {names[0]} and {name}; measure both on the same "
+                        f"The {part} of {key} differs between {names[0]} and {name}; evaluate both on the same "
                         "data."
                     )
     return [[rows[key] for key in keyed[0]] for rows in keyed]
@@ -61,10 +61,10 @@ def _rows_by_item(name: str, result: dict[str, Any]) -> dict[str, dict[str, Any]
     for row in result["rows"]:
         origin = row.get("id") if isinstance(row, dict) else None
         if not isinstance(origin, str) or not all(isinstance(row.get(key), (bool, int, float)) for key in keys):
-            raise InputError(f"{name} has a row without its id or score; give a file that --output wrote.")
+            raise InputError(f"{name} has a row without id or score; give a file written by --output.")
         item = origin.replace("\\", "/").rpartition("/")[2]
         if item in rows:
-            raise InputError(f"{name} holds the item {item} twice; give a file that --output wrote.")
+            raise InputError(f"{name} has the item {item} twice; give a file written by --output.")
         rows[item] = row
     return rows
 
@@ -77,13 +77,13 @@ def compare_pair(
     seed: int,
     confidence: float,
 ) -> Pair:
-    """Test two models on the same items, by every score that counts the same in both.
+    """Test two models on the same items, with every score that is comparable.
 
     Args:
-        rows: of all models, aligned.
-        pairing: score name -> keys in the rows, as in a result; the first one decides who wins an item.
+        rows: aligned rows of all models.
+        pairing: score name -> keys in the rows, as in a result; the first score decides who wins an item.
     Raises:
-        InputError: no score counts the same in both, as with perplexities per token of other tokenizers.
+        InputError: no score is comparable, as with perplexities per token of different tokenizers.
     """
     a, b = rows[first], rows[second]
     tests = []
@@ -93,7 +93,7 @@ def compare_pair(
             here, there = ([row[keys[0]] for row in side] for side in (a, b))
             tests.append(paired_test(name, here, there, weights[0] if weights else None, seed, confidence))
     if not tests:
-        raise InputError("The models count other tokens, words and bytes, so that no score can be compared.")
+        raise InputError("The models count different tokens, words and bytes, so no score can be compared.")
     key = pairing[tests[0].name][0]
     gains = [float(there[key]) - float(here[key]) for here, there in zip(a, b, strict=True)]
     outcomes = {
@@ -107,10 +107,10 @@ def compare_pair(
 def compare_results(
     names: Sequence[str], results: Sequence[dict[str, Any]], seed: int = 0, confidence: float = 0.95
 ) -> tuple[list[Pair], dict[str, Any]]:
-    """Each two of the results compared, and everything as a JSON object.
+    """Compare each pair of results; also returns everything as a JSON object.
 
     Raises:
-        InputError: results that have nothing in common.
+        InputError: the results have nothing in common.
     """
     rows = align_rows(names, results)
     shared = {
@@ -119,7 +119,7 @@ def compare_results(
         if all(result["pairing"].get(score) == keys for result in results)
     }
     if not shared:
-        raise InputError(f"{' and '.join(names)} have no score in common; measure both by the same flags.")
+        raise InputError(f"{' and '.join(names)} have no score in common; evaluate both with the same flags.")
     pairs = [compare_pair(i, k, rows, shared, seed, confidence) for i, k in combinations(range(len(results)), 2)]
     key = next(iter(shared.values()))[0]
     items = [
@@ -153,16 +153,16 @@ def compare_results(
 
 
 def _answer(row: dict[str, Any]) -> Any:
-    """What a model said to an item: of several samples the first, and how many were right; None without words."""
+    """A model's answer to an item: with several samples the first, and how many are right; None without text."""
     samples = row.get("samples")
     if isinstance(samples, list) and samples:
         right = sum(isinstance(sample, dict) and bool(sample.get("correct")) for sample in samples)
         return f"{right} of {len(samples)} right, the first: {row.get('answer')}"
-    return row.get("chosen", row.get("answer"))  # of a choice, "answer" is the right one's number
+    return row.get("chosen", row.get("answer"))  # for a choice, "answer" is the index of the right one
 
 
 def settings_that_differ(compared: Sequence[dict[str, Any]]) -> list[str]:
-    """Name and values of each flag that the results were not all made with."""
+    """Name and values of each flag that differs between the results."""
     settings = [entry["settings"] for entry in compared]
     names = dict.fromkeys(name for each in settings for name in each if name not in OWN_SETTINGS)
     values = {name: [each.get(name) for each in settings] for name in names}

@@ -1,20 +1,19 @@
 """python -m eval perplexity: how well a model predicts text, per token, word and byte.
 
-With nats_d = -log p(document d), and tokens, words or bytes of it counted,
+With nats_d = -log p(document d) and its tokens, words and bytes counted,
 
     perplexity per token = exp(sum of nats_d / sum of tokens_d)      likewise per word and per byte
     bits per byte        = sum of nats_d / (ln 2 * sum of bytes_d)
 
 Models with different tokenizers are comparable per word or byte, not per token.
 
-A document (a .txt or .md file, a "text" record, or any --text-column) is computed as lm-eval's
-loglikelihood_rolling does: its first token follows BOS (else EOS), and windows of --max-length tokens score
-disjoint parts of it. A conversation's assistant turns are scored as training would learn them, each with its
-end-of-turn token; a longer one goes on in further windows instead of being cut. Words and bytes are then those
-of the scored tokens' text.
+A document (a .txt or .md file, a "text" record, or any --text-column) is scored as in lm-eval's
+loglikelihood_rolling: its first token follows BOS (else EOS), and windows of --max-length tokens score disjoint
+parts of it. In a conversation the assistant's turns are scored as in training, each with its end-of-turn token; a
+long one continues in further windows instead of being cut. Words and bytes are those of the scored tokens' text.
 
-Intervals come from drawing documents again; a single one is drawn again by its windows, whose words and bytes are
-taken as its tokens' share.
+Intervals come from resampling documents. A single document is resampled by its windows; their words and bytes are
+estimated in proportion to their tokens.
 """
 
 from __future__ import annotations
@@ -42,21 +41,21 @@ from .scores import Score, mean_score
 
 @dataclass
 class PerplexityConfig(EvalConfig):
-    """Perplexity of a text or a data set: per token, word and byte."""
+    """Perplexity of a text or data set: per token, word and byte."""
 
     text_column: str | None = None
-    """Take this column of --data as documents, whatever else a record holds."""
+    """Use this column of --data as documents and ignore the others."""
     train_on: Literal["completion", "all"] = "completion"
-    """Of a conversation, score the assistant's turns only, or every token."""
+    """In conversations, score the assistant's turns only, or every token."""
     max_length: Window = 2048
-    """Window, in tokens; the model's own limit where that is lower."""
+    """Window in tokens, at most the model's limit."""
     stride: Count = 0
-    """Tokens that each further window scores, after --max-length minus this many of context; 0 = --max-length."""
+    """Tokens scored per further window; the rest of --max-length is context. 0 = --max-length."""
 
 
 @dataclass
 class Document:
-    """What is scored of one item: ids t_0 .. t_T, which of them count, and the words and bytes of those."""
+    """One item to score: ids t_0 .. t_T, which of them count, and the words and bytes of those."""
 
     origin: str
     ids: list[int]
@@ -67,7 +66,7 @@ class Document:
 
 @dataclass
 class DocumentScore:
-    """Sums over one document; `windows`: (nats, tokens) of each of its windows."""
+    """Sums over one document; `windows`: (nats, tokens) per window."""
 
     nats: float
     tokens: int
@@ -95,10 +94,10 @@ def _column(record: Record, column: str) -> Record:
 
 
 def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = "completion") -> list[Document]:
-    """Records as rows of ids; those without a token to score are left out.
+    """Encode records as rows of ids; those without a token to score are dropped.
 
     Raises:
-        InputError: none is left.
+        InputError: nothing is left.
     """
     from qlora.data.row_encoder import RowEncoder
 
@@ -116,17 +115,17 @@ def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = 
             scored = [token for token, counts in zip(ids[1:], is_scored[1:], strict=True) if counts]
             text = tokenizer.decode(scored, skip_special_tokens=True)
         if any(is_scored[1:]):
-            words = len(re.split(r"\s+", text))  # as lm-eval counts them, with empty ones at the ends
+            words = len(re.split(r"\s+", text))  # as in lm-eval, with empty ones at the ends
             documents.append(Document(record.origin, ids, is_scored, words, len(text.encode("utf-8"))))
     if not documents:
-        raise InputError("The data holds no token to score; give texts that are not empty.")
+        raise InputError("The data has no token to score; give texts that are not empty.")
     return documents
 
 
 def score_documents(
     model: Any, documents: Sequence[Document], max_length: int, stride: int, budget: int, is_shown: bool = False
 ) -> list[DocumentScore]:
-    """Nats and tokens of every document; arguments as `rolling_windows` and `score_passages`."""
+    """Nats and tokens of every document; arguments as for `rolling_windows` and `score_passages`."""
     from .likelihood import rolling_windows, score_passages
 
     passages, places = [], []
@@ -206,4 +205,4 @@ def main(argv: Sequence[str]) -> None:
     write_result(config.output, "perplexity", scores, settings, rows, pairing)
     print_scores(f"Perplexity of {config.data}: {sum(s.tokens for s in found):,} tokens", scores)
     if len(documents) < len(records):
-        print(f"{len(records) - len(documents)} of {len(records)} records hold nothing to score; left out")
+        print(f"{len(records) - len(documents)} of {len(records)} records have nothing to score and are left out")

@@ -1,4 +1,4 @@
-"""What an evaluation found: a table to read, and a JSON file by which two models are compared item by item."""
+"""Results of an evaluation: a printed table, and a JSON file for comparing models item by item."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("python", "qlora", "torch", "transformers", "bitsandbytes", "acceler
 
 
 def check_output(output: str | None, flag: str = "output") -> None:
-    """Refuse an --output that could not be written, before hours of computing."""
+    """InputError if --output cannot be written, before hours of computing."""
     if output is not None and (Path(output).is_dir() or not Path(output).parent.is_dir()):
         raise InputError(f"--{flag} {output} cannot be written; name a file in a directory that exists.")
 
@@ -33,12 +33,12 @@ def write_result(
     pairing: Mapping[str, Sequence[str]],
     **more: Any,
 ) -> dict[str, Any]:
-    """The result as one JSON object, written to `output` where that is given.
+    """The result as one JSON object, also written to `output` if given.
 
     Args:
         task: the command, such as "perplexity".
         settings: every flag.
-        rows: one object an item, in the items' order; each has an "id" that says which item it is.
+        rows: one object per item, in order, each with an "id" that identifies the item.
         pairing: score name -> (key,) or (key, key of the weight) in `rows`, for the paired test of two results.
         more: further entries at the top level.
     """
@@ -63,19 +63,19 @@ def write_result(
 
 
 def _finite(value: Any) -> Any:
-    """null for an infinity, which JSON has no word for: a perplexity of a broken model may be one."""
+    """Replace infinities, which JSON lacks, by null: a broken model's perplexity may be infinite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """What `write_result` wrote.
+    """Read a file written by `write_result`.
 
     Raises:
-        InputError: no such file, or it holds something else.
+        InputError: the file does not exist or is not a result.
     """
     from qlora.system.files import read_json
 
-    result = read_json(Path(path), "give a file that --output of an evaluation wrote")
+    result = read_json(Path(path), "give a file written by --output of an evaluation")
     rows, pairing, scores = result.get("rows"), result.get("pairing"), result.get("scores")
     if (
         not isinstance(rows, list)
@@ -84,19 +84,19 @@ def read_result(path: str) -> dict[str, Any]:
         or not all(isinstance(keys, list) and keys for keys in pairing.values())
         or not all(isinstance(score, dict) and score.keys() >= SCORE_KEYS for score in scores)
     ):
-        raise InputError(f"{path} holds no result of an evaluation; give a file that --output wrote.")
+        raise InputError(f"{path} is not the result of an evaluation; give a file written by --output.")
     return result
 
 
 def format_score(value: float | None, is_share: bool) -> str:
-    """A figure for a table: shares in percent, others with four digits."""
+    """Format a value for a table: shares in percent, others with four digits."""
     if value is None:
         return "—"
     return f"{value:.1%}" if is_share else f"{value:.4g}"
 
 
 def print_scores(title: str, scores: Sequence[Score]) -> None:
-    """A table of scores, their intervals and how many items each rests on."""
+    """Print a table of scores, their intervals and numbers of items."""
     from rich.console import Console
     from rich.table import Table
 

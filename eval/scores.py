@@ -1,21 +1,21 @@
-"""Scores with their uncertainty, and the test of two models on the same items.
+"""Scores with confidence intervals, and paired tests of two models on the same items.
 
-A share of hits h of n has Wilson's interval, the p for which |h / n - p| <= z sqrt(p (1 - p) / n): it stays within
-0 and 1, and has a width also where all or none are hits.
+A share of h hits in n gets Wilson's interval, the p for which |h / n - p| <= z sqrt(p (1 - p) / n): it stays
+within 0 and 1, and has a width even if all or none are hits.
 
 A mean, or a ratio of sums such as perplexity's
 
     exp(sum over documents of nats_i / sum over documents of tokens_i)
 
-has a percentile bootstrap interval: whole documents are drawn again with replacement, for the tokens of one are
-not independent of each other.
+gets a percentile bootstrap interval: whole documents are resampled with replacement, since tokens of one document
+are not independent.
 
-Two models answer the same n items, so the test looks at each item's difference:
+Two models answer the same n items, so the test uses each item's difference:
 
-    hits          McNemar's exact test: of the b + c items where one model hits and the other misses, is b a fair
-                  coin's? Interval of the difference after Agresti and Min (2005): half an item is added to each of
+    hits          McNemar's exact test: of the b + c items where only one model hits, is b consistent with a fair
+                  coin? Interval of the difference after Agresti and Min (2005): half an item is added to each of
                   the four cells of the table.
-    real values   sign flips: if the models were alike, each difference might as well have the other sign.
+    real values   sign flips: if the models were equal, each difference could equally well have the other sign.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import numpy as np
 from qlora.system.errors import InputError
 
 RESAMPLES = 9999
-_CELLS = 2**22  # numbers of the resampled matrix that exist at a time
+_CELLS = 2**22  # values of the resampled matrix held at a time
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure with its interval; low and high are None where one sample says nothing of its spread."""
+    """A value with its interval; low and high are None if there are too few samples for one."""
 
     name: str
     value: float
@@ -48,7 +48,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How the second model differs from the first one on the same items; wins are the second's higher values."""
+    """Difference of the second model from the first on the same items; wins: the second one is higher."""
 
     name: str
     first: float
@@ -69,7 +69,7 @@ def proportion(name: str, hits: Sequence[bool], confidence: float = 0.95) -> Sco
     """The share of hits, with Wilson's interval.
 
     Raises:
-        InputError: no items, or a confidence outside 0 and 1.
+        InputError: no items, or a confidence not between 0 and 1.
     """
     from scipy.stats import binomtest
 
@@ -91,12 +91,12 @@ def mean_score(
     """The mean of `values`, or sum(values) / sum(weights), with a percentile bootstrap interval over the items.
 
     Args:
-        values: one finite number an item: a score, or the sum of a document's.
-        weights: what each item's value is a sum over, such as its tokens.
+        values: one finite number per item: a score, or a document's sum.
+        weights: number of terms in each item's sum, such as its tokens.
         transform: increasing function of the mean, on arrays, such as numpy.exp.
-        seed: of the resampling.
+        seed: for resampling.
     Raises:
-        InputError: no items, weights that add up to nothing, or a value that is no number.
+        InputError: no items, weights that sum to 0, or a value that is not finite.
     """
     _check(name, len(values), confidence)
     numerators, denominators = _arrays(name, values, weights)
@@ -108,9 +108,9 @@ def mean_score(
 
 
 def mean_of_groups(name: str, groups: Sequence[Sequence[bool]], seed: int = 0, confidence: float = 0.95) -> Score:
-    """The mean of the groups' shares of hits, each group weighing the same, as MMLU's subjects do in QLoRA.
+    """The unweighted mean of the groups' shares of hits, as for MMLU's subjects in QLoRA.
 
-    The interval draws each group's items again; the groups themselves are not a sample.
+    The interval resamples the items of each group; the groups are fixed.
     """
     _check(name, min(map(len, groups), default=0), confidence)
     sizes = np.array([len(group) for group in groups])
@@ -130,15 +130,15 @@ def paired_test(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Comparison:
-    """How much higher the second model scores than the first on the same items, and whether that may be chance.
+    """How much higher the second model scores than the first on the same items, and whether it may be chance.
 
     Args:
-        first, second: one value an item, in the same order: hits (all of them booleans), or real numbers.
-        weights: as in `mean_score`, the same for both models: nats of a document and its bytes.
+        first, second: one value per item, in the same order: all booleans (hits), or real numbers.
+        weights: as in `mean_score`, the same for both models, such as the bytes of a document.
     Returns:
-        Comparison with the two-sided p-value; it is 1 where the models do not differ on any item.
+        Comparison with the two-sided p-value, which is 1 if the models do not differ on any item.
     Raises:
-        InputError: no items, or not the same number of them.
+        InputError: no items, or different numbers of items.
     """
     _check(name, len(first), confidence)
     if len(first) != len(second):
@@ -164,7 +164,7 @@ def paired_test(
 
 def _check(name: str, count: int, confidence: float) -> None:
     if count == 0:
-        raise InputError(f"{name} has no items to be measured on; give data with at least one.")
+        raise InputError(f"{name} has no items; give data with at least one.")
     if not 0 < confidence < 1:
         raise InputError(f"confidence is {confidence}; give --confidence a number between 0 and 1, such as 0.95.")
 
@@ -177,19 +177,19 @@ def _arrays(name: str, values: Sequence[float], weights: Sequence[float] | None)
         raise ValueError(f"{name} has {len(numerators)} values but {len(denominators)} weights.")
     if not np.isfinite(numerators).all():
         place = int(np.flatnonzero(~np.isfinite(numerators))[0])
-        raise InputError(f"{name} of item {place + 1} is {numerators[place]}; look at the model and at that item.")
+        raise InputError(f"{name} of item {place + 1} is {numerators[place]}; check the model and that item.")
     if (denominators < 0).any() or denominators.sum() == 0:
-        raise InputError(f"{name} counts nothing: its items are all empty; give data with text in it.")
+        raise InputError(f"{name} has only empty items; give data with text.")
     return numerators, denominators
 
 
 def _bootstrap(
     numerators: Any, denominators: Any, seed: int, confidence: float
 ) -> tuple[float, float] | tuple[None, None]:
-    """Percentile interval of sum(numerators) / sum(denominators); without two items that count, there is none."""
+    """Percentile interval of sum(numerators) / sum(denominators); none for fewer than two non-empty items."""
     from scipy.stats import bootstrap
 
-    counted = denominators > 0  # a draw of empty documents alone would have no ratio
+    counted = denominators > 0  # a sample of only empty documents would have no ratio
     numerators, denominators = numerators[counted], denominators[counted]
     if len(numerators) < 2:
         return None, None
@@ -227,7 +227,7 @@ def _sign_flips(difference: Any, seed: int) -> float:
     from scipy.stats import permutation_test
 
     difference = difference[difference != 0]
-    if len(difference) < 2:  # nothing differs, or one does: it is as large with the other sign
+    if len(difference) < 2:  # at most one differs, and it is as large with the other sign
         return 1.0
     found = permutation_test(
         (difference,),

@@ -22,10 +22,10 @@ class Table:
 def make_tables(
     names: Sequence[str], pairs: Sequence[Pair], found: dict[str, Any], show: int | None
 ) -> list[Table]:
-    """Scores, tests, and of each pair the items won, lost and tied.
+    """Tables of scores, of tests, and per pair of the items won, lost and tied.
 
     Args:
-        show: so many of each; None = all.
+        show: number of items of each kind; None = all.
     """
     scores = [
         [entry["name"], score["name"], *_figures(score), str(score["num_samples"])]
@@ -69,7 +69,7 @@ def _interval(low: float | None, high: float | None, is_share: bool) -> str:
 
 
 def _item_cells(item: dict[str, Any], first: str, second: str) -> list[str]:
-    """Item, prompt, expected, and what the two said; where there are no words, their scores."""
+    """Item, prompt, expected answer, and the two answers, or their scores if there are no texts."""
     said = [item["answers"][name] for name in (first, second)]
     if said == [None, None]:
         said = [format_score(float(item["values"][name]), False) for name in (first, second)]
@@ -86,7 +86,7 @@ def print_tables(tables: Iterable[Table]) -> None:
 
     console = Console()
     for table in tables:
-        is_of_items = table.headings[1] == "item"  # long texts: on a screen one below the other
+        is_of_items = table.headings[1] == "item"  # long texts: print them below each other
         shown = rich_table.Table(title=Text(table.title), title_justify="left", show_header=not is_of_items)
         for heading in table.headings[:2] if is_of_items else table.headings:
             shown.add_column(Text(heading), overflow="fold")

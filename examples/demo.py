@@ -1,7 +1,7 @@
-"""The main job on a real model, start to end, by the project's own commands. `make demo` runs it.
+"""Fine-tune a real model from start to finish with the project's commands. `make demo` runs it.
 
-Makes the order task, measures exact match of the base, trains a 4-bit QLoRA adapter, measures again, merges,
-measures the merged model, asks it one question, and prints what came of it. Every figure is from this run.
+Creates the order task, measures exact match of the base, trains a 4-bit QLoRA adapter, measures again, merges,
+measures the merged model, asks it one question and prints the results. Every number comes from this run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def packaged_model() -> Path:
 
 
 def call(*arguments: object) -> float:
-    """Run one command of the project, shown as a user would type it; returns its seconds."""
+    """Print and run one command of the project as a user would type it; returns its seconds."""
     words = [str(argument) for argument in arguments]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     start = time.perf_counter()
@@ -47,10 +47,10 @@ def call(*arguments: object) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the main job on a real model.")
-    parser.add_argument("--directory", type=Path, default=Path("demo"), help="everything is written here")
+    parser.add_argument("--directory", type=Path, default=Path("demo"), help="output directory")
     parser.add_argument("--config", default="configs/demo.yaml", help="training settings")
-    parser.add_argument("--num-test", type=int, default=100, help="held-out orders to measure on")
-    parser.add_argument("--link-model", type=Path, help="only put a link to the packaged model here")
+    parser.add_argument("--num-test", type=int, default=100, help="number of held-out orders")
+    parser.add_argument("--link-model", type=Path, help="only create a link to the packaged model here")
     options = parser.parse_args()
     start = time.perf_counter()
 

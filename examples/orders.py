@@ -3,8 +3,8 @@
     "Could you send 3 red mugs and 1 blue lamp to Anna in Oslo by Friday?"
     {"name": "Anna", "city": "Oslo", "day": "Friday", "items": [{"count": 3, "color": "red", "item": "mug"}, ...]}
 
-Orders are drawn from a seeded generator, so that every answer is known and can be checked; held-out orders
-never occur in training. A small base model writes prose, or JSON of a shape of its own.
+Orders come from a seeded generator, so every answer is known and can be checked; held-out orders never occur in
+training. A small base model answers with prose, or with JSON of another shape.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ FRAMES = (
 
 
 def make_order(rng: random.Random) -> tuple[str, dict[str, Any]]:
-    """(text, what it means)."""
+    """(text, its meaning)."""
     name, city, day = rng.choice(NAMES), rng.choice(CITIES), rng.choice(DAYS)
     items: list[dict[str, Any]] = [
         {"count": rng.randint(1, 6), "color": rng.choice(COLORS), "item": item}
@@ -66,7 +66,7 @@ def make_orders(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def write_task(directory: Path, num_train: int = 1200, num_test: int = 100, seed: int = 0) -> tuple[Path, Path]:
-    """Write train.jsonl and test.jsonl, no order in both; returns their paths."""
+    """Write train.jsonl and test.jsonl without common orders; returns their paths."""
     orders = make_orders(num_train + num_test, seed)
     directory.mkdir(parents=True, exist_ok=True)
     paths = directory / "train.jsonl", directory / "test.jsonl"

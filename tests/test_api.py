@@ -135,7 +135,7 @@ def test_what_a_run_leaves(train: Any, by_flags: Path, base: str, tmp_path: Path
         ({"schedule": "triangle"}, "schedule is 'triangle'; choose one of cosine"),
         ({"eval_every": 2}, "--eval-every needs held-out data"),
         ({"data": 7}, "data is of type int; give a path, a list of dicts"),
-        ({"data": []}, "data holds no records"),
+        ({"data": []}, "data has no records"),
         ({"data": "missing.jsonl"}, "missing.jsonl does not exist"),
         ({"data": None}, "Nothing to do; pass --data FILE to train"),
         ({"data": [*ROWS, "oops"]}, "data[16]: the row is 'oops' (str); write an object"),
@@ -169,7 +169,7 @@ def test_after_an_error_the_same_directory_can_be_used(train: Any, tmp_path: Pat
         (lambda: run.generate("a", top_k=3), "generate has no option 'top_k'; it has max_new_tokens, temperature"),
         (lambda: run.generate("a", temperature=-1), "temperature is -1.0; give --temperature"),
         (lambda: run.evaluate(), "Nothing was held out from this run"),
-        (lambda: run.evaluate([]), "data holds no records"),
+        (lambda: run.evaluate([]), "data has no records"),
         (lambda: run.merge(run.adapter_dir), "exists already"),
     ):
         with pytest.raises(qlora.InputError) as raised:

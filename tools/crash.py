@@ -1,17 +1,17 @@
-"""Kill training at random moments, start it again, and compare it with a run that was left alone.
+"""Kill training at random moments, restart it, and compare it with an uninterrupted run.
 
     python -m tools.crash --kills 100                   a tiny random LLaMA, a quarter of an hour or more
     python -m tools.crash --kills 20 --model smollm2    the packaged SmolLM2-135M, on short rows
 
-Each run is `train.py` in a process group of its own, ended by SIGKILL: no handler, no flush, no clean-up. It is
-started again with `--resume auto` and killed again until it ends by itself. Then nothing may be missing, doubled
-or different: checkpoints, adapter and samples byte for byte, metrics.jsonl line for line but for speed and memory.
+Each run is `train.py` in a separate process group, ended by SIGKILL: no handler, no flush, no clean-up. It is
+restarted with `--resume auto` and killed again until it finishes. Then nothing may be missing, duplicated or
+different: checkpoints, adapter and samples byte for byte, metrics.jsonl line for line except speed and memory.
 
-Kills fall into four kinds, so that each part of a run's life gets its share:
+There are four kinds of kills, so that each part of a run gets its share:
 
     start-up    at any time before the first step: imports, data, model, restoring the checkpoint
     training    at any time after the first new line of metrics.jsonl
-    writing     while the staging directory of a checkpoint is there
+    writing     while the staging directory of a checkpoint exists
     end         after the last step: the last checkpoint, the adapter, the curve
 """
 
@@ -41,12 +41,12 @@ from tests.tiny import tiny_tokenizer
 ROOT = Path(__file__).parent.parent
 VOLATILE = ("tokens_per_second", "peak_memory_gib")
 KINDS = {"start-up": 25, "training": 40, "writing": 25, "end": 10}  # kind -> share of the kills
-TIME_LIMIT = 600  # seconds of one process; beyond it hangs
+TIME_LIMIT = 600  # seconds; a process that takes longer hangs
 
 
 @dataclass
 class Job:
-    """What every run does, and how long it takes when left alone (seconds)."""
+    """What every run does, and how long it takes without kills (seconds)."""
 
     flags: list[str]
     work: Path
@@ -59,13 +59,13 @@ class Job:
 
 @dataclass
 class Kill:
-    """One SIGKILL: what the run was doing when it came."""
+    """One SIGKILL, and what the run was doing at that moment."""
 
     phase: str  # start-up, step or writing
     seconds: float  # since the process started
     logged: int  # last step in metrics.jsonl
     saved: int  # step of the newest whole checkpoint
-    staging: list[str]  # what the killed process left half written
+    staging: list[str]  # unfinished files of the killed process
 
     def __str__(self) -> str:
         left = f", left {', '.join(self.staging)}" if self.staging else ""
@@ -76,7 +76,7 @@ class Kill:
 
 @dataclass
 class Summary:
-    """What became of all runs."""
+    """The outcome of all runs."""
 
     kills: list[Kill] = field(default_factory=list)
     runs: int = 0
@@ -89,7 +89,7 @@ class Summary:
 
     @property
     def lost(self) -> int:
-        """Runs that did not end as the reference did."""
+        """Number of runs that did not end like the reference."""
         return len({problem.partition(":")[0] for problem in self.problems})
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ def run_crash_test(
     kinds: Iterable[str] | None = None,
     say: Callable[[str], Any] = print,
 ) -> Summary:
-    """Train until `num_kills` kills have been made and the last run has ended by itself.
+    """Train until `num_kills` kills are done and the last run has finished.
 
     Args:
         work: an empty directory for model, data and runs.
@@ -147,7 +147,7 @@ def run_crash_test(
 
 
 class RunLostError(Exception):
-    """A run went back behind what it had saved, or could not be resumed."""
+    """A run lost a saved step, or could not be resumed."""
 
 
 # ---- the job ----------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def start_training(job: Job, out: Path, num_workers: int = 0) -> subprocess.Pope
 
 
 def run_reference(job: Job) -> None:
-    """The run that nobody kills; it fills the cache and tells how long each part takes."""
+    """Run without kills; fills the cache and measures how long each part takes."""
     started = time.time()
     process = start_training(job, job.reference)
     metrics = job.reference / "metrics.jsonl"
@@ -217,10 +217,10 @@ def run_reference(job: Job) -> None:
 
 
 def check_ended_well(process: subprocess.Popen[bytes], out: Path) -> None:
-    """Wait for the end of the process.
+    """Wait for the process to end.
 
     Raises:
-        RunLostError: it ends in an error, or not at all.
+        RunLostError: it fails or does not end.
     """
     try:
         code = process.wait(TIME_LIMIT)
@@ -245,7 +245,7 @@ def draw_kinds(rng: random.Random) -> Iterator[str]:
 def kill_until_done(
     job: Job, out: Path, kinds: Iterator[str], rng: random.Random, num_kills: int, number: int
 ) -> Iterator[Kill]:
-    """Start the run and kill it, at most `num_kills` times, until it ends by itself.
+    """Start the run and kill it, at most `num_kills` times, until it finishes.
 
     Raises:
         RunLostError: it ended in an error, or a saved step is gone.
@@ -290,7 +290,7 @@ def wait_for_moment(
 
 
 def stop_while_writing(process: subprocess.Popen[bytes], out: Path) -> None:
-    """Freeze the process while a checkpoint is half written, so that it stays so until the kill."""
+    """Freeze the process while a checkpoint is half written, until the kill."""
 
     def is_writing() -> bool:
         return any((out / "checkpoints").glob(".step-*.tmp"))
@@ -309,7 +309,7 @@ def wait_until(process: subprocess.Popen[bytes], condition: Callable[[], bool]) 
     """Return as soon as the condition holds or the process has ended.
 
     Raises:
-        RunLostError: neither came in TIME_LIMIT seconds.
+        RunLostError: neither happened within TIME_LIMIT seconds.
     """
     deadline = time.monotonic() + TIME_LIMIT
     while process.poll() is None and not condition():
@@ -324,7 +324,7 @@ def pause(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the process and all that it started."""
+    """Send SIGKILL to the process and its children."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -341,7 +341,7 @@ def read_metrics(out: Path) -> bytes:
 
 
 def has_new_line(out: Path, before: bytes) -> bool:
-    """Whether a line was added since the file read `before`: resuming may only have cut some off its end."""
+    """Whether a line was added since the content was `before`; resuming may have removed lines at the end."""
     return not before.startswith(read_metrics(out))
 
 
@@ -352,7 +352,7 @@ def last_logged(out: Path) -> int:
 
 
 def newest_whole(out: Path) -> int:
-    """The step of the newest checkpoint that could be resumed from; 0 if there is none."""
+    """The step of the newest complete checkpoint; 0 if there is none."""
     for path in reversed(list_checkpoints(out)):
         try:
             return read_state(path)["progress"].step
@@ -362,12 +362,12 @@ def newest_whole(out: Path) -> int:
 
 
 def staging_paths(out: Path) -> list[Path]:
-    """What is half written: files and directories under a temporary name."""
+    """Unfinished files and directories, which have temporary names."""
     return [path for directory in (out, out / "checkpoints") for path in directory.glob(".*.tmp")]
 
 
 def compare_runs(out: Path, reference: Path) -> list[str]:
-    """All that differs between two finished runs: files, their bytes, lines of metrics; empty if nothing does."""
+    """All differences between two finished runs: files, their bytes, lines of metrics."""
     problems = [f"left behind {path.relative_to(out)}" for path in staging_paths(out)]
     ours, theirs = ({str(path.relative_to(d)) for path in visible_files(d)} for d in (out, reference))
     problems += [f"lacks {name}" for name in sorted(theirs - ours)]
@@ -397,7 +397,7 @@ def visible_files(directory: Path) -> Iterator[Path]:
 
 
 def metric_lines(out: Path) -> list[str]:
-    """metrics.jsonl without what changes from run to run; a line that is no JSON as it stands."""
+    """Lines of metrics.jsonl without values that vary between runs; a line that is not JSON is kept unchanged."""
     lines = []
     for line in read_metrics(out).decode(errors="replace").splitlines():
         try:

@@ -1,12 +1,11 @@
-"""Kill training before each of its file operations in turn, start it again, and compare with a run left alone.
+"""Kill training before each of its file operations in turn, restart it, and compare with an uninterrupted run.
 
     python -m tools.crash_points [--steps 4] [-- more flags of train.py]      a tiny random LLaMA, two minutes
 
-tools/crash.py draws its moments; this takes all of another kind. What lies on the disk changes by operations on
-files: opening one to write, renaming, removing, making a directory. Python announces each of them to an audit hook
-(PEP 578), which ends the process group at the k-th one within the output directory, before it is done: for each k
-one run, which `--resume auto` then has to end as the reference ended, byte for byte. Files half written under
-their temporary names are left to tools/crash.py.
+tools/crash.py picks random moments; this program tests every file operation: opening a file for writing, renaming,
+removing, creating a directory. Python reports each of them to an audit hook (PEP 578), which kills the process
+group right before the k-th one in the output directory. For each k there is one run, which `--resume auto` must
+finish like the reference, byte for byte. tools/crash.py covers half-written files with temporary names.
 
 Runs are forked from this process, which has imported everything.
 """
@@ -35,13 +34,13 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 def visit_points(
     work: Path, num_steps: int, more_flags: Sequence[str] = (), last: int = 0, say: Callable[[str], Any] = print
 ) -> list[str]:
-    """One killed and resumed run for each file operation of a whole one; returns all that went wrong.
+    """Kill and resume one run for each file operation of a whole run; returns all problems.
 
     Args:
         work: an empty directory for model, data and runs.
         num_steps: about the length of a run, in optimizer steps.
         more_flags: of train.py.
-        last: so many operations from the end of the run; 0: all.
+        last: only this many operations at the end of the run; 0 = all.
     """
     flags, reference = [*write_job(work, "tiny", 0, num_steps), *more_flags], work / "reference"
     os.environ["QLORA_CACHE"] = str(work / "cache")
@@ -69,8 +68,8 @@ def train(flags: list[str], out: Path, at: int = 0, record: Path | None = None) 
     """Start or continue a run in a forked process; returns its exit code, negative for a signal.
 
     Args:
-        at: the process dies before this operation on files in `out`, counted from 1; 0: it does not.
-        record: where the operations are listed.
+        at: kill the process before this operation on files in `out`, counted from 1; 0 = never.
+        record: file that lists the operations.
     """
     process = os.fork()
     if process == 0:
@@ -92,7 +91,7 @@ def train(flags: list[str], out: Path, at: int = 0, record: Path | None = None) 
 
 
 class Hook:
-    """An audit hook that counts changes of what lies in a directory."""
+    """An audit hook that counts changes in a directory."""
 
     def __init__(self, out: Path, at: int, record: Path | None) -> None:
         self.out, self.at, self.count = str(out), at, 0

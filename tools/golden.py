@@ -1,4 +1,4 @@
-"""Run two commits on the same inputs, in turns, and compare byte for byte what they wrote.
+"""Run two commits on the same inputs, in turns, and compare their output byte for byte.
 
     git clone . /tmp/old && git -C /tmp/old checkout COMMIT
     python -m tools.golden /tmp/old                     # against this checkout, 10 to 20 minutes on two cores
@@ -49,11 +49,11 @@ HIDDEN = (
 
 
 class CommandFailed(Exception):
-    """A command did not end as it should: the message says which, and what it said last."""
+    """A command failed: the message names it and quotes its last error."""
 
 
 class BadInput(Exception):
-    """The command line names something that is not there."""
+    """The command line names something that does not exist."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,10 @@ class Side:
         """Run one command to its end.
 
         Args:
-            values: what stands for {model}, {out}, ... in it.
-            log: receives what it prints.
+            values: values for {model}, {out}, ... in it.
+            log: receives its output.
         Raises:
-            CommandFailed: another exit code than it should have, or no end within TIMEOUT.
+            CommandFailed: an unexpected exit code, or no end within TIMEOUT.
         """
         arguments = [argument.format_map(values) for argument in command.arguments]
         start = [sys.executable]
@@ -102,7 +102,7 @@ class Side:
             raise CommandFailed(f"`{' '.join(arguments[:3])}` ended{too_early} with code {code}: {said}")
 
     def environment(self, processes: int) -> dict[str, str]:
-        """This shell's variables without those that lead elsewhere, offline, with caches of this side's own."""
+        """This shell's variables without those that affect a run; offline, with this side's own caches."""
         cache = self.work / "cache" / self.name
         kept = {name: value for name, value in os.environ.items() if name not in HIDDEN}
         return kept | {
@@ -128,7 +128,7 @@ def _last_error(text: str) -> str:
 
 @contextmanager
 def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Leave nothing behind of a process and of those it has started."""
+    """End a process and its children on exit."""
     try:
         yield
     except subprocess.TimeoutExpired as error:
@@ -140,7 +140,7 @@ def _ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _stop_at(process: subprocess.Popen[bytes], output_dir: Path, num_lines: int) -> None:
-    """Ask a run to stop once its metrics.jsonl has so many lines."""
+    """Ask a run to stop once its metrics.jsonl has this many lines."""
     metrics, end = output_dir / "metrics.jsonl", time.monotonic() + TIMEOUT
     while process.poll() is None:
         if time.monotonic() > end:
@@ -153,7 +153,7 @@ def _stop_at(process: subprocess.Popen[bytes], output_dir: Path, num_lines: int)
 
 @dataclass
 class Outcome:
-    """What came of a case: the differences (none = equal), the files compared, and seconds of each side."""
+    """Result of a case: the differences (none = equal), the files compared, and seconds of each side."""
 
     differences: list[str]
     num_files: Counter[str]
@@ -184,7 +184,7 @@ class Golden:
         (work / "logs").mkdir()
 
     def make_adapters(self) -> None:
-        """Train with the old commit what merging and evaluating begin with; once."""
+        """Train the adapters for merging and evaluating with the old commit, once."""
         folder = self.work / "inputs" / "adapters"
         if not folder.exists():
             for command in ADAPTERS:
@@ -229,7 +229,7 @@ def check_checkout(path: Path) -> Path:
     """A directory of this project, resolved.
 
     Raises:
-        BadInput: it is none.
+        BadInput: it is not a checkout.
     """
     if not (path / "train.py").is_file() or not (path / "qlora").is_dir():
         raise BadInput(f"{path} is no checkout of this project (it has no train.py or no qlora/)")

@@ -215,7 +215,7 @@ def demo_dtype() -> str:
 
 
 def make_inputs(folder: Path) -> dict[str, str]:
-    """Write models and data into `folder`; what stands for {model}, {sums}, ... in the commands."""
+    """Write models and data into `folder`; returns the values for {model}, {sums}, ... in the commands."""
     folder.mkdir(parents=True)
     save_tiny_llama(folder / "model", hidden_size=64, intermediate_size=160, num_attention_heads=4)
     save_tiny_llama(folder / "wide", hidden_size=256, intermediate_size=512, num_attention_heads=8)

@@ -1,4 +1,4 @@
-"""Compare what two commits wrote, file by file: equal, or the first value that differs.
+"""Compare the output of two commits file by file: equal, or the first value that differs.
 
     *.safetensors   names, dtypes, shapes, bytes of every tensor, metadata, and then the file's own bytes
     *.jsonl         line by line, field by field
@@ -28,7 +28,7 @@ class Ignored:
     Args:
         file: pattern of the file's name.
         key: pattern of the field, as a.b.c; "" = the whole file, of which only the presence is compared.
-        reason: why equal numbers can be had without it.
+        reason: why it may differ although all results are equal.
     """
 
     file: str

@@ -1,4 +1,4 @@
-"""Several processes learn as one; `python -m tools.proof` shows it in every mode.
+"""Prove that several processes train like one, in every mode: `python -m tools.proof`.
 
 A case is trained by `fit` for some steps, in fp32 and with fp32 adapters, so that nothing but the order of sums
 differs, and so is the same training on one process. Compared are every step's loss and whole gradient, the
@@ -143,7 +143,7 @@ class Case:
 
 
 class _Recorder:
-    """An optimizer's step that first notes the gradient."""
+    """Wraps an optimizer's step to record the gradient first."""
 
     def __init__(self, optimizer: MasterOptimizer) -> None:
         self.gradients: list[Tensor] = []
@@ -156,7 +156,7 @@ class _Recorder:
 
 
 def load(case: Case, accelerator: Accelerator) -> Any:
-    """The base of a case, split where the case says so.
+    """The base of a case, split if the case asks for it.
 
     Raises:
         TrainingStopped: it is damaged.
@@ -250,7 +250,7 @@ def load_adapters(case: Case, others: Sequence[Case], folder: Path, accelerator:
 
 
 def weights_digest(model: Any) -> str:
-    """Of all 4-bit weights, dequantized: gathered where they are sharded or in parts."""
+    """Digest of all dequantized 4-bit weights, gathered if they are sharded or split."""
     digest = hashlib.sha256()
     for module in model.modules():
         if isinstance(module, (Linear4bit, ShardedLinear4bit)):
@@ -264,7 +264,7 @@ def weights_digest(model: Any) -> str:
 
 
 def base_bytes(model: Any) -> int:
-    """Of the frozen parameters, scales and tables that this process holds."""
+    """Bytes of the frozen parameters, scales and tables in this process."""
     held = sum(local(p).numel() * p.itemsize for p in base_parameters(model))
     for module in model.modules():
         if isinstance(module, ShardedLinear4bit):
@@ -278,7 +278,7 @@ def base_bytes(model: Any) -> int:
 
 
 def block_bytes(model: Any) -> int:
-    """Of the codes and 8-bit scales in the model's first block, unless it is sharded."""
+    """Bytes of codes and 8-bit scales in the model's first block, unless it is sharded."""
     weights: Any = (p for p in decoder_layers(model)[0].parameters() if isinstance(p, Params4bit))
     return sum(weight.nbytes + weight.quant_state.absmax.nbytes for weight in weights)
 
@@ -338,7 +338,7 @@ class Proof:
         """Make the models, train all cases, those on one process first, and exchange the adapters.
 
         Args:
-            report: hears which cases have been trained, after each launch.
+            report: receives the names of the trained cases after each launch.
         """
         models = {Path(case.model) for case in self.cases.values()}
         run_processes(1, _save_models, [path for path in models if path.name in MODELS and not path.exists()])
@@ -353,10 +353,10 @@ class Proof:
                 run_processes(size, _exchange, pairs, self.folder)
 
     def run_apart(self) -> None:
-        """`run` in an interpreter of its own, for a process that has threads.
+        """Call `run` in a separate interpreter, for a process that has threads.
 
         Raises:
-            RuntimeError: it failed; with what it said.
+            RuntimeError: it failed; includes its output.
         """
         plan = self.folder / "cases.json"
         plan.write_text(json.dumps([asdict(case) for case in self.cases.values()]))
@@ -371,21 +371,21 @@ class Proof:
         return sorted({case.processes for case in self._everything.values()})
 
     def exchanged(self, case: Case) -> list[Case]:
-        """Whose adapters a case loads: its own and all others of its model."""
+        """The cases whose adapters a case loads: all that have its model."""
         others = [other for other in self._everything.values() if other.exchanged and other.model == case.model]
         return others if case.exchanged else []
 
     def found(self, name: str) -> list[dict[str, Tensor]]:
-        """What a case gave on each of its processes."""
+        """The results of a case on each of its processes."""
         case = self._everything[name]
         return [load_file(_result_file(self.folder, case, rank)) for rank in range(case.processes)]
 
     def expected(self, name: str) -> dict[str, Tensor]:
-        """What one process gives for a case."""
+        """The result of one process for a case."""
         return self.found(self._alone[name])[0]
 
     def check(self, name: str) -> dict[str, float]:
-        """Assert that every process had one process' numbers; the worst errors."""
+        """Assert that every process got the numbers of one process; returns the largest errors."""
         case, expected = self.cases[name], self.expected(name)
         errors = []
         for result in self.found(name):
@@ -403,7 +403,7 @@ class Proof:
         return worst
 
     def check_exchange(self) -> dict[str, tuple[int, float]]:
-        """Assert that adapters are as good on every other base as on that which they were trained on.
+        """Assert that adapters are as good on every other base as on the one that they were trained on.
 
         Returns:
             case's name -> how many adapters it loaded, and the worst relative error of their held-out losses.
@@ -444,7 +444,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_model(directory: Path) -> str:
-    """The model of MODELS that the directory is named after, of random numbers."""
+    """Save the random model of MODELS that the directory is named after."""
     kind, settings = MODELS[directory.name]
     if not kind:
         return str(save_tiny_llama(directory, **settings))
@@ -470,7 +470,7 @@ SEQUENCE = {"tensor_parallel": 2, "sequence_parallel": True}
 
 
 def short_cases(folder: Path) -> list[Case]:
-    """Those of the tests, two processes."""
+    """The cases of the tests, on two processes."""
 
     def model(name: str) -> str:
         return str(folder / name)
@@ -491,7 +491,7 @@ def short_cases(folder: Path) -> list[Case]:
 
 
 def all_cases(folder: Path, steps: int) -> list[Case]:
-    """Those of the table."""
+    """The cases of the table."""
     return [*_sharded_cases(folder, steps), *_tensor_parallel_cases(folder, steps), *_real_cases(steps)]
 
 
@@ -593,7 +593,7 @@ def print_table(proof: Proof) -> None:
     """Train all cases and print how far each is from one process.
 
     Raises:
-        AssertionError: some are too far; after all have been printed.
+        AssertionError: some differ too much; raised after all are printed.
     """
     steps = next(iter(proof.cases.values())).steps
     print(f"{f'largest relative error over {steps} steps':{WIDTH}}{'loss':>10}{'gradient':>10}{'held-out':>10}")

@@ -1,5 +1,4 @@
-"""Every variant of LoRA through every stage of its life; `python -m tools.variants` prints the table of
-docs/adapters.md.
+"""Test every variant of LoRA in every stage; `python -m tools.variants` prints the table of docs/adapters.md.
 
 A stage is a function that asserts what the table's column says and returns the words for the cell.
 test_variants.py runs each as a test; here they are run for their outcomes. A new variant is a new row of VARIANTS.
@@ -62,7 +61,7 @@ class Variant:
         use_4bit: whether the base is quantized.
         tolerance: of logits against PEFT's, relative; ten times as much of gradients.
         learning_rate: of the steps here.
-        from_peft: whether an adapter that PEFT made so is anything of its own; its LoftQ needs a base of its own.
+        from_peft: whether an adapter made by PEFT differs from the plain one; PEFT's LoftQ needs its own base.
     """
 
     settings: dict[str, Any]
@@ -109,7 +108,7 @@ VARIANTS = {
 
 
 class Bench:
-    """A tiny 4-bit base with biases, and one trained adapter of each variant, made when first asked for."""
+    """A tiny 4-bit base with biases, and one trained adapter per variant, made on first use."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -124,7 +123,7 @@ class Bench:
         save_file(rounded, file, {"format": "pt"})
 
     def load(self, name: str) -> Any:
-        """The base as the variant wants it."""
+        """The base for the variant."""
         return load_base_model(str(self.base), VARIANTS[name].use_4bit, compute_dtype="float32", cache=False)
 
     def config(self, name: str) -> LoRAConfig:
@@ -184,7 +183,7 @@ def logits(model: Any) -> Tensor:
 
 
 def check_train(bench: Bench, name: str) -> str:
-    """A few steps lower the loss, move everything that should learn, and move no bit of the base."""
+    """A few steps lower the loss, change everything that trains, and leave the base unchanged to the bit."""
     start = lora_state_dict(bench.fresh(name))
     model, losses = bench.trained(name)
     assert losses[-1] < 0.9 * losses[0], losses
@@ -199,7 +198,7 @@ def check_train(bench: Bench, name: str) -> str:
 
 
 def check_save(bench: Bench, name: str) -> str:
-    """Read back by ourselves: the same logits to the last bit; saved again: the same files to the last byte."""
+    """Loaded again: the same logits to the bit. Saved again: the same files to the byte."""
     expected, directory = logits(bench.trained(name)[0]), bench.adapter(name)
     loaded = bench.load(name)
     config = load_adapter(loaded, directory)
@@ -284,7 +283,7 @@ def check_merge(bench: Bench, name: str) -> str:
 
 
 def check_generate(bench: Bench, name: str) -> str:
-    """Cached, batched decoding gives the tokens of a loop that runs all of it again, and leaves nothing behind."""
+    """Cached, batched decoding gives the tokens of a loop without a cache, and leaves no state."""
     from tests.test_generation import chats, greedy_reference
 
     model, tokenizer = bench.adapted(name), load_tokenizer(str(bench.base))
@@ -307,7 +306,7 @@ STAGES: dict[str, Callable[[Bench, str], str]] = {
 
 
 def has_stage(name: str, stage: str) -> bool:
-    """Whether there is anything to check: PEFT has not every variant."""
+    """Whether there is anything to check: PEFT lacks some variants."""
     variant = VARIANTS[name]
     return "PEFT" not in stage or (variant.peft is not None and (stage != "load from PEFT" or variant.from_peft))
 

@@ -1,4 +1,4 @@
-"""A conversation, and the .jsonl file that keeps it as training data."""
+"""A conversation, and the .jsonl file that saves it as training data."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Turn:
 
     question: str
     answer: str
-    is_whole: bool = True  # else cut at max_new_tokens
-    answered_by: str | None = None  # not known of a resumed one
+    is_whole: bool = True  # False: cut at max_new_tokens
+    answered_by: str | None = None  # None: unknown, in a resumed conversation
 
 
 def to_turns(messages: Sequence[dict[str, Any]]) -> tuple[str, list[Turn]]:
-    """(system message or "", turns) of what `to_messages` returns."""
+    """Split what `to_messages` returns into (system message or "", turns)."""
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
     texts = [message for message in messages if message["role"] != "system"]
     pairs = zip(texts[::2], texts[1::2], strict=True)
@@ -34,7 +34,7 @@ def to_turns(messages: Sequence[dict[str, Any]]) -> tuple[str, list[Turn]]:
 
 
 def from_turns(system: str, turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The conversation as OpenAI writes it."""
+    """The conversation in OpenAI's format."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     for turn in turns:
         messages.append({"role": "user", "content": turn.question})
@@ -43,39 +43,39 @@ def from_turns(system: str, turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 class History:
-    """A .jsonl file of conversations, one a line; the newest grows in its place. train.py reads it as it is.
+    """A .jsonl file with one conversation per line, ready for train.py; saving rewrites the newest line.
 
-    Saving replaces the file whole or not at all. If another program has written to it meanwhile, all of that is
-    kept, and the conversation is put below it.
+    Saving is atomic. If another program has written to the file meanwhile, its lines are kept and the conversation
+    goes below them.
 
     Raises:
-        InputError: a file that cannot be read as conversations; it is left as it is.
+        InputError: the file is not a list of conversations; it is left untouched.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().resolve()
         if self.path.suffix.lower() != ".jsonl":
-            raise InputError(f"{path} does not end in .jsonl; name a .jsonl file, as training reads.")
+            raise InputError(f"{path} does not end in .jsonl; choose a .jsonl file, which training can read.")
         if not self.path.parent.is_dir():
-            raise InputError(f"There is no directory {self.path.parent}; make it first.")
+            raise InputError(f"Directory {self.path.parent} does not exist; create it first.")
         self._content = self._read()
         self._above = self._content
         self._last = to_messages(read_records(str(self.path))[-1]) if self._content.strip() else []
 
     def resume(self) -> list[dict[str, Any]]:
-        """The newest conversation, which then goes on in its line; [] if there is none."""
+        """The newest conversation, to be continued in its line; [] if the file has none."""
         if self._last and self._last[0]["role"] == "document":
-            raise InputError(f"{self.path} ends with a plain text, not a conversation; name another file.")
+            raise InputError(f"{self.path} ends with plain text, not a conversation; choose another file.")
         if self._last:
             self._above = self._content[: self._content.rstrip().rfind(b"\n") + 1]
         return self._last
 
     def begin(self) -> None:
-        """Let the next conversation have a line of its own."""
+        """Give the next conversation a new line."""
         self._above = self._content
 
     def save(self, messages: list[dict[str, Any]]) -> None:
-        """Write the conversation as it is now; [] takes its line away."""
+        """Write the current conversation; [] removes its line."""
         content = self._read()
         if content != self._content:
             self._above = content
@@ -88,7 +88,9 @@ class History:
             if mode is not None:  # it may be private
                 os.chmod(self.path, mode)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written ({error}); /save FILE takes another.") from error
+            raise InputError(
+                f"{self.path} cannot be written ({error}); choose another with /save FILE."
+            ) from error
         self._above, self._content = above, above + line
 
     def _read(self) -> bytes:

@@ -1,15 +1,15 @@
 """An interactive chat with a base model and its adapters: `python -m qlora chat`.
 
-A turn is a question and its whole answer. A stopped answer (Ctrl-C) is shown and forgotten with its question; one
-that reached --max-new-tokens is kept, and marked "weight": 0 in the history file, so that training reads it as
-context and learns no end from it.
+A turn is a question and its whole answer. A stopped answer (Ctrl-C) is dropped together with its question. An
+answer cut at --max-new-tokens is kept and marked "weight": 0 in the history file, so that training uses it as
+context only and does not learn to stop there.
 
-Answers are those of `generate` for the same messages, through the chat template: each turn reads the conversation
-anew. Keys and values kept from the turn before would make a long one quicker to begin, but they were computed row
-by row, round otherwise, and in bf16 lead to other answers (docs/LOG.md).
+Answers equal those of `generate` for the same messages: each turn reads the whole conversation again. Reusing the
+keys and values of the last turn would start faster, but they were computed row by row, round differently, and in
+bf16 change answers (docs/LOG.md).
 
-A conversation has one system message: /system begins a new one, or the saved answers would stand under a text
-that the model never read.
+A conversation has one system message. /system starts a new conversation; otherwise the saved answers would stand
+under a text that the model never read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qlora.system.wording import show_controls
 
 
 def split_adapter(text: str, taken: Sequence[str] = ()) -> tuple[str, Path]:
-    """(name, directory) of NAME=DIRECTORY, or of a DIRECTORY, which gives its last name."""
+    """Parse NAME=DIRECTORY, or DIRECTORY (named after its last part), into (name, directory)."""
     name, directory = "", Path(text).expanduser()
     if "=" in text and not directory.is_dir():
         name, _, rest = text.partition("=")
@@ -52,21 +52,21 @@ def split_adapter(text: str, taken: Sequence[str] = ()) -> tuple[str, Path]:
     name = name or directory.resolve().name
     if not directory.is_dir():
         loaded = ", ".join([*taken, NO_ADAPTER])
-        raise InputError(f"There is no adapter {text!r}, nor a directory of that name; loaded are: {loaded}.")
+        raise InputError(f"No adapter or directory is named {text!r}; loaded: {loaded}.")
     if name in (*taken, NO_ADAPTER):
-        raise InputError(f"The name {name!r} is taken; give the adapter another, as NAME={directory}.")
+        raise InputError(f"The name {name!r} is taken; choose another: NAME={directory}.")
     return name, directory
 
 
 @dataclass
 class Chat:
-    """One conversation at a time, a line read at a time.
+    """One conversation at a time, read line by line.
 
     Args:
-        model: a base with any number of adapters; the active one answers.
-        name: the base's, as given to `load_base_model`: its tokenizer is loaded from there.
-        options: length and sampling of answers; the k-th answer since the start is drawn with its seed + k - 1.
-        console: receives answers; notes go to standard error where it is no terminal.
+        model: a base with any number of adapters; the active adapter answers.
+        name: the base, as given to `load_base_model`; the tokenizer is loaded from there.
+        options: length and sampling of answers; answer k (from 1) is sampled with its seed + k - 1.
+        console: receives answers; notes go to standard error unless it is a terminal.
     """
 
     model: LoRAModel
@@ -87,7 +87,7 @@ class Chat:
     # ---- adapters -------------------------------------------------------------------------------------------
 
     def load_adapter(self, text: str) -> str:
-        """Load NAME=DIRECTORY, or DIRECTORY under its last name, at rest; returns the name."""
+        """Load NAME=DIRECTORY, or DIRECTORY under its last part, inactive; returns the name."""
         name, directory = split_adapter(text, self.model.adapters)
         tokenizer = load_tokenizer(self.name, directory)
         self.model.load_adapter(directory, name, self.note)
@@ -97,21 +97,21 @@ class Chat:
     # ---- one turn -------------------------------------------------------------------------------------------
 
     def ask(self, question: str, turns: list[Turn] | None = None) -> None:
-        """Answer a question after `turns`, by default all: these and the new one are then the conversation."""
+        """Answer a question after `turns` (default: all); these and the new turn become the conversation."""
         before = self.turns if turns is None else turns
         self._last = before, question
         answered_by = self.model.active_adapter
         answer, cut_at = self._answer(before, question, answered_by, self._stream)
         self._stream("\n")
         if cut_at:
-            self.note(f"cut at {cut_at} tokens; /settings max_new_tokens=N allows more")
+            self.note(f"cut at {cut_at} tokens; raise the limit with /settings max_new_tokens=N")
         self.turns = [*before, Turn(question, answer, not cut_at, answered_by or NO_ADAPTER)]
         self._save()
 
     def _answer(
         self, turns: list[Turn], question: str, adapter: str | None, write: Callable[[str], Any]
     ) -> tuple[str, int]:
-        """(answer, 0 or the number of tokens it was cut at) of an adapter, or of the base."""
+        """(answer, number of tokens it was cut at or 0) from an adapter, or from the base (None)."""
         tokenizer = self.tokenizers[adapter]
         messages, num_tokens = self._fit(turns, question, tokenizer)
         active = self.model.active_adapter
@@ -131,10 +131,10 @@ class Chat:
         write(answer[len(stream.shown) :] if answer.startswith(stream.shown) else f"\n{answer}")
         ids = stream.ids or [-1]
         cut_at = 0 if ids[-1] in end_ids(self.model.model, tokenizer) else len(ids)
-        return answer.replace("\0", ""), cut_at  # no data file may hold it
+        return answer.replace("\0", ""), cut_at  # data files must not contain NUL
 
     def _fit(self, turns: list[Turn], question: str, tokenizer: Any) -> tuple[list[dict[str, Any]], int]:
-        """(messages, most new tokens): the oldest turns are left out where the model cannot read them all."""
+        """(messages, most new tokens): drops the oldest turns if the model cannot read them all."""
         config: Any = self.model.model.config
         limit = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         wanted = self.options.max_new_tokens
@@ -145,12 +145,12 @@ class Chat:
                 break
         if room < 1:
             raise InputError(
-                f"The message has {1 - room:,} tokens too many for this model's {limit:,}; shorten it."
+                f"The message is {1 - room:,} tokens too long for this model's limit of {limit:,}; shorten it."
             )
         if num_unread > self._num_unread:
             self.note(
-                f"the conversation has outgrown the {limit:,} tokens that the model reads: of its {len(turns)} "
-                f"turns the oldest {num_unread} are left out of the prompt"
+                f"the conversation exceeds the model's limit of {limit:,} tokens: the oldest {num_unread} of "
+                f"{len(turns)} turns are left out of the prompt"
             )
         self._num_unread = num_unread
         return messages, min(wanted, room)
@@ -162,12 +162,14 @@ class Chat:
     # ---- commands -------------------------------------------------------------------------------------------
 
     def command(self, line: str) -> bool:
-        """Carry out a line that begins with "/"; False ends the chat."""
+        """Run a line that begins with "/"; False ends the chat."""
         name, _, text = line[1:].strip().partition(" ")
         if name not in COMMANDS:
             close = difflib.get_close_matches(name, COMMANDS, n=1)
             hint = f"did you mean /{close[0]}?" if close else "/help lists them."
-            raise InputError(f"There is no command /{name}; {hint} A message may begin with a space and then a /.")
+            raise InputError(
+                f"Unknown command /{name}; {hint} To send a message with a / first, begin with a space."
+            )
         if name == "quit":
             return False
         getattr(self, f"do_{name}")(text.strip())
@@ -176,7 +178,7 @@ class Chat:
     def do_help(self, _text: str) -> None:
         for usage, meaning in COMMANDS.values():
             self._print(f"{usage:<26}{meaning}")
-        self._print("Ctrl-C stops an answer; a line that ends in \\ goes on in the next one.")
+        self._print("Ctrl-C stops an answer; end a line with \\ to continue the message on the next one.")
 
     def do_adapter(self, text: str) -> None:
         if text:
@@ -189,13 +191,11 @@ class Chat:
 
     def do_base(self, _text: str) -> None:
         if not self.turns:
-            raise InputError("There is no question to compare by yet; ask one first.")
+            raise InputError("No question to compare yet; ask one first.")
         *before, last = self.turns
         if last.answered_by == NO_ADAPTER:
-            raise InputError(
-                "The base alone gave the last answer; /adapter NAME and /retry let an adapter answer."
-            )
-        with self.console.status("the base answers ..."):
+            raise InputError("The base gave the last answer; choose an adapter with /adapter NAME, then /retry.")
+        with self.console.status("the base is answering ..."):
             answer, _ = self._answer(before, last.question, None, lambda text: None)
         sides = {last.answered_by or "saved": last.answer, "base": answer}
         if not self.console.is_terminal:
@@ -212,17 +212,17 @@ class Chat:
         if self._last is None and self.turns:
             self._last = self.turns[:-1], self.turns[-1].question
         if self._last is None:
-            raise InputError("There is no question to ask again yet.")
+            raise InputError("No question to ask again yet.")
         before, question = self._last
         self.ask(question, before)
 
     def do_undo(self, _text: str) -> None:
         if not self.turns:
-            raise InputError("There is nothing to take back.")
+            raise InputError("Nothing to undo.")
         self.turns = self.turns[:-1]
         self._last = None
         self._save()
-        self.note(f"taken back; {len(self.turns)} turn(s) left")
+        self.note(f"removed; {len(self.turns)} turn(s) left")
 
     def do_reset(self, _text: str) -> None:
         self.turns = []
@@ -230,7 +230,7 @@ class Chat:
         self._num_unread = 0
         if self.history is not None:
             self.history.begin()
-        self.note("a new conversation")
+        self.note("new conversation")
 
     def do_system(self, text: str) -> None:
         self.system = text
@@ -238,7 +238,7 @@ class Chat:
 
     def do_save(self, text: str) -> None:
         if not self.turns or not text:
-            raise InputError("There is nothing to save yet." if text else "/save wants the name of a .jsonl file.")
+            raise InputError("Nothing to save yet." if text else "/save needs the name of a .jsonl file.")
         file = History(text)
         file.save(from_turns(self.system, self.turns))
         self.note(f"{len(self.turns)} turn(s) appended to {file.path}")
@@ -249,7 +249,7 @@ class Chat:
         for part in text.split():
             name, _, value = part.partition("=")
             if name not in kinds:
-                raise InputError(f"{name!r} is no setting; write NAME=VALUE, with one of {', '.join(kinds)}.")
+                raise InputError(f"Unknown setting {name!r}; write NAME=VALUE with one of {', '.join(kinds)}.")
             try:
                 changes[name] = kinds[name](value)
             except ValueError as error:
@@ -268,31 +268,33 @@ class Chat:
         self.console.print(Text(text))
 
     def _stream(self, text: str) -> None:
-        """Part of an answer as it is: rich would turn its tabs into spaces."""
+        """Print part of an answer unchanged: rich would turn tabs into spaces."""
         self.console.file.write(show_controls(text))
         self.console.file.flush()
 
     def open_history(self, path: str) -> None:
-        """Save the conversation in this file from here on, and go on with the newest one there.
+        """Save to this file from now on, and continue its newest conversation.
 
-        A file that is no history is told of, and left as it is.
+        A file that is not a chat history is reported and left untouched; nothing is saved then.
         """
         try:
             history = History(path)
             system, turns = to_turns(history.resume())
         except InputError as error:
-            self.note(f"{error} The chat goes on without a history file.")
+            self.note(f"{error} Nothing will be saved.")
             return
         self.history = history
         if self.system and turns and system != self.system:
             history.begin()
-            self.note(f"{path} ends under another system message: a new conversation")
+            self.note(f"{path} ends with another system message: starting a new conversation")
         elif turns:
             self.system, self.turns = system, turns
-            self.note(f"{path} goes on after {len(turns)} turn(s); the last one was: {turns[-1].question:.60}")
+            self.note(
+                f"continuing {path} after {len(turns)} turn(s); the last question was: {turns[-1].question:.60}"
+            )
 
     def run(self) -> None:
-        """Read messages and commands until /quit or the end of input."""
+        """Read messages and commands until /quit or end of input."""
         if self.console.is_terminal:
             adapter = self.model.active_adapter
             self.note(
@@ -300,13 +302,13 @@ class Chat:
             )
         for stream in (sys.stdin, self.console.file):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")  # bytes that are no text end no chat
+                stream.reconfigure(errors="replace")  # a byte that is not text must not end the chat
         reading = self._start_reading()
         with suppress(EOFError):
             while True:
                 line = ""
                 try:
-                    line = reading().replace("\0", "")  # no data file may hold it
+                    line = reading().replace("\0", "")  # data files must not contain NUL
                     if line.startswith("/"):
                         if not self.command(line):
                             return
@@ -321,13 +323,13 @@ class Chat:
                 except (RuntimeError, MemoryError) as error:
                     if not is_out_of_memory(error):
                         raise
-                    self.note(f"out of memory ({error}); /reset begins a shorter conversation")
+                    self.note(f"out of memory ({error}); start a shorter conversation with /reset")
 
     def _start_reading(self) -> Callable[[], str]:
-        """A function that reads a message; on a terminal with line editing, resumed questions included."""
+        """A function that reads a message; on a terminal with line editing and the resumed questions."""
         is_interactive = self.console.is_terminal and sys.stdin.isatty()
         if is_interactive:
-            with suppress(ImportError):  # not everywhere
+            with suppress(ImportError):  # missing on some systems
                 import readline
 
                 for turn in self.turns:

@@ -7,21 +7,21 @@ from typing import Any
 
 
 class AnswerStream:
-    """A streamer for transformers' generate: hands on the answer's text as its tokens come.
+    """A streamer for transformers' generate: passes on the answer's text as tokens arrive.
 
-    White space and unfinished characters at the end wait for what follows, so `shown` begins the stripped answer.
+    White space and unfinished characters at the end are held back, so `shown` is a prefix of the stripped answer.
     """
 
     def __init__(self, tokenizer: Any, write: Callable[[str], Any]) -> None:
         self.tokenizer, self.write = tokenizer, write
-        self.ids: list[int] | None = None  # before the prompt has come
+        self.ids: list[int] | None = None  # None until the prompt arrives
         self.shown = ""
         self.is_stopped = False
 
     def stop(self, _number: int, _frame: Any) -> None:
-        """A handler of SIGINT: end at the next token; a second one at once.
+        """SIGINT handler: stop at the next token; a second signal stops at once.
 
-        Between two tokens nothing is half done; Python's own handler would raise anywhere.
+        Between tokens nothing is half done; Python's own handler could raise anywhere.
         """
         if self.is_stopped:
             raise KeyboardInterrupt

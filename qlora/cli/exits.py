@@ -1,4 +1,4 @@
-"""How an entry point ends: a failure becomes one sentence on standard error and an exit code."""
+"""Run an entry point: a failure becomes one sentence on standard error and an exit code."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ CUT_OFF = 141  # as a shell reports SIGPIPE
 
 
 def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Call an entry point; an expected failure becomes one sentence on standard error.
+    """Call an entry point; print an expected failure as one sentence on standard error.
 
     Returns:
-        Exit code: 0 done; 2 the input or the disk is at fault; 3 training stopped by itself, or a check
-        failed; 4 stopped on request, state saved; 130 interrupted outside training; 141 the reader of standard
-        output is gone (`| head`), without a sentence. (A second signal in training: 128 + its number.)
-        With --debug among `argv` the traceback is shown instead.
+        Exit code: 0 success; 2 bad input or a disk error; 3 training failed or a check failed; 4 stopped on
+        request, state saved; 130 interrupted outside training; 141 the reader of standard output closed the pipe
+        (`| head`), without a message. (A second signal in training: 128 + its number.) --debug in `argv` shows the
+        traceback instead.
     """
     limit_spinning()
     try:
@@ -34,11 +34,11 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except StoppedOnRequest as request:
         return _say(str(request), 4)
     except KeyboardInterrupt:
-        return _say("interrupted; nothing that was saved is lost", 130)
+        return _say("interrupted; saved files are intact", 130)
     except (InputError, TrainingStopped, CheckFailed, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, BrokenPipeError) and _is_cut_off("\n"):
             return CUT_OFF
-        from qlora.system.memory import is_out_of_memory  # imports torch, which --help does without
+        from qlora.system.memory import is_out_of_memory  # imports torch, which --help does not need
 
         expected = isinstance(error, (InputError, TrainingStopped, CheckFailed, OSError))
         if "--debug" in argv or not (expected or is_out_of_memory(error)):
@@ -50,7 +50,7 @@ def run(main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
 
 def _leave_process_group() -> None:
-    """End torch.distributed's threads: the interpreter may abort over them at its end, as if it had failed."""
+    """Stop torch.distributed's threads, which can make the interpreter abort at exit and look like a failure."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,7 +1,7 @@
-"""The command `qlora`: finds the command that is named and ends with its exit code.
+"""The command `qlora`: runs the named command and exits with its code.
 
-Each file of qlora/cli/commands is a command: its name (with - for _), its `main(argv)`, and the first line of its
-docstring for the list that `qlora --help` prints.
+Each file of qlora/cli/commands is a command: the file name (with - for _) is its name, `main(argv)` runs it, and
+the first line of its docstring appears in `qlora --help`.
 """
 
 from __future__ import annotations

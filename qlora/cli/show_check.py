@@ -8,13 +8,13 @@ from rich.table import Table
 from qlora.data.check import DataCheck, length_histogram
 from qlora.system.wording import list_first
 
-NUM_ROWS = 20  # bad rows that are printed
-NUM_PLACES = 3  # suspicious rows of one kind that are printed
+NUM_ROWS = 20  # bad rows to print
+NUM_PLACES = 3  # suspicious rows of one kind to print
 BAR_WIDTH = 40
 
 
 def print_check(check: DataCheck, console: Console | None = None) -> None:
-    """The summary, for a person."""
+    """Print the summary."""
     console = console or Console(soft_wrap=True, highlight=False, markup=False)
     formats = ", ".join(f"{count:,} {name}" for name, count in check.formats.most_common())
     console.print(f"{check.source}: {check.num_rows:,} rows" + (f" ({formats})" if formats else ""))
@@ -24,14 +24,14 @@ def print_check(check: DataCheck, console: Console | None = None) -> None:
         _print_histogram(check, console)
     if check.report:
         masked = check.report.num_tokens - check.report.num_targets
-        console.print(f"{check.report}; the other {masked:,} are masked: read, and not learnt")
+        console.print(f"{check.report}; the other {masked:,} are masked: context only, no loss")
     if check.sample:
         console.print(f"\nthe first row as the model sees it, {check.sample}\n")
     if check.bad_rows:
         console.print(f"{len(check.bad_rows):,} rows cannot be used:")
         console.print("  " + list_first([str(row) for row in check.bad_rows], NUM_ROWS, "\n  "))
     if check.suspicious:
-        console.print("rows that can be used, but are worth a look:")
+        console.print("usable rows worth checking:")
     for sign, places in sorted(check.suspicious.items(), key=lambda item: -len(item[1])):
         console.print(f"  {len(places):>6,}  {sign}: {list_first(places, NUM_PLACES, ', ')}")
 

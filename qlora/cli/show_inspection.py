@@ -1,4 +1,4 @@
-"""Print and draw what `inspect_adapter` found."""
+"""Print and plot what `inspect_adapter` found."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qlora.system.files import new_file
 from qlora.system.wording import list_first, show_value
 
 NUM_NAMES = 10  # in one line
-WIDTH = 250  # columns of the widest table: a terminal that is narrower breaks its lines, and none is cut
+WIDTH = 250  # columns of the widest table; a narrower terminal wraps its lines instead of cutting them
 
 
 def print_inspection(found: Inspection, console: Console | None = None) -> None:
-    """Settings, then the sizes of the updates by layer and module."""
+    """Print the settings, then the update sizes by layer and module."""
     if console is None:
         console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=WIDTH)
     adapter, config = found.adapter, found.adapter.config
@@ -54,19 +54,19 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         console.print(f"\n{found.measure}:")
         console.print(_size_table(found))
         console.print(
-            "(all: taken together; spectral norm: the largest; stable rank and magnitude change: the mean)"
+            "(all: over all layers; spectral norm: the largest; stable rank and magnitude change: the mean)"
         )
     if found.is_partial:
-        console.print("\nDoRA rescales the outputs as well; with --model the update is measured whole.")
+        console.print("\nDoRA also rescales the outputs; pass --model to measure the whole update.")
     broken = [u.layer for u in found.updates if math.isnan(u.norm)]
     if found.includes_start:
-        console.print("\nPiSSA starts from the base's weights; with --model that start is subtracted.")
+        console.print("\nPiSSA starts from the base's weights; pass --model to subtract that start.")
     if broken:
         console.print(f"\nnot finite: {_listed(broken)}")
 
 
 def _size_table(found: Inspection) -> Table:
-    """A row per block, a column per module, then what sums them up."""
+    """One row per block, one column per module, then summary columns."""
     blocks, modules, sizes = found.grid()
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right", no_wrap=True)
@@ -90,7 +90,7 @@ def _size_table(found: Inspection) -> Table:
 
 
 def _labels(modules: list[str]) -> list[str]:
-    """Last names where they tell the modules apart, whole ones where not."""
+    """Last name parts if they are unique, otherwise full names."""
     last = Counter(module.rpartition(".")[2] for module in modules)
     return [name if last[name := module.rpartition(".")[2]] == 1 else module for module in modules]
 
@@ -100,7 +100,7 @@ def _number(value: float | None) -> str:
 
 
 def _counted(values: Counter[Any], of: str = "layers") -> str:
-    """One value, or each with how often it occurs."""
+    """A single value, or each value with its count."""
     texts = [(f"{value:g}" if isinstance(value, (int, float)) else value, n) for value, n in values.most_common()]
     if len(texts) == 1:
         return texts[0][0]
@@ -112,10 +112,10 @@ def _listed(names: list[str]) -> str:
 
 
 def draw_inspection(found: Inspection, picture: str | Path) -> None:
-    """A heat map of the sizes: a row per block, a column per module.
+    """Plot a heat map of the sizes: one row per block, one column per module.
 
     Raises:
-        InputError: nothing to draw, or no .png in a directory that is there.
+        InputError: nothing to plot, or `picture` is not a .png file in an existing directory.
     """
     import matplotlib
 
@@ -124,9 +124,9 @@ def draw_inspection(found: Inspection, picture: str | Path) -> None:
 
     picture = Path(picture)
     if picture.suffix.lower() != ".png" or not picture.parent.is_dir():
-        raise InputError(f"--picture is {picture}; give the name of a .png file in a directory that is there.")
+        raise InputError(f"--picture is {picture}; give a .png file in an existing directory.")
     if not found.updates:
-        raise InputError(f"{found.adapter.directory} has no low-rank updates to draw; leave out --picture.")
+        raise InputError(f"{found.adapter.directory} has no low-rank updates to plot; leave out --picture.")
     blocks, modules, sizes = found.grid()
     cells = torch.full((len(blocks), len(modules)), math.nan)
     for (block, module), size in sizes.items():
@@ -134,7 +134,7 @@ def draw_inspection(found: Inspection, picture: str | Path) -> None:
     figure, axes = pyplot.subplots(
         figsize=(min(3 + 0.9 * len(modules), 40), min(2.5 + 0.25 * len(blocks), 40)), layout="constrained"
     )
-    colours = pyplot.get_cmap("viridis").with_extremes(bad="0.85")  # grey: nothing there, or not finite
+    colours = pyplot.get_cmap("viridis").with_extremes(bad="0.85")  # gray: no value, or not finite
     image = axes.imshow(cells.numpy(), aspect="auto", cmap=colours, vmin=0, interpolation="nearest")
     figure.colorbar(image, ax=axes, label=found.measure)
     axes.set_xticks(range(len(modules)), _labels(modules), rotation=45, ha="right", parse_math=False)

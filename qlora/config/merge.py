@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from qlora.config.settings import Read, Settings
+from qlora.system.errors import InputError
 
 
 @dataclass
@@ -13,18 +15,27 @@ class MergeOptions(Settings):
     """How adapters are merged, and how the result is checked."""
 
     weights: Annotated[tuple[float, ...], Read(lambda _, values: tuple(map(float, values)))] = ()
-    """What the update of each adapter is multiplied by; by default 1."""
+    """Factor for each adapter's update; default: 1."""
     base: Literal["dequantized", "original"] = "dequantized"
-    """Merge onto the weights the adapter was trained against, or onto those before quantization."""
+    """Merge into the dequantized weights that the adapter was trained on, or into the original ones."""
     save_4bit: bool = False
-    """Go back into 4 bits, the codes chosen so that the update survives; by default bf16 is written."""
+    """Write 4-bit weights, with codes chosen so that the update survives, instead of bf16."""
     calibration: str | None = None
-    """Texts to choose the 4-bit codes for: a data file, best the training data; by default a few built-in ones."""
+    """Data file for choosing the 4-bit codes, ideally the training data; default: built-in texts."""
     max_shard_gb: float = 5.0
     """Largest weights file, in GB."""
     drift: bool = True
     """Measure how far the merged model is from base + adapter."""
     drift_text: str | None = None
-    """Measure it on the first tokens of this data file (or .txt) instead of on a few built-in texts."""
+    """Measure drift on the first tokens of this data file (or .txt); default: built-in texts."""
     max_drift: float | None = None
-    """Fail, with nothing written, if the mean KL is above this many nats per token."""
+    """Fail and write nothing if the mean KL exceeds this many nats per token."""
+
+    def check_bounds(self) -> None:
+        """Raise InputError where a bound makes no sense. Whoever merges calls it first."""
+        if not self.max_shard_gb > 0:
+            raise InputError(f"max_shard_gb is {self.max_shard_gb}; give --max-shard-gb a number above 0.")
+        if self.max_drift is not None and not (self.drift and 0 <= self.max_drift < math.inf):
+            raise InputError(
+                f"max_drift is {self.max_drift}; give --max-drift a number of 0 or more, without --no-drift."
+            )

@@ -46,8 +46,12 @@ class RunConfig(Settings):
     def saved(self) -> dict[str, Any]:
         """The sections of run.json and of checkpoints: the four of training are one there, `train`; lists and
         maps are text."""
-        sections = asdict(self)
-        sections["train"] = {name: value for group in TRAINING for name, value in sections.pop(group).items()}
+        sections: dict[str, Any] = {}
+        for group, values in asdict(self).items():
+            if group in TRAINING:
+                sections.setdefault("train", {}).update(values)
+            else:
+                sections[group] = values
         for values in sections.values():
             if isinstance(values, dict):
                 values.update({name: to_text(value) for name, value in values.items()})

@@ -1,13 +1,13 @@
-"""What counts as the same answer: each text is read into a short canonical string, and two are the same if equal.
+"""Compare answers: each text is reduced to a short canonical string, and two answers match if these are equal.
 
-    text           the text without the white space at its ends
-    json           the JSON value: order of keys, white space and 1.0 for 1 do not count
-    json_in_text   the same, also in a fenced block or amid prose
+    text           the text without surrounding white space
+    json           the JSON value: key order, white space and 1.0 or 1 make no difference
+    json_in_text   the same, also in a fenced block or inside prose
     gsm8k          the number after "####", else the last number: "#### $1,234.50." is 1234.5
     letter         the letter chosen: "B", "(b)", "B. Paris", "The answer is B"
     regex          what the group of a pattern matches
 
-A text without an answer reads as None, which is never the same as anything.
+A text without an answer gives None, which matches nothing.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Reader = Callable[[str], str | None]
 
 @dataclass
 class AnswerConfig:
-    """How answers are read and compared."""
+    """How to read and compare answers."""
 
     match: Match = "text"
-    """Compare whole texts, JSON values (json_in_text: also amid prose), the number after #### or else the last
-    one (gsm8k), the letter chosen, or what --pattern matches (regex)."""
+    """What to compare: the whole text, a JSON value (json_in_text: also inside prose), the number after #### or
+    else the last number (gsm8k), the letter chosen, or what --pattern matches (regex)."""
     pattern: str | None = None
     """Regular expression with one group, for --match regex."""
     pattern_on: Literal["both", "answer"] = "both"
-    """Read the expected text by --pattern too, or take it as it is."""
+    """Apply --pattern to the expected text too, or use that text unchanged."""
     take: Take = "first"
-    """Of several matches of --pattern, or JSON values in a text, the first or the last."""
+    """Which one to take if --pattern matches several times or a text holds several JSON values."""
 
     def __post_init__(self) -> None:
-        make_matcher(self.match, self.pattern, self.pattern_on, self.take)  # which raises
+        make_matcher(self.match, self.pattern, self.pattern_on, self.take)  # raises InputError
 
     def matcher(self) -> Matcher:
         return make_matcher(self.match, self.pattern, self.pattern_on, self.take)
@@ -49,7 +49,7 @@ class AnswerConfig:
 
 @dataclass(frozen=True)
 class Matcher:
-    """Readers of the expected and of the given text; two texts agree if both read, and alike."""
+    """Reads the expected and the given text; they match if both contain an answer and the two are equal."""
 
     read_expected: Reader
     read_answer: Reader
@@ -62,10 +62,10 @@ class Matcher:
 def make_matcher(
     match: str = "text", pattern: str | None = None, pattern_on: str = "both", take: Take = "first"
 ) -> Matcher:
-    """The readers of one way to compare, by its name in the module's table.
+    """The matcher for a name from the module's table.
 
     Raises:
-        InputError: an unknown name, or a pattern that does not fit.
+        InputError: an unknown name, or an invalid, missing or unused pattern.
     """
     if match not in get_args(Match):
         raise InputError(f"match is {match!r}; choose one of {', '.join(get_args(Match))}.")
@@ -98,7 +98,7 @@ def _plain_number(text: str) -> float | int:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON value")
+    raise ValueError(f"{name} is not a JSON value")
 
 
 _DECODER = json.JSONDecoder(parse_float=_plain_number, parse_constant=_refuse_constant)
@@ -107,11 +107,11 @@ _FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
 def _decode(text: str, start: int = 0) -> tuple[str, int] | None:
-    """The JSON value that begins at `start`, rewritten with sorted keys, and where it ends; None if none does."""
+    """The JSON value at `start`, rewritten with sorted keys, and where it ends; None without one."""
     try:
         value, end = _DECODER.raw_decode(text, start)
         return json.dumps(value, sort_keys=True), end
-    except (ValueError, RecursionError):  # ValueError: also a number of more digits than Python reads
+    except (ValueError, RecursionError):  # ValueError also covers a number with more digits than Python reads
         return None
 
 
@@ -123,7 +123,7 @@ def read_json_value(text: str) -> str | None:
 
 
 def find_json_value(text: str, take: Take = "first") -> str | None:
-    """As `read_json_value`; else the content of a fenced block; else an object or array amid the text."""
+    """The text as one JSON value, else the content of a fenced block, else an object or array inside the text."""
     whole = read_json_value(text)
     if whole is not None:
         return whole
@@ -133,7 +133,7 @@ def find_json_value(text: str, take: Take = "first") -> str | None:
 
 
 def _json_in(text: str) -> Iterator[str]:
-    """Every object and array in the text that does not stand in another one."""
+    """Every outermost object and array in the text."""
     position = 0
     while bracket := _OPENING.search(text, position):
         found = _decode(text, bracket.start())
@@ -145,7 +145,7 @@ def _json_in(text: str) -> Iterator[str]:
 # ---- numbers ------------------------------------------------------------------------------------------------
 
 
-# A minus belongs to the number unless it joins two things, as in 10-5; it may stand before or after a $.
+# A minus is a sign unless it stands between two operands, as in 10-5; it may come before or after a $.
 _NUMBER = re.compile(
     r"(?P<sign>(?<![\w)])[-−][$€£]?|[$€£][-−])?(?P<size>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)",
     re.ASCII,
@@ -153,7 +153,7 @@ _NUMBER = re.compile(
 
 
 def read_number(text: str) -> str | None:
-    """The first number in the line after the first "####", else the last number; in its shortest form."""
+    """The first number on the line after the first "####", else the last number, in its shortest form."""
     marked = list(_NUMBER.finditer(text.partition("####")[2].strip().partition("\n")[0]))
     found = marked[:1] or list(_NUMBER.finditer(text))[-1:]
     if not found:
@@ -167,7 +167,7 @@ def read_number(text: str) -> str | None:
 # ---- letters ------------------------------------------------------------------------------------------------
 
 
-_END = r"\s*$|[.):\]*,]"  # after a letter that is no word
+_END = r"\s*$|[.):\]*,]"  # after a letter that is not a word
 _SAID = re.compile(
     rf"(?i:\banswer(?: is|:|\*\*:|:\*\*)(?: option)?)[\s(*\[]*([A-Z](?![\w'])|[a-z](?={_END}))", re.MULTILINE
 )
@@ -176,8 +176,8 @@ _BRACKETED = re.compile(r"[(\[{]([A-Za-z])[)\]}]")
 
 
 def read_letter(text: str) -> str | None:
-    """The letter of a choice, as a capital: the last one called the answer, else the one that a line begins with
-    and that is no word, else the last one in brackets."""
+    """The chosen letter in upper case: the last one called the answer, else one that starts the text and is not a
+    word, else the last one in brackets."""
     said = _SAID.findall(text)
     if said:
         return str(said[-1]).upper()
@@ -193,11 +193,11 @@ def _compile(pattern: str) -> re.Pattern[str]:
     try:
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
-        raise InputError(f"pattern is {pattern!r}, no regular expression ({error}); mend --pattern.") from error
+        raise InputError(f"pattern is {pattern!r}, not a regular expression ({error}); fix --pattern.") from error
     if compiled.groups != 1:
         raise InputError(
-            f"pattern is {pattern!r}, with {compiled.groups} groups; give --pattern one group, (...), for the "
-            "answer, and write other brackets as (?:...)."
+            f"pattern is {pattern!r}, with {compiled.groups} groups; give --pattern exactly one group, (...), for "
+            "the answer, and write other brackets as (?:...)."
         )
     return compiled
 

@@ -1,12 +1,12 @@
-"""From examples to batches: whose turn it is, who shares a row, and the tensors of a row.
+"""Turn examples into batches: split a window over devices, pack rows, build tensors.
 
-One optimizer step consumes a *window* of examples (batch size x gradient accumulation x devices of them).
-Windows are cut from a seeded shuffle of each epoch, so the step number alone says which examples come next:
-resuming needs no other state, and the number of devices does not change the order. A window is dealt out to
-the devices by length, and what a device gets is packed into rows of at most `budget` tokens. On a CPU, where
-longer rows are no faster, it is dealt a second time, into rows of about `CPU_TOKENS`.
+One optimizer step consumes a *window* of batch size x gradient accumulation x devices examples. Windows are
+slices of a seeded shuffle of each epoch, so the step number alone determines the next examples: resuming needs
+no other state, and the number of devices does not change the order. A window is split over the devices by
+length, and each share is packed into rows of at most `budget` tokens. On a CPU, where longer rows are not
+faster, a share is split into rows of about `CPU_TOKENS`.
 
-Letters: N packed tokens of a row, S sequences in it, B rows, T tokens of a padded row.
+Letters: N tokens in a packed row, S sequences in it, B rows, T tokens in a padded row.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from qlora.data.example import IGNORE_INDEX, Example
 
-# Tokens that a CPU's micro-batches aim at: with more, a token takes as long, and memory grows in proportion
-# (`python -m benchmarks.growth`); with far fewer, reading the 4-bit weights begins to show.
+# Target tokens per micro-batch on a CPU. More does not make a token faster, and memory grows in proportion
+# (`python -m benchmarks.growth`); with far fewer, reading the 4-bit weights takes a visible share of the time.
 CPU_TOKENS = 1536
 
 
 @dataclass
 class Batch:
-    """What one forward pass reads.
+    """The input of one forward pass.
 
     Packed:  input_ids, targets, position_ids (1, N), cu_seqlens (S + 1,) int32; positions restart per sequence.
     Padded:  input_ids, targets, position_ids (B, T), cu_seqlens None; padding is on the right, where causal
@@ -40,9 +40,9 @@ class Batch:
     position_ids: Tensor
     cu_seqlens: Tensor | None
     max_length: int
-    num_tokens: int  # real tokens, padding left out
+    num_tokens: int  # without padding
     num_targets: int
-    examples: tuple[Example, ...]  # what it was made from
+    examples: tuple[Example, ...]  # its source
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
@@ -53,7 +53,7 @@ class Batch:
 
 
 def pack_examples(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Bins of indices whose lengths add up to at most `budget` tokens: first fit, longest first.
+    """Group indices into bins of at most `budget` tokens: first fit, longest first.
 
     An example longer than the budget gets a bin of its own. Deterministic; every index appears once.
     """
@@ -72,18 +72,18 @@ def pack_examples(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def balance_by_length(lengths: Sequence[int], num_devices: int) -> list[list[int]]:
-    """Split indices over devices so that their token counts are near equal: longest first, to the emptiest."""
-    hands: list[list[int]] = [[] for _ in range(num_devices)]
+    """Split indices over devices with nearly equal token counts: longest first, to the emptiest device."""
+    shares: list[list[int]] = [[] for _ in range(num_devices)]
     emptiest = [(0, device) for device in range(num_devices)]  # a heap of (load, device)
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         load, device = emptiest[0]
-        hands[device].append(index)
+        shares[device].append(index)
         heapq.heapreplace(emptiest, (load + lengths[index], device))
-    return hands
+    return shares
 
 
 def cut_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Split indices into parts of near equal token counts, about `CPU_TOKENS` each and at most `budget`.
+    """Split indices into parts of nearly equal token counts, about `CPU_TOKENS` each and at most `budget`.
 
     An example longer than the budget gets a part of its own. Deterministic; every index appears once.
     """
@@ -95,7 +95,7 @@ def cut_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def collate_packed(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end in one row; their targets are shifted already, so no boundary can leak."""
+    """Join examples in one row. Targets are already shifted, so nothing leaks across a boundary."""
     lengths = torch.tensor([len(example) for example in examples])
     bounds = torch.zeros(len(examples) + 1, dtype=torch.int32)
     bounds[1:] = lengths.cumsum(0)
@@ -112,7 +112,7 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
 
 
 def collate_padded(examples: Sequence[Example]) -> Batch:
-    """One example a row, padded on the right with token 0 (any would do: nothing attends to it)."""
+    """One example per row, padded on the right with token 0 (nothing attends to it)."""
     longest = max(len(example) for example in examples)
     input_ids = torch.zeros(len(examples), longest, dtype=torch.int64)
     targets = torch.full((len(examples), longest), IGNORE_INDEX)
@@ -132,21 +132,21 @@ def collate_padded(examples: Sequence[Example]) -> Batch:
 
 
 def split_batch(batch: Batch, limit: int) -> list[Batch]:
-    """Halve a micro-batch until no part holds more than `limit` tokens, padding included, or one example alone."""
+    """Halve a micro-batch until each part has at most `limit` tokens (with padding) or a single example."""
     if batch.input_ids.numel() <= limit or len(batch.examples) == 1:
         return [batch]
     collate = collate_padded if batch.cu_seqlens is None else collate_packed
-    parts = batch.examples[::2], batch.examples[1::2]  # bins are sorted by length: both halves get their share
+    parts = batch.examples[::2], batch.examples[1::2]  # bins are sorted by length: alternate for equal halves
     return [small for part in parts for small in split_batch(collate(part), limit)]
 
 
 def make_batches(
     examples: Sequence[Example], batch_size: int, max_length: int, packing: bool, device_type: str = "cpu"
 ) -> list[Batch]:
-    """One device's share of a window as micro-batches of at most batch_size x max_length tokens.
+    """Split one device's share of a window into micro-batches of at most batch_size x max_length tokens.
 
-    Packed rows are as full as they get; on a CPU (`device_type`), near equal and of about `CPU_TOKENS`. Without
-    packing a micro-batch is `batch_size` padded rows, of similar length to waste little.
+    Packed rows are filled up; on a CPU (`device_type`) they are nearly equal, of about `CPU_TOKENS`. Without
+    packing a micro-batch is `batch_size` padded rows of similar length, to waste little.
     """
     lengths = [len(example) for example in examples]
     if packing:
@@ -160,7 +160,7 @@ def make_batches(
 def largest_micro_batch(
     batch_size: int, max_length: int, longest: int, packing: bool, device_type: str = "cpu"
 ) -> int:
-    """The most tokens, padding included, that a micro-batch of `make_batches` may hold.
+    """Upper bound of the tokens, with padding, in a micro-batch of `make_batches`.
 
     Args:
         longest: tokens of the longest example, at most `max_length`.
@@ -170,11 +170,11 @@ def largest_micro_batch(
     budget = batch_size * max_length
     if device_type != "cpu":
         return budget
-    # The last of several examples in a part is its shortest, and found the part no fuller than the average.
+    # The last example added to a part is its shortest, and the part was at most average when it was added.
     return min(budget, max(longest, CPU_TOKENS + min(longest, CPU_TOKENS)))
 
 
 def lengths_of(examples: Sequence[Example]) -> list[int]:
-    """Tokens of each example; of mapped ones, without reading them."""
+    """Tokens of each example, without reading memory-mapped rows."""
     lengths: list[int] | None = getattr(examples, "lengths", None)
     return [len(example) for example in examples] if lengths is None else lengths

@@ -1,15 +1,15 @@
-"""A chat template as a program that may do anything: rendered part by part, and tried before it is trusted.
+"""Render chat templates part by part, and test them first: a template is a program that may do anything.
 
-    prompt    all that precedes the first answer
-    part      an answer, and what follows it up to the next one
+    prompt    everything before the first answer
+    part      an answer and what follows it, up to the next answer
 
-Where a plain answer ends is seen in its part: its content, then a special token. A call has no content to look
-for; so the conversation up to and including it is rendered alone. There the special token that stands last ends
-the turn, and it is found in the part as the place up to which both agree.
+The end of a plain answer is found in its part: its content, then a special token. A tool call has no content to
+search for, so the conversation that ends with it is rendered separately. The last special token there ends the
+turn, and its position in the part is where the two texts stop agreeing.
 
-A template may also leave out what it does not know. So a conversation with tools is tried, once for each order
-of turns: whatever is changed in it (a tool, a call's name or arguments, a result, the content beside a call) must
-change the text, or it would be lost without a word.
+A template may also drop what it does not know. So conversations with tools are tested once per order of turns:
+any change (a tool, a call's name or arguments, a result, the content next to a call) must change the text;
+otherwise it would be lost silently.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Messages = list[dict[str, Any]]
 
 
 def split_tools(messages: Messages) -> tuple[Messages, list[dict[str, Any]]]:
-    """(the turns, the tools before them) of what `to_messages` returns."""
+    """Split what `to_messages` returns into (turns, tools)."""
     if messages and messages[0]["role"] == "tools":
         return messages[1:], messages[0]["tools"]
     return messages, []
 
 
-# An answer that is a call and nothing else; ids of nine letters, as Mistral's templates want them.
+# An answer that is only a call; ids of nine letters, as Mistral's templates require.
 _PROBE_TOOLS = [{"type": "function", "function": {"name": "find", "description": "", "parameters": {}}}]
 _PROBE: Messages = [
     {"role": "user", "content": "Hi"},
@@ -49,7 +49,7 @@ _PROBE: Messages = [
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or `own`, which takes its place.
+    """A tokenizer's chat template, or `own` instead of it.
 
     Args:
         special: matches a special token's text.
@@ -61,17 +61,17 @@ class ChatTemplate:
         self._blank: list[str | None] = []
 
     def render(self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str) -> str:
-        """The text of a conversation; `opens_turn` adds the beginning of an answer.
+        """The text of a conversation; `opens_turn` adds the start of an answer.
 
         Raises:
-            BadRow: the template refuses it, in whatever way.
+            BadRow: the template fails on it.
         """
         blank = self._settle_blank() if any("tool_calls" in turn for turn in messages) else ""
         return self._render(messages, tools, opens_turn, origin, blank)
 
     def _settle_blank(self) -> str | None:
-        """What stands for no content beside a call: null, as OpenAI writes it (transformers drops such a key); or
-        "" for a template that fails without. (To some, "" is an answer without calls.)
+        """The value for a missing content next to a call: None, as in OpenAI's format (transformers drops the
+        key), or "" if the template fails without it. (Some templates read "" as an answer without calls.)
         """
         if not self._blank:
             try:
@@ -97,20 +97,20 @@ class ChatTemplate:
                 tokenize=False,
                 add_generation_prompt=opens_turn,
             )
-        except Exception as error:  # a template is a program: it may fail in any way
+        except Exception as error:  # a template is a program that can fail in any way
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
-            raise BadRow(origin, f"the chat template refuses it: {reason}; mend the record.") from error
+            raise BadRow(origin, f"the chat template refuses it: {reason}; fix the record.") from error
         return text
 
     def render_parts(
         self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str
     ) -> list[str]:
-        """The rendered conversation, cut where each assistant turn begins: the prompt, then a part per turn.
+        """The rendered conversation, cut where each assistant turn begins: the prompt, then one part per turn.
 
         Raises:
-            BadRow: the template refuses it, leaves something of the tools out, or writes what precedes an answer
-                in another way once more follows.
+            BadRow: the template fails, drops something about tools, or changes the text before an answer when
+                more turns follow.
         """
         if tools or any("tool_calls" in turn for turn in messages):
             self.try_tools(messages, tools, origin)
@@ -122,7 +122,7 @@ class ChatTemplate:
             if not text.startswith(before):
                 raise BadRow(
                     origin,
-                    f"the chat template rewrites what precedes answer {len(parts)} once more follows; "
+                    f"the chat template rewrites the text before answer {len(parts)} when more turns follow; "
                     "split the record so that it has one answer, or use a template that only appends.",
                 )
             parts.append(text[len(before) :])
@@ -132,13 +132,13 @@ class ChatTemplate:
     def find_end_of_call(
         self, messages: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
     ) -> tuple[str, int] | None:
-        """The special token that ends the call which `messages` end in, and where it begins in the call's part.
+        """The special token that ends the last call of `messages`, and its position in the call's part.
 
         Args:
-            before: the text that precedes the part.
-            part: the call, and what follows it.
+            before: the text before the part.
+            part: the call and what follows it.
         Returns:
-            None where the template writes no such token.
+            None if the template writes no such token.
         """
         own = self.render(messages, tools, False, origin)[len(before) :]
         other = self.render(_with_other_call(messages), tools, False, origin)[len(before) :]
@@ -147,8 +147,8 @@ class ChatTemplate:
         if not ends:
             return None
         call = own[: ends[-1]]
-        # Both must agree from the arguments on. Before these, a template may write more only where the call stands
-        # last, as Qwen3 does with an empty thought.
+        # The texts must agree from the arguments on. Before them, a template may add text if the call comes last,
+        # as Qwen3 does with an empty thought.
         least = max(1, len(call) - _common_start(call, other))
         places = {match.start(): match[0] for match in self.special.finditer(part)}
         lengths = {place: _common_end(call, part[:place]) for place in places}
@@ -159,7 +159,7 @@ class ChatTemplate:
         return places[place], place
 
     def try_tools(self, messages: Messages, tools: list[dict[str, Any]], origin: str) -> None:
-        """BadRow if the template leaves out a tool, a call, its arguments, a result or a content beside a call."""
+        """Raise BadRow if the template drops a tool, a call, its arguments, a result or content next to a call."""
         order = tuple((turn["role"], len(turn.get("tool_calls", ())), bool(turn["content"])) for turn in messages)
         if (order, len(tools)) not in self._lost:
             text = self.render(messages, tools, False, origin)
@@ -173,30 +173,30 @@ class ChatTemplate:
         if found is not None:
             raise BadRow(
                 origin,
-                f"the chat template leaves out {found}, which would be lost; give one that writes it by "
-                "--chat-template FILE, or remove the record.",
+                f"the chat template drops {found}; use one that writes it (--chat-template FILE), or remove the "
+                "record.",
             )
 
     def _renders_as(self, text: str, messages: Messages, tools: list[dict[str, Any]]) -> bool:
         try:
             return self.render(messages, tools, False, "") == text
-        except BadRow:  # it looked
+        except BadRow:  # it reads the changed value
             return False
 
 
 def _common_start(first: str, second: str) -> int:
-    """Characters that both texts begin with."""
+    """Length of the common prefix."""
     pairs = enumerate(zip(first, second, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _common_end(first: str, second: str) -> int:
-    """Characters that both texts end in."""
+    """Length of the common suffix."""
     return _common_start(first[::-1], second[::-1])
 
 
 def _with_other_call(messages: Messages) -> Messages:
-    """The conversation with other arguments in its last call."""
+    """The conversation with different arguments in its last call."""
     changed = copy.deepcopy(messages[-1])
     function = changed["tool_calls"][-1]["function"]
     function["arguments"] = {"other": function["arguments"]}
@@ -204,7 +204,7 @@ def _with_other_call(messages: Messages) -> Messages:
 
 
 def _variants(messages: Messages, tools: list[dict[str, Any]]) -> Iterator[tuple[str, Messages, list[Any]]]:
-    """(what was changed, messages, tools), for each thing that must leave a trace."""
+    """Yield (what was changed, messages, tools) for each thing that must affect the text."""
     for number, tool in enumerate(tools):
         renamed = tool | {"function": tool["function"] | {"name": tool["function"]["name"] + "_other"}}
         yield "the tools", messages, [*tools[:number], renamed, *tools[number + 1 :]]
@@ -225,10 +225,10 @@ def _variants(messages: Messages, tools: list[dict[str, Any]]) -> Iterator[tuple
         if turn["role"] == "tool":
             yield "the results of tools", changed(turn | {"content": turn["content"] + " other"}), tools
         elif "tool_calls" in turn and turn["content"]:
-            yield "the content beside tool calls", changed(turn | {"content": turn["content"] + " other"}), tools
+            yield "the content next to tool calls", changed(turn | {"content": turn["content"] + " other"}), tools
 
 
-# For a tokenizer without a chat template, as base models have: Alpaca's headings, for any number of turns.
+# For tokenizers without a chat template, such as those of base models: Alpaca's headings, any number of turns.
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
@@ -240,13 +240,13 @@ FALLBACK_TEMPLATE = (
 
 
 def fallback_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """FALLBACK_TEMPLATE, after the BOS if this tokenizer puts one before plain text.
+    """FALLBACK_TEMPLATE, after BOS if this tokenizer puts BOS before plain text.
 
-    Save a model trained with it as the tokenizer's chat_template, so that others prompt it as it was trained.
+    Save it as the chat_template of a model trained with it, so that others prompt the model as it was trained.
     """
     return ("{{ bos_token }}" if bos_ids(tokenizer) else "") + FALLBACK_TEMPLATE
 
 
 def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[BOS] if the tokenizer puts one before plain text, else []."""
+    """[BOS] if the tokenizer puts BOS before plain text, else []."""
     return [token for token in tokenizer("x")["input_ids"][:1] if token == tokenizer.bos_token_id]

@@ -1,7 +1,7 @@
-"""What is in a data file, and what a run would make of it: check_data gathers, print_check prints.
+"""What is in a data file and how a run would use it: `check_data` collects, `print_check` prints.
 
-Without a tokenizer: rows, formats, lengths in characters, rows that cannot be used, rows that look wrong. With
-one: tokens, what is truncated, dropped and masked, too. Rows that look wrong are usable, and are trained on.
+Without a tokenizer: rows, formats, lengths in characters, unusable rows and suspicious rows. With a tokenizer
+also tokens, and what is truncated, dropped and masked. Suspicious rows are usable and are trained on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from qlora.data.readers import detect_format, stream_records
 from qlora.data.row_encoder import RowEncoder
 from qlora.data.rows import BadRow, collect_bad_row, sort_by_place
 
-LONG_TEXT = 100_000  # characters of a row that is worth a look
-# Signs of a wrong encoding or of binary data. Tab, newline and carriage return are text.
+LONG_TEXT = 100_000  # characters; a longer row is suspicious
+# Signs of a wrong encoding or binary data. Tab, newline and carriage return are text.
 _STRANGE = re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffd]")
 
 
@@ -32,15 +32,15 @@ class DataCheck:
 
     source: str
     unit: str
-    """What `lengths` counts: characters or tokens."""
+    """The unit of `lengths`: characters or tokens."""
     lengths: list[int] = field(default_factory=list)
-    """Of the rows that can be used, before truncation."""
+    """Lengths of the usable rows, before truncation."""
     formats: Counter[str] = field(default_factory=Counter)
     bad_rows: list[BadRow] = field(default_factory=list)
     suspicious: dict[str, list[str]] = field(default_factory=dict)
-    """What looks wrong: where."""
+    """Problem -> the rows that show it."""
     report: EncodeReport | None = None
-    """What a run would keep; with a tokenizer only, as is `sample`."""
+    """What a run would keep; like `sample`, set only with a tokenizer."""
     sample: str | None = None
 
     @property
@@ -57,9 +57,9 @@ def check_data(
     parse_special: bool = False,
     columns: Mapping[str, str] | None = None,
 ) -> DataCheck:
-    """Read a whole file, and tokenise it if there is a tokenizer.
+    """Read a whole file, and tokenize it if there is a tokenizer; the rows themselves are not kept.
 
-    Arguments as `stream_records` and `encode_records`. The rows themselves are not kept.
+    The arguments are those of `stream_records` and `encode_records`.
 
     Raises:
         InputError: the file is missing, broken as a whole, or holds no rows.
@@ -95,7 +95,7 @@ def check_data(
             if example and check.sample is None:
                 check.sample = format_sample(example, tokenizer)
             if had_targets and check.report.num_dropped_no_target > num_dropped:
-                signs.append(f"dropped, for all targets lie beyond --max-length {max_length}")
+                signs.append(f"dropped: all targets lie beyond --max-length {max_length}")
         for sign in signs:
             check.suspicious.setdefault(sign, []).append(origin)
     sort_by_place(check.bad_rows)
@@ -106,7 +106,7 @@ def check_data(
 
 
 def _find_signs(messages: list[dict[str, Any]], num_characters: int, encoder: RowEncoder | None) -> list[str]:
-    """What looks wrong in one row, from its texts alone."""
+    """What looks wrong in the text of one row."""
     signs = []
     turns = pairwise(messages)
     answers = [
@@ -122,14 +122,14 @@ def _find_signs(messages: list[dict[str, Any]], num_characters: int, encoder: Ro
     if encoder and messages[0]["role"] != "document" and any(map(encoder.special.search, contents)):
         signs.append("special-token text in a message" + (", a control token" if encoder.parse_special else ""))
     if any(map(_STRANGE.search, contents)):
-        signs.append("control characters, or U+FFFD for a lost one")
+        signs.append("control characters, or U+FFFD in place of a lost character")
     if num_characters > LONG_TEXT:
         signs.append(f"longer than {LONG_TEXT:,} characters")
     return signs
 
 
 def length_histogram(lengths: list[int]) -> list[tuple[int, int, int]]:
-    """(from, to, number of rows), each range twice as long as the one before, empty ones at the ends left out."""
+    """(from, to, number of rows); each range is twice as long as the last, without empty ones at the ends."""
     buckets = Counter(length.bit_length() for length in lengths)  # 0, 1, 2 to 3, 4 to 7, ...
     shown = range(min(buckets, default=0), max(buckets, default=-1) + 1)
     return [(2**bits // 2, 2**bits - 1, buckets[bits]) for bits in shown]

@@ -1,4 +1,4 @@
-"""A row of a known shape -> [{"role", "content"}]: the shapes, their companions, and the checks on turns."""
+"""Convert rows of known shapes to [{"role", "content"}] messages, and check the turns."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from qlora.data.rows import BadRow, Record
 from qlora.data.tool_calls import read_tool_calls, read_tools
 from qlora.system.wording import describe, quote, shorten
 
-# Bytes of a line of JSONL, characters of one text. A million characters take about a second to tokenise, for a
-# row that is cut at --max-length tokens all the same; and a line without an end is often no JSONL at all.
+# Limit for a line of JSONL in bytes, and for a text in characters. A million characters take about a second to
+# tokenize, only to be cut at --max-length tokens; and an endless line is often not JSONL at all.
 MAX_TEXT = 16 * 2**20
-# (format, columns, optional column joined to the prompt); the first whose columns are all there wins.
+# (format, columns, optional column joined to the prompt); the first whose columns are all present wins.
 SHAPES = (
     ("messages", ("messages",), None),
     ("sharegpt", ("conversations",), None),
@@ -24,7 +24,7 @@ SHAPES = (
     ("text", ("text",), None),
     ("tokenised", ("input_ids",), None),
 )
-# Columns that belong to another one, where they are there.
+# Optional columns that belong to another one.
 COMPANIONS = {"messages": "tools", "conversations": "tools", "prompt": "tools"}
 COMPANIONS |= {"input_ids": "labels attention_mask"}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
@@ -43,18 +43,18 @@ def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ..
 
 
 def to_messages(record: Record) -> list[dict[str, Any]]:
-    """One record as a conversation: perhaps a system message, then user and assistant in turn.
+    """One record as a conversation: an optional system message, then user and assistant in turn.
 
-    Turns after the last answer have no target and are left out. Answers that are context only ("weight": 0, or
-    inside a prompt that is a list of messages) keep the key "weight" with the value 0. An answer may have
-    "tool_calls"; "tool" turns follow it. Three roles stand for what is no turn, always first in the list:
+    Turns after the last answer have no target and are dropped. Answers that are context only ("weight": 0, or
+    inside a prompt that is a list of messages) keep the key "weight" with value 0. An answer may have
+    "tool_calls", followed by "tool" turns. Three roles are not turns and always come first:
 
         document   a `text` record, alone: no template, every token a target
-        tokens     a tokenised record, alone, content empty: "input_ids", and "is_target" for each
-        tools      content empty, before the turns: "tools", for the template
+        tokens     a tokenized record, alone, with empty content: "input_ids", and "is_target" for each
+        tools      empty content, before the turns: "tools", for the template
 
     Raises:
-        BadRow: a text is missing, too long or holds what is no character, a role is unknown or out of turn, or
+        BadRow: a text is missing, too long or has an invalid character; a role is unknown or out of turn; or
             there is no answer.
     """
     origin = record.origin
@@ -78,7 +78,7 @@ def to_messages(record: Record) -> list[dict[str, Any]]:
 
 
 def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
-    """input_ids and is_target of a tokenised record, padding left out; the vocabulary is checked by its owner."""
+    """input_ids and is_target of a tokenized record, without padding; the caller checks the vocabulary."""
     ids: Any
     labels: Any
     mask: Any
@@ -89,18 +89,20 @@ def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
         if not isinstance(values, list) or not all(type(value) is int for value in values):
             raise BadRow(origin, f"{name} is {describe(values)}; write a list of whole numbers.")
         if len(values) != len(ids):
-            raise BadRow(origin, f"{name} has {len(values)} numbers where input_ids has {len(ids)}; mend it.")
+            raise BadRow(
+                origin, f"{name} has {len(values)} numbers where input_ids has {len(ids)}; make them equal."
+            )
     labels = ids if labels is None else labels
     for place, (token, label) in enumerate(zip(ids, labels, strict=True), start=1):
         if label not in (-100, token):
             raise BadRow(
                 origin,
-                f"labels holds {quote(label)} at place {place}, where input_ids has {quote(token)}; use that or "
+                f"labels holds {quote(label)} at index {place}, where input_ids has {quote(token)}; use that or "
                 "-100: labels are not shifted.",
             )
     kept = [place for place in range(len(ids)) if mask is None or mask[place] != 0]
     if not kept:
-        raise BadRow(origin, "input_ids holds no token; fill it in or remove the record.")
+        raise BadRow(origin, "input_ids is empty; fill it in or remove the record.")
     return {"input_ids": [ids[place] for place in kept], "is_target": [labels[place] != -100 for place in kept]}
 
 
@@ -159,7 +161,7 @@ def _read_turn(turn: dict[str, Any], role: str, name: str, origin: str) -> dict[
 
 
 def _is_trained(turn: dict[str, Any], role: str, name: str, origin: str) -> bool:
-    """What "weight" (OpenAI), "train" and "training" (Axolotl) say of a turn; trained, where they say nothing."""
+    """Whether "weight" (OpenAI), "train" or "training" (Axolotl) lets a turn train; True without any of them."""
     weight = turn.get("weight")
     if weight not in (None, 0, 1):
         raise BadRow(origin, f"{name} has the weight {quote(weight)}; use 0 or 1.")
@@ -178,19 +180,19 @@ def _is_trained(turn: dict[str, Any], role: str, name: str, origin: str) -> bool
 
 
 def _check_order(turns: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:
-    """The turns up to the last answer, which must follow one another as the module's users expect.
+    """The turns up to the last answer, in the right order, else BadRow.
 
-    Perhaps a system message; then user and assistant in turn; an answer with tool calls is followed by results of
-    tools, and these by an answer.
+    An optional system message, then user and assistant in turn; tool results follow an answer with tool calls, and
+    an answer follows them.
     """
     start = 1 if turns and turns[0]["role"] == "system" else 0
     expected: tuple[str, ...] = ("user",)
     for number, turn in enumerate(turns[start:], start=start + 1):
         if turn["role"] not in expected:
             which = f"message {number}, {quote(turn['content'])}, is from the {turn['role']}"
-            remedy = "let user and assistant alternate, the user first, after any system message"
+            remedy = "alternate user and assistant, the user first, after any system message"
             if "tool" in (*expected, turn["role"]):
-                remedy += "; and after an answer with tool_calls, first the tools' results, then an answer"
+                remedy += "; after an answer with tool_calls, put the tool results, then an answer"
             raise BadRow(origin, f"{which}, not the {' or the '.join(expected)}; {remedy}.")
         if turn["role"] == "assistant":
             expected = ("tool",) if "tool_calls" in turn else ("user",)
@@ -198,10 +200,9 @@ def _check_order(turns: list[dict[str, Any]], origin: str) -> list[dict[str, Any
             expected = ("assistant",) if turn["role"] == "user" else ("assistant", "tool")
     num_kept = max((index + 1 for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
     if num_kept == 0:
-        roles = ", ".join(turn["role"] for turn in turns) or "none at all"
+        roles = ", ".join(turn["role"] for turn in turns) or "none"
         raise BadRow(
             origin,
-            f"nothing to learn without an assistant message (the messages are from: {roles}); "
-            "add one or remove the record.",
+            f"no assistant message to learn from (roles: {roles}); add one or remove the record.",
         )
     return turns[:num_kept]

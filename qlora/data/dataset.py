@@ -1,8 +1,7 @@
-"""From data sources to the examples a run trains on and those it holds out.
+"""Load data sources into training and held-out examples.
 
-Every source becomes a TokenStore, in the cache or in memory; nothing is read from it before it is asked for, so
-that data larger than memory trains as any other. What an epoch takes of each source is its weight's matter, see
-packing.WindowOrder.
+Each source becomes a TokenStore, in the cache or in memory. Rows are read on demand, so data may be larger than
+memory. The weight of a source decides how much of it an epoch takes (data/order.py, WindowOrder).
 """
 
 from __future__ import annotations
@@ -33,23 +32,23 @@ from qlora.system.errors import InputError
 from qlora.system.files import new_file
 
 MAX_WEIGHT = 1000
-Source = str | PythonRows  # what a file, a hub id or rows are named by, and what rows stand for
-Part = tuple[TokenStore, np.ndarray, float]  # a source's rows, which of them, its weight
+Source = str | PythonRows  # a file name, a hub id, or rows from Python
+SourceRows = tuple[TokenStore, np.ndarray, float]  # store, row indices, weight
 
 
 class Examples(Sequence[Example]):
-    """Rows of several sources, one source after another, read when asked for.
+    """Rows of several sources, one source after another, read on demand.
 
     Args:
-        parts: (store, which of its rows, weight) of each source.
+        parts: (store, row indices, weight) of each source.
     Attributes:
-        sources: (rows, weight) of each, for WindowOrder.
+        sources: (number of rows, weight) of each source, for WindowOrder.
         lengths: tokens of each row.
-        num_targets: of all rows together.
+        num_targets: total over all rows.
         digests: (rows,) uint64, identity of each row's tokens.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[SourceRows]) -> None:
         self._parts = parts
         self.sources = [(len(rows), weight) for _, rows, weight in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
@@ -86,16 +85,16 @@ def find_sources(source: str | Sequence[Source], weights: Sequence[float] = ()) 
     """(file, hub id or rows from Python, weight) of each source.
 
     Args:
-        source: names and rows, or a text of names separated by commas, unless that text is a file's name itself.
-            Each name may be a pattern such as `shards/*.jsonl`, whose files each get its weight.
-        weights: as many as there are names; none: all 1.
+        source: names and rows, or a comma-separated list of names (unless the text itself is a file name). A name
+            may be a pattern such as `shards/*.jsonl`; each of its files gets the pattern's weight.
+        weights: one per name; empty = all 1.
     Raises:
-        InputError: weights that fit neither number nor range, a pattern without a file, a source named twice.
+        InputError: wrong number of weights, one out of range, a pattern without a file, a source given twice.
     """
     names = [source] if isinstance(source, str) and Path(source).exists() else source
     names = [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
     if not names:
-        raise InputError("data names no source; give --data a file or a hub id.")
+        raise InputError("data is empty; give --data a file or a hub id.")
     if weights and len(weights) != len(names):
         listed = ", ".join(map(str, names))
         raise InputError(
@@ -122,15 +121,15 @@ def _matching(name: Source) -> Sequence[Source]:
         return [name]
     files = sorted(glob.glob(name))
     if not files:
-        raise InputError(f"{name} matches no file; give a pattern that does, or a file's name.")
+        raise InputError(f"{name} matches no file; give another pattern or a file name.")
     return files
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How the records of a source become rows; arguments as `encode_records` and `stream_records`.
+    """Turns the records of a source into rows; fields as the arguments of `encode_records` and `stream_records`.
 
-    `cache`: keep the tokens on disk and map them from there; else they are held in memory.
+    `cache`: keep the tokens in a memory-mapped file on disk instead of in memory.
     """
 
     tokenizer: Any
@@ -144,7 +143,7 @@ class Encoder:
 
     @cached_property
     def key(self) -> list[Any]:
-        """All that the rows of a source depend on beside the source."""
+        """Everything the rows depend on, apart from the source."""
         digest = hashlib.sha256()
         for name, content in sorted(tokenizer_files(self.tokenizer).items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
@@ -154,10 +153,10 @@ class Encoder:
     def load(
         self, source: Source, bad_rows: list[BadRow] | None, say: Callable[[str], Any]
     ) -> tuple[TokenStore, str]:
-        """(the rows of a source, how they came).
+        """(rows of a source, where they came from).
 
         Args:
-            bad_rows: receives the rows that cannot be used, also those before an error; None: the first is raised.
+            bad_rows: collects unusable rows, including those before an error; None: raise at the first.
         """
 
         def fill(writer: TokenWriter) -> tuple[EncodeReport, list[BadRow]]:
@@ -182,13 +181,13 @@ class Encoder:
             try:
                 store, was_there = cached_store([identity, self.key], fill)
             except OSError as error:
-                say(f"the token cache {token_cache()} cannot be written ({error}); tokens are kept in memory")
+                say(f"the token cache {token_cache()} cannot be written ({error}); keeping tokens in memory")
             else:
                 if bad_rows is None and store.bad_rows:
                     raise store.bad_rows[0]
                 if bad_rows is not None:
                     bad_rows[:] = store.bad_rows
-                return store, "read from the token cache" if was_there else "tokenised"
+                return store, "read from the token cache" if was_there else "tokenized"
         return write_store(fill, None), "tokenised"
 
 
@@ -223,9 +222,9 @@ def load_examples(
 
     Args:
         say: receives one line per source, the sample, the split and the mix.
-        on_bad_row: a row that cannot be used is raised ("stop"), or left out and counted ("skip").
-        bad_rows_file: lists the rows left out, one {"where", "problem"} a line, whether or not enough are left
-            to train on; an older one is replaced, or removed where no row is bad.
+        on_bad_row: "stop" raises at an unusable row, "skip" drops and counts it.
+        bad_rows_file: lists the dropped rows, one {"where", "problem"} per line, even if too few rows are left to
+            train on. An old file is replaced, or removed if no row is bad.
     Raises:
         InputError: unusable data, or a split that leaves one side empty.
     """
@@ -253,20 +252,20 @@ def load_examples(
         if bad_rows_file is not None:
             write_bad_rows(skipped, bad_rows_file)
     parts = [(store, np.arange(len(store)), weight) for store, (_, weight) in zip(stores, found, strict=True)]
-    held: list[Part] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
+    held: list[SourceRows] = [] if held_out is None else [(held_out, np.arange(len(held_out)), 1.0)]
     if held_out is None and sources.split:
         parts, held = _split(parts, sources.split, sources.seed)
         if not held:
             few = f"{', '.join(str(name) for name, _ in found)}: {sum(map(len, stores))} examples"
-            raise InputError(f"{few} are too few to hold any out; pass --eval-data.")
+            raise InputError(f"{few} are too few to hold some out; pass --eval-data.")
         say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
     if len(found) > 1 or found[0][1] != 1:
         say(describe_mix([str(name) for name, _ in found], parts))
     return Examples(parts), Examples(held) if held else []
 
 
-def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], list[Part]]:
-    """(what is trained, what is held out): a share of each source, whatever other sources there are."""
+def _split(parts: Sequence[SourceRows], share: float, seed: int) -> tuple[list[SourceRows], list[SourceRows]]:
+    """(training part, held-out part): a share of each source, independent of the other sources."""
     trained, held = [], []
     for store, rows, weight in parts:
         count = max(1, round(share * len(rows)))
@@ -279,8 +278,8 @@ def _split(parts: Sequence[Part], share: float, seed: int) -> tuple[list[Part], 
     return trained, held
 
 
-def describe_mix(names: Sequence[str], parts: Sequence[Part]) -> str:
-    """What an epoch holds of each source, in rows and tokens; a sample counts as its source's mean."""
+def describe_mix(names: Sequence[str], parts: Sequence[SourceRows]) -> str:
+    """Rows and tokens of each source in an epoch; a sampled row counts as the source's mean."""
     taken = [rows_per_epoch(len(rows), weight) for _, rows, weight in parts]
     means = [float(store.lengths[rows].mean()) for store, rows, _ in parts]
     tokens = [count * mean for count, mean in zip(taken, means, strict=True)]
@@ -292,7 +291,7 @@ def describe_mix(names: Sequence[str], parts: Sequence[Part]) -> str:
 
 
 def write_bad_rows(bad_rows: Sequence[BadRow], path: Path) -> None:
-    """One {"where", "problem"} a line, written whole; without bad rows, no file."""
+    """Write one {"where", "problem"} per line, atomically; no file if there are no bad rows."""
     if not bad_rows:
         path.unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""Tokenize records, in this process or in several, as a stream of examples."""
+"""Tokenize records into a stream of examples, in one or several processes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qlora.system.processes import map_chunks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHUNK_SIZE = 128  # records that a worker process takes at a time
+CHUNK_SIZE = 128  # records per task of a worker process
 
 
 def encode_prompt(
     messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, parse_special: bool = False
 ) -> list[int]:
-    """Ids of the conversation up to where the assistant begins: exactly how a training row begins.
+    """Ids of a conversation up to the start of the assistant's turn, exactly as in a training row.
 
-    A document is its own beginning: BOS, where the tokenizer adds one, and the text.
+    A document gives BOS (if the tokenizer adds it) and its text.
     """
     return RowEncoder(tokenizer, parse_special).encode_prompt(messages)
 
@@ -42,16 +42,16 @@ def encode_records(
     num_workers: int = 0,
     bad_rows: list[BadRow] | None = None,
 ) -> tuple[list[Example], EncodeReport]:
-    """Every record as a row. Rows without a target teach nothing: they are dropped and counted.
+    """Encode every record as a row. Rows without a target teach nothing: they are dropped and counted.
 
     Args:
         on_long:       "truncate" keeps a longer row's first max_length tokens, "drop" leaves it out.
         parse_special: special-token text in a message becomes the token.
-        num_workers:   processes that tokenise; 0 is this one. The result is the same, in the same order.
-        bad_rows:      receives the records that cannot be used, among those that read_records put there, in the
-            order of the file, and all of them are counted; None: the first one is raised.
+        num_workers:   worker processes that tokenize; 0 = this process. The result and its order are the same.
+        bad_rows:      collects unusable records, merged in file order with those from read_records; all are
+            counted. None: raise at the first.
     Raises:
-        BadRow: a record cannot be used, and there is no list for it.
+        BadRow: a record is unusable and bad_rows is None.
         InputError: nothing is left to train on.
         TrainingStopped: a worker died.
     """
@@ -79,9 +79,9 @@ def stream_examples(
     parse_special: bool = False,
     num_workers: int = 0,
 ) -> Generator[Example | BadRow, None, None]:
-    """The rows that are trained and the bad ones, one after another; `report` counts the others along.
+    """Yield training rows and bad rows; `report` counts the dropped ones. Call `finish_report` at the end.
 
-    Arguments and errors as `encode_records`; close it to end its workers early. Call `finish_report` at the end.
+    Arguments and errors are those of `encode_records`. Close the generator to end its workers early.
     """
     _check_options(max_length, train_on, on_long)
     encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
@@ -113,7 +113,7 @@ def _read_task(record: Record | BadRow) -> _Task:
 
 
 def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
-    """Rows of at most max_length + 1 tokens to read: one too many tells that a row is long."""
+    """Rows cut to max_length + 1 tokens to read: the extra one marks a row as too long."""
     results: list[_Result] = []
     for task in tasks:
         if isinstance(task, BadRow):

@@ -1,4 +1,4 @@
-"""A tokenized row: input ids, shifted targets, and the report of how rows became examples.
+"""A tokenized row: input ids and shifted targets; and a report of how records became rows.
 
 T tokens of one example.
 """
@@ -25,7 +25,7 @@ IGNORE_INDEX = -100
 class Example:
     """One row: input_ids (T,) int64; targets (T,) int64, shifted already, IGNORE_INDEX where not trained.
 
-    `origin` is where it stood, such as `train.jsonl:17`.
+    `origin` is its source, such as `train.jsonl:17`.
     """
 
     input_ids: torch.Tensor
@@ -42,7 +42,7 @@ class Example:
 
 @dataclass
 class EncodeReport:
-    """What became of the records. str(report) is one line for the user."""
+    """Counts of what happened to the records. str(report) is one line for the user."""
 
     num_records: int = 0
     num_truncated: int = 0  # kept, but cut at max_length
@@ -63,7 +63,7 @@ class EncodeReport:
         )
 
     def admit(self, row: Example, max_length: int, on_long: str) -> Example | None:
-        """Count one whole row, and return what is trained of it: at most max_length tokens, or None."""
+        """Count one whole row and return its part to train on: at most max_length tokens, or None."""
         self.num_records += 1
         is_long = len(row) > max_length
         example = Example(row.input_ids[:max_length], row.targets[:max_length], row.origin)
@@ -81,23 +81,23 @@ class EncodeReport:
 
 
 def finish_report(report: EncodeReport, bad_rows: list[BadRow], num_kept: int, max_length: int) -> None:
-    """Count the bad rows of a source too, in the source's order; InputError if it left nothing to train on."""
+    """Count the bad rows and sort them in the source's order; InputError if nothing is left to train on."""
     if bad_rows:
         sort_by_place(bad_rows)
         report.num_bad_rows = len(bad_rows)
         report.num_records += len(bad_rows)
     if bad_rows and report.num_bad_rows == report.num_records:
-        raise InputError(f"All {report.num_records} records are bad, the first one is {bad_rows[0]}")
+        raise InputError(f"All {report.num_records} records are bad; the first: {bad_rows[0]}")
     if not num_kept:
         raise InputError(
             f"None of {report.num_records} records is left at --max-length {max_length}: "
             f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it, "
-            f"{report.num_bad_rows} bad; raise it or mend the data."
+            f"{report.num_bad_rows} bad; raise it or fix the data."
         )
 
 
 def format_sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The row as the model sees it, special tokens and all, with the targets between ⟦ and ⟧."""
+    """The row as the model sees it, with special tokens, and with targets between ⟦ and ⟧."""
     is_target = (example.targets != IGNORE_INDEX).tolist()
     ids = example.input_ids.tolist() + example.targets[-1:].tolist()
     pieces = []
@@ -110,6 +110,6 @@ def format_sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def shift_targets(ids: list[int], is_target: list[bool], max_length: int, origin: str) -> Example:
-    """The row of t_0 .. t_T, cut to its first max_length positions."""
+    """The row for t_0 .. t_T, cut to its first max_length positions."""
     targets = [token if trained else IGNORE_INDEX for token, trained in zip(ids[1:], is_target[1:], strict=True)]
     return Example(torch.tensor(ids[:-1][:max_length]).long(), torch.tensor(targets[:max_length]).long(), origin)

@@ -1,4 +1,4 @@
-"""Which examples an optimizer step sees: arithmetic on the seed, so that a resumed run goes on exactly."""
+"""Which examples an optimizer step sees: computed from the seed, so that a resumed run continues exactly."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from qlora.data.example import Example
 
 
 def rows_per_epoch(num_rows: int, weight: float) -> int:
-    """Rows of a source in an epoch: each as often as the weight says, and a sample for its fraction."""
+    """Rows that an epoch takes of a source: every row int(weight) times, plus a sample for the fraction."""
     return max(1, int(weight) * num_rows + round(weight % 1 * num_rows))
 
 
 def sources_of(examples: Sequence[Example]) -> Sequence[tuple[int, float]]:
-    """(rows, weight) of each source of the examples, one source after another; a plain list is one of weight 1."""
+    """(number of rows, weight) of each source in order; a plain list is one source of weight 1."""
     return getattr(examples, "sources", [(len(examples), 1.0)])
 
 
 class WindowOrder:
-    """Which examples the optimizer step `step` (counted from 0) sees: arithmetic, no state.
+    """Computes which examples optimizer step `step` (from 0) sees; it has no state.
 
-    Each epoch is shuffled by (seed, epoch); its last window may be smaller, and counts as a step. A source of
-    weight 2 is there twice in each epoch, one of weight 0.3 as a sample of 30 % without repeats, drawn anew for
-    each epoch; with weights of 1, which changes nothing, nothing is drawn.
+    Each epoch is shuffled by (seed, epoch); its last window may be smaller and counts as a step. An epoch contains
+    a source of weight 2 twice, and a source of weight 0.3 as a new sample of 30 % without repeats. Sources of
+    weight 1 draw no random numbers.
 
     Args:
-        examples: (rows, weight) of each source, whose rows are numbered one source after another; a number
-            alone is one source of weight 1.
+        examples: (number of rows, weight) of each source; rows are numbered through all sources. A single number
+            is one source of weight 1.
     """
 
     def __init__(self, examples: int | Sequence[tuple[int, float]], window_size: int, seed: int) -> None:
@@ -38,7 +38,7 @@ class WindowOrder:
         self.window_size, self.seed = window_size, seed
         self.steps_per_epoch = -(-self.num_examples // window_size)
         self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.int64)  # 8 bytes a row, where a list would take 36
+        self._order = torch.empty(0, dtype=torch.int64)  # 8 bytes per row; a list would take 36
 
     def window(self, step: int) -> list[int]:
         """Indices of the examples of this step."""
@@ -52,7 +52,7 @@ class WindowOrder:
         return self._order[start : start + self.window_size].tolist()
 
     def _draw(self, generator: torch.Generator) -> Tensor:
-        """The rows of an epoch, source by source."""
+        """Draw the rows of an epoch, source by source."""
         drawn, first = [], 0
         for num_rows, weight in self.sources:
             rows = torch.arange(first, first + num_rows)

@@ -1,4 +1,4 @@
-"""Prompts to answer while training: from the data, or a file of prompts."""
+"""Prompts to answer during training, from the data or from a file of prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlora.data.rows import Record
 
 @dataclass
 class Prompt:
-    """What the model is to go on from, as token ids and as text, and what it should say, if that is known."""
+    """A prompt as token ids and as text, and the expected answer if known."""
 
     ids: list[int]
     text: str
@@ -24,9 +24,9 @@ class Prompt:
 
 
 def prompt_of(example: Example, tokenizer: Any) -> Prompt:
-    """A training row as a prompt: its tokens up to the first target of its last answer, which is what to expect.
+    """Make a prompt of a training row: the tokens before its last answer, which is the expected answer.
 
-    Of a row that is all targets (a document, --train-on all) the first half is the prompt.
+    If the row is all targets (a document, --train-on all), its first half is the prompt.
     """
     ids, targets = example.input_ids.tolist(), example.targets.tolist()
     last = max(place for place, target in enumerate(targets) if target != IGNORE_INDEX)
@@ -42,10 +42,9 @@ def choose_prompts(
     """The first `count` prompts of a data file, or else of `examples`.
 
     Args:
-        source: records as `read_records` takes them. Besides those that training takes: a prompt, or messages,
-            without an answer.
+        source: records as for `read_records`; also a prompt or messages without an answer.
     Raises:
-        InputError: `source` cannot be read, or one of these records has no prompt.
+        InputError: `source` cannot be read, or a record has no prompt.
     """
     if count == 0:
         return []
@@ -57,7 +56,7 @@ def choose_prompts(
 
 def _read_prompt(record: Record, encoder: RowEncoder) -> Prompt:
     question, expected = _question(record.fields), None
-    if question is not None:  # with an answer in its place it is read as any record
+    if question is not None:  # with an empty answer it reads like any record
         messages = to_messages(Record({"prompt": question, "completion": "-"}, record.origin))[:-1]
     else:
         messages = to_messages(record)
@@ -68,7 +67,7 @@ def _read_prompt(record: Record, encoder: RowEncoder) -> Prompt:
 
 
 def _question(fields: dict[str, Any]) -> Any:
-    """A prompt, or messages up to a user's turn, that have no answer; None in a record as training takes it."""
+    """A prompt, or messages that end with a user's turn, without an answer; None for a training record."""
     turns = fields.get("messages")
     if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and turns[-1].get("role") == "user":
         return turns

@@ -39,7 +39,7 @@ class PythonRows:
         if not (self.is_dataset or self.is_frame or isinstance(rows, (list, tuple))):
             raise InputError(f"{name} is of type {type(rows).__name__}; give {KINDS}.")
         if self.is_frame and (doubled := find_doubled([str(column) for column in rows.columns])) is not None:
-            raise InputError(f"{name}: the column {quote(doubled)} stands there twice; rename one.")
+            raise InputError(f"{name}: the column {quote(doubled)} occurs twice; rename one.")
         if self.is_dataset and rows.format["type"] not in (None, "custom"):  # tensors: back to Python's values
             self.rows = rows.with_format(None, columns=rows.format["columns"])
 

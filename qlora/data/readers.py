@@ -17,7 +17,7 @@ from qlora.data.rows import BadRow, Record, as_row, collect_bad_row, explain_jso
 from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote, shorten
 
-PARQUET_ROWS = 256  # in memory at a time
+PARQUET_ROWS = 256  # held in memory at a time
 Rows = Generator[Record | BadRow, None, None]
 
 
@@ -27,12 +27,12 @@ def read_records(
     bad_rows: list[BadRow] | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> list[Record]:
-    """Every record of a source, as `stream_records` gives them.
+    """Read every record of a source (see `stream_records`).
 
     Args:
-        bad_rows: receives the rows that cannot be read, and reading goes on; None: the first one is raised.
+        bad_rows: collects unreadable rows and reading continues; None: raise at the first.
     Raises:
-        BadRow: a row cannot be read, and there is no list for it.
+        BadRow: a row cannot be read and bad_rows is None.
     """
     records: list[Record] = []
     with closing(stream_records(source, split, columns)) as rows:
@@ -47,17 +47,17 @@ def read_records(
 def stream_records(
     source: str | PythonRows, split: str = "train", columns: Mapping[str, str] | None = None
 ) -> Rows:
-    """The rows of a local file, of one split of a hub dataset, or of Python's, one after another.
+    """Yield the rows of a local file, of one split of a hub dataset, or from Python.
 
     Args:
-        source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) where no such path exists;
-            or rows from Python.
-        split:   the hub split, slices such as `train[:1000]` included; a file has but one and ignores it.
-        columns: column of the module's table -> the source's column that stands for it.
+        source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) if no such path exists; or rows
+            from Python.
+        split:   the hub split or a slice such as `train[:1000]`; ignored otherwise.
+        columns: column in SHAPES -> its name in the source.
     Yields:
-        A Record, or a BadRow for a row that cannot be read.
+        A Record, or a BadRow for an unreadable row.
     Raises:
-        InputError: the source is missing, of an unknown kind, broken as a whole, or holds no rows.
+        InputError: the source is missing, of an unknown kind, unreadable as a whole, or empty.
     """
     check_columns(columns or {})
     rows = _open_source(source, split)
@@ -70,7 +70,7 @@ def stream_records(
     except OSError as error:
         raise InputError(f"{source} cannot be read; check its permissions ({error}).") from error
     if num_rows == 0:
-        raise InputError(f"{source} holds no records; give a source with at least one.")
+        raise InputError(f"{source} has no records; give a source with at least one.")
 
 
 def _open_source(source: str | PythonRows, split: str) -> Rows:
@@ -90,40 +90,40 @@ def _open_source(source: str | PythonRows, split: str) -> Rows:
 
 
 def identify_source(source: str | PythonRows, split: str = "train") -> list[Any] | None:
-    """What changes when the source's content does: a file's path, size and times; a hub dataset's fingerprint; a
-    digest of rows from Python, None where they have none.
+    """A key that changes with the source's content: a file's path, size and times; a hub dataset's fingerprint; a
+    digest of rows from Python, or None if they have none.
 
     Raises:
-        InputError: as `stream_records`, where there is no such source.
+        InputError: the source does not exist.
     """
     if isinstance(source, PythonRows):
         return source.identity()
     path = Path(source)
     if path.is_file():
-        status = path.stat()  # ctime as well: `cp -p` and `touch` can set any other
+        status = path.stat()  # ctime too: `cp -p` and `touch` can set the other times
         return [source, str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     _open_source(source, split).close()
     return [source, split, str(_load_hub(source, split)._fingerprint)]
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Every key must be a column of the module's table; InputError names those that there are."""
+    """InputError if a key is not a column in SHAPES; it lists the valid names."""
     known = {name for _, names, extra in SHAPES for name in (*names, extra) if name}
     known |= {name for names in COMPANIONS.values() for name in names.split()}
     unknown = [name for name in columns if name not in known]
     if unknown:
         raise InputError(
-            f"columns names {quote(unknown[0])}, which is no column that is read; write name=column of the data "
-            f"with a name out of {', '.join(sorted(known))}."
+            f"Unknown column {quote(unknown[0])} in --columns; write NAME=COLUMN, where COLUMN is in the data and "
+            f"NAME is one of {', '.join(sorted(known))}."
         )
 
 
 def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
-    """The record under the names of `columns`; of its other columns, those that go with these stay."""
+    """Rename the record's columns by `columns`; of the others, keep those that belong to these."""
     absent = [column for column in columns.values() if column not in record.fields]
     if absent:
         there = shorten(", ".join(sorted(map(quote, record.fields))), 200)
-        return BadRow(record.origin, f"--columns asks for {quote(absent[0])}, but the columns are [{there}].")
+        return BadRow(record.origin, f"--columns names {quote(absent[0])}, but the columns are [{there}].")
     shapes = [{*names, extra} for _, names, extra in SHAPES if {*names, extra} & columns.keys()]
     partners = {name for shape in shapes for name in shape if name}
     partners |= {name for main in partners for name in COMPANIONS.get(main, "").split()}
@@ -141,7 +141,7 @@ def _refuse_utf16(source: str) -> None:
 
 
 def _bad_utf8(error: UnicodeDecodeError, start: int = 0) -> str:
-    """The byte that is not UTF-8, counted from `start`, and what stands before it."""
+    """Describe the byte that is not UTF-8, counted from `start`, and the text before it."""
     before = error.object[max(start, error.start - 20) : error.start].decode("utf-8", "replace")
     place = f"byte {error.start - start + 1}, 0x{error.object[error.start]:02x} after {quote(before)}"
     return f"{place}, is not valid UTF-8; save the file as UTF-8"
@@ -167,14 +167,14 @@ def _read_jsonl(source: str) -> Rows:
                 yield _parse_line(line, origin)
 
 
-_CUT_OFF = " (the line has no end: the file may be cut off)"
+_CUT_OFF = " (the line has no line break at its end: the file may be truncated)"
 
 
 def _parse_line(line: bytes, origin: str) -> Record | BadRow:
     cut = "" if line.endswith(b"\n") else _CUT_OFF  # only the last line may lack its end
     text = ""
     try:
-        text = line.decode().rstrip()  # an error after the line's end would count its column from there
+        text = line.decode().rstrip()  # else an error at the line's end would count columns from there
         value, may_have_flaw = load_json(text)
     except UnicodeDecodeError as error:
         return BadRow(origin, f"{_bad_utf8(error)}{cut}.")
@@ -195,12 +195,12 @@ def _read_json(source: str) -> Rows:
     try:
         value, may_have_flaw = load_json(text)
     except ValueError as error:
-        remedy = "mend it, or name it .jsonl if each line is an object"
+        remedy = "fix it, or rename it to .jsonl if each line is an object"
         line = 1
         if isinstance(error, json.JSONDecodeError):
             line = error.lineno
             if error.pos >= len(text) or error.msg.startswith("Unterminated string"):
-                remedy = "the file may be cut off: write it anew"
+                remedy = "the file may be truncated: write it again"
         raise InputError(f"{source}:{line}: {explain_json(error, text)}; {remedy}.") from error
     if isinstance(value, dict):
         lists = [field for field in value.values() if isinstance(field, list)]
@@ -208,7 +208,7 @@ def _read_json(source: str) -> Rows:
     if not isinstance(value, list):
         holds = describe(value)
         raise InputError(
-            f"{source}: holds {holds}, no list of records; write a list of objects, alone or in one field."
+            f"{source}: holds {holds}, not a list of records; write a list of objects, alone or in one field."
         )
     for number, item in enumerate(value, start=1):
         yield as_row(item, f"{source} record {number}", may_have_flaw)
@@ -216,7 +216,7 @@ def _read_json(source: str) -> Rows:
 
 def _read_csv(source: str) -> Rows:
     _refuse_utf16(source)
-    previous_limit = csv.field_size_limit(2**31 - 1)  # by default 131,072 characters a field
+    previous_limit = csv.field_size_limit(2**31 - 1)  # default: 131,072 characters per field
     header: list[str] = []
     first_line = 1  # of the row: a quoted field may span lines
     cut = ""
@@ -227,7 +227,7 @@ def _read_csv(source: str) -> Rows:
             cut = "" if line.endswith(("\n", "\r")) else _CUT_OFF  # only the last line may lack its end
             yield line
 
-    # A byte that is not UTF-8 is read as a surrogate, so that it costs its row and not the file.
+    # A byte that is not UTF-8 is read as a surrogate, so that only its row is lost, not the file.
     with open(source, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(read_lines(file), strict=True)
         try:
@@ -247,7 +247,7 @@ def _read_csv(source: str) -> Rows:
                     yield BadRow(origin, f"{problem}.")
                 elif len(row) != len(header):
                     sizes = f"{len(row)} field(s) where the header has {len(header)}, the last {quote(row[-1])}"
-                    remedy = "fill it up" if len(row) < len(header) else "quote the fields that hold commas"
+                    remedy = "fill it in" if len(row) < len(header) else "quote fields that contain commas"
                     yield BadRow(origin, f"{sizes}; {remedy}{cut}.")
                 else:
                     yield Record(dict(zip(header, row, strict=True)), origin)
@@ -274,21 +274,21 @@ def _read_parquet(source: str) -> Rows:
     try:
         with pyarrow.parquet.ParquetFile(source) as file:
             if (doubled := find_doubled(file.schema_arrow.names)) is not None:
-                raise InputError(f"{source}: the column {quote(doubled)} stands there twice; rename one.")
+                raise InputError(f"{source}: the column {quote(doubled)} occurs twice; rename one.")
             for batch in file.iter_batches(PARQUET_ROWS):
                 try:
                     rows = batch.to_pylist()
                 except UnicodeDecodeError:
-                    rows = [None] * batch.num_rows  # one by one, then
+                    rows = [None] * batch.num_rows  # read one by one below
                 for index, row in enumerate(rows):
                     number += 1
                     origin = f"{source} row {number}"
                     yield _read_parquet_row(batch, index, origin) if row is None else Record(row, origin)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, InputError) or getattr(error, "errno", None) is not None:
-            raise  # ours, or the disk's word and not pyarrow's on the content
+            raise  # our own, or an error of the disk rather than of the content
         reason = shorten(" ".join(str(error).split()), 200)
-        raise InputError(f"{source}: not readable as Parquet ({reason}); write the file anew.") from error
+        raise InputError(f"{source}: not readable as Parquet ({reason}); write the file again.") from error
 
 
 def _read_parquet_row(batch: Any, index: int, origin: str) -> Record | BadRow:
@@ -302,9 +302,9 @@ def _read_parquet_row(batch: Any, index: int, origin: str) -> Record | BadRow:
 
 
 def _load_hub(name: str, split: str) -> Any:
-    """A dataset of the hub: files of Arrow in the cache of `datasets`, mapped and not read into memory.
+    """Load a hub dataset: memory-mapped Arrow files in the cache of `datasets`.
 
-    (Its streaming mode needs no disk, but knows no slices, and cannot start a second time without the network.)
+    (Its streaming mode needs no disk, but has no slices and cannot start again without the network.)
     """
     import datasets
 
@@ -313,8 +313,8 @@ def _load_hub(name: str, split: str) -> Any:
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(
-            f"'{name}' is no file here, and its split '{split}' could not be loaded from the hub ({reason}); "
-            "check the path, the id, the split and the network."
+            f"No file '{name}' exists, and no such dataset with a split '{split}' could be loaded from the hub "
+            f"({reason}); check the path, the id, the split and the network."
         ) from error
 
 
@@ -327,5 +327,5 @@ _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".par
 
 
 def detect_format(fields: dict[str, Any], origin: str) -> str:
-    """The name of the record's shape, from the module's table; BadRow where none fits."""
+    """The name of the record's shape in SHAPES; BadRow if none fits."""
     return match_shape(fields, origin)[0]

@@ -1,4 +1,4 @@
-"""One conversation -> token ids and which of them are trained: the chat template rendered, special text hidden.
+"""Turn one conversation into token ids and a training mask: render the chat template, hide special-token text.
 
 T tokens of one row.
 """
@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that training teaches the model to stop with; not always tokenizer.eos_token_id."""
+    """The token id that training teaches the model to stop with; not always tokenizer.eos_token_id."""
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     ids, is_target = RowEncoder(tokenizer).encode_row(conversation, "completion", "the tokenizer")
     return [token for token, trained in zip(ids, is_target, strict=True) if trained][-1]
 
 
 def set_chat_template(tokenizer: Any, file: str) -> None:
-    """Give the tokenizer the Jinja template of a file, after a conversation was rendered with it.
+    """Give the tokenizer the Jinja template in a file, after a test conversation.
 
     Raises:
-        InputError: the file cannot be read, or its template cannot train a model.
+        InputError: the file cannot be read, or its template is not usable for training.
     """
     try:
         tokenizer.chat_template = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--chat-template {file} cannot be read ({error}); give a file in UTF-8.") from error
     if not tokenizer.chat_template.strip():
-        raise InputError(f"--chat-template {file} is empty; write a template in Jinja.")
+        raise InputError(f"--chat-template {file} is empty; write a Jinja template.")
     try:
         end_of_turn_id(tokenizer)
     except BadRow as error:
-        problem = error.problem.replace("; mend the record", "; correct it")
+        problem = error.problem.replace("; fix the record", "; fix it")
         raise InputError(f"--chat-template {file}: {problem}") from error
 
 
@@ -51,7 +51,7 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 class RowEncoder:
-    """A tokenizer that knows its special tokens; it can be sent to another process."""
+    """Encodes conversations with a tokenizer and its special tokens; picklable for worker processes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, parse_special: bool = False) -> None:
         self.tokenizer, self.parse_special = tokenizer, parse_special
@@ -63,7 +63,7 @@ class RowEncoder:
         self.end_of_turn = re.compile(rf"\s*({longest_first})")
         own = None if tokenizer.chat_template else fallback_template(tokenizer)
         self.template = ChatTemplate(tokenizer, own, self.special)
-        # Tokens that swallow the white space before or after them.
+        # Tokens that strip the white space before or after them.
         self.strips_left = {token.content for token in added if token.lstrip}
         self.strips_right = {token.content for token in added if token.rstrip}
 
@@ -78,12 +78,12 @@ class RowEncoder:
         return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
 
     def encode_row(self, messages: Messages, train_on: str, origin: str) -> tuple[list[int], list[bool]]:
-        """The whole row: ids t_0 .. t_T, and for each whether it is to be predicted."""
+        """The whole row: ids t_0 .. t_T, and for each whether it is a target."""
         if messages[0]["role"] == "document":
             if self.tokenizer.eos_token_id is None:
-                raise BadRow(origin, "the tokenizer has no eos_token to end a document with; set one.")
+                raise BadRow(origin, "the tokenizer has no eos_token to end a document; set one.")
             ids = [*self.encode_prompt(messages), self.tokenizer.eos_token_id]
-            is_blank = not messages[0]["content"].strip()  # would teach nothing but BOS -> eos
+            is_blank = not messages[0]["content"].strip()  # would only teach BOS -> EOS
             return ids, [not is_blank] * len(ids)
         if messages[0]["role"] == "tokens":
             ids = self._check_vocabulary(messages[0]["input_ids"], origin)
@@ -105,7 +105,7 @@ class RowEncoder:
                     raise BadRow(
                         origin,
                         f"the chat template writes no special token after the answer {content}, so the model "
-                        "could not learn to stop; use one that ends each answer, as it stands, in eos_token.",
+                        "could not learn to stop; use one that writes each answer unchanged, then eos_token.",
                     )
                 num_trained = places[num_before] + 1
             ids += part_ids
@@ -114,21 +114,21 @@ class RowEncoder:
         return ids, [True] * len(ids) if train_on == "all" else is_target
 
     def _check_vocabulary(self, ids: list[int], origin: str) -> list[int]:
-        """The ids, if each is one of the vocabulary."""
+        """The ids, if all are in the vocabulary; else BadRow."""
         size = len(self.tokenizer)
         if not 0 <= min(ids) <= max(ids) < size:
             place, token = next((place, token) for place, token in enumerate(ids, 1) if not 0 <= token < size)
             problem = (
-                f"input_ids holds {quote(token)} at place {place}, but this model's tokens are 0 to {size - 1}"
+                f"input_ids holds {quote(token)} at index {place}, but this model's tokens are 0 to {size - 1}"
             )
-            raise BadRow(origin, f"{problem}; tokenise the data with this model's tokenizer.")
+            raise BadRow(origin, f"{problem}; tokenize the data with this model's tokenizer.")
         return ids
 
     def _hide_special_text(self, messages: Messages) -> tuple[Messages, dict[int, str]]:
-        """Put one private-use character for each special token spelled out in a content, a call or a tool.
+        """Replace each special token spelled out in a content, a call or a tool by a private-use character.
 
         Returns:
-            (messages, hidden): hidden maps the characters back, as str.translate takes it; mostly empty.
+            (messages, hidden): hidden maps the characters back (for str.translate); usually empty.
         """
         if self.parse_special or not any(map(self.special.search, _texts_of(messages))):
             return messages, {}
@@ -162,18 +162,18 @@ class RowEncoder:
             if after:
                 ids.append(self.token_ids[after])
         for code, token in hidden.items():
-            # A Unigram vocabulary may spell a special token as one piece of text; so may a word-level one.
+            # A Unigram or word-level vocabulary may contain a special token's text as an ordinary piece.
             is_written = ids.count(self.token_ids[token]) == pieces.count(token)
             if chr(code) in part and not is_written and token != self.tokenizer.unk_token:
                 raise BadRow(
                     origin,
-                    f"a message holds {quote(token)}, which this tokenizer cannot write as plain text; remove it, "
-                    "or pass --parse-special to let it be the control token.",
+                    f"a message contains {quote(token)}, which this tokenizer cannot encode as plain text; remove "
+                    "it, or pass --parse-special to parse it as a control token.",
                 )
         return ids
 
     def _text_ids(self, text: str, before: str) -> list[int]:
-        """Ids of plain text after the special token `before`, or at the beginning of a part ("")."""
+        """Ids of plain text after the special token `before`, or at the start of a part ("")."""
 
         def encode(text: str) -> list[int]:
             options: Any = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -181,23 +181,24 @@ class RowEncoder:
 
         if not before or not text or _token_ids(before + "a", self.tokenizer)[1:] == encode("a"):
             return encode(text)
-        # A SentencePiece tokenizer may write its "▁" only where a part begins: there the text must not begin.
+        # A SentencePiece tokenizer may write its "▁" only at the start of a part: do not let the text start there.
         for lead in ("\n", "a", "1", "."):
             lead_ids, ids = encode(lead), encode(lead + text)
-            if ids[: len(lead_ids)] == lead_ids:  # no token spans the two, so the rest is the text's own
+            if ids[: len(lead_ids)] == lead_ids:  # no token spans both: the rest belongs to the text
                 return ids[len(lead_ids) :]
         return encode(text)
 
     def _find_end_of_turn(
         self, turns: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
     ) -> tuple[int | None, int]:
-        """Of the answer that `turns` end in and `part` begins with, after the text `before`: the special token
-        that ends it, if any, as an id; and how often that token stands in the part before.
+        """The special token that ends the last answer of `turns`, and how often it occurs earlier in `part`.
+
+        `part` begins with that answer and follows the text `before`. The token is an id, or None if there is none.
         """
         if "tool_calls" in turns[-1]:
             found = self.template.find_end_of_call(turns, tools, before, part, origin)
             return (None, 0) if found is None else (self.token_ids[found[0]], part.count(found[0], 0, found[1]))
-        content = turns[-1]["content"].strip()  # as many templates do
+        content = turns[-1]["content"].strip()  # many templates strip it
         start = part.find(content)
         while start >= 0:
             if match := self.end_of_turn.match(part, start + len(content)):

@@ -1,4 +1,4 @@
-"""A row of data, what may be wrong with it, and how an error quotes it; JSON that may hold anything."""
+"""Rows of data, errors about them, and reading of untrusted JSON."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from qlora.system.wording import describe, quote, shorten
 
 @dataclass(frozen=True)
 class Record:
-    """One example as its source wrote it, and where it stood, such as `train.jsonl:17`."""
+    """One row as found in its source, and where, such as `train.jsonl:17`."""
 
     fields: dict[str, Any]
     origin: str
 
 
 class BadRow(InputError):
-    """One row that cannot be used: where it stands, and its problem with the remedy, as one sentence."""
+    """An unusable row: where it is, and the problem and its remedy in one sentence."""
 
     def __init__(self, where: str, problem: str) -> None:
         super().__init__(where, problem)
@@ -33,33 +33,33 @@ class BadRow(InputError):
 
 
 def collect_bad_row(error: BadRow, bad_rows: list[BadRow] | None) -> None:
-    """Put the error into the list; without a list, raise it."""
+    """Append the error to the list, or raise it if there is no list."""
     if bad_rows is None:
         raise error
-    bad_rows.append(BadRow(error.where, error.problem))  # anew: the traceback would keep the row in memory
+    bad_rows.append(BadRow(error.where, error.problem))  # a copy: the traceback would keep the row in memory
 
 
 def sort_by_place(bad_rows: list[BadRow]) -> None:
-    """Bring the bad rows of one source, found while reading and after it, into the source's order."""
+    """Sort the bad rows of one source, found during and after reading, in the source's order."""
     bad_rows.sort(key=lambda row: [int(number) for number in re.findall(r"\d+(?=\]?$)", row.where)])
 
 
 class _DoubledKey(dict[str, Any]):
-    """A JSON object that gives `key` more than once."""
+    """A JSON object in which `key` occurs more than once."""
 
     key: Any
 
 
 def find_doubled(names: list[str]) -> str | None:
-    """The first name that stands there more than once."""
+    """The first name that occurs more than once."""
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def load_json(text: str) -> tuple[Any, bool]:
-    """A JSON value, and whether something in it needs `find_flaw`: NaN, an infinity, a key given twice.
+    """A JSON value, and whether it needs `find_flaw`: it has NaN, an infinity or a duplicate key.
 
     Raises:
-        ValueError: not JSON, or nested too deeply to be read.
+        ValueError: not JSON, or nested too deeply.
     """
     flaws: list[str] = []
 
@@ -83,13 +83,13 @@ def load_json(text: str) -> tuple[Any, bool]:
 
 
 def find_flaw(record: Any) -> str | None:
-    """What `load_json` let through in this record, as a problem with its remedy."""
-    stack = [("the row", record)]  # not a recursion: JSON may be nested as deeply as Python's own stack
+    """The flaw that `load_json` let through in this record, as a problem with its remedy."""
+    stack = [("the row", record)]  # no recursion: JSON may be nested as deeply as Python's stack
     while stack:
         name, value = stack.pop()
         if isinstance(value, _DoubledKey):
             last = quote(value[value.key])
-            return f"{name} gives the key {quote(value.key)} twice, in the end as {last}; keep one of them"
+            return f"{name} has the key {quote(value.key)} twice, the last one as {last}; keep one of them"
         if isinstance(value, float) and not math.isfinite(value):
             return f"{name} is {json.dumps(value)}, which is not a JSON value; write null or a number"
         if isinstance(value, dict):

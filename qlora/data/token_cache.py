@@ -1,23 +1,23 @@
-"""Tokenised rows of one source as files that are mapped into memory (numpy.memmap), and their cache.
+"""Tokenized rows of one source as memory-mapped files (numpy.memmap), and their cache.
 
-    TokenWriter   rows one after another -> a directory, whole or absent; one of them in memory at a time
-    TokenStore    the directory, or a copy in memory -> Example by number; pages are read as they are asked for
+    TokenWriter   writes rows to a directory one by one; holds one row in memory
+    TokenStore    reads the directory, or a copy in memory: Example by number; pages are read on demand
 
     DIRECTORY/tokens.bin    int32: input_ids and targets (shifted already) of the first row, of the second, ...
-              origins.bin   where each row stood, a line each
-              index.bin     ROW for each: where its tokens and its origin begin, counts, a digest of its tokens
-              report.json   what became of the other rows: counts, the bad ones; checksums of the files
+              origins.bin   the origin of each row, one per line
+              index.bin     a ROW each: offsets of its tokens and its origin, counts, a digest of its tokens
+              report.json   counts of the dropped rows, the bad rows, checksums of the files
 
-(Arrow would say the same in one file; but importing it costs every start a tenth of a second.)
+(Arrow could store this in one file, but importing it adds 0.1 s to every start.)
 
-Why not a stream of rows into training, as for data that no disk holds: a stream is shuffled within a window only,
-and to resume it is to read it again from its beginning. Rows that can be asked for by number keep the shuffle of a
-whole epoch, resuming by the step's number and packing exactly as they are with everything in memory.
+Why not stream rows into training: a stream can only be shuffled within a window, and resuming means reading it
+again from the start. Access by number keeps the shuffle of a whole epoch, resuming by step number, and the same
+packing as with all rows in memory.
 
-The cache, $QLORA_CACHE/tokens (else ~/.cache/qlora/tokens), holds a directory for each source, tokenizer,
-template and set of options; its name is a hash of all of these, FORMAT and the libraries' versions included. A
-directory whose checksum is wrong is made anew. Above MAX_CACHE bytes in all the least recently used ones go. Any
-may be deleted at any time.
+The cache, $QLORA_CACHE/tokens (default ~/.cache/qlora/tokens), has a directory for each combination of source,
+tokenizer, template, options, FORMAT and library versions; its name is a hash of them. A directory with a wrong
+checksum is rebuilt. Above MAX_CACHE bytes the least recently used directories are deleted. It is safe to delete
+any of them at any time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qlora.system.cache import cache_directory
 from qlora.system.files import new_directory, remove_leftovers
 from qlora.system.versions import versions
 
-FORMAT = 2  # raise it when the same rows, tokenizer, template and options would give other tokens
+FORMAT = 2  # increase it when the same rows, tokenizer, template and options give different tokens
 MAX_CACHE = 20 * 10**9  # bytes
 ROW = np.dtype(
     [
@@ -56,14 +56,14 @@ FILES: dict[str, Any] = {INDEX: ROW, TOKENS: np.int32, ORIGINS: np.uint8}
 
 
 def row_digest(input_ids: np.ndarray, targets: np.ndarray) -> int:
-    """Identity of a row's tokens, 64 bits; both int32, of one length."""
+    """64-bit digest of a row's tokens; both arrays int32, of equal length."""
     digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
     digest.update(targets.tobytes())
     return int.from_bytes(digest.digest(), "little")
 
 
 def digests_of(examples: Sequence[Example]) -> np.ndarray:
-    """(rows,) uint64, the `row_digest` of each example; of mapped ones, without reading them."""
+    """(rows,) uint64, the `row_digest` of each example, without reading memory-mapped rows."""
     digests: np.ndarray | None = getattr(examples, "digests", None)
     if digests is not None:
         return digests
@@ -72,7 +72,7 @@ def digests_of(examples: Sequence[Example]) -> np.ndarray:
 
 
 class TokenWriter:
-    """Writes rows into files of a directory, to be closed, or (None) into memory; `add` each."""
+    """Writes rows with `add` to files in a directory, or (None) to memory; close it at the end."""
 
     def __init__(self, directory: Path | None) -> None:
         self.files: dict[str, Any] = {
@@ -97,14 +97,14 @@ class TokenWriter:
 
 
 class TokenStore(Sequence[Example]):
-    """Rows of one source in the source's order.
+    """Rows of one source, in the source's order.
 
     Args:
-        files: what a TokenWriter wrote, as arrays of the dtypes in FILES, in memory or mapped.
-        report: what became of all the source's rows.
-        bad_rows: those among them that cannot be used.
+        files: a TokenWriter's output as arrays with the dtypes in FILES, in memory or memory-mapped.
+        report: counts for all rows of the source.
+        bad_rows: the unusable rows.
     Attributes:
-        lengths: (rows,) int64, tokens of each.
+        lengths: (rows,) int64, tokens per row.
         digests: (rows,) uint64, see `row_digest`.
         target_counts: (rows,) int32.
     """
@@ -141,7 +141,7 @@ class TokenStore(Sequence[Example]):
 def write_store(
     fill: Callable[[TokenWriter], tuple[EncodeReport, list[BadRow]]], directory: Path | None
 ) -> TokenStore:
-    """Make a store by `fill`, in a directory that appears whole or not at all, or (None) in memory.
+    """Create a store with `fill`, in a directory (written atomically) or (None) in memory.
 
     Raises:
         OSError: the directory cannot be written.
@@ -171,22 +171,22 @@ def _map_files(directory: Path) -> dict[str, np.ndarray]:
 
 
 def read_store(directory: Path) -> TokenStore | None:
-    """The store in a directory; None if there is none, or a damaged one."""
+    """The store in a directory; None if it is missing or damaged."""
     try:
         described = json.loads((directory / REPORT).read_bytes())
         if described["crc32"] != {name: _checksum(directory / name) for name in FILES}:
             return None
         bad_rows = [BadRow(str(where), str(problem)) for where, problem in described["bad_rows"]]
         store = TokenStore(_map_files(directory), EncodeReport(**described["report"]), bad_rows)
-        with suppress(OSError):  # a cache of someone else's
-            os.utime(directory)  # used now
+        with suppress(OSError):  # the cache may belong to someone else
+            os.utime(directory)  # mark as used
     except (OSError, KeyError, TypeError, ValueError, RecursionError):
         return None
     return store
 
 
 def _checksum(file: Path) -> int:
-    """CRC-32 of a file, read a piece at a time: a gigabyte takes about a second."""
+    """CRC-32 of a file, read in pieces: about a second per gigabyte."""
     value = 0
     with open(file, "rb") as content:
         while piece := content.read(2**20):
@@ -197,12 +197,12 @@ def _checksum(file: Path) -> int:
 def cached_store(
     key: list[Any], fill: Callable[[TokenWriter], tuple[EncodeReport, list[BadRow]]]
 ) -> tuple[TokenStore, bool]:
-    """The store for `key` from the cache, made by `fill` if it is not there whole, and whether it was.
+    """Return the store for `key` and whether it was cached; if not, `fill` creates it.
 
-    Who comes while another process makes it waits for that one.
+    If another process is creating it, wait for that process.
 
     Args:
-        key: all that the rows depend on, as JSON.
+        key: everything the rows depend on, as JSON.
     Raises:
         OSError: the cache cannot be written.
     """
@@ -228,18 +228,18 @@ def token_cache() -> Path:
 
 
 def _code() -> str:
-    """Identity of the code that makes rows: our format and the libraries that render and tokenize."""
+    """Versions of the code that makes rows: our format and the libraries that render and tokenize."""
     return " ".join([str(FORMAT), *versions("transformers", "tokenizers").values()])
 
 
 def _evict(newest: Path) -> None:
-    """Delete the least recently used stores while all together are above MAX_CACHE; never the newest."""
-    with suppress(FileNotFoundError):  # another process may tidy up at the same time
+    """Delete the least recently used stores, except `newest`, until the total is at most MAX_CACHE."""
+    with suppress(FileNotFoundError):  # another process may delete at the same time
         stores = [path for path in newest.parent.iterdir() if path.is_dir() and not path.name.startswith(".")]
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in stores}
         for path in sorted({*stores} - {newest}, key=lambda path: path.stat().st_mtime):
             if sum(sizes.values()) <= MAX_CACHE:
                 return
-            shutil.rmtree(path, ignore_errors=True)  # who has it mapped keeps its pages
+            shutil.rmtree(path, ignore_errors=True)  # processes that have it mapped keep its pages
             path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
             del sizes[path]

@@ -1,4 +1,4 @@
-"""A tokenizer that an adapter brings along: tokens added to it, and its files."""
+"""The tokenizer saved with an adapter: added tokens, and its files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora.system.errors import InputError
 
-# The files that a tokenizer may consist of, as transformers writes them.
+# The tokenizer files that transformers may write.
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
@@ -19,11 +19,11 @@ TOKENIZER_FILES = (
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     """Add tokens to a tokenizer, in place.
 
-    As ordinary tokens, not as special ones: text in the data that spells one is that token, and an answer shows
-    it. Special tokens are control tokens: those are hidden in messages (data/encode.py) and left out of answers.
+    They are ordinary tokens: text in the data that spells one becomes that token, and answers show it. Special
+    tokens are control tokens, which are hidden in messages (data/row_encoder.py) and left out of answers.
 
     Raises:
-        InputError: a token twice, or one that the tokenizer has already; nothing is added then.
+        InputError: a token is given twice or already in the tokenizer; nothing is added then.
     """
     from transformers import AddedToken
 
@@ -34,9 +34,9 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
     present = [token for token in tokens if token in vocabulary]
     if present:
         raise InputError(
-            f"new_tokens names {', '.join(present)!r:.200}, which the tokenizer has already; leave that out."
+            f"new_tokens names {', '.join(present)!r:.200}, which the tokenizer already has; remove it."
         )
-    # Not normalized: the token is found as it is spelled, before the tokenizer lowers or marks anything.
+    # normalized=False: match the token as spelled, before the tokenizer lowercases or marks anything.
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
 
@@ -44,27 +44,27 @@ def token_ids_of(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     """Ids of tokens that `add_tokens` added.
 
     Raises:
-        InputError: no tokenizer, or one without them.
+        InputError: no tokenizer, or one without these tokens.
     """
     vocabulary = {} if tokenizer is None else tokenizer.get_vocab()
     absent = [token for token in tokens if token not in vocabulary]
     if absent:
         raise InputError(
-            f"new_tokens names {absent[0]!r:.60}, which the tokenizer has not; call add_tokens(tokenizer, tokens) "
-            "and pass that tokenizer along."
+            f"new_tokens names {absent[0]!r:.60}, which the tokenizer lacks; call add_tokens(tokenizer, tokens) "
+            "and pass that tokenizer."
         )
     return [vocabulary[token] for token in tokens]
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """The files that a tokenizer is saved as, by name."""
+    """The tokenizer's files by name, as saved by transformers."""
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         return read_tokenizer_files(Path(directory))
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a directory; none if there is no tokenizer."""
+    """The tokenizer's files in a directory, by name; empty if there is no tokenizer."""
     if not (directory / "tokenizer_config.json").is_file():
         return {}
     files = [directory / name for name in TOKENIZER_FILES]

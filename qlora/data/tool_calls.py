@@ -1,11 +1,11 @@
-"""Tool calls and tools, as OpenAI writes them or nearly so, in the one form that chat templates expect.
+"""Read tool calls and tools in OpenAI's format, or close to it, into the form that chat templates expect.
 
-    tool_calls   of an assistant's turn: [{"type": "function", "function": {"name", "arguments"}}], perhaps with
-                 an "id"; or [{"name", "arguments"}]. Arguments are an object, or the JSON text of one.
-    tools        of a record: [{"type": "function", "function": {"name", "description", "parameters"}}], or the
-                 JSON text of such a list, as columns of Parquet hold it; a function alone is wrapped.
+    tool_calls   in an assistant's turn: [{"type": "function", "function": {"name", "arguments"}}], with an
+                 optional "id"; or [{"name", "arguments"}]. Arguments are an object or its JSON text.
+    tools        in a record: [{"type": "function", "function": {"name", "description", "parameters"}}], or the
+                 JSON text of such a list, as in Parquet columns; a bare function is wrapped.
 
-Arguments become objects: most templates write `arguments | tojson`, which would quote a text once more.
+Arguments become objects: most templates write `arguments | tojson`, which would quote a text a second time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MAX_DEPTH = 64  # of objects and lists within arguments or tools
 
 
 def read_tool_calls(value: Any, name: str, origin: str) -> list[dict[str, Any]]:
-    """The calls of one turn, each {"type": "function", "function": {"name", "arguments": {...}}}, perhaps "id".
+    """The calls of one turn: {"type": "function", "function": {"name", "arguments": {...}}}, optional "id".
 
     Args:
-        name: of the turn, for errors.
+        name: the turn's name for errors.
     Raises:
-        BadRow: no list of calls, a call without a name, arguments that are no JSON object.
+        BadRow: not a list of calls, a call without a name, or arguments that are not a JSON object.
     """
     has = f"{name} has the tool_calls {quote(value)}"
     if not isinstance(value, list):
@@ -47,10 +47,10 @@ def read_tool_calls(value: Any, name: str, origin: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
-    """The tools of one record, each {"type": "function", "function": {...}}; none where the value is empty.
+    """The tools of one record, each {"type": "function", "function": {...}}; [] if the value is empty.
 
     Raises:
-        BadRow: no list of tools, or one without a name.
+        BadRow: not a list of tools, or a tool without a name.
     """
     value = _read_json(value or [], "tools", "a list of tools", origin)
     if not isinstance(value, list):
@@ -66,7 +66,7 @@ def read_tools(value: Any, origin: str) -> list[dict[str, Any]]:
 
 
 def _read_json(value: Any, name: str, wanted: str, origin: str) -> Any:
-    """The value, read from JSON where it is a text."""
+    """The value, parsed as JSON if it is a text."""
     if not isinstance(value, str):
         return value
     try:
@@ -80,7 +80,7 @@ def _read_json(value: Any, name: str, wanted: str, origin: str) -> Any:
 
 
 def _check_plain(value: Any, name: str, origin: str) -> None:
-    """What a template can render: JSON values of text that a tokenizer takes, not nested without end."""
+    """BadRow unless a template can render it: JSON values, text that a tokenizer accepts, limited nesting."""
     stack = [(value, 0)]
     while stack:
         item, depth = stack.pop()
@@ -95,6 +95,8 @@ def _check_plain(value: Any, name: str, origin: str) -> None:
         elif not isinstance(item, (bool, int, float, type(None))) or (
             item != item or item in (math.inf, -math.inf)
         ):
-            raise BadRow(origin, f"{name} holds {describe(item)}, which is no JSON value; write text or a number.")
+            raise BadRow(
+                origin, f"{name} holds {describe(item)}, which is not a JSON value; write text or a number."
+            )
         if depth > MAX_DEPTH:
             raise BadRow(origin, f"{name} is nested more than {MAX_DEPTH} levels deep; make it flatter.")

@@ -1,7 +1,7 @@
-"""How far a merged model is from base + adapter: both run over the same texts in fp32, one after the other.
+"""Measure how far a merged model is from base + adapter: run both on the same texts in fp32, one after the other.
 
-Texts are a few prompts and paragraphs below, or a file of the user's own. The paragraphs (or the file) give the
-perplexity of both models too.
+The texts are built-in prompts and paragraphs (export/texts.py) or a user's file. The paragraphs (or the file) also
+give the perplexity of both models.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from qlora.data.readers import read_records
 from qlora.export.texts import DRIFT_PASSAGES, DRIFT_PROMPTS
 from qlora.system.errors import InputError
 
-MAX_LENGTH = 512  # tokens of one text
-MAX_TOKENS = 1024  # of a file of drift texts: the logits of all of them are held
+MAX_LENGTH = 512  # tokens per text
+MAX_TOKENS = 1024  # tokens read from a file: all their logits are held in memory
 
 
 @dataclass
 class Drift:
-    """How far the saved model is from base + adapter, over the tokens of all texts."""
+    """Differences between the saved model and base + adapter, over the tokens of all texts."""
 
     mean_kl: float  # KL(base + adapter || saved), nats per token
     max_logit_difference: float
-    greedy_agreement: float  # share of positions with the same most likely next token
+    greedy_agreement: float  # fraction of positions with the same most likely next token
     num_tokens: int
     adapter_perplexity: float | None = None  # of base + adapter, on the paragraphs or the file
     merged_perplexity: float | None = None
@@ -47,17 +47,17 @@ class Drift:
 
 @dataclass
 class DriftTexts:
-    """Token ids to compare two models on; the passages are for perplexity too."""
+    """Token ids to compare two models on; the passages also give perplexity."""
 
     prompts: list[list[int]]
     passages: list[list[int]]
 
 
 def load_drift_texts(tokenizer: Any, source: str | None, context: int) -> DriftTexts:
-    """The texts of this file, or those of `source`, as `load_texts` reads it.
+    """The built-in texts, or those of the file `source` (see `load_texts`).
 
     Args:
-        context: tokens that the model can read.
+        context: context length of the model, in tokens.
     """
     if source is not None:
         return DriftTexts([], load_texts(source, tokenizer, min(MAX_LENGTH, context), MAX_TOKENS))
@@ -67,12 +67,12 @@ def load_drift_texts(tokenizer: Any, source: str | None, context: int) -> DriftT
 
 
 def load_texts(source: str, tokenizer: Any, max_length: int, max_tokens: int) -> list[list[int]]:
-    """Token ids of the first texts of a file, `max_tokens` of them in all.
+    """Token ids of the first texts of a file, at most `max_tokens` in total.
 
     Args:
-        source: a .txt or .md file, cut every `max_length` tokens, or data that training takes, a row a text.
+        source: a .txt or .md file, cut every `max_length` tokens; or training data, one text per row.
     Raises:
-        InputError: no such file, or nothing in it.
+        InputError: the file is missing or empty.
     """
     if Path(source).suffix.lower() in (".txt", ".md"):
         try:
@@ -89,16 +89,16 @@ def load_texts(source: str, tokenizer: Any, max_length: int, max_tokens: int) ->
         if len(row) > 1:
             texts.append(row)
     if not texts:
-        raise InputError(f"{source} holds no text of two tokens or more; give another file.")
+        raise InputError(f"{source} has no text of two or more tokens; give another file.")
     return texts
 
 
 @torch.inference_mode()
 def measure_drift(load_reference: Callable[[], Any], load_merged: Callable[[], Any], texts: DriftTexts) -> Drift:
-    """Run both models over the texts; each is loaded when its turn comes and dropped after it.
+    """Run both models over the texts; only one is in memory at a time.
 
     Args:
-        load_reference: gives base + adapter; `load_merged` the saved model.
+        load_reference: loads base + adapter; `load_merged` loads the saved model.
     """
     rows = texts.prompts + texts.passages
 
@@ -115,7 +115,7 @@ def measure_drift(load_reference: Callable[[], Any], load_merged: Callable[[], A
 
 
 def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Drift:
-    """Drift between two models' (T, V) logits over the same texts, one text after the other."""
+    """Drift between two models' (T, V) logits, one tensor per text."""
     divergence, largest, same, num_tokens = 0.0, 0.0, 0, 0
     for one, other in zip(expected, actual, strict=True):
         p, q = one.double(), other.double()
@@ -128,7 +128,7 @@ def compare_logits(expected: list[Tensor], actual: list[Tensor]) -> Drift:
 
 
 def perplexity(logits: list[Tensor], texts: list[list[int]]) -> float:
-    """exp of the mean cross-entropy of each token after those before it, the first of each text left out."""
+    """exp of the mean next-token cross-entropy in nats, without the first token of each text."""
     losses = [
         F.cross_entropy(scores[:-1].double(), torch.tensor(ids[1:]), reduction="sum")
         for scores, ids in zip(logits, texts, strict=True)

@@ -1,15 +1,15 @@
-"""Write a model, or a LoRA adapter alone, as a .gguf file: what llama.cpp, Ollama and LM Studio load.
+"""Write a model, or a LoRA adapter alone, as a .gguf file for llama.cpp, Ollama and LM Studio.
 
     model      dequantize one tensor -> merge the adapter into it -> permute q and k -> encode -> write -> next
     adapter    `<tensor>.lora_a` (rank, in) and `<tensor>.lora_b` (out, rank); llama.cpp computes
                W x + (adapter.lora.alpha / rank) lora_b lora_a x
 
-Names, sizes and encodings are those of the gguf package. Norms and everything one-dimensional stay in fp32. In
-files of 4 and 5 bits the embedding and the output head, which suffer most, are q8_0. Only encodings that the
-gguf package can write are offered; the K-quants are made by llama.cpp's llama-quantize from an f16 or bf16 file.
+Names, sizes and encodings come from the gguf package. Norms and other one-dimensional tensors stay in fp32. In
+4-bit and 5-bit files the embedding and the output head, which lose most, are q8_0. Only encodings that the gguf
+package can write are offered; for K-quants run llama.cpp's llama-quantize on an f16 or bf16 file.
 
-llama.cpp's llama architecture wants the rows of q and k in the order of its own rotary embedding, which takes
-neighbours (2i, 2i + 1) as pairs where Hugging Face takes (i, i + d/2); qwen2 and qwen3 keep theirs.
+llama.cpp's llama architecture expects the rows of q and k in the order of its own rotary embedding, which pairs
+(2i, 2i + 1) where Hugging Face pairs (i, i + d/2); qwen2 and qwen3 keep Hugging Face's order.
 
 Source: llama.cpp, conversion/base.py, conversion/llama.py and convert_lora_to_gguf.py.
 """
@@ -54,19 +54,20 @@ def export_gguf(
     adapter: str | None = None,
     pre_tokenizer: str | None = None,
 ) -> None:
-    """Write a model, with an adapter merged into it on the way if one is given, as one .gguf file.
+    """Write a model, with an optional adapter merged into it, as one .gguf file.
 
-    Memory stays near one tensor in fp32. The adapter is merged onto the weights it was trained against: the
-    dequantized base. A .gguf base hands on its own metadata, tokenizer included.
+    Memory stays near one tensor in fp32. The adapter is merged into the weights it was trained on, the
+    dequantized base. Metadata of a .gguf base, with its tokenizer, is copied.
 
     Args:
         model: a Hugging Face directory, a hub id or a .gguf file, of a family that has a GGUF form.
-        output: must not exist; appears whole or not at all.
-        encoding: of the matrices; a row that is no multiple of a block of 32 is written in f16 instead.
+        output: must not exist; written atomically.
+        encoding: of the matrices; a tensor whose rows are not a multiple of 32 is written in f16 instead.
         adapter: adapter directory.
-        pre_tokenizer: llama.cpp's name of the tokenizer's splitter, where it is not recognised.
+        pre_tokenizer: llama.cpp's name for the tokenizer's splitter, if it is not recognized.
     Raises:
-        InputError: an architecture, tokenizer or setting that llama.cpp has not, or an adapter that does not fit.
+        InputError: llama.cpp does not support the architecture, tokenizer or a setting; or the adapter does not
+            fit.
     """
     network = empty_model(model)
     form = _gguf_form(network.config)
@@ -77,7 +78,7 @@ def export_gguf(
         grown = [name for name, value in lora.trained.items() if shapes.get(name) != tuple(value.shape)]
         if lora.base_shift or lora.config.init == "pissa" or grown:
             raise InputError(
-                f"The adapter {adapter} brings a base or vocabulary of its own (PiSSA, LoftQ, new tokens); "
+                f"The adapter {adapter} changes the base or the vocabulary (PiSSA, LoftQ, new tokens); "
                 "merge it first, then export the merged model."
             )
     quant = None if adapter is None else adapter_quantization(adapter)
@@ -100,16 +101,16 @@ def export_gguf(
 
 
 def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encoding = "f16") -> None:
-    """Write an adapter alone as a .gguf file, to be loaded beside a .gguf of its base.
+    """Write an adapter alone as a .gguf file, for use with a .gguf of its base.
 
-    Every scaling (rsLoRA, per-layer ranks and alphas) is put into B so that llama.cpp's alpha / rank gives the
-    right one; a plain adapter keeps its B.
+    Scalings other than alpha / rank (rsLoRA, per-layer ranks and alphas) are folded into B, since llama.cpp
+    applies alpha / rank; a plain adapter keeps its B.
 
     Args:
         model: the base; only its config is read.
-        encoding: f32, f16, bf16 or q8_0; a row that is no multiple of 32 is written in f16 instead.
+        encoding: f32, f16, bf16 or q8_0; a tensor whose rows are not a multiple of 32 is written in f16 instead.
     Raises:
-        InputError: an adapter that is more than low-rank updates, or does not fit the base.
+        InputError: the adapter has more than low-rank updates, or does not fit the base.
     """
     if encoding not in ADAPTER_ENCODINGS:
         raise InputError(
@@ -153,15 +154,15 @@ def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encod
 
 
 def _gguf_form(config: Any) -> GGUFForm:
-    """llama.cpp's form of a model that computes the same.
+    """The llama.cpp form that computes the same.
 
     Raises:
-        InputError: none does.
+        InputError: there is none.
     """
     form = family_of(config).gguf
     rope = config.rope_parameters if form else {}
     reasons = [f"has hidden_act {config.hidden_act}"] if getattr(config, "hidden_act", "silu") != "silu" else []
-    reasons += ["rotates a part of each head only"] if rope.get("partial_rotary_factor", 1.0) != 1.0 else []
+    reasons += ["rotates only part of each head"] if rope.get("partial_rotary_factor", 1.0) != 1.0 else []
     reasons += ["has attention biases"] if form and not form.has_biases and config.attention_bias else []
     if form is None or reasons:
         known = [kind for kind, family in FAMILIES.items() if family.gguf]
@@ -173,7 +174,7 @@ def _gguf_form(config: Any) -> GGUFForm:
 
 
 def gguf_names(names: Iterable[str], architecture: str, num_layers: int) -> dict[str, str]:
-    """Parameter name -> its name in a .gguf file."""
+    """Map parameter names to names in a .gguf file."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
     arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
@@ -188,10 +189,10 @@ def gguf_names(names: Iterable[str], architecture: str, num_layers: int) -> dict
 
 
 def permute_rows(name: str, tensor: Tensor, config: Any) -> Tensor:
-    """Rows of q and k in llama.cpp's rotary order, halves interleaved, where the architecture wants it.
+    """Reorder the rows of q and k to llama.cpp's rotary order (interleaved halves) if the architecture needs it.
 
     Args:
-        tensor: (rows, ...) of q_proj or k_proj, weight, bias or lora_B; anything else comes back as it is.
+        tensor: (rows, ...) weight, bias or lora_B of q_proj or k_proj; any other tensor is returned unchanged.
     """
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     form = family_of(config).gguf
@@ -206,12 +207,12 @@ def permute_rows(name: str, tensor: Tensor, config: Any) -> Tensor:
 def _add_metadata(
     writer: Any, model: str, config: Any, encoding: Encoding, pre_tokenizer: str | None, adapter: str | None
 ) -> None:
-    """Everything but the tensors and the rotary embedding; of an adapter, its chat template."""
+    """Write all metadata except tensors and rotary embedding, with the adapter's chat template if it has one."""
     path = resolve_model(model)
     writer.add_type("model")
     _add_file_type(writer, encoding)
     window = getattr(config, "sliding_window", None)
-    # llama.cpp computes these architectures without a window: up to its length both are the same.
+    # llama.cpp computes these architectures without a window; up to the window's length both are the same.
     writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
@@ -231,7 +232,7 @@ def _add_metadata(
 
 
 def _copy_vocabulary(writer: Any, file: Path, model: str, adapter: str | None) -> None:
-    """Tokenizer, chat template, licence and rotary settings of a .gguf base, as they stand there."""
+    """Copy tokenizer, chat template, license and rotary settings of a .gguf base unchanged."""
     from gguf import GGUFReader
 
     fields: dict[str, Any] = dict(GGUFReader(file).fields)
@@ -258,19 +259,19 @@ def _add_file_type(writer: Any, encoding: Encoding) -> None:
 
 
 def _add_rope(writer: Any, config: Any, form: GGUFForm) -> Tensor | None:
-    """Base and scaling of the rotary embedding.
+    """Write base and scaling of the rotary embedding.
 
     Returns:
-        (head_dim / 2,) divisors of the frequencies for LLaMA 3's scaling, which llama.cpp wants as a tensor.
+        (head_dim / 2,) divisors of the frequencies for LLaMA 3's scaling, which llama.cpp reads as a tensor.
     Raises:
-        InputError: a scaling that llama.cpp has not.
+        InputError: llama.cpp does not support the scaling.
     """
     from gguf import RopeScalingType
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    # YaRN's other settings: llama.cpp reads none of them for these architectures.
+    # llama.cpp reads no other YaRN settings for these architectures.
     usual = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
     unusual = [key for key, value in usual.items() if rope.get(key, value) not in (value, None)]
     writer.add_rope_freq_base(rope["rope_theta"])
@@ -284,7 +285,7 @@ def _add_rope(writer: Any, config: Any, form: GGUFForm) -> Tensor | None:
         writer.add_rope_scaling_orig_ctx_len(
             rope.get("original_max_position_embeddings") or config.max_position_embeddings
         )
-        # llama.cpp multiplies the usual factor by this one; Hugging Face's takes its place.
+        # llama.cpp multiplies the usual factor by this one; in Hugging Face it replaces the usual one.
         writer.add_rope_scaling_attn_factors((rope.get("attention_factor") or attention) / attention)
     elif kind == "llama3" and form.has_rope_freqs:
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
@@ -304,12 +305,12 @@ def _add_rope(writer: Any, config: Any, form: GGUFForm) -> Tensor | None:
 
 @contextmanager
 def _new_gguf(output: str | Path, architecture: str) -> Iterator[Any]:
-    """A GGUFWriter on a file that becomes `output` once it is whole."""
+    """Yield a GGUFWriter on a file that becomes `output` when complete."""
     from gguf import GGUFWriter
 
     target = Path(output)
     if target.suffix != ".gguf":
-        raise InputError(f"--output {target} does not end in .gguf; choose such a name.")
+        raise InputError(f"--output {target} does not end in .gguf; choose a name that does.")
     if target.exists():
         raise InputError(f"--output {target} exists already; remove it or choose another.")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -323,7 +324,7 @@ def _new_gguf(output: str | Path, architecture: str) -> Iterator[Any]:
 
 
 def _encoding_of(name: str, shape: tuple[int, ...], encoding: Encoding) -> Encoding:
-    """What a tensor of this name and shape is stored as in a file of `encoding`."""
+    """The encoding of a tensor with this name and shape in a file of `encoding`."""
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return "f32"
     if encoding not in ("f32", "f16", "bf16") and shape[-1] % 32:
@@ -334,7 +335,7 @@ def _encoding_of(name: str, shape: tuple[int, ...], encoding: Encoding) -> Encod
 
 
 def _announce(writer: Any, name: str, shape: tuple[int, ...], encoding: Encoding) -> None:
-    """Enter a tensor into the header; its data follows later, in the same order."""
+    """Add a tensor to the header; its data is written later, in the same order."""
     import numpy as np
     from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 
@@ -356,8 +357,8 @@ def _write(writer: Any, name: str, tensor: Tensor, encoding: Encoding) -> None:
     from gguf import GGMLQuantizationType, quantize
 
     array = tensor.detach().float().contiguous().numpy()
-    with np.errstate(over="ignore"):  # said below
+    with np.errstate(over="ignore"):  # reported below
         data = quantize(array, GGMLQuantizationType[encoding.upper()])
     if not np.isfinite(array).all() or (encoding == "f16" and not np.isfinite(data).all()):
-        raise InputError(f"{name} holds values that {encoding} has no number for; choose --type bf16.")
+        raise InputError(f"{name} has values outside the range of {encoding}; choose --type bf16.")
     writer.write_tensor_data(data)

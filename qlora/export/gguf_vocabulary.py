@@ -1,15 +1,15 @@
 """A Hugging Face tokenizer as the metadata of a .gguf file.
 
-llama.cpp knows two kinds that LLaMA-like models use:
+llama.cpp supports two kinds for LLaMA-like models:
 
-    gpt2     byte-level BPE: the merges in order, and the *name* of the regular expression that splits text into
-             words first (`tokenizer.ggml.pre`), out of a list compiled into llama.cpp
-    llama    SentencePiece BPE: no merges but a score per token; of all neighbours that could be joined, those
-             whose joint token scores highest are. Minus the rank of a token's first merge is such a score.
+    gpt2     byte-level BPE: the merges in order, and the *name* of the regular expression that first splits text
+             into words (`tokenizer.ggml.pre`), from a list compiled into llama.cpp
+    llama    SentencePiece BPE: a score per token instead of merges; of all adjacent pairs, the one whose joined
+             token scores highest is merged. Minus the rank of a token's first merge is such a score.
 
-llama.cpp's own converter finds the name of a splitter by hashing what a test text becomes, which knows published
-vocabularies only. Here the splitter in tokenizer.json is compared with those that llama.cpp has, which knows
-every vocabulary; one that is not among them is refused, for a wrong one would give wrong tokens without a word.
+llama.cpp's own converter finds a splitter's name by hashing the tokens of a test text, which works for published
+vocabularies only. Here the splitter in tokenizer.json is compared with llama.cpp's, which works for every
+vocabulary. An unknown splitter is an error, since a wrong one would silently give wrong tokens.
 
 Source: llama.cpp, conversion/base.py (get_vocab_base, _set_vocab_sentencepiece) and src/llama-vocab.cpp.
 """
@@ -33,8 +33,8 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# llama.cpp's name -> (how text is split before the bytes, ignore_merges: whether a word that is a token is taken
-# whole). "words" is GPT-2's own expression, inside ByteLevel.
+# llama.cpp's name -> (how text is split before the bytes, ignore_merges: whether a word that is itself a token is
+# never split). "words" is GPT-2's own expression, inside ByteLevel.
 PRE_TOKENIZERS: dict[str, tuple[list[Any], bool]] = {
     "gpt-2": (["words"], False),
     "smollm": (["digits", "words"], False),
@@ -43,23 +43,23 @@ PRE_TOKENIZERS: dict[str, tuple[list[Any], bool]] = {
     "qwen2": ([_WORDS + r"\p{N}" + _REST], False),
     "tekken": ([_TEKKEN], True),
 }
-ADDED_SCORE = -1000.0  # as llama.cpp's converter gives; such tokens are found in the text, not merged
+ADDED_SCORE = -1000.0  # as in llama.cpp's converter; such tokens are matched in the text, not merged
 
 
 def add_vocabulary(writer: Any, tokenizer: Any, num_rows: int, pre_tokenizer: str | None = None) -> None:
     """Write a fast tokenizer's tokens, special ids and chat template into a GGUFWriter.
 
-    Without a chat template it gets the plain one that training uses.
+    A tokenizer without a chat template gets the fallback that training uses.
 
     Args:
         num_rows: rows of the embedding; those beyond the tokenizer's tokens are marked unused.
-        pre_tokenizer: llama.cpp's name of the splitter, for one that is not recognised.
+        pre_tokenizer: llama.cpp's name for the splitter, if it is not recognized.
     Raises:
-        InputError: a tokenizer that llama.cpp has no like of.
+        InputError: llama.cpp has no equivalent tokenizer.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise InputError(
-            f"The tokenizer is a {type(tokenizer).__name__} without a tokenizer.json; save the fast one beside "
+            f"The tokenizer is a {type(tokenizer).__name__} without a tokenizer.json; save the fast one next to "
             "the model."
         )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -84,14 +84,14 @@ def add_vocabulary(writer: Any, tokenizer: Any, num_rows: int, pre_tokenizer: st
         writer.add_token_list(tokens)
         writer.add_token_merges([" ".join(pair) for pair in merges])
     else:
-        raise InputError(f"The tokenizer is a {model['type']} model; only BPE ones can be written as GGUF.")
+        raise InputError(f"The tokenizer is a {model['type']} model; only BPE can be written as GGUF.")
     writer.add_token_types(types)
     _add_special_ids(writer, tokenizer)
     writer.add_chat_template(tokenizer.chat_template or fallback_template(tokenizer))
 
 
 def _tokens(tokenizer: Any, num_rows: int) -> tuple[list[str], list[int]]:
-    """Text and gguf.TokenType of every row of the embedding."""
+    """Text and gguf.TokenType for every row of the embedding."""
     from gguf import TokenType
 
     tokens = [f"[PAD{row}]" for row in range(num_rows)]
@@ -109,7 +109,7 @@ def _tokens(tokenizer: Any, num_rows: int) -> tuple[list[str], list[int]]:
 
 
 def _scores(tokens: list[str], merges: list[list[str]], added: set[str]) -> list[float]:
-    """Minus the rank of the first merge that makes a token; no merge makes single letters and bytes."""
+    """Score per token: minus the rank of the first merge that makes it; letters and bytes need no merge."""
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         ranks.setdefault("".join(pair), rank)
@@ -119,11 +119,11 @@ def _scores(tokens: list[str], merges: list[list[str]], added: set[str]) -> list
 def _has_space_prefix(backend: dict[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space before a text.
 
-    Metaspace puts none before a text that begins with one, nor after a special token where it says "first";
-    llama.cpp does, as SentencePiece itself.
+    Metaspace adds none before a text that begins with one, nor, with "first", after a special token; llama.cpp
+    and SentencePiece do.
 
     Raises:
-        InputError: it does anything else to the text.
+        InputError: the tokenizer changes the text in another way.
     """
     normalizers = _flatten(backend.get("normalizer"), "normalizers")
     splitters = _flatten(backend.get("pre_tokenizer"), "pretokenizers")
@@ -135,17 +135,17 @@ def _has_space_prefix(backend: dict[str, Any]) -> bool:
             prefix = step.get("prepend_scheme", "always") != "never"
         elif step != {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}:
             raise InputError(
-                f"The tokenizer has a step {step['type']!r:.60} that llama.cpp's SentencePiece has not; export "
+                f"The tokenizer has a step {step['type']!r:.60} that llama.cpp's SentencePiece lacks; export "
                 "the adapter alone (--adapter-only)."
             )
     return prefix
 
 
 def pre_tokenizer_name(backend: dict[str, Any]) -> str:
-    """llama.cpp's name of the splitter in a byte-level tokenizer.json.
+    """llama.cpp's name for the splitter in a byte-level tokenizer.json.
 
     Raises:
-        InputError: llama.cpp has none that does the same, as far as is known here.
+        InputError: none of the known splitters does the same.
     """
     normalizers = [step["type"] for step in _flatten(backend.get("normalizer"), "normalizers")]
     splits: list[Any] = []
@@ -160,18 +160,18 @@ def pre_tokenizer_name(backend: dict[str, Any]) -> str:
         else:
             splits.append(step)
     signature = (splits, bool(backend["model"].get("ignore_merges")))
-    # NFC, Qwen's, is left to the text: llama.cpp normalizes nothing, and nearly all text is NFC already.
+    # Qwen's NFC is dropped: llama.cpp does not normalize, and nearly all text is NFC already.
     for name, known in PRE_TOKENIZERS.items():
         if known == signature and normalizers in ([], ["NFC"]):
             return name
     raise InputError(
-        f"The tokenizer splits text as none of the ways known here does ({', '.join(PRE_TOKENIZERS)}); if "
-        "llama.cpp has it, pass its name there as --pre-tokenizer NAME."
+        f"The tokenizer splits text unlike any known splitter ({', '.join(PRE_TOKENIZERS)}); if llama.cpp "
+        "supports it, pass its name with --pre-tokenizer NAME."
     )
 
 
 def _flatten(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer of tokenizer.json, sequences opened."""
+    """The steps of a normalizer or pre-tokenizer in tokenizer.json, with sequences flattened."""
     if step is None:
         return []
     if step["type"] != "Sequence":
@@ -180,7 +180,7 @@ def _flatten(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
 
 
 def _add_special_ids(writer: Any, tokenizer: Any) -> None:
-    """Ids by role; whether BOS and EOS are added to plain text; the token that training taught to stop with."""
+    """Write special ids by role, whether BOS and EOS are added to plain text, and the trained end of turn."""
     for role in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
         if token is not None:
@@ -194,7 +194,7 @@ def _add_special_ids(writer: Any, tokenizer: Any) -> None:
 
 
 def stop_ids(tokenizer: Any) -> set[int]:
-    """EOS, and the token that training teaches to stop with, where the chat template lets it be found."""
+    """EOS, and the trained end-of-turn token if the chat template has one."""
     ends = {tokenizer.eos_token_id}
     with suppress(BadRow):
         ends.add(end_of_turn_id(tokenizer))

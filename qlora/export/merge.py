@@ -1,22 +1,21 @@
 """Merge adapters into their base and save an ordinary Hugging Face model, one tensor at a time.
 
-    W_merged = bf16( W_hat + w (alpha / rank) B A )        added in fp32; several adapters add up, each by its w
+    W_merged = bf16( W_hat + w (alpha / rank) B A )     added in fp32; several adapters are summed, each with its w
 
-W_hat is by default the *dequantized* base, the weights the adapter was trained against; `original` takes the
-weights as they were before quantization, for which the adapter was not trained. Either way the saved model
-differs from base + adapter a little (bf16 rounding at least), so the drift is measured and written down.
+W_hat is by default the *dequantized* base, the weights the adapter was trained on; `original` uses the weights
+before quantization, which the adapter was not trained on. Either way the saved model differs slightly from base +
+adapter (at least by bf16 rounding), so the drift is measured and recorded.
 
-`save_4bit` goes back into 4 bits. Quantizing the merged weights anew is no way there: W_hat lies on the 4-bit
-grid, and an update below half a step of it is rounded away. qlora/quant/gptq.py chooses the codes instead.
+`save_4bit` writes 4-bit weights. Quantizing the merged weights again would not work: W_hat lies on the 4-bit grid,
+so an update below half a step is rounded away. qlora/quant/gptq.py chooses the codes instead.
 
-What is finished lies in a directory beside the output, named after a fingerprint of everything that goes into
-it: a merge that was killed goes on there, and the output appears whole or not at all.
+Finished files go into a directory next to the output, named after a fingerprint of all inputs. A killed merge
+continues there, and the output appears whole or not at all.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -44,7 +43,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.layers import FrozenMatrix
 from qlora.system.errors import CheckFailed, InputError
 
-CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 8192  # of one text of a calibration file, and of all
+CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 8192  # tokens per text of a calibration file, and in total
 
 
 def merge_adapter(
@@ -54,40 +53,35 @@ def merge_adapter(
     options: MergeOptions | None = None,
     say: Callable[[str], Any] = print,
 ) -> Drift | None:
-    """Write base + adapter as a model directory that transformers loads by itself.
+    """Write base + adapter as an ordinary model directory for transformers.
 
-    Memory while writing stays near one tensor in fp32 (with `save_4bit` beside the 4-bit base and 1 GiB);
-    measuring the drift loads each model once, in turn.
+    Memory while writing stays near one tensor in fp32 (with `save_4bit` plus the 4-bit base and 1 GiB); measuring
+    the drift loads both models, one after the other.
 
     Args:
         model: the base: directory, hub id or .gguf.
         adapter: directory, or several; how the base was quantized is read from their weights files.
-        output_dir: must not exist; appears whole or not at all.
-        options: what is merged onto what, what is written, and how it is checked.
-        say: hears that a merge goes on where it was stopped.
+        output_dir: must not exist; written atomically.
+        options: base weights, output format and checks.
+        say: receives a line if an interrupted merge is continued.
     Returns:
         The drift, unless `options.drift` is off.
     Raises:
         InputError: an adapter that does not fit, or an output directory that exists.
-        CheckFailed: the drift is larger than `options.max_drift`; nothing is left of the merge.
+        CheckFailed: the drift exceeds `options.max_drift`; nothing is written.
     """
     o, target = options or MergeOptions(), Path(output_dir)
+    o.check_bounds()
     if target.exists():
         raise InputError(f"--output-dir {target} exists already; remove it or choose another.")
     mixture = read_mixture([adapter] if isinstance(adapter, str) else adapter, o.weights or None)
     quant = mixture.quantization
     if o.save_4bit and (o.base == "original" or quant is None):
-        why = "--base original is asked for" if quant is not None else "The adapter was trained on a 16-bit base"
-        raise InputError(f"{why}, so there is no 4-bit base to go back into; leave out --save-4bit.")
-    if not o.max_shard_gb > 0:
-        raise InputError(f"max_shard_gb is {o.max_shard_gb}; give --max-shard-gb a number above 0.")
-    if o.max_drift is not None and not (o.drift and 0 <= o.max_drift < math.inf):
-        raise InputError(
-            f"max_drift is {o.max_drift}; give --max-drift a number of 0 or more, without --no-drift."
-        )
+        why = "--base original was given" if quant is not None else "The adapter was trained on a 16-bit base"
+        raise InputError(f"{why}, so there are no 4-bit scales to reuse; leave out --save-4bit.")
     network = empty_model(model)
     if o.save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
-        raise InputError("transformers reads no mixture of experts in 4 bits; leave out --save-4bit.")
+        raise InputError("transformers cannot load a 4-bit mixture of experts; leave out --save-4bit.")
     for saved in mixture.adapters:
         check_adapter(saved, network)
     mixture = replace(
@@ -132,7 +126,7 @@ def merge_adapter(
 
 
 def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: DenseWriter | PackedWriter) -> None:
-    """Config, generation config, tokenizer and chat template."""
+    """Write config, generation config, tokenizer and chat template."""
     from transformers import GenerationConfig
 
     config = load_config(model)
@@ -144,7 +138,7 @@ def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: Dense
     config.tie_word_embeddings = config.tie_word_embeddings and not mixture.untied
     config.vocab_size = writer.shapes[vocabulary_names(empty_model(model))[0]][0]
     config.save_pretrained(directory)
-    # Copied as it stands: transformers refuses to save some that it loads (a temperature without sampling).
+    # Copied unchanged: transformers refuses to save some configs that it loads (a temperature without sampling).
     generation = metadata_directory(model) / "generation_config.json"
     if generation.is_file():
         shutil.copy(generation, directory / generation.name)
@@ -152,13 +146,13 @@ def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: Dense
         GenerationConfig.from_model_config(config).save_pretrained(directory)
     tokenizer = load_tokenizer(model)
     own_files = read_tokenizer_files(mixture.adapters[0].directory) if mixture.is_plain else {}
-    if own_files:  # with tokens that the base has not
+    if own_files:  # with new tokens
         tokenizer.save_pretrained(directory)
         for name, content in own_files.items():
             (directory / name).write_bytes(content)
         tokenizer = load_tokenizer(str(directory))
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = fallback_template(tokenizer)  # what training used
+        tokenizer.chat_template = fallback_template(tokenizer)  # used in training
     tokenizer.save_pretrained(directory)
 
 

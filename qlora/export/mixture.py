@@ -1,4 +1,4 @@
-"""Several adapters of one base as one change of its weights."""
+"""Several adapters of one base, combined into one update of its weights."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from qlora.system.errors import InputError
 
 @dataclass(frozen=True)
 class Mixture:
-    """Adapters to merge together: each parameter W becomes W + sum of w_i (what adapter i makes of W, - W)."""
+    """Adapters to merge together: W becomes W + sum_i w_i (W_i - W), where W_i is W with adapter i merged."""
 
     adapters: Sequence[SavedAdapter]
     weights: Sequence[float]
     quantization: QuantConfig | None  # of the base they were trained on
-    untied: frozenset[str] = frozenset()  # the name of a head that the base ties to its embedding, and they do not
+    untied: frozenset[str] = frozenset()  # head that the base ties to its embedding and the adapters do not
 
     @property
     def is_plain(self) -> bool:
-        """One adapter as it stands."""
+        """True for one adapter with weight 1."""
         return len(self.adapters) == 1 and self.weights[0] == 1
 
     def merge_into(self, name: str, weight: Tensor) -> Tensor:
-        """As `SavedAdapter.merge_into`; the same tensor where no adapter has anything."""
+        """The merged weight; the same tensor if no adapter changes it (see `SavedAdapter.merge_into`)."""
         if self.is_plain:
             return self.adapters[0].merge_into(name, weight)
         merged = weight
@@ -51,13 +51,13 @@ class Mixture:
         return merged
 
     def check(self, as_one: bool) -> None:
-        """Whether these adapters can be merged together.
+        """Check that these adapters can be merged together.
 
         Args:
-            as_one: they must also compute together (`load_onto`), for the drift and for calibration.
+            as_one: they must also run together (`load_onto`), to measure drift and to calibrate.
         Raises:
-            InputError: adapters of a base that was changed (PiSSA, LoftQ), with a tokenizer of their own or (as
-                one) with DoRA, that are not merged alone with weight 1.
+            InputError: an adapter changes the base (PiSSA, LoftQ), has its own tokenizer or (as_one) uses DoRA,
+                and is not merged alone with weight 1.
         """
         if self.is_plain:
             return
@@ -66,14 +66,12 @@ class Mixture:
                 for layer in saved.adapted_layers[:1]:
                     saved.low_rank(layer)
             if read_tokenizer_files(saved.directory):
-                raise InputError(
-                    f"{saved.directory} has a tokenizer of its own; merge it alone, with the weight 1."
-                )
+                raise InputError(f"{saved.directory} has its own tokenizer; merge it alone, with weight 1.")
 
     def merged_shapes(self, network: Any) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter of the merged model by name, as `weight_shapes`; new tokens add rows.
+        """Shape of every parameter of the merged model by name; new tokens add rows.
 
-        A head that is no longer tied to the embedding comes last.
+        An untied head comes last.
         """
         shapes = weight_shapes(network)
         shapes |= {head: shapes[vocabulary_names(network)[0]] for head in self.untied}
@@ -88,7 +86,7 @@ class Mixture:
         return shapes
 
     def load_onto(self, network: Any) -> None:
-        """Give a base model these adapters, in place, without merging them: B A of all side by side."""
+        """Attach these adapters to a base model in place, unmerged: their A and B concatenated."""
         if self.is_plain:
             load_adapter(network, self.adapters[0].directory)
             return
@@ -106,17 +104,17 @@ class Mixture:
 
 
 def read_mixture(directories: Sequence[str], weights: Sequence[float] | None = None) -> Mixture:
-    """Read adapters that were trained on one base.
+    """Read adapters that were trained on the same base.
 
     Args:
-        weights: one for each; None for 1.
+        weights: one per adapter; None = all 1.
     Raises:
-        InputError: none, another number of weights, one that is not finite, or bases that differ.
+        InputError: no adapter, wrong number of weights, a weight that is not finite, or different bases.
     """
     weights = [1.0] * len(directories) if weights is None else list(weights)
     if not directories or len(weights) != len(directories) or not all(map(math.isfinite, weights)):
         raise InputError(
-            f"{len(directories)} adapters have the weights {weights}; give --weights one number for each adapter."
+            f"{len(directories)} adapters have the weights {weights}; give --weights one number per adapter."
         )
     adapters = [read_adapter(directory) for directory in directories]
     bases = [adapter_quantization(directory) for directory in directories]
@@ -130,7 +128,7 @@ def read_mixture(directories: Sequence[str], weights: Sequence[float] | None = N
 
 
 def untied_head(mixture: Mixture, network: Any) -> frozenset[str]:
-    """The name of the head, where the base ties it to the embedding and an adapter trained the two apart."""
+    """The name of the head if the base ties it to the embedding and an adapter trained them separately."""
     if not network.config.tie_word_embeddings:
         return frozenset()
     embedding, head = vocabulary_names(network)

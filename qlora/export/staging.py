@@ -1,4 +1,4 @@
-"""The directory in which a merge grows until it is whole."""
+"""The directory that holds an unfinished merge."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from qlora.system.versions import versions
 
 @contextmanager
 def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
-    """Yield a directory beside `target` to fill, with whatever an earlier try of the same merge has finished.
+    """Yield a directory next to `target` to fill; it keeps files that an earlier try of the same merge finished.
 
-    On success its files become `target`. A merge that is refused, or ends before its first whole file, leaves
-    nothing; any other end (a signal, a full disk) leaves the directory for the next try.
+    On success it becomes `target`. A merge that is refused or ends before its first complete file leaves nothing;
+    any other end (a signal, a full disk) keeps the directory for the next try.
     """
     staging = target.with_name(f".{target.name}.{fingerprint}.partial")
     staging.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise InputError(f"Another merge is writing {target}; wait for its end or choose another.") from error
+        raise InputError(f"Another merge is writing {target}; wait for it to finish or choose another.") from error
     remove_leftovers(staging)
     keep = False
     try:
@@ -43,7 +43,7 @@ def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
             for file in staging.iterdir():
                 if file.name not in (SHARDS, ".lock"):
                     os.replace(file, final / file.name)
-        remove_leftovers(target.parent, target.name)  # of merges that were killed just above
+        remove_leftovers(target.parent, target.name)  # of merges killed right before this point
     except BaseException as error:
         keep = (staging / SHARDS).is_file() and not isinstance(error, (InputError, CheckFailed))
         raise
@@ -54,7 +54,7 @@ def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
 
 
 def merge_fingerprint(model: str, mixture: Mixture, *settings: object) -> str:
-    """Identity of everything that the weights files depend on."""
+    """Fingerprint of everything the weights files depend on."""
     parts: list[object] = [*versions("torch", "transformers", "bitsandbytes").values()]
     for file in map(Path.resolve, weight_files(resolve_model(model))):
         parts += [str(file), file.stat().st_size, file.stat().st_mtime_ns]

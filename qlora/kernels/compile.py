@@ -1,4 +1,4 @@
-"""C files compiled for this machine, at their first use, and kept in the cache."""
+"""Compile C files for this machine at first use, and cache the libraries."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-sign
 
 @cache
 def compile_c(source: Path, *more_flags: str) -> ctypes.CDLL | None:
-    """The library that a C file makes, compiled once (about a second); None without a compiler that takes it.
+    """Load the library of a C file, compiling it once (about a second); None if no compiler accepts it.
 
-    The compiler is $CC, else cc or gcc. What is kept belongs to this file, compiler and kind of processor.
+    The compiler is $CC, else cc or gcc. The cache key covers file, compiler and processor type.
     """
     compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
     if compiler is None:
@@ -37,7 +37,7 @@ def compile_c(source: Path, *more_flags: str) -> ctypes.CDLL | None:
             target.parent.mkdir(parents=True, exist_ok=True)
             with new_file(target) as staging:
                 subprocess.run([compiler, *flags, "-o", staging, source, "-lm"], check=True, capture_output=True)
-                staging.chmod(staging.stat().st_mode & 0o666)  # a library is loaded, not run
+                staging.chmod(staging.stat().st_mode & 0o666)  # a library needs no execute permission
         return ctypes.CDLL(str(target))
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,14 +1,14 @@
-"""Fused kernels: the work between the matrix products, in one pass over memory each.
+"""Fused kernels: the elementwise work between matrix products, in one pass over memory each.
 
-In plain torch the elementwise half of a LLaMA block takes as long as its products, for each of a dozen steps reads
-and writes whole tensors. Here each is one function, computed by
+In plain torch the elementwise half of a LLaMA block takes as long as its products, since each of a dozen steps
+reads and writes whole tensors. Here each operation is one function, computed by
 
-    a CPU with a C compiler    fused.c, compiled for this machine once (about a second) and kept in the cache
+    a CPU with a C compiler    fused.c, compiled once for this machine (about a second) and cached
     CUDA with triton           the plain version below through torch.compile
     anything else              the plain version
 
-The plain versions are the definition: sums in fp32, and the result rounded to the tensors' dtype. The kernels
-round no oftener than they do, so that they agree to an ulp or two of that dtype (tests/kernels/test_fused.py).
+The plain versions are the reference: sums in fp32, results rounded to the tensors' dtype. The kernels never round
+more often, so they agree to one or two ulps of that dtype (tests/kernels/test_fused.py).
 
 Letters: N tokens, D features, F the MLP's width, V vocabulary. Tensors are bf16 or fp32.
 """
@@ -33,14 +33,14 @@ SOURCE = Path(__file__).parent / "csrc" / "fused.c"
 
 
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """fused.c compiled for tensors of `dtype`; None where that cannot be."""
+    """fused.c compiled for tensors of `dtype`; None if that is not possible."""
     if dtype not in (torch.bfloat16, torch.float32):
         return None
     return compile_c(SOURCE, *(["-DBF16"] if dtype == torch.bfloat16 else []))
 
 
 def kernel(name: str, x: Tensor) -> Callable[..., int] | None:
-    """The C function for tensors like `x`, or None where the plain version has to do.
+    """The C function for tensors like `x`, or None if only the plain version applies.
 
     Tensors are passed by address (None as null), ints as C long, floats as C float; the result is a C int.
     """
@@ -113,7 +113,7 @@ def plain_norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: 
 
 
 def norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor, r: Tensor) -> Tensor:
-    """Gradient of `add_norm` for x (and for delta: it is the same).
+    """Gradient of `add_norm` for x; the gradient for delta is the same.
 
     Args:
         dy, dsum: (N, D) gradients of y and of sum; dsum None: zero.

@@ -1,12 +1,11 @@
-"""x W^T and x W for the many rows x of a training step, straight from the frozen weight as it is stored.
+"""x W^T and x W for the many rows x of a training step, computed from the frozen weight as stored.
 
-Dequantizing W first writes and reads 2 or 4 bytes a weight for its half byte, and torch then lays them out anew
-for its product. gemm.c decodes a panel of W into the processor's cache, in the layout that it multiplies.
-Each weight is the one that dequantizing gives, to the last bit; sums are in fp32, and a row's result does not
-depend on the others.
+Dequantizing W first would write and read 2 or 4 bytes per half-byte weight, and torch would then copy them into
+the layout of its product. gemm.c decodes a panel of W into the processor's cache, in the layout that it
+multiplies. Each weight equals the dequantized one to the last bit; sums are in fp32, and a row's result does not
+depend on the other rows.
 
-It is there on a CPU with AVX-512 and GCC, in bf16 only with that processor's bf16 products and without
-AMX, for which torch has faster ones.
+Requires a CPU with AVX-512 and GCC; for bf16 also AVX512-BF16 and no AMX, for which torch has faster products.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from qlora.kernels.compile import compile_c
 
 SOURCE = Path(__file__).parent / "csrc" / "gemm.c"
-WIDTH = 32  # columns of W that are decoded at a time
+WIDTH = 32  # columns of W decoded at a time
 
 
 class _Weight(ctypes.Structure):
@@ -40,7 +39,7 @@ class _Weight(ctypes.Structure):
 
 
 def library(x: Tensor) -> ctypes.CDLL | None:
-    """gemm.c compiled for tensors like `x`; None where that cannot be, or would not pay."""
+    """gemm.c compiled for tensors like `x`; None if not possible or not faster."""
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
         return None
     return compile_c(SOURCE, *(["-DBF16"] if x.dtype == torch.bfloat16 else []))
@@ -53,15 +52,15 @@ def multiply_4bit(
 
     Args:
         x: bf16 or fp32; b (rows,) in its dtype, or None.
-        codes: of W, two a byte.
-        scales: makes (blocks,) fp32 of its QuantState.
-        state: that state, of which the table, block size and shape are read.
+        codes: the codes of W, two per byte.
+        scales: computes (blocks,) fp32 from a QuantState.
+        state: W's QuantState; table, block size and shape are read.
     Returns:
-        None where there is no such kernel.
+        None if the kernel is not available.
     """
     rows, columns = state.shape
     size = state.blocksize
-    if library(x) is None or columns % size or size & (size - 1):  # a row has to be a whole number of blocks
+    if library(x) is None or columns % size or size & (size - 1):  # a row must be a whole number of blocks
         return None
     every = scales(state).contiguous()
     weight = _Weight(
@@ -73,7 +72,7 @@ def multiply_4bit(
 def multiply_16bit(
     x: Tensor, dense: Tensor, bias: Tensor | None, backward: bool, out: Tensor | None = None
 ) -> Tensor | None:
-    """The same for a W (rows, columns) in bf16; `out`: where the product goes."""
+    """The same for a W (rows, columns) in bf16; `out` receives the product."""
     if dense.dtype != torch.bfloat16 or not dense.is_contiguous():
         return None
     return _multiply(x, _Weight(None, dense.data_ptr(), None, None, *dense.shape, 0), bias, backward, out)

@@ -1,8 +1,8 @@
-"""y = x W^T for the few rows x of a decoding step, straight from the frozen weight as it is stored.
+"""y = x W^T for the few rows x of a decoding step, computed from the frozen weight as stored.
 
-Such a product takes as long as reading W does. Dequantizing all of W for one row is tens of times slower, and a
-copy in another layout takes memory and time to make. So on a CPU with a C compiler gemv.c reads the 4-bit
-codes or the bf16 weight where they lie; each weight is the one that training multiplies by, and sums are in fp32.
+Such a product takes as long as reading W. Dequantizing all of W for one row is tens of times slower, and a copy
+in another layout costs memory and time. So on a CPU with a C compiler gemv.c reads the 4-bit codes or the bf16
+weight in place; each weight equals the one used in training, and sums are in fp32.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Weight4bit(ctypes.Structure):
 def product_4bit(codes: Tensor, state: Any, bias: Tensor | None, dtype: torch.dtype) -> Product | None:
     """x (..., columns) -> x W^T + b (..., rows), both in `dtype`, for a 4-bit W and its QuantState.
 
-    None where there is no such kernel: not on a CPU, no compiler, rows that are no whole number of blocks.
+    None if the kernel is not available: not on a CPU, no compiler, or rows that are not a whole number of blocks.
     """
     rows, columns = state.shape
     library = compile_c(SOURCE) if codes.device.type == "cpu" else None
@@ -56,7 +56,7 @@ def product_4bit(codes: Tensor, state: Any, bias: Tensor | None, dtype: torch.dt
         dtype == torch.bfloat16,
     )
 
-    def product(x: Tensor, tensors: Any = tensors) -> Tensor:  # the tensors must live as long as their addresses
+    def product(x: Tensor, tensors: Any = tensors) -> Tensor:  # keeps the tensors alive as long as their addresses
         halves = x.reshape(-1, columns // 32, 16, 2).transpose(2, 3).float()
         return _call(library.linear_4bit, ctypes.byref(weight), x, halves, rows, bias)
 

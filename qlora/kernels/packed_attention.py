@@ -13,26 +13,26 @@ NO_SCRATCH = "out of memory in the attention kernel"
 
 
 class PackedAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention over packed sequences, on a CPU; nothing but its inputs is kept.
+    """Rotary embedding and causal attention over packed sequences on a CPU; saves only its inputs.
 
-    For one sequence and head, with R queries of a block, C keys that the last of them sees, d = head_dim, s the
-    scaling and P the causal softmax by rows; sums and softmax are in fp32 whatever the tensors' dtype:
+    For one sequence and head, with R queries in a block, C keys visible to the last of them, d = head_dim, s the
+    scaling and P the causal softmax by rows; sums and softmax are in fp32 for every dtype:
 
         forward    S = Q K^T               (R, C)       backward    dP = dO V^T                       (R, C)
                    P = softmax(s S)                                 dS = s P * (dP - rowsum(P * dP))
                    O = P V                 (R, d)                   dQ = dS K      dK = dS^T Q      dV = P^T dO
 
-    P is computed again in the backward pass. Scores exist for a block of queries at a time, and what is above the
-    diagonal is left out: half of the work of whole matrices. A processor that multiplies pairs of bf16 gets P and
-    dS rounded to bf16 for bf16 tensors, as flash attention does; elsewhere they stay in fp32.
+    P is recomputed in the backward pass. Scores exist for one block of queries at a time, and those above the
+    diagonal are skipped: half the work of whole matrices. For bf16 tensors on a processor with bf16 products, P
+    and dS are rounded to bf16, as in flash attention; otherwise they stay in fp32.
 
     Args:
-        query: (N, heads d); key, value: (N, kv_heads d): before rotation. d a multiple of 16.
+        query: (N, heads d); key, value: (N, kv_heads d), before rotation; d is a multiple of 16.
         cosine, sine: (N, d) in the query's dtype.
-        bounds: (S + 1,) int32, where sequences begin and end.
-        window: how many tokens back, itself included, a token sees.
+        bounds: (S + 1,) int32, start and end of each sequence.
+        window: number of tokens, including itself, that a token sees.
     Raises:
-        MemoryError: for a head of the longest sequence and its scores, which each thread holds.
+        MemoryError: no room for one head of the longest sequence and its scores per thread.
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class PackedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors  # once: under checkpointing each access computes the layer again
+        saved = ctx.saved_tensors  # read once: with checkpointing each access recomputes the layer
         gradients = [torch.empty_like(x) for x in saved[:3]]
         run = kernel("attention_backward", dout)
         assert run is not None

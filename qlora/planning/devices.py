@@ -1,34 +1,34 @@
-"""How a run lies on many devices, and what each then holds: arithmetic on shapes, nothing is started.
+"""Estimate what each of many devices holds in a run: arithmetic on shapes, no process is started.
 
-Letters: W ranks (processes, one a device), G of them on each node; K ranks hold one copy of the base between them;
-T ranks compute each layer together; P numbers train. For each rank:
+Letters: W ranks (processes, one per device), G of them on each node; K ranks share one copy of the base; T ranks
+compute each layer together; P parameters train. Each rank holds:
 
-    adapters, gradients, optimizer    whole everywhere
-    data parallel                     the base whole
-    --shard fsdp, hsdp                of each frozen tensor of r rows ceil(r / K) rows: K is W under fsdp; under
-                                      hsdp the ranks of a node, or --shard-size, and W / K ranks hold the same
-    --tensor-parallel T               codes and 8-bit scales of q, k, v, o, gate, up, down: a T-th; the fp32 scales
-                                      of those (a 2000th of the base), biases of o and down, and all else whole
+    adapters, gradients, optimizer    all
+    data parallel                     the whole base
+    --shard fsdp, hsdp                ceil(r / K) of the r rows of each frozen tensor. fsdp: K = W. hsdp: K is the
+                                      number of ranks per node, or --shard-size; W / K ranks hold the same share
+    --tensor-parallel T               1 / T of the codes and 8-bit scales of q, k, v, o, gate, up, down; all of
+                                      their fp32 scales (1 / 2000 of the base), the biases of o and down, the rest
 
-A 4-bit weight's tensors are its codes (a row of 32 bytes for 64 weights), a scale for each row (a byte, or 4
-without double quantization) and an fp32 scale for each 256 of these. Its tables and offset (a KiB) are left out.
+A 4-bit weight is stored as codes (a row of 32 bytes per 64 weights), one scale per row (1 byte, or 4 without
+double quantization) and one fp32 scale per 256 of these. Its tables and offset (1 KiB) are ignored.
 
-A sharded base is gathered by units: the embeddings, each decoder block, what is left, and the head where it is a
-matrix of its own. Gathered, a tensor of r rows has K ceil(r / K), and a unit of those takes u bytes. torch's FSDP2
-receives a unit in one buffer, copies it out, and frees the buffer only after the next unit has been copied out:
+A sharded base is gathered in units: the embeddings, each decoder block, the rest, and the head if it is a separate
+matrix. A gathered tensor of r rows has K ceil(r / K) rows; a unit takes u bytes. torch's FSDP2 receives a unit in
+one buffer, copies it out, and frees the buffer only after copying out the next unit:
 
-    g = the largest, over the units in turn, of u(before) + 2 u
+    g = max over the units of u(previous) + 2 u
 
-The unit with the head is there together with the logits; the others come and go without those, so that of g
+The head's unit exists together with the logits, the other units without them. Beyond the logits this takes
 
-    communication = the larger of u(head) and g - logits
+    communication = max(u(head), g - logits)
 
-Tensor parallel has the outputs that it sums twice, c N D bytes for N tokens, with sequence parallel three times.
+Tensor parallel holds two copies of the outputs that it sums, c N D bytes for N tokens; sequence parallel three.
 
-With --cpu-offload the shares rest in main memory, and a unit's share, u / K, comes to the device to be sent.
+With --cpu-offload the shares stay in main memory; a unit's share, u / K, is copied to the device to be sent.
 
-The gradients are summed when activations, logits and workspace are gone. They are moved into one fp32 tensor, and
-beside them this takes 4 P bytes, of which `communication` has what goes beyond the place of those three.
+Gradients are summed after activations, logits and workspace are freed. They are copied into one fp32 tensor of 4 P
+bytes; `communication` counts what exceeds the space of those three.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ from qlora.system.ranks import Ranks
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Which ranks there are and what they share: W, W / G nodes, and the flags; `arrange` makes one that can be.
+class DeviceLayout:
+    """The ranks of a run and what they share; `arrange` makes a valid one.
 
     Attributes:
-        ranks, nodes: W, and how many machines they are on.
-        base_ranks: K, ranks that hold one copy of a sharded base; 1 = not sharded.
+        ranks, nodes: W, and the number of machines.
+        base_ranks: K, ranks that share one copy of a sharded base; 1 = not sharded.
         tensor_parallel: T.
     """
 
@@ -74,15 +74,15 @@ class Layout:
 
     @property
     def data_parallel(self) -> int:
-        """How many different micro-batches are computed at a time."""
+        """Number of different micro-batches computed at a time."""
         return self.ranks // self.tensor_parallel
 
     @property
     def sent(self) -> str:
-        """What takes memory because it is sent, in words."""
+        """Description of the memory that communication takes."""
         if self.base_ranks > 1:
-            return "the most of: gathered pieces of the base; the sum of gradients"
-        return f"the {'most of: outputs; the ' if self.tensor_parallel > 1 else ''}sum of gradients"
+            return "the larger of: gathered pieces of the base; the gradient sum"
+        return f"the {'larger of: layer outputs; the ' if self.tensor_parallel > 1 else ''}gradient sum"
 
     def __str__(self) -> str:
         where = f"{self.ranks:,} devices" if self.ranks > 1 else "1 device"
@@ -99,45 +99,46 @@ class Layout:
         return f"{where}, the whole base on each" if self.ranks > 1 else where
 
 
-def layout_of(ranks: Ranks) -> Layout:
-    """The layout of a run, as far as memory asks for it: on however many nodes."""
-    return Layout(ranks.size, 1, ranks.base_size, ranks.tensor_size, ranks.sequence_parallel, ranks.cpu_offload)
+def layout_of(ranks: Ranks) -> DeviceLayout:
+    """The layout of a run as far as memory depends on it: the number of nodes is left out."""
+    return DeviceLayout(
+        ranks.size, 1, ranks.base_size, ranks.tensor_size, ranks.sequence_parallel, ranks.cpu_offload
+    )
 
 
-def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> Layout:
-    """The layout that the flags ask for.
+def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> DeviceLayout:
+    """The layout that the flags describe.
 
     Args:
         device: "cuda" or "cpu".
     Raises:
-        InputError: numbers that do not divide, or nothing to divide by.
+        InputError: the numbers do not divide, or one is missing.
     """
     ranks, nodes, tensor = devices.gpus or 1, devices.nodes, parallel.tensor_parallel
     if ranks % nodes:
-        raise InputError(f"--gpus {ranks} are not the same number on each of --nodes {nodes}; give a multiple.")
+        raise InputError(f"--gpus {ranks} is not a multiple of --nodes {nodes}; give a multiple.")
     if parallel.is_split and ranks == 1:
-        raise InputError(f"{parallel.flag} splits the base over several devices; give --gpus their number.")
+        raise InputError(f"{parallel.flag} splits the base over several devices; pass their number with --gpus.")
     if parallel.cpu_offload and device == "cpu":
-        raise InputError("--cpu-offload moves shares out of a GPU's memory; leave it out with --device cpu.")
+        raise InputError("--cpu-offload needs a GPU; leave it out with --device cpu.")
     if ranks % tensor:
-        raise InputError(f"--tensor-parallel {tensor} does not divide --gpus {ranks}; give a divisor of them.")
+        raise InputError(f"--tensor-parallel {tensor} does not divide --gpus {ranks}; give a divisor.")
     within = ranks // nodes
     base_ranks = {"none": 1, "fsdp": ranks, "hsdp": parallel.shard_size or within}[parallel.shard]
     if parallel.shard == "hsdp":
         if not parallel.shard_size and nodes == 1:
-            raise InputError("--shard hsdp splits the base within a node; give --nodes, or --shard-size.")
+            raise InputError("--shard hsdp splits the base within a node; pass --nodes or --shard-size.")
         if base_ranks < 2 or ranks % base_ranks:
             raise InputError(
-                f"--shard hsdp cannot split the base over {base_ranks} of {ranks} devices each time; give "
-                "--shard-size a divisor of --gpus from 2 on."
+                f"--shard hsdp cannot split the base over groups of {base_ranks} of {ranks} devices; give "
+                "--shard-size a divisor of --gpus, at least 2."
             )
     for group, flag in ((tensor, "--tensor-parallel"), (base_ranks, "--shard-size")):
         if within % group and group % within:
             raise InputError(
-                f"{flag} {group} on nodes of {within} devices would cut nodes in pieces; give a divisor or a "
-                f"multiple of {within}."
+                f"{flag} {group} does not fit nodes of {within} devices; give a divisor or a multiple of {within}."
             )
-    return Layout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
+    return DeviceLayout(ranks, nodes, base_ranks, tensor, parallel.sequence_parallel, parallel.cpu_offload)
 
 
 # ---- what a rank holds of the base ------------------------------------------------------------------------
@@ -145,12 +146,12 @@ def arrange(devices: DevicesConfig, parallel: ParallelConfig, device: str) -> La
 
 @dataclass(frozen=True)
 class Unit:
-    """What is gathered at once.
+    """Tensors that are gathered at once.
 
     Attributes:
         kind: "embeddings", "block", "head" or "rest".
-        tensors: (rows, bytes of a row) of each frozen tensor.
-        gathers: times in a micro-batch.
+        tensors: (rows, bytes per row) of each frozen tensor.
+        gathers: number of gathers per micro-batch.
     """
 
     kind: str
@@ -158,16 +159,16 @@ class Unit:
     gathers: int = 1
 
     def share(self, ranks: int) -> int:
-        """Bytes of each of `ranks` ranks, the padding of the last ones included."""
+        """Bytes per rank of `ranks`, with the padding of the last ones."""
         return sum(-(-rows // ranks) * size for rows, size in self.tensors)
 
     def gathered(self, ranks: int) -> int:
-        """Bytes of the whole, with its padding."""
+        """Bytes of the gathered unit, with padding."""
         return ranks * self.share(ranks)
 
 
 def stored_tensors(parameter: Tensor) -> list[tuple[int, int]]:
-    """(rows, bytes of a row) of the tensors that a frozen parameter is stored in."""
+    """(rows, bytes per row) of the tensors that store a frozen parameter."""
     state: Any = getattr(parameter, "quant_state", None)
     if state is None:
         rows = parameter.shape[0] if parameter.dim() else 1
@@ -178,13 +179,13 @@ def stored_tensors(parameter: Tensor) -> list[tuple[int, int]]:
 
 
 def split_units(model: Any, first_trained: int) -> list[Unit]:
-    """What is gathered at once under --shard, in the order of the forward pass.
+    """The units that --shard gathers, in the order of the forward pass.
 
-    A block is gathered for the forward and again for the backward pass, below the first that trains only for the
-    forward; the head, and embeddings, for their one use; tied embeddings for both uses.
+    A block is gathered for the forward and again for the backward pass; below the first trained layer only for the
+    forward pass. Head and embeddings are gathered once each, tied embeddings twice.
 
     Args:
-        first_trained: number of decoder layers below the first that trains anything.
+        first_trained: number of decoder layers below the first trained one.
     """
     embeddings = model.get_input_embeddings()
     head = model.get_output_embeddings()
@@ -204,8 +205,8 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
     return [*units, unit("rest", model, 2), last]
 
 
-def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
-    """Bytes of gathered units at the worst moment, and of a share on its way from main memory."""
+def gathered_peak(units: Sequence[Unit], layout: DeviceLayout) -> int:
+    """Peak bytes of gathered units, plus a share on its way from main memory."""
     ranks, peak, before = layout.base_ranks, 0, 0
     for unit in units:
         size = unit.gathered(ranks)
@@ -215,7 +216,7 @@ def gathered_peak(units: Sequence[Unit], layout: Layout) -> int:
 
 
 def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
-    """Bytes of the frozen base on each of `ranks` that compute each layer together."""
+    """Bytes of the frozen base per rank if `ranks` compute each layer together."""
     total = 0
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -231,15 +232,15 @@ def tensor_parallel_base(model: nn.Module, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Census:
-    """What of a model is counted once, for any number of ranks.
+    """Sizes of a model that hold for any number of ranks.
 
     Attributes:
-        num_layers, first_trained: decoder layers, and those below the first that trains anything.
-        units: what is gathered at once under --shard.
+        num_layers, first_trained: decoder layers, and those below the first trained one.
+        units: the units that --shard gathers.
         trained: P.
-        replaced: bytes of base parameters that an adapter's copies stand for; they stay whole on every rank.
+        replaced: bytes of base parameters replaced by an adapter's copies; every rank keeps them whole.
         tensor_base: bytes of the rest of the base on each of T ranks.
-        token_bytes: c D, of one token's activations between two layers.
+        token_bytes: c D, bytes of one token's activations between two layers.
     """
 
     num_layers: int
@@ -252,10 +253,10 @@ class Census:
 
 
 def measure_layout(model: Any, tensor_parallel: int = 1) -> Census:
-    """Count a model, adapters in place: on the meta device, or as a run has loaded it.
+    """Measure a model with its adapters, on the meta device or as loaded for a run.
 
     Args:
-        tensor_parallel: T; 1 where the layers are split already.
+        tensor_parallel: T; 1 if the layers are already split.
     """
     num_layers = len(decoder_layers(model))
     first_trained = num_layers - len(differentiated_layers(model))
@@ -271,12 +272,14 @@ def measure_layout(model: Any, tensor_parallel: int = 1) -> Census:
     )
 
 
-def divide_plans(plans: Sequence[MemoryPlan], census: Census, layout: Layout, num_tokens: int) -> list[MemoryPlan]:
-    """A rank's plans from those with the whole base (`plan_recomputing` with the layout's T).
+def divide_plans(
+    plans: Sequence[MemoryPlan], census: Census, layout: DeviceLayout, num_tokens: int
+) -> list[MemoryPlan]:
+    """Turn plans with the whole base (`plan_recomputing` with the layout's T) into plans of one rank.
 
     Args:
         plans: with 0, 1, ... layers recomputed.
-        num_tokens: N, the most that a micro-batch holds.
+        num_tokens: N, the maximum per micro-batch.
     """
     base = plans[0].base
     if layout.tensor_parallel > 1:
@@ -289,17 +292,19 @@ def divide_plans(plans: Sequence[MemoryPlan], census: Census, layout: Layout, nu
 
 
 def add_communication(
-    plans: Sequence[MemoryPlan], census: Census, layout: Layout, num_tokens: int
+    plans: Sequence[MemoryPlan], census: Census, layout: DeviceLayout, num_tokens: int
 ) -> list[MemoryPlan]:
-    """A rank's plans with what is held to be sent or received, in the passes and where gradients are summed.
+    """Add the memory for communication, during the passes and while gradients are summed, to a rank's plans.
 
     Args:
         plans: with the base as the rank holds it.
-        Others as `divide_plans`.
+        census, layout, num_tokens: as for `divide_plans`.
     """
     held = gathered = 0
     if layout.tensor_parallel > 1:
-        held = num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)  # one is in the workspace
+        held = (
+            num_tokens * census.token_bytes * (2 if layout.sequence_parallel else 1)
+        )  # one copy is counted in the workspace
     elif layout.base_ranks > 1:
         *_, head = census.units
         held = (head if head.tensors else census.units[0]).gathered(layout.base_ranks)

@@ -1,33 +1,33 @@
-"""How much memory a run needs, by arithmetic alone, and how many layers' activations it can therefore keep.
+"""Calculate the memory of a run, and how many layers can keep their activations.
 
-Per token and layer the backward pass keeps, with D hidden, Q = heads x head_dim, K = kv_heads x head_dim, F the
-MLP's width and c the bytes of the compute dtype,
+Per token and layer the forward pass saves for the backward pass, with D hidden, Q = heads x head_dim, K = kv_heads
+x head_dim, F the MLP's width and c the bytes of the compute dtype,
 
     in the fused block (model/block.py)             in transformers' own
     c 2 D           the two norms' inputs     8 D               the same, in fp32
     c (Q + 2 K)     q, k, v                   c (2 Q + 2 K)     and the attention's output
     c 2 F           gate and up               c 3 F             and the activation
 
-and in both, for layers with an adapter: c D, the input of q, k, v; the same for gate and up; c Q, of o; c F, of
-down. Each adapter itself (lora/layer.py) keeps h, c R; under dropout a mask, a byte for each input; under DoRA z,
-c for each output (`adapter_bytes`, as a mean over the layers).
+and in both, for layers with an adapter: c D, the input of q, k, v; c D for gate and up; c Q for o; c F for down.
+Each adapter (lora/layer.py) saves h, c R; with dropout a mask, 1 byte per input; with DoRA z, c per output
+(`adapter_bytes`, averaged over the layers).
 
-A token in a mixture of experts meets K of them: F is K times the width of one (and the shared expert's), and K
-outputs, c K D, wait for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms behind
-attention and MLP (Gemma 2 and 3) 8 D. Scores that are written out (Gemma 2's soft-capped attention) are not
-counted: a few times c x heads x the length of the token's sequence.
+In a mixture of experts a token uses K of them: F is K times the width of one (plus the shared expert's), and K
+outputs, c K D, are saved for the router's weights. Norms of each head's q and k (Qwen 3) add 4 (Q + K), norms
+after attention and MLP (Gemma 2 and 3) 8 D. Explicit scores (Gemma 2's soft-capped attention) are not counted: a
+few times c x heads x the length of the token's sequence.
 
-Where T ranks compute each layer together (tensor parallel), Q, K and F are those of one rank, a T-th; where they
-divide the norms by tokens, too (sequence parallel), so is what the norms and a recomputed layer keep. What reads
-their outputs, A of q, k, v, gate and up, keeps all of them.
+With tensor parallel, Q, K and F are those of one rank, 1 / T. With sequence parallel the norms are split by tokens
+too, and so is what the norms and a recomputed layer save; A of q, k, v, gate and up, which reads their gathered
+outputs, saves all of them.
 
-Layers below the first one that trains anything keep nothing. A recomputed layer keeps only its input, c D. The
-lowest are recomputed: the backward pass comes to them when the others' activations are gone, so that the one layer
-it then holds in full takes no memory of its own. Beside all this, one layer at a time is differentiated: the
-gradients of what it keeps take as much again at most, and one of its weights is there in the compute dtype.
+Layers below the first trained one save nothing. A recomputed layer saves only its input, c D. The lowest layers
+are recomputed: the backward pass reaches them after the others' activations are freed, so the one layer that it
+then holds in full takes no extra memory. One layer at a time is differentiated: its gradients take at most as much
+as what it saves, and one of its weights exists in the compute dtype.
 
-The plan is of live tensors. A process takes more: Python and the libraries (about 0.4 GiB with torch, transformers
-and accelerate on Linux), on a GPU the CUDA context, and what an allocator keeps of freed memory.
+The plan counts live tensors. A process takes more: Python and libraries (about 0.4 GiB with torch, transformers
+and accelerate on Linux), the CUDA context on a GPU, and freed memory that an allocator keeps.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
 from qlora.system.memory import GIB
 
-FREE_SHARE = 0.5  # of the free memory that a run may take beside its base, unless a budget is given
+FREE_SHARE = 0.5  # of free memory that a run may use in addition to its base, without a given budget
 
 
 @dataclass
 class MemoryPlan:
-    """Bytes of one device by component.
+    """Bytes on one device by component.
 
     Attributes:
-        gradients: of what trains.
-        activations: what the backward pass keeps.
-        logits: a chunk's, with their gradient, and the output head in the compute dtype.
-        workspace: of the layer that is being differentiated.
-        communication: what other ranks' parts need beside this (planning/devices.py); none on one device.
+        gradients: of trained parameters.
+        activations: saved for the backward pass.
+        logits: one chunk with its gradient, and the output head in the compute dtype.
+        workspace: of the layer being differentiated.
+        communication: buffers for other ranks (planning/devices.py); 0 on one device.
     """
 
     base: int
@@ -92,12 +92,12 @@ def layer_bytes(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
 ) -> int:
-    """Bytes that one decoder layer keeps of one token, by the module's formula.
+    """Bytes that one decoder layer saves per token, by the module's formula.
 
     Args:
-        adapted: last names of the layers with an adapter.
-        fused: whether the layer computes as model/block.py.
-        tensor_parallel, sequence_parallel: T, and whether the norms' tokens are divided by it, too.
+        adapted: last name parts of the modules with an adapter.
+        fused: whether the layer is a fused block (model/block.py).
+        tensor_parallel, sequence_parallel: T, and whether the norms' tokens are split too.
     """
     family = family_of(config)
     (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
@@ -106,7 +106,7 @@ def layer_bytes(
     inputs = hidden * (not known_layers("qkv").isdisjoint(adapted))
     inputs += hidden * (not known_layers("mlp_in").isdisjoint(adapted))
     inputs += mlp // tensor_parallel * (not known_layers("mlp_out").isdisjoint(adapted))
-    experts = getattr(config, "num_experts_per_tok", None) or 0  # a token's
+    experts = getattr(config, "num_experts_per_tok", None) or 0  # per token
     if experts:
         shared = getattr(config, "shared_expert_intermediate_size", None) or 0
         mlp = experts * (getattr(config, "moe_intermediate_size", None) or mlp) + shared
@@ -123,7 +123,7 @@ def layer_bytes(
 
 
 def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1) -> int:
-    """Bytes that all adapted layers keep of one token, beside their inputs: h, dropout's mask and DoRA's z."""
+    """Bytes that all adapted layers save per token in addition to their inputs: h, dropout mask and DoRA's z."""
     kept = 0
     for name, layer in lora_layers(model).items():
         ranks = tensor_parallel if split_axis(name) == 1 else 1
@@ -134,17 +134,17 @@ def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1
 
 
 def activation_bytes(layer: int, layer_input: int, num_tokens: int, num_layers: int, recomputed: int = 0) -> int:
-    """Bytes that `num_tokens` tokens of one micro-batch leave for the backward pass.
+    """Bytes that `num_tokens` tokens of one micro-batch save for the backward pass.
 
     Args:
-        layer, layer_input: bytes of a token in a kept layer (`layer_bytes`), and of what a recomputed one keeps.
-        num_layers: layers that keep anything, of which the lowest `recomputed` keep their input alone.
+        layer, layer_input: bytes per token in a kept layer (`layer_bytes`), and in a recomputed one.
+        num_layers: layers that save anything; the lowest `recomputed` save only their input.
     """
     return num_tokens * (recomputed * layer_input + max(num_layers - recomputed, 1) * layer)
 
 
 def differentiated_layers(model: nn.Module) -> list[Any]:
-    """The decoder layers from the first with anything that trains: those below keep no activations."""
+    """The decoder layers from the first trained one on; those below save no activations."""
     layers = decoder_layers(model)
     number_of = {id(p): number for number, layer in enumerate(layers) for p in layer.parameters()}
     first = next((p for p in model.parameters() if p.requires_grad), None)  # in the order of computation
@@ -155,9 +155,9 @@ def choose_recomputed(mode: str, totals: Sequence[int], limit: int) -> int:
     """How many of the lowest layers to recompute.
 
     Args:
-        mode: "on" all, "off" none, "auto" as few as make the plan fit, all where none does.
+        mode: "on": all; "off": none; "auto": the fewest that fit, or all if nothing fits.
         totals: planned bytes with 0, 1, ... all layers recomputed.
-        limit: bytes that the run may take.
+        limit: bytes that the run may use.
     """
     every = len(totals) - 1
     if mode != "auto":
@@ -166,9 +166,9 @@ def choose_recomputed(mode: str, totals: Sequence[int], limit: int) -> int:
 
 
 def moment_bytes(parameter: Tensor, optim: str) -> int:
-    """Bytes of AdamW's two moments: in fp32, or (8 bits) a byte each and an fp32 scale for every 256.
+    """Bytes of AdamW's two moments: in fp32, or (8 bits) 1 byte each and an fp32 scale per 256.
 
-    bitsandbytes keeps those of fewer than 4,096 values in 32 bits.
+    bitsandbytes keeps moments of fewer than 4,096 values in 32 bits.
     """
     size = parameter.numel()
     if optim == "paged_adamw_8bit" and size >= 4096:
@@ -185,18 +185,18 @@ def plan_recomputing(
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
 ) -> list[MemoryPlan]:
-    """The plans of a run with this model, adapters in place, with 0, 1, ... all layers recomputed.
+    """The plans of a run with this model, adapters included, with 0, 1, ... all layers recomputed.
 
     The model may be loaded (`load_base_model`) or on the meta device (`plan_base_model`): only shapes and dtypes
-    are looked at. The optimizer counts fp32 masters of bf16 adapters and two moments; gradients, the head's of one
-    micro-batch beside the sum, where the head trains. The base keeps what an adapter's copies stand for.
+    matter. The optimizer includes fp32 masters of bf16 adapters and two moments; gradients include the head's of
+    one micro-batch in addition to the sum, if the head trains. The base includes parameters replaced by copies.
 
     Args:
         num_tokens: of a micro-batch.
         chunk_size: positions whose logits exist at a time.
         optim: kind of optimizer; a paged one's moments count, wherever the driver may put them.
-        tensor_parallel, sequence_parallel: as for `layer_bytes`. The base is counted whole all the same, and so is
-            the model expected to be (planning/devices.py divides its plan).
+        tensor_parallel, sequence_parallel: as for `layer_bytes`. The model must be whole, and the base is counted
+            whole (planning/devices.py divides the plan).
     """
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -231,5 +231,5 @@ def plan_recomputing(
 
 
 def default_limit(plan: MemoryPlan, free: int) -> int:
-    """Bytes that a run takes at most without a budget: what is loaded, and a share of what is then free."""
+    """Memory limit of a run without a budget: what is loaded plus FREE_SHARE of the free memory, in bytes."""
     return plan.base + plan.adapters + int(FREE_SHARE * free)

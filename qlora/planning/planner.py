@@ -1,13 +1,12 @@
-"""The memory of a run from the model's config alone, on one device or many: no weights are read or downloaded.
+"""Plan the memory of a run from the model's config alone, on one or many devices, without reading any weights.
 
-The modules are made on the meta device, the base in the form it would be loaded in and the adapter in it, and
-counted by `plan_recomputing`, as every run counts its own model before the first step. What the device's memory
-decides in a run (how many layers are recomputed) is decided here by the same rule from the size given. How a run
-lies on many devices is in planning/devices.py, what they send each other and how long a step takes in
-planning/step.py.
+The modules are created on the meta device, with the base as it would be loaded and the adapter, and measured by
+`plan_recomputing`, as every run measures its own model before the first step. The number of recomputed layers
+follows from the given memory by the same rule as in a run. planning/devices.py divides a run over devices;
+planning/step.py estimates communication and step time.
 
-Where a run does not fit, changes to its settings are tried one by one, those that change no result first, and
-then together until it does.
+If a run does not fit, changes to its settings are tried one by one, those that do not affect results first, and
+then combined until it fits.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from qlora.model.load import plan_base_model
 from qlora.model.loss import CHUNK_SIZE
 from qlora.model.tokenizer import load_tokenizer
 from qlora.parallel.divisibility import check_widths, possible_counts
-from qlora.planning.devices import Census, Layout, arrange, divide_plans, measure_layout
+from qlora.planning.devices import Census, DeviceLayout, arrange, divide_plans, measure_layout
 from qlora.planning.memory import MemoryPlan, choose_recomputed, default_limit, plan_recomputing
 from qlora.planning.remedies import CHANGES, Change, Job
 from qlora.planning.step import Traffic, Work, step_flops, step_traffic
@@ -42,16 +41,16 @@ from qlora.system.memory import available_memory, resident_memory
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run would take of each device.
+    """What a run needs on each device.
 
     Attributes:
-        num_tokens: the most that a micro-batch holds.
-        recomputed, num_layers: decoder layers whose activations are computed again, of all.
-        process: bytes of Python and the libraries, which share a CPU's memory with the run; 0 on a GPU.
-        all_recomputed: bytes in all with every layer recomputed.
+        num_tokens: the maximum per micro-batch.
+        recomputed, num_layers: recomputed decoder layers, and all of them.
+        process: bytes of Python and libraries, which share a CPU's memory with the run; 0 on a GPU.
+        all_recomputed: total bytes with every layer recomputed.
         optim: kind of optimizer.
-        main_memory: bytes of each node's main memory that hold shares of the base.
-        traffic, flops: of a step, by kind; operations of each device in it.
+        main_memory: bytes of main memory per node that hold shares of the base.
+        traffic, flops: communication per step by kind; operations per device and step.
     """
 
     memory: MemoryPlan
@@ -63,7 +62,7 @@ class RunPlan:
     process: int
     all_recomputed: int
     optim: str
-    layout: Layout = field(default_factory=Layout)
+    layout: DeviceLayout = field(default_factory=DeviceLayout)
     main_memory: int = 0
     traffic: tuple[Traffic, ...] = ()
     flops: int = 0
@@ -75,7 +74,7 @@ class RunPlan:
 
 @dataclass(frozen=True)
 class Remedy:
-    """A change to a run: its flags, the job with it, what the run would then take."""
+    """A change to a run: its flags, the changed job and its plan."""
 
     flags: str
     job: Job
@@ -87,13 +86,13 @@ class Remedy:
 
 
 class Planner:
-    """Plans of one model under different settings; its modules are made once.
+    """Plans one model under different settings; its modules are created once.
 
     Args:
         name: directory, hub id or .gguf file.
-        device: "cuda" or "cpu", whether or not it is there.
-        device_memory: bytes of each device; None = what is free on this machine's, where it has one. Processes on
-            this CPU then share it.
+        device: "cuda" or "cpu"; this machine need not have it.
+        device_memory: bytes per device; None = the free memory of this machine's device, if any. Processes on this
+            CPU share it.
     """
 
     def __init__(self, name: str, device: str, device_memory: int | None = None) -> None:
@@ -105,10 +104,10 @@ class Planner:
         self._censuses: dict[str, Census] = {}
 
     def plan(self, config: RunConfig, devices: DevicesConfig | None = None) -> RunPlan:
-        """The plan of a run with these settings; with `devices` also what a step computes and sends.
+        """The plan of a run with these settings; with `devices` also computation and communication of a step.
 
         Raises:
-            InputError: devices and flags that do not go together, or not with the model.
+            InputError: devices, flags and model do not fit together.
         """
         plan = self._memory_plan(config, devices)
         if devices is None:
@@ -148,7 +147,7 @@ class Planner:
         if limit is None and memory is not None:
             free = max(0, memory - self.process - plans[0].base - plans[0].adapters)
             limit = default_limit(plans[0], free)
-        # Of a device that is not known, nothing is recomputed.
+        # Without a known memory size nothing is recomputed.
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
         return RunPlan(
             plans[number], summary, num_tokens, number, num_layers,
@@ -156,14 +155,14 @@ class Planner:
         )  # fmt: skip
 
     def _census(self, tensor_parallel: int) -> Census:
-        """Of the model with the adapter that is in it now."""
+        """Measure the model with its current adapter."""
         key = f"{self._adapted} {tensor_parallel}"
         if key not in self._censuses:
             self._censuses[key] = measure_layout(self._model, tensor_parallel)
         return self._censuses[key]
 
     def _adapted_model(self, config: RunConfig) -> Any:
-        """The model on the meta device with the adapter of these settings in it."""
+        """The model on the meta device with the adapter of these settings."""
         model = self._base(config.model)
         key = repr((config.model, config.lora, config.loop.seed))
         if self._adapted == key:
@@ -181,7 +180,7 @@ class Planner:
         return model
 
     def _base(self, m: ModelConfig) -> Any:
-        """The model on the meta device; with the first, what this process takes, now that all is imported."""
+        """The model on the meta device; the first call also measures this process, now that all is imported."""
         settings = (m.use_4bit, QuantConfig(m.quant_type, m.double_quant), m.compute_dtype)
         if settings not in self._bases:
             self._bases[settings] = plan_base_model(self.name, *settings, self.device)
@@ -192,25 +191,25 @@ class Planner:
             self.is_shared = self.device.type == "cpu"
         return self._bases[settings]
 
-    def memory_of(self, layout: Layout) -> int | None:
-        """Bytes of each device; None: not known."""
+    def memory_of(self, layout: DeviceLayout) -> int | None:
+        """Bytes per device; None: unknown."""
         if self.device_memory is None or not self.is_shared:
             return self.device_memory
         return self.device_memory // layout.node_ranks
 
     def fits(self, plan: RunPlan) -> bool:
-        """Whether the plan is within the device's memory; True where that is not known."""
+        """Whether the plan fits in the device's memory; True if that is unknown."""
         memory = self.memory_of(plan.layout)
         return memory is None or plan.total <= memory
 
     def remedies(
         self, config: RunConfig, devices: DevicesConfig | None = None
     ) -> tuple[list[Remedy], Remedy | None]:
-        """What would make a run fit that does not.
+        """Changes that would make a run fit.
 
         Returns:
-            each change alone, as far as it saves anything; and as many of them together, the mildest first, as
-            make it fit, None where all do not.
+            (each change alone, if it saves memory; the first combination that fits, mildest changes first, or
+            None).
         """
         before = self._memory_plan(config, devices).total
         choices = tuple(possible_counts(self._adapted_model(config).config)) if devices else ()
@@ -227,12 +226,12 @@ class Planner:
         return alone, None
 
     def _try(self, job: Job, change: Change) -> Remedy | None:
-        """The mildest form of a change that makes the run fit, else the strongest; None where there is none."""
+        """The mildest form of a change that makes the run fit, else the strongest; None if it does not apply."""
         remedy = None
         for flags, changed in change(job):
             try:
                 changed.config.check_split()
-            except InputError:  # no run to propose
+            except InputError:  # not a valid run
                 continue
             remedy = Remedy(flags, changed, self._memory_plan(changed.config, changed.devices))
             if self.fits(remedy.plan):

@@ -1,6 +1,6 @@
-"""Changes to a run that may make it fit, each from its mildest form to its strongest.
+"""Changes to a run that may make it fit, each from its mildest to its strongest form.
 
-Those of many devices change nothing of a job that asks about one.
+Changes for many devices do not apply to a job on one device.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from qlora.config.devices import DevicesConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
 
-SMALLEST_RANK, SHORTEST_LENGTH, MOST_DEVICES = 8, 128, 1024  # that are proposed
+SMALLEST_RANK, SHORTEST_LENGTH, MOST_DEVICES = 8, 128, 1024  # limits of proposals
 USUAL_NODE = 8  # devices
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run and where it runs.
+    """A run and its devices.
 
     Attributes:
-        devices: None = one, and nothing is asked about more.
-        tensor_parallel: numbers of devices that may compute each layer together.
+        devices: None = a single device.
+        tensor_parallel: possible numbers of devices that compute each layer together.
     """
 
     config: RunConfig
@@ -36,7 +36,7 @@ class Job:
         return self.config.parallel
 
     def changed(self, part: str, **settings: Any) -> Job:
-        """The same with other settings in one part of its config."""
+        """A copy with other settings in one part of its config."""
         return replace(
             self, config=replace(self.config, **{part: replace(getattr(self.config, part), **settings)})
         )
@@ -51,7 +51,7 @@ def _recompute(job: Job) -> Changed:
 
 
 def _shard(job: Job) -> Changed:
-    """The base split over the same devices, first within each node."""
+    """Shard the base over the same devices, first within each node."""
     if job.devices is None or (job.devices.gpus or 1) == 1 or job.parallel.tensor_parallel > 1:
         return
     nodes, shard = job.devices.nodes, job.parallel.shard
@@ -62,7 +62,7 @@ def _shard(job: Job) -> Changed:
 
 
 def _smaller_batches(job: Job) -> Changed:
-    """With the same examples in a step, and so the same losses."""
+    """Smaller batches with more accumulation: the same examples per step, and so the same losses."""
     size, accumulated = job.config.loop.batch_size, job.config.loop.grad_accum
     for part in range(size - 1, 0, -1):
         if size % part == 0:
@@ -74,7 +74,7 @@ def _smaller_batches(job: Job) -> Changed:
 
 
 def _tensor_parallel(job: Job) -> Changed:
-    """Where neither the base nor the layers are split yet."""
+    """Tensor parallel, if neither base nor layers are split yet."""
     if job.devices is None or job.parallel.is_split:
         return
     within = (job.devices.gpus or 1) // job.devices.nodes
@@ -102,7 +102,7 @@ def _four_bits(job: Job) -> Changed:
 
 
 def _more_devices(job: Job) -> Changed:
-    """The base split over more: up to a usual node full, then whole nodes."""
+    """Shard the base over more devices: first up to a full node, then whole nodes."""
     if job.devices is None or job.parallel.tensor_parallel > 1:
         return
     gpus, nodes = job.devices.gpus or 1, job.devices.nodes
@@ -130,7 +130,7 @@ def _shorter_examples(job: Job) -> Changed:
         length //= 2
 
 
-# The mildest first: those that change no result, then what costs accuracy or more devices.
+# Mildest first: those that do not affect results, then those that cost accuracy or devices.
 CHANGES: tuple[Change, ...] = (
     _recompute, _shard, _smaller_batches, _tensor_parallel, _cpu_offload, _small_moments, _four_bits,
     _more_devices, _lower_rank, _shorter_examples,

@@ -1,39 +1,40 @@
-"""What one optimizer step on many devices computes and sends, and the time that takes at given rates.
+"""Estimate computation, communication and time of one optimizer step on many devices.
 
-Letters as in planning/devices.py, and: D hidden, Q the queries' width, L tokens of an example, V vocabulary, c
-bytes of the compute dtype; a step gives each rank n tokens in M micro-batches, all examples L long, all tokens
-targets.
+Letters as in planning/devices.py, and: D hidden, Q the queries' width, L tokens per example, V vocabulary, c bytes
+of the compute dtype. Each rank gets n tokens per step in M micro-batches; all examples have length L and all
+tokens are targets.
 
-Sent by each rank in a step, and received by it, in rings (a ring of k ranks moves (k - 1) / k of what it gathers,
-twice that of what it sums):
+Each rank sends and receives per step, in rings (a ring of k ranks moves (k - 1) / k of the bytes to gather, and
+twice that of the bytes to sum):
 
     gradients    once         2 (W - 1) / W x 4 P         in every mode: one fp32 sum over all ranks
-    gathers      M times      (K - 1) / K x u, by unit    --shard: a block twice, below the first adapted layer
-                                                          once; embeddings and head once, tied ones twice
+    gathers      M times      (K - 1) / K x u, by unit    --shard: a block twice, but once below the first adapted
+                                                          layer; embeddings and head once, twice if tied
     activations  by layer     2 (T - 1) / T x n D c       --tensor-parallel: 2 sums forward, 1 where the layer is
-                                                          recomputed (torch leaves off before the last one), 2
+                                                          recomputed (torch stops before the last one), 2
                                                           where it is differentiated
     shares       M times      u / K, by unit              --cpu-offload: from main memory
 
-The lowest differentiated layer wants no gradient of its input: one sum less. Sequence parallel has gatherings and
-scattered sums of (T - 1) / T each instead: 4 forward, 3 recomputed, 4 back, one less in the lowest, one more for
-the last layer's output. (Gloo makes a scattered sum of a whole one, and sends twice as much.) A ring that spans
-nodes enters and leaves each of them once: what a rank sends passes that node's link to others, too.
+The lowest differentiated layer needs no gradient of its input: one sum less. Sequence parallel uses all-gathers
+and reduce-scatters of (T - 1) / T each instead: 4 forward, 3 recomputed, 4 backward, one less in the lowest layer,
+one more for the last layer's output. (Gloo implements a reduce-scatter as an all-reduce and sends twice as much.)
+A ring that spans nodes enters and leaves each node once, so the bytes that a rank sends also pass its node's link.
 
-Operations of each rank, for a token, with w weights and a adapter numbers in a layer:
+Operations per rank and token, with w weights and a adapter parameters in a layer:
 
-    forward   2 w + 2 a + 2 Q L      scores and their use, a half of L^2 masked
-    backward  2 w + 4 a + 5 Q L      no gradient of w; scores computed again
-    head      4 V D, or 6 V D where it trains
+    forward   2 w + 2 a + 2 Q L      attention, half of L^2 masked
+    backward  2 w + 4 a + 5 Q L      no gradient of w; scores recomputed
+    head      4 V D, or 6 V D if it trains
 
-over all layers, the backward pass over those from the first that trains, the forward pass again where recomputed.
-Of w and Q L a rank has a T-th. Of a mixture of experts w has the experts that a token meets.
+The forward pass covers all layers, again for recomputed ones; the backward pass covers those from the first
+trained layer on. A rank has 1 / T of w and Q L. In a mixture of experts, w counts the experts that a token uses.
 
-Gathers and shares of the next unit travel while one computes; sums wait for what they sum. So
+Gathers and shares of the next unit overlap computing; sums do not. So
 
     max(computing, gathers, shares) + sums  <=  time  <=  computing + gathers + shares + sums
 
-Not counted: latency (a ring of W ranks takes some 2 W steps), the optimizer, reading data, waiting for others.
+Not counted: latency (a ring of W ranks takes about 2 W steps), the optimizer, reading data, waiting for other
+ranks.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ from torch import nn
 
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers
-from qlora.planning.devices import Census, Layout
+from qlora.planning.devices import Census, DeviceLayout
 from qlora.quant.layers import logical_numel
 
 
 @dataclass(frozen=True)
 class Work:
-    """What each rank is given in a step.
+    """The work of each rank in a step.
 
     Attributes:
-        tokens: n, in `micro_batches` of them, in examples of `length`.
-        recomputed, first_trained: decoder layers that are recomputed, and that lie below the first that trains.
+        tokens: n, split into `micro_batches`, in examples of `length` tokens.
+        recomputed, first_trained: recomputed decoder layers, and those below the first trained one.
     """
 
     tokens: int
@@ -71,14 +72,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What the ranks send in a step.
+    """Communication of one kind in a step.
 
     Attributes:
         kind: "gradients", "gathers", "activations" or "shares".
         calls: collective operations, or copies.
         inside: bytes that each rank sends.
-        between: bytes that each node sends to others.
-        hidden: whether it can travel while something is computed.
+        between: bytes that each node sends to other nodes.
+        hidden: whether it can overlap computing.
     """
 
     kind: str
@@ -88,12 +89,12 @@ class Traffic:
     hidden: bool = False
 
     def seconds(self, link_rate: float, node_link_rate: float) -> float:
-        """At these bytes a second of a rank and of a node."""
+        """Duration at these bytes per second of a rank and of a node."""
         return max(self.inside / link_rate, self.between / node_link_rate)
 
 
-def step_traffic(layout: Layout, census: Census, work: Work) -> list[Traffic]:
-    """All that travels in a step, by kind."""
+def step_traffic(layout: DeviceLayout, census: Census, work: Work) -> list[Traffic]:
+    """All communication in a step, by kind."""
 
     def traffic(kind: str, calls: int, ring: int, size: int, hidden: bool = False) -> Traffic:
         sent = -(-(ring - 1) * size // ring)
@@ -121,8 +122,8 @@ def step_traffic(layout: Layout, census: Census, work: Work) -> list[Traffic]:
     return found
 
 
-def step_flops(model: Any, work: Work, layout: Layout) -> int:
-    """Floating-point operations of each rank in a step; `model` on the meta device, adapters in place."""
+def step_flops(model: Any, work: Work, layout: DeviceLayout) -> int:
+    """Floating-point operations per rank and step; `model` is on the meta device, with adapters."""
     config, ranks = model.config, layout.tensor_parallel
     heads, _, head_dim = head_counts(config)
     scores = heads * head_dim * work.length
@@ -140,7 +141,7 @@ def step_flops(model: Any, work: Work, layout: Layout) -> int:
 
 
 def _weights(layer: nn.Module, config: Any) -> tuple[int, int]:
-    """(numbers of a layer's frozen matrices that a token meets, numbers that train)."""
+    """(frozen weights of a layer that a token uses, trained parameters)."""
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
     share = (getattr(config, "num_experts_per_tok", None) or 1) / experts
     frozen = trained = 0.0
@@ -158,9 +159,9 @@ class StepTime:
     """Seconds of a step.
 
     Attributes:
-        computing: at the given rate; None: no rate is known.
-        sending: by kind; empty where no rate is known.
-        least, most: with gathers wholly behind computing, and with one after another; None without both rates.
+        computing: at the given rate; None: rate unknown.
+        sending: by kind; empty if the rate is unknown.
+        least, most: with full overlap of gathers and computing, and without any; None without both rates.
     """
 
     computing: float | None
@@ -176,7 +177,7 @@ def step_time(
     link_rate: float | None = None,
     node_link_rate: float | None = None,
 ) -> StepTime:
-    """The time of a step by the module's two bounds, from operations a second and bytes a second."""
+    """Bounds of the step time (see the module), from operations per second and bytes per second."""
     computing = None if rate is None else flops / rate
     sending = {}
     if link_rate is not None:
@@ -189,7 +190,7 @@ def step_time(
 
 
 def measure_flops(dtype: torch.dtype, rows: int = 512, width: int = 1024) -> float:
-    """Operations a second of this CPU, all threads, in a product of (rows, width) and (width, 4 width)."""
+    """Operations per second of this CPU, all threads, in a product of (rows, width) and (width, 4 width)."""
     x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(4 * width, width, dtype=dtype)
     seconds = []
     for _ in range(6):

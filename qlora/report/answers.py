@@ -1,4 +1,4 @@
-"""Sampled answers of a run and how they changed from step to step."""
+"""Sampled answers of a run, and how they changed from step to step."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-MOST_ROWS, MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 100, 12, 8, 1500  # of what is shown; the rest is counted
-OPEN_PROMPTS = 4  # the others' answers are folded away
+MOST_ROWS, MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = (
+    100,
+    12,
+    8,
+    1500,
+)  # limits of what is shown; the rest is only counted
+OPEN_PROMPTS = 4  # answers to the other prompts are collapsed
 WIDE = (860, 260)  # view box of the loss on a large screen
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # none belongs in HTML
+UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")  # not allowed in HTML
 
 
 @dataclass
 class Answer:
-    """What the model said at one or more evaluations in a row.
+    """An answer given at one or more consecutive evaluations.
 
     Attributes:
-        parts: (text, whether it differs from the answer before).
-        is_expected: None where nothing is known of what to expect.
+        parts: (text, whether it differs from the previous answer).
+        is_expected: None if the expected answer is unknown.
     """
 
     steps: str
@@ -31,11 +36,11 @@ class Answer:
 
 
 @dataclass
-class Prompt:
-    """A fixed prompt and how the answers to it changed.
+class PromptHistory:
+    """A fixed prompt and how its answers changed.
 
     Attributes:
-        left_out: different answers that are not shown.
+        left_out: number of different answers that are not shown.
     """
 
     text: str
@@ -49,7 +54,7 @@ def words(name: str) -> str:
 
 
 def short_count(count: float) -> str:
-    """1,234 as it is, then 123 k, 4.5 M, 6.74 B."""
+    """Format a number as 1,234, 123 k, 4.5 M or 6.74 B."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= max(1e4, 0.9995 * unit):
             return f"{count / unit:.3g} {name}" if count < 999.5 * unit else f"{count / unit:,.0f} {name}"
@@ -57,23 +62,23 @@ def short_count(count: float) -> str:
 
 
 def choose_evenly(items: Sequence[T], most: int) -> Sequence[T]:
-    """At most `most` of them, the first and the last always."""
+    """At most `most` items, evenly spaced, always with the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
 
 
-def trace_samples(samples: list[dict[str, Any]]) -> tuple[list[Prompt], int]:
-    """(the first prompts with what was said to them, the number of all)."""
+def trace_samples(samples: list[dict[str, Any]]) -> tuple[list[PromptHistory], int]:
+    """(the first prompts with their answers, the number of all prompts)."""
     by_prompt: dict[str, dict[int, dict[str, Any]]] = {}
-    for sample in samples:  # of a step done again the last one counts
+    for sample in samples:  # if a step was repeated, the last sample counts
         by_prompt.setdefault(sample["prompt"], {})[sample["step"]] = sample
     shown = list(by_prompt.items())[:MOST_PROMPTS]
     return [_trace(prompt, [said[step] for step in sorted(said)]) for prompt, said in shown], len(by_prompt)
 
 
-def _trace(prompt: str, samples: list[dict[str, Any]]) -> Prompt:
-    """The answers to one prompt, in the order of their steps; the same ones in a row as one."""
+def _trace(prompt: str, samples: list[dict[str, Any]]) -> PromptHistory:
+    """The answers to one prompt by step; equal consecutive answers become one."""
     expected = next((s["expected"] for s in samples if isinstance(s.get("expected"), str)), None)
     runs = [list(same) for _, same in groupby(samples, key=lambda sample: sample["completion"])]
     answers: list[Answer] = []
@@ -84,7 +89,9 @@ def _trace(prompt: str, samples: list[dict[str, Any]]) -> Prompt:
         is_expected = None if expected is None else text.strip() == expected.strip()
         answers.append(Answer(steps, mark_changes(before, cut(text)), is_expected))
         before = cut(text)
-    return Prompt(cut(prompt), None if expected is None else cut(expected), answers, len(runs) - len(answers))
+    return PromptHistory(
+        cut(prompt), None if expected is None else cut(expected), answers, len(runs) - len(answers)
+    )
 
 
 def cut(text: str) -> str:
@@ -93,7 +100,7 @@ def cut(text: str) -> str:
 
 
 def mark_changes(before: str | None, now: str) -> list[tuple[str, bool]]:
-    """`now` in parts, with whether each is new against `before`, word by word; put together they are `now`."""
+    """Split `now` into (text, whether it is new compared with `before`), word by word; joined they give `now`."""
     if before is None:
         return [(now, False)] if now else []
     old, new = (re.findall(r"\s*\S+|\s+$", text) for text in (before, now))

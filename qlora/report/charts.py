@@ -1,8 +1,8 @@
-"""Curves, and charts as inline SVG for a page: text stays text, colours are the page's, a long run stays small.
+"""Charts as inline SVG: text stays text, colors come from the page, and a long run stays small.
 
-Matplotlib draws each role in a colour that it would not use by itself; that becomes `var(--role)`, so that the
-page's style sheet has the say (dark mode, print). What could clash with the page, or with another chart on it,
-goes: styles, metadata, namespaces, names of groups, sizes other than the view box.
+Matplotlib draws each role in a color that it does not use otherwise, which is then replaced by `var(--role)`, so
+that the page's style sheet decides (dark mode, print). Anything that could clash with the page or another chart is
+removed: styles, metadata, namespaces, group names, sizes other than the view box.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Numbers: TypeAlias = "Sequence[float] | np.ndarray"
-MOST_POINTS = 600  # of a drawn curve: about two for each pixel of a phone
-MOST_MARKERS = 40  # on a curve
+MOST_POINTS = 600  # per curve: about two for each pixel of a phone
+MOST_MARKERS = 40  # per curve
 ROLES = ("muted", "grid", "each", "smooth", "held-out")
 COLOR = {role: f"#0000{number:02x}" for number, role in enumerate(ROLES, 1)}
 STYLES: dict[str, dict[str, Any]] = {
@@ -42,7 +42,7 @@ class Curve(NamedTuple):
 
 
 def smooth(values: Numbers) -> tuple[np.ndarray, int]:
-    """(mean of the last `width` values at each, width): a twentieth of all; the first have fewer before them."""
+    """(mean of the last `width` values at each point, width); width is 1/20 of the values, less at the start."""
     width = 1 + len(values) // 20
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=np.float64))])
     ends = np.arange(1, len(values) + 1)
@@ -51,7 +51,7 @@ def smooth(values: Numbers) -> tuple[np.ndarray, int]:
 
 
 def thin(steps: Numbers, values: Numbers, most: int = MOST_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most `most` of the points: the lowest and the highest of each stretch, the first and the last."""
+    """At most `most` points: the lowest and highest of each interval, the first and the last."""
     steps, values = np.asarray(steps), np.asarray(values)
     if len(steps) <= most:
         return steps, values
@@ -73,10 +73,10 @@ def draw_curves(
     """Curves over steps, as an <svg> element.
 
     Args:
-        name: differs from that of every other chart on the page.
-        label: what a reader who does not see it is told.
-        size: of the view box.
-        bottom, top: where the values' axis begins and ends; None leaves it to them.
+        name: unique among the charts on the page.
+        label: text for readers who cannot see it.
+        size: (width, height) of the view box.
+        bottom, top: limits of the value axis; None = from the values.
     """
     figure, axes = _begin(size)
     for curve in curves:
@@ -91,7 +91,7 @@ def draw_curves(
 def draw_histogram(
     name: str, label: str, edges: Sequence[float], counts: Sequence[float], size: tuple[int, int] = (400, 210)
 ) -> str:
-    """Counts between edges (one more of these), as an <svg> element; arguments as `draw_curves`."""
+    """Counts between edges (one more than counts), as an <svg> element; other arguments as in `draw_curves`."""
     figure, axes = _begin(size)
     axes.stairs(counts, edges, fill=True, color=COLOR["smooth"])
     axes.set_ylim(bottom=0)
@@ -99,7 +99,7 @@ def draw_histogram(
 
 
 def _begin(size: tuple[int, int]) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure  # not pyplot, whose state is the process's
+    from matplotlib.figure import Figure  # not pyplot, which has global state
 
     width, height = size
     figure = Figure(figsize=(width / 72, height / 72))  # SVG has 72 units to an inch
@@ -128,20 +128,20 @@ def _finish(figure: Figure, axes: Axes, name: str, label: str) -> str:
     drawn = io.StringIO()
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": name}
-    ):  # the salt keeps names of charts apart
+    ):  # the salt makes names unique per chart
         figure.savefig(drawn, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return _inline(drawn.getvalue(), label)
 
 
 def _write_tick(value: float, _: float) -> str:
-    """20,000, 0.25, 5e-5."""
+    """Format a tick, as 20,000, 0.25 or 5e-5."""
     if 1e3 <= value < 1e7:
         return f"{value:,.0f}"
     return re.sub(r"\.?0*e-0*", "e-", f"{value:.2e}") if 0 < value < 1e-2 else f"{value:.4g}"
 
 
 def _inline(svg: str, label: str) -> str:
-    """A file of matplotlib's as an element of a page."""
+    """Turn matplotlib's SVG file into an element for a page."""
     root = ElementTree.fromstring(svg)
     for parent in root.iter():
         for child in list(parent):

@@ -11,12 +11,12 @@ from qlora.system.files import new_file
 
 
 def smoothing_width(num_steps: int) -> int:
-    """Over how many steps the smoothed loss is a mean."""
+    """Number of steps in the mean of the smoothed loss."""
     return 1 + num_steps // 20
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(training lines, evaluation lines) of a metrics.jsonl; skipped steps are left out."""
+    """(training lines, evaluation lines) of a metrics.jsonl, without skipped steps."""
     return part_metrics(json.loads(text) for text in path.read_text().splitlines())
 
 

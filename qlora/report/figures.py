@@ -13,7 +13,7 @@ from qlora.report.run import Run, is_number
 
 @dataclass
 class Table:
-    """Numbers behind a chart; of many rows, some, evenly."""
+    """The numbers of a chart; evenly spaced rows if there are many."""
 
     caption: str
     columns: tuple[str, ...]
@@ -25,9 +25,9 @@ class Chart:
     """One figure of the page.
 
     Attributes:
-        label: its main numbers in words; the text for those who do not see it.
+        label: its main numbers in words, for readers who cannot see it.
         svgs: one drawing, or a wide and a narrow one.
-        key: (style, words) of each curve, where there are several.
+        key: (style, words) of each curve, if there are several.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Chart:
 
 
 def draw_charts(run: Run) -> list[Chart]:
-    """Those for which there is more than one point."""
+    """Draw every chart that has more than one point."""
     charts = [
         draw_loss(run),
         *(_draw_score(run, name) for name in run.scores),
@@ -51,7 +51,7 @@ def draw_charts(run: Run) -> list[Chart]:
 
 
 def draw_loss(run: Run) -> Chart | None:
-    """Training loss, each step and smoothed, and held-out loss."""
+    """Draw training loss, each step and smoothed, and held-out loss."""
     steps, losses = run.column("loss")
     eval_steps, eval_losses = run.held_out()
     if max(len(losses), len(eval_losses)) < 2:
@@ -89,7 +89,7 @@ def _draw_score(run: Run, name: str) -> Chart | None:
 
 
 def _draw_column(run: Run, name: str, title: str, is_noisy: bool = False) -> Chart | None:
-    """One number of the training lines; a noisy one also smoothed."""
+    """Draw one number of the training lines; a noisy one also smoothed."""
     steps, values = run.column(name)
     if len(values) < 2:
         return None
@@ -108,7 +108,7 @@ def _draw_column(run: Run, name: str, title: str, is_noisy: bool = False) -> Cha
 
 
 def _draw_lengths(run: Run) -> Chart | None:
-    """How long the training examples are."""
+    """Draw the lengths of the training examples."""
     examples = run.facts.get("examples")
     lengths = examples.get("lengths") if isinstance(examples, dict) else None
     edges, counts = (lengths.get(k) if isinstance(lengths, dict) else None for k in ("edges", "counts"))
@@ -118,17 +118,15 @@ def _draw_lengths(run: Run) -> Chart | None:
         return None
     top = counts.index(max(counts))
     label = (
-        f"Length of {sum(counts):,.0f} examples, in tokens: {edges[0]:,.0f} to {edges[-1]:,.0f}, most "
+        f"Length of {sum(counts):,.0f} examples in tokens: {edges[0]:,.0f} to {edges[-1]:,.0f}, most "
         f"({counts[top]:,.0f}) between {edges[top]:,.0f} and {edges[top + 1]:,.0f}"
     )
-    table = _table("", ("from", "to, not included", "examples"), edges[:-1], edges[1:], counts)
-    return Chart(
-        "Length of the examples, in tokens", label, [draw_histogram("lengths", label, edges, counts)], [table]
-    )
+    table = _table("", ("from", "up to", "examples"), edges[:-1], edges[1:], counts)
+    return Chart("Example length in tokens", label, [draw_histogram("lengths", label, edges, counts)], [table])
 
 
 def _describe(steps: np.ndarray, values: np.ndarray) -> str:
-    """First, last, lowest and highest, in words."""
+    """Describe first, last, lowest and highest value."""
     low, high = values.argmin(), values.argmax()
     return (
         f"{values[0]:.4g} at step {steps[0]:,}, {values[-1]:.4g} at step {steps[-1]:,}, lowest {values[low]:.4g} "
@@ -137,7 +135,7 @@ def _describe(steps: np.ndarray, values: np.ndarray) -> str:
 
 
 def _table(caption: str, columns: tuple[str, ...], *values: Numbers) -> Table:
-    """Args: values: those of each column."""
+    """A table of `values`, one sequence per column."""
     number = len(values[0])
     places = choose_evenly(range(number), MOST_ROWS)
     left_out = f"{len(places):,} of {number:,} rows; metrics.jsonl has all" if len(places) < number else ""

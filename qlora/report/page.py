@@ -1,7 +1,7 @@
-"""report.html: all that is known of a run, on one page that needs nothing but itself.
+"""Write report.html: everything known about a run, on one self-contained page.
 
-All comes from the files that a run leaves behind, so that a page can be made of any run, at any moment; what is
-missing there is said or left out. What came from data is escaped by the template, page.html.
+The page is made from the files of a run, so it can be made of any run at any time; missing files are noted or left
+out. The template, page.html, escapes text from the data.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from qlora.system.redact import redact
 
 NAME = "report.html"
 GIB = 2**30
-ORIGIN = {"device": "device", "num_processes": "processes"}  # of the facts, and how to call them
+ORIGIN = {"device": "device", "num_processes": "processes"}  # fact -> label
 EXAMPLES = {
     "num_train": "training examples",
     "num_held_out": "held-out examples",
@@ -35,7 +35,7 @@ EXAMPLES = {
 
 
 class Tile(NamedTuple):
-    """A figure that matters, with a word on it."""
+    """A key number with its label and a note."""
 
     label: str
     value: str
@@ -43,20 +43,20 @@ class Tile(NamedTuple):
 
 
 def write_report(directory: str | Path, output: str | Path | None = None) -> Path:
-    """Make the page of a run, whole or not at all; returns where it is.
+    """Write the page of a run atomically; returns its path.
 
     Args:
         directory: the --output-dir of a run, finished or not.
-        output: where to write; by default report.html in it.
+        output: output file; default: report.html in `directory`.
     Raises:
-        InputError: there is no run, or `output` is something else than a report.
+        InputError: there is no run, or `output` exists and is not a report.
     """
     directory = Path(directory)
     target = directory / NAME if output is None else Path(output)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory; pass the --output-dir of a run.")
     if target.exists() and not (target.is_file() and target.read_bytes().startswith(b"<!doctype html")):
-        raise InputError(f"--output {target} exists and is no report; remove it or choose another.")
+        raise InputError(f"--output {target} exists and is not a report; remove it or choose another.")
     page = render_report(read_run(directory))
     with new_file(target) as file:
         file.write_text(page, "utf-8")
@@ -69,8 +69,10 @@ def render_report(run: Run) -> str:
     from markupsafe import Markup
 
     def clean(value: Any) -> Any:
-        """Any text on its way into the page; escaping follows."""
-        return UNPRINTABLE.sub("\ufffd", redact(value)) if type(value) is str else value  # no str is a drawing
+        """Clean any text for the page; escaping follows."""
+        return (
+            UNPRINTABLE.sub("\ufffd", redact(value)) if type(value) is str else value
+        )  # a drawing is Markup, not str
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -87,7 +89,7 @@ def render_report(run: Run) -> str:
         name=run.directory.resolve().name,
         made=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         run=run,
-        verdict=judge(run),
+        verdict=summarize(run),
         tiles=list_tiles(run),
         charts=draw_charts(run),
         memory=compare_memory(run),
@@ -106,12 +108,12 @@ def render_report(run: Run) -> str:
 # ---- in words -----------------------------------------------------------------------------------------------
 
 
-def judge(run: Run) -> list[str]:
-    """What the numbers say, one sentence each, and what they do not."""
+def summarize(run: Run) -> list[str]:
+    """What the numbers show and what they leave open, one sentence each."""
     said = []
     steps, losses = run.held_out()
     if not run.training:
-        said.append("No step has been finished yet.")
+        said.append("No step has finished yet.")
     if len(losses) > 1:
         low = losses.argmin()
         verb = "fell" if losses[-1] < losses[0] else "rose" if losses[-1] > losses[0] else "went"
@@ -124,7 +126,7 @@ def judge(run: Run) -> list[str]:
     elif len(losses):
         said.append(f"The held-out loss is {losses[0]:.3f} (step {steps[0]:,}); one evaluation shows no trend.")
     elif run.training:
-        said.append("Nothing was evaluated on held-out data: how well it does on anything new is not known.")
+        said.append("There was no evaluation on held-out data, so performance on new data is unknown.")
     for name in run.scores:
         steps, scores = run.held_out(name)
         before = "is" if scores[0] == scores[-1] else f"went from {scores[0]:.3g} to"
@@ -137,7 +139,7 @@ def judge(run: Run) -> list[str]:
 
 
 def list_tiles(run: Run) -> list[Tile]:
-    """The numbers to see first."""
+    """The key numbers."""
     tiles = []
     steps, losses = run.held_out()
     if len(losses):
@@ -178,7 +180,7 @@ def list_tiles(run: Run) -> list[Tile]:
 
 
 def span(seconds: float) -> str:
-    """A time in its two largest units."""
+    """Format a duration in its two largest units."""
     if seconds < 59.5:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -191,11 +193,11 @@ def memory_plan(run: Run) -> dict[str, int]:
 
 
 def compare_memory(run: Run) -> list[tuple[str, str, float, str]]:
-    """Bars of planned and measured memory: (name, size in words, per cent of the longest, kind)."""
+    """Bars of planned and measured memory: (name, formatted size, percent of the longest, kind)."""
     plan, peaks = memory_plan(run), run.column("peak_memory_gib")[1]
     bars = [(words(name), size / GIB, "part") for name, size in plan.items()]
     if plan:
-        bars.append(("planned in all", sum(plan.values()) / GIB, "total"))
+        bars.append(("planned total", sum(plan.values()) / GIB, "total"))
     if len(peaks):
         bars.append(("measured peak", float(peaks.max()), "measured"))
     longest = max((size for _, size, _ in bars), default=0) or 1
@@ -209,7 +211,7 @@ def compare_memory(run: Run) -> list[tuple[str, str, float, str]]:
 
 
 def list_settings(settings: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """((flag, value, default) of those that differ from it, (flag, value) of the others)."""
+    """((flag, value, default) of changed settings, (flag, value) of the others)."""
     from qlora.config.run import RunConfig
 
     defaults = RunConfig().saved()
@@ -242,7 +244,7 @@ def command_of(run: Run) -> str:
 
 
 def describe_origin(run: Run) -> list[tuple[str, str]]:
-    """When, where and with what it ran."""
+    """When, where and with which versions the run took place."""
     facts, versions = run.facts, run.facts.get("versions")
     rows = [("started", show(facts["started"])[:16].replace("T", " "))] if "started" in facts else []
     rows += [(name, show(facts[key])) for key, name in ORIGIN.items() if key in facts]
@@ -254,7 +256,7 @@ def describe_origin(run: Run) -> list[tuple[str, str]]:
 
 
 def describe_adapter(run: Run) -> list[tuple[str, str]]:
-    """What was saved; nothing before the first time."""
+    """Describe the saved adapter; empty before the first save."""
     from safetensors import SafetensorError, safe_open
 
     adapter, rows = run.adapter, []
@@ -264,14 +266,14 @@ def describe_adapter(run: Run) -> list[tuple[str, str]]:
     kind = " + ".join(ways) or {"ADALORA": "AdaLoRA"}.get(str(adapter.get("peft_type")), "LoRA")
     rows.append(("variant", kind))
     names = {"base_model_name_or_path": "base", "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout",
-             "target_modules": "target modules", "modules_to_save": "trained whole"}  # fmt: skip
+             "target_modules": "target modules", "modules_to_save": "fully trained"}  # fmt: skip
     rows += [(name, cut(show(adapter[key]))) for key, name in names.items() if adapter.get(key)]
     file = run.directory / WEIGHTS
     try:
         with safe_open(file, framework="numpy") as tensors:
             shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118  (no mapping)
-        rows.append(("saved", f"{sum(map(math.prod, shapes)):,} numbers in {len(shapes):,} tensors"))
+        rows.append(("saved", f"{sum(map(math.prod, shapes)):,} parameters in {len(shapes):,} tensors"))
         rows.append(("size", f"{file.stat().st_size / 1e6:,.1f} MB"))
     except (OSError, SafetensorError) as error:
-        rows.append(("saved", f"{WEIGHTS} does not read ({error})"))
+        rows.append(("saved", f"{WEIGHTS} cannot be read ({error})"))
     return rows

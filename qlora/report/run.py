@@ -1,4 +1,4 @@
-"""What a run left in its directory, read for whoever wants to show it: as much as there is, whole or not."""
+"""Read the files of a run, complete or not, for display."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
 from qlora.system.files import read_json, whole_lines
 
-LARGEST = 1e15  # number that can be drawn
+LARGEST = 1e15  # largest number to draw
 
 
 @dataclass
 class Run:
-    """The files of a run, read; sections that are no such thing are empty.
+    """The contents of a run's files; invalid sections are empty.
 
     Attributes:
-        scores: names of numbers beside the held-out loss in evaluation lines.
+        scores: names of numbers other than the held-out loss in evaluation lines.
         notes: what could not be read.
     """
 
@@ -42,17 +42,17 @@ class Run:
         return self.settings.get(section, {}).get(name)
 
     def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of one number of the training lines, where it is one."""
+        """(steps, values) of one key in the training lines, where its value is a number."""
         if name not in self._columns:
             self._columns[name] = _column(self.training, name)
         return self._columns[name]
 
     def held_out(self, name: str = "eval_loss") -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of one number of the evaluations, where it is one."""
+        """(steps, values) of one key in the evaluation lines, where its value is a number."""
         return _column(self.evaluations, name)
 
     def fact(self, *names: str) -> Any:
-        """A number out of nested facts, or None."""
+        """A number from the nested facts, or None."""
         value: Any = self.facts
         for name in names:
             value = value.get(name) if isinstance(value, dict) else None
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps that the settings ask for; None where that is not known."""
+        """Number of steps in the settings; None if unknown."""
         train = self.settings.get("train", {})
         if is_number(train.get("max_steps")) and train["max_steps"] > 0:
             return int(train["max_steps"])
@@ -76,7 +76,7 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number of a size that can be drawn."""
+    """Whether it is a finite number, small enough to draw."""
     return type(value) in (int, float) and abs(value) <= LARGEST
 
 
@@ -93,15 +93,15 @@ def _column(lines: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndar
 
 
 def read_run(directory: Path) -> Run:
-    """What the files of a run say.
+    """Read the files of a run.
 
     Raises:
-        InputError: no file of a run is there.
+        InputError: the directory holds no file of a run.
     """
     metrics, notes = directory / "metrics.jsonl", []
     if not metrics.is_file() and not (directory / "run.json").is_file():
         raise InputError(
-            f"{directory} holds no run (no metrics.jsonl, no run.json); pass the --output-dir of one."
+            f"{directory} holds no run (no metrics.jsonl or run.json); pass the --output-dir of a run."
         )
     content: dict[str, dict[str, Any]] = {"run.json": {}, CONFIG: {}}
     for name in content:

@@ -15,10 +15,10 @@ def cache_directory() -> Path:
 
 
 def make_cache() -> None:
-    """Make `cache_directory`.
+    """Create `cache_directory`.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     path = cache_directory()
     try:
@@ -27,5 +27,5 @@ def make_cache() -> None:
             pass
     except OSError as error:
         raise InputError(
-            f"The cache {path} cannot be written ({error.strerror}); set QLORA_CACHE to a directory that can."
+            f"The cache {path} cannot be written ({error.strerror}); set QLORA_CACHE to a writable directory."
         ) from error

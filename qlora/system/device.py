@@ -1,4 +1,4 @@
-"""The device of a run: which one, its name, its fastest dtype, its default optimizer."""
+"""The device of a run: its choice, name, fastest dtype and default optimizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def best_device() -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """A device in words: name, memory of a GPU, threads on a CPU."""
+    """Describe a device: name, and memory of a GPU or threads on a CPU."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / GIB:.0f} GiB"
@@ -31,14 +31,14 @@ def describe_device(device: torch.device) -> str:
 
 
 def choose_compute_dtype(name: str, device: torch.device, width: int) -> torch.dtype:
-    """The dtype activations are computed in.
+    """The dtype to compute activations in.
 
-    "auto" measures: bf16 halves activation memory everywhere, but its matrix multiply is faster than fp32
-    on some CPUs and two to five times slower on others. fp16 is no choice: its range makes training unstable.
+    "auto" measures: bf16 halves activation memory everywhere, but its matrix multiply is faster than fp32 on
+    some CPUs and two to five times slower on others. fp16 is not offered: its range makes training unstable.
 
     Args:
         name: "auto", "float32" or "bfloat16".
-        width: of the measured product, (512, width) x (width, 4 width).
+        width: size of the measured product, (512, width) x (width, 4 width).
     """
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     if name in named:
@@ -55,7 +55,7 @@ def choose_compute_dtype(name: str, device: torch.device, width: int) -> torch.d
         )
         for dtype in seconds
     }
-    for _ in range(7):  # in turns, so that a busy neighbour slows both
+    for _ in range(7):  # alternate, so that other load slows both
         for dtype, (x, weight) in operands.items():
             start = time.perf_counter()
             x @ weight.T
@@ -69,10 +69,10 @@ def choose_compute_dtype(name: str, device: torch.device, width: int) -> torch.d
 
 
 def choose_optimizer(name: str, device: torch.device, say: Callable[[str], object] = lambda line: None) -> str:
-    """Resolve "auto": paged where the driver can move optimizer pages to main memory, else fused adamw."""
+    """Resolve "auto": paged AdamW if the driver can move optimizer pages to main memory, else fused AdamW."""
     pages = device.type == "cuda"
     if name == "auto" and not pages:
-        say(f"optimizer: fused adamw, since {device.type} has no pages to move (paged_adamw_32bit on CUDA)")
+        say("optimizer: fused AdamW (paged AdamW needs CUDA)")
     if name != "auto":
         return name
     return "paged_adamw_32bit" if pages else "adamw"

@@ -1,6 +1,6 @@
-"""Files and directories that appear whole or not at all: written aside, synced to disk, renamed.
+"""Write files and directories atomically: to a temporary name, synced to disk, then renamed.
 
-And reading what others wrote: JSON that may hold anything, and names in it that must not lead elsewhere.
+Also read files of unknown origin: arbitrary JSON, and file names in it that must not leave their directory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than ha
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """Yield a path to write; on success it takes the place of `target`, on an error nothing changes."""
+    """Yield a path to write; on success it replaces `target`, on an error nothing changes."""
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield staging
@@ -39,7 +39,7 @@ def new_file(target: Path) -> Iterator[Path]:
 def new_directory(target: Path) -> Iterator[Path]:
     """Yield an empty directory to fill; on success it becomes `target`.
 
-    Where `target` exists already (another process was first), that one stays.
+    If `target` exists already (another process was faster), it stays.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -60,12 +60,12 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that were killed left half written in a folder.
+    """Remove unfinished files that killed processes left in a folder.
 
-    Only for who holds a lock on what is written there: another process' work looks the same.
+    Call only while holding the lock: unfinished files of a running process look the same.
 
     Args:
-        name: of the file or directory that it was to become; None = any.
+        name: final name of the file or directory; None = any.
     """
     wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+(\.old)?\.tmp")
     for left in list(folder.iterdir()) if folder.is_dir() else ():
@@ -75,9 +75,9 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def only_writer(target: Path) -> Iterator[bool]:
-    """Wait until no other process writes `target` in this context; yields whether it is still not there.
+    """Wait until no other process writes `target`; yields True if it still does not exist.
 
-    What killed processes left of it half written is removed.
+    Unfinished files of killed processes are removed.
     """
     from filelock import FileLock
 
@@ -85,13 +85,17 @@ def only_writer(target: Path) -> Iterator[bool]:
     with FileLock(lock):
         remove_leftovers(target.parent, target.name)
         yield not target.exists()
-        lock.unlink(missing_ok=True)  # who waits for it finds `target`; after an error it stays, for the next
+        lock.unlink(
+            missing_ok=True
+        )  # waiting processes find `target`; after an error the lock file stays for the next
 
 
 def _settle(path: Path) -> None:
-    """Sync a file to disk and give it ordinary permissions (safetensors creates its files private)."""
+    """Sync a file to disk and give it ordinary permissions (safetensors creates private files)."""
     if path.is_file():
-        umask = os.umask(0o077)  # it can only be read by setting it: another thread's new file is private then
+        umask = os.umask(
+            0o077
+        )  # can only be read by setting it; a file that another thread creates now is private
         os.umask(umask)
         path.chmod(0o666 & ~umask)
     _sync(path)
@@ -109,17 +113,17 @@ def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, A
     """The JSON object in a file.
 
     Args:
-        remedy: what to do about a file that is none, for the error.
-        unique_keys: refuse a name that occurs twice instead of taking its last value.
+        remedy: what the error tells the user to do.
+        unique_keys: raise if a key occurs twice instead of taking its last value.
     Raises:
-        InputError: the file cannot be read, is too large, nested too deep, or holds no JSON object.
+        InputError: the file cannot be read, is too large, nested too deeply, or is not a JSON object.
     """
 
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content: dict[str, Any] = {}
         for name, value in pairs:
             if unique_keys and name in content:
-                raise InputError(f"{path} gives {name[:60]!r} twice; {remedy}.")
+                raise InputError(f"{path} has the key {name[:60]!r} twice; {remedy}.")
             content[name] = value
         return content
 
@@ -127,19 +131,19 @@ def read_json(path: Path, remedy: str, unique_keys: bool = False) -> dict[str, A
         with open(path, "rb") as file:
             text = file.read(JSON_LIMIT + 1)
         if len(text) > JSON_LIMIT:
-            raise InputError(f"{path} is larger than {JSON_LIMIT // 2**20} MiB, as no such file is; {remedy}.")
+            raise InputError(f"{path} is larger than the limit of {JSON_LIMIT // 2**20} MiB; {remedy}.")
         content = json.loads(text.decode("utf-8"), object_pairs_hook=build)
     except InputError:
         raise
     except (OSError, ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
         raise InputError(f"{path} is not readable JSON ({explain(error)}); {remedy}.") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no JSON object; {remedy}.")
+        raise InputError(f"{path} is not a JSON object; {remedy}.")
     return content
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file that holds one a line; what a kill cut off is left out. No file, no lines."""
+    """The JSON objects of a file with one per line, without an incomplete last line; [] if there is no file."""
     lines = []
     for text in path.read_text("utf-8", "replace").split("\n") if path.is_file() else ():
         try:
@@ -152,13 +156,19 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
-    """The tensors of a safetensors file, all in memory; arguments and errors as `read_json`."""
+    """Read all tensors of a safetensors file into memory.
+
+    Args:
+        remedy: what the error tells the user to do.
+    Raises:
+        InputError: the file cannot be read or is not a complete safetensors file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         return load_file(path)
-    # TypeError and RuntimeError: shapes that safetensors lets pass and torch cannot make.
+    # TypeError and RuntimeError: shapes that safetensors accepts and torch cannot create.
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
@@ -166,7 +176,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def is_file_name(name: object) -> bool:
-    """Whether a name out of a file is a plain file name: no folder, no "..", nothing unprintable."""
+    """Whether a name read from a file is a plain file name: no folder, no "..", nothing unprintable."""
     if not isinstance(name, str) or name in ("", "..") or len(name) > 255 or not name.isprintable():
         return False
     return PureWindowsPath(name).name == name  # "\\" and "C:" count too, on any system

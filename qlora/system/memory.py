@@ -16,17 +16,17 @@ GIB = 2**30
 
 
 def trim_heap() -> None:
-    """Have the C library return what was freed to the system; glibc keeps the pieces between what is in use."""
+    """Return freed memory to the system; glibc otherwise keeps free pieces between those in use."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(0)
 
 
 def return_large_frees() -> None:
-    """From now on, have glibc return tensors of a megabyte and more to the system when they are freed.
+    """From now on, make glibc return freed tensors of a megabyte or more to the system.
 
-    It else keeps what is freed, up to 32 MB a piece, and the few tensors of a recomputed layer that live on lie in
-    between. Their fresh pages cost nothing beside a large model's products, and a tenth of a small one's step.
+    By default it keeps freed pieces of up to 32 MB, with the few surviving tensors of a recomputed layer in
+    between. Fresh pages cost nothing next to a large model's products, and a tenth of a small model's step.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if option is not None:
@@ -45,7 +45,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def resident_memory() -> int:
-    """Bytes of main memory that this process takes."""
+    """Bytes of main memory that this process uses."""
     import psutil
 
     return psutil.Process().memory_info().rss
@@ -57,7 +57,7 @@ def peak_memory_gib(device: torch.device) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated(device) / GIB
-    # The kernel's figure for this process; ru_maxrss would begin at the peak of the process that started it.
+    # The kernel's value for this process; ru_maxrss starts at the peak of the parent process.
     status = Path("/proc/self/status")
     if status.is_file():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / GIB
@@ -68,8 +68,8 @@ def peak_memory_gib(device: torch.device) -> float:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on a device or on the host.
 
-    Known by torch's own error, by accelerate's list of messages, and by those that the list lacks: of C++, of
-    cuBLAS, of CUDA and CPU outside torch's allocators.
+    Recognized by torch's own error, by accelerate's list of messages, and by messages missing there: from C++,
+    cuBLAS, and CUDA and CPU outside torch's allocators.
     """
     if not isinstance(error, RuntimeError):
         return isinstance(error, MemoryError)

@@ -1,4 +1,4 @@
-"""Take secrets out of text that is printed, logged or saved."""
+"""Remove secrets from text that is printed, logged or saved."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PATTERNS = (
 def redact(text: str) -> str:
     """`text` with tokens, keys and passwords replaced by "[redacted]".
 
-    Known by their form, or as the value of one of SECRET_VARIABLES (of 8 characters or more: a shorter one
-    is no secret and might be part of ordinary words).
+    They are recognized by their form, or as the value of one of SECRET_VARIABLES (of 8 characters or more: a
+    shorter value is not a secret and might be part of ordinary words).
     """
     for value in (os.environ.get(name, "").strip() for name in SECRET_VARIABLES):
         if len(value) >= 8:

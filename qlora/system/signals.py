@@ -1,8 +1,8 @@
-"""Requests to stop a run: SIGTERM, SIGINT, or a time limit. The loop asks between steps.
+"""Requests to stop a run: SIGTERM, SIGINT or a time limit, checked between steps.
 
-The first signal asks; the loop finishes its step, saves and ends. A second one ends the process at once, or, in a
-process that is not the run's alone, has the effect it had before the run. That is safe too: every file of a run is
-written aside and renamed.
+After the first signal the loop finishes its step, saves and ends. A second one ends the process at once, or, if
+the run shares the process, goes to the previous handler. That is safe too: every file of a run is written
+atomically.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from types import FrameType
 from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_REQUEST_SECONDS = 1.0  # launchers and terminals deliver one request several times over
+SAME_REQUEST_SECONDS = 1.0  # launchers and terminals may deliver one request several times
 
 
 class StopRequest:
-    """Why the run should stop now: call it. Listens to signals inside a `with` block, in the main thread.
+    """Call it to get the reason to stop now, or None. Handles signals inside a `with` block in the main thread.
 
     Args:
-        deadline: in seconds of time.monotonic(), which no change of the clock moves; None = no limit.
-        ends_process: what a second signal does; False: it goes to the handler of before.
+        deadline: in seconds of time.monotonic(), which clock changes do not affect; None = no limit.
+        ends_process: whether a second signal ends the process; False: it goes to the previous handler.
     Attributes:
-        signal: the first that came.
+        signal: the first one received.
     """
 
     def __init__(self, deadline: float | None = None, ends_process: bool = True) -> None:
@@ -48,7 +48,7 @@ class StopRequest:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first = number, now
-            os.write(2, b"asked to stop: finishing the step and saving; a second signal ends at once\n")
+            os.write(2, b"stopping: finishing the step and saving; a second signal ends at once\n")
         elif now - self._first > SAME_REQUEST_SECONDS:
             if self.ends_process:
                 os._exit(128 + number)

@@ -411,7 +411,7 @@ def test_the_picture_shows_the_sizes_and_says_what_it_is(tmp_path: Path, monkeyp
 def test_the_picture_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = save_adapter(tmp_path / "adapter")
     for name in ("sizes.jpg", "nowhere/sizes.png"):
-        with pytest.raises(InputError, match=r"give the name of a \.png file in a directory that is there"):
+        with pytest.raises(InputError, match=r"give a \.png file in an existing directory"):
             draw_inspection(inspect_adapter(directory), tmp_path / name)
     from matplotlib.figure import Figure
 

@@ -380,7 +380,7 @@ def test_damaged_files(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "printed"),
     [
-        (["--weights", "0.7", "-0.3"], "exactly the weighted sum"),
+        (["--weights", "0.7", "-0.3"], "the exact weighted sum"),
         (["--method", "svd", "--rank", "2"], "of the norm of the weighted sum kept"),
     ],
 )

@@ -413,7 +413,7 @@ def test_wrong_settings(settings: dict[str, Any], problem: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["--model", "m"], "pass --model, --data and --eval-data"),
+        (["--model", "m"], "--model, --data and --eval-data are required"),
         (["--report-only", "--output-dir", "nowhere"], "nowhere holds no study"),
     ],
 )
@@ -430,7 +430,7 @@ def test_other_settings_and_other_files_are_refused(study: tuple[Path, list[str]
     with pytest.raises(InputError, match=r"No part of the study in .* is finished"):
         fidelity_report.read_study(tmp_path)
     (tmp_path / "nf4-qv-r8-seed0.json").write_text('{"loss": 1}')
-    with pytest.raises(InputError, match=r"seed0.json is no result of this command; remove it"):
+    with pytest.raises(InputError, match=r"seed0.json is not a result of this command; remove it"):
         fidelity_report.read_study(tmp_path)
     page = tmp_path / "page.md"
     page.write_text("no marks")

@@ -202,7 +202,7 @@ def test_a_conversation_that_outgrows_the_model_loses_its_oldest_turns(
     assert 0 < first < 3 and chat.turns[3].answer == reference(tiny, "sql", seen, 0, max_new_tokens=8)
     assert len(chat.turns) == 4  # all of it is kept
     assert f"oldest {first} are left out" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"tokens too many for this model's 120; shorten it"):
+    with pytest.raises(InputError, match=r"tokens too long for this model's limit of 120; shorten it"):
         chat.ask("long " * 100)
 
 
@@ -259,19 +259,19 @@ def test_help_names_every_command_and_each_is_carried_out(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/", "There is no command /; /help lists them"),
-        ("/foo bar", "There is no command /foo; /help lists them"),
-        ("/adpter sql", "There is no command /adpter; did you mean /adapter?"),
-        ("/adapter nowhere", "no adapter 'nowhere', nor a directory of that name; loaded are: sql, poem, none."),
+        ("/", "Unknown command /; /help lists them"),
+        ("/foo bar", "Unknown command /foo; /help lists them"),
+        ("/adpter sql", "Unknown command /adpter; did you mean /adapter?"),
+        ("/adapter nowhere", "No adapter or directory is named 'nowhere'; loaded: sql, poem, none."),
         ("/adapter base", "The adapter directory base has no adapter_config.json"),
-        ("/adapter other=sql/nowhere", "There is no adapter 'other=sql/nowhere'"),
-        ("/adapter poem=sql", "The name 'poem' is taken; give the adapter another, as NAME=sql."),
-        ("/base", "There is no question to compare by yet"),
-        ("/retry", "There is no question to ask again yet"),
-        ("/undo", "There is nothing to take back"),
-        ("/save", "/save wants the name of a .jsonl file"),
-        ("/save chat.jsonl", "There is nothing to save yet"),
-        ("/settings colour=3", "'colour' is no setting; write NAME=VALUE, with one of max_new_tokens"),
+        ("/adapter other=sql/nowhere", "No adapter or directory is named 'other=sql/nowhere'"),
+        ("/adapter poem=sql", "The name 'poem' is taken; choose another: NAME=sql."),
+        ("/base", "No question to compare yet"),
+        ("/retry", "No question to ask again yet"),
+        ("/undo", "Nothing to undo"),
+        ("/save", "/save needs the name of a .jsonl file"),
+        ("/save chat.jsonl", "Nothing to save yet"),
+        ("/settings color=3", "Unknown setting 'color'; write NAME=VALUE with one of max_new_tokens"),
         ("/settings temperature=hot", "temperature is 'hot'; give a number"),
         ("/settings top_p=2", "top_p is 2.0"),
         ("/settings seed=-1", "seed is -1"),
@@ -517,7 +517,9 @@ def test_a_full_disk_costs_no_turn(tiny: Path, tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        with pytest.raises(InputError, match=r"cannot be written \(.*No space left.*\); /save FILE takes another"):
+        with pytest.raises(
+            InputError, match=r"cannot be written \(.*No space left.*\); choose another with /save FILE"
+        ):
             chat.ask("two")
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["chat.jsonl"]
     chat.ask("three")
@@ -531,13 +533,13 @@ def test_a_full_disk_costs_no_turn(tiny: Path, tmp_path: Path, monkeypatch: pyte
         (
             "chat.jsonl",
             b'{"messages": [{"role": "user", "content": "Hi"}]}\n',
-            "nothing to learn without an assis",
+            "no assistant message to learn from",
         ),
         ("chat.jsonl", b'{"messages": [{"role": "robot", "content": "Hi"}]}\n', "has the role 'robot'"),
-        ("chat.jsonl", b'{"text": "Once upon a time"}\n', "ends with a plain text, not a conversation"),
+        ("chat.jsonl", b'{"text": "Once upon a time"}\n', "ends with plain text, not a conversation"),
         ("chat.jsonl", b"\xff\xfeH\x00", "it is UTF-16"),
         ("chat.txt", b"Hi\n", "does not end in .jsonl"),
-        ("nowhere/chat.jsonl", None, "There is no directory"),
+        ("nowhere/chat.jsonl", None, "nowhere does not exist; create it first"),
     ],
 )
 def test_a_file_that_is_no_history_is_left_as_it_is(
@@ -548,7 +550,7 @@ def test_a_file_that_is_no_history_is_left_as_it_is(
     chat = start(tiny)
     chat.open_history(str(tmp_path / name))
     said = capsys.readouterr().err
-    assert message in said and "The chat goes on without a history file." in said and said.count("\n") == 1
+    assert message in said and "Nothing will be saved." in said and said.count("\n") == 1
     chat.ask("Hi")
     assert len(chat.turns) == 1
     assert content is None or (tmp_path / name).read_bytes() == content
@@ -577,14 +579,14 @@ def test_a_script_gets_answers_and_nothing_else(tiny: Path) -> None:
         asked.append({"role": "assistant", "content": answer.replace("\0", "")})
         expected += show_controls(answer) + "\n"
     assert result.stdout == expected and len(expected) > 10
-    assert "There is no command /nonsense" in result.stderr and "Traceback" not in result.stderr
+    assert "Unknown command /nonsense" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Nobody to chat with; pass --model, --adapter or both."),
-        (["--adapter", "nowhere"], "There is no adapter 'nowhere', nor a directory of that name"),
+        ([], "Nothing to chat with: pass --model, --adapter or both."),
+        (["--adapter", "nowhere"], "No adapter or directory is named 'nowhere'"),
         (["--model", "nowhere"], "nowhere"),
         (["--model", "m", "--temperature", "-1"], "temperature is -1.0"),
         (["--model", "m", "--max-new-tokens", "0"], "max_new_tokens is 0"),
@@ -685,7 +687,7 @@ def test_a_conversation_at_a_terminal(tiny: Path, tmp_path: Path) -> None:
     terminal.send("\n")
     terminal.expect("verse> ")
     terminal.send("/oops\n")
-    assert "There is no command /oops" in terminal.expect("verse> ")
+    assert "Unknown command /oops" in terminal.expect("verse> ")
     terminal.send("\x03")
     terminal.expect("verse> ", again="\x03")
     terminal.send("\x04")

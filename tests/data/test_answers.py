@@ -174,8 +174,8 @@ def test_the_ways_by_name() -> None:
     [
         (dict(match="regex"), "match is regex and no pattern is given; --match regex and --pattern go together"),
         (dict(pattern="(a)"), "match is text and a pattern is given"),
-        (dict(match="regex", pattern="(a"), r"pattern is '\(a', no regular expression \(missing \)"),
-        (dict(match="regex", pattern="a"), "with 0 groups; give --pattern one group"),
+        (dict(match="regex", pattern="(a"), r"pattern is '\(a', not a regular expression \(missing \)"),
+        (dict(match="regex", pattern="a"), "with 0 groups; give --pattern exactly one group"),
         (dict(match="regex", pattern="(a)(b)"), "with 2 groups"),
         (dict(match="fuzzy"), "match is 'fuzzy'; choose one of text, json"),
     ],

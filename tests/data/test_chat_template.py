@@ -335,17 +335,17 @@ LOSERS = {
 @pytest.mark.parametrize("lost", LOSERS)
 def test_a_template_that_loses_something_is_refused(lost: str) -> None:
     assert LOSERS[lost] != HERMES
-    with pytest.raises(BadRow, match=f"^a:1: the chat template leaves out {lost}, which would be lost"):
+    with pytest.raises(BadRow, match=f"^a:1: the chat template drops {lost}; use one that writes it"):
         encode_example(messages_of(conversation(PARIS)), tokenizer_with(LOSERS[lost]), LONG, origin="a:1")
 
 
 @pytest.mark.parametrize(
     ("template", "turns", "tools", "expected"),
     [
-        (CHATML_TEMPLATE, conversation(PARIS), None, "leaves out the tool calls"),
-        (CHATML_TEMPLATE, ENDING[1:], TOOLS, "leaves out the tools"),
-        (None, conversation(PARIS), None, "leaves out the tool calls"),  # the fallback for base models
-        (LLAMA, conversation(PARIS, content="Let me see."), TOOLS, "leaves out the content beside tool calls"),
+        (CHATML_TEMPLATE, conversation(PARIS), None, "drops the tool calls"),
+        (CHATML_TEMPLATE, ENDING[1:], TOOLS, "drops the tools"),
+        (None, conversation(PARIS), None, "drops the tool calls"),  # the fallback for base models
+        (LLAMA, conversation(PARIS, content="Let me see."), TOOLS, "drops the content next to tool calls"),
         (LLAMA, conversation(PARIS, ROME), TOOLS, "refuses it: This model only supports single tool-calls"),
         (
             HERMES.replace(
@@ -361,7 +361,7 @@ def test_a_template_that_loses_something_is_refused(lost: str) -> None:
             ),
             conversation(PARIS, ROME),
             TOOLS,
-            "leaves out the arguments of tool calls",
+            "drops the arguments of tool calls",
         ),
     ],
 )
@@ -411,9 +411,9 @@ def test_each_order_of_turns_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> N
         ),
         ({"tool_calls": [call("f", "[1]")]}, "in message 2 of messages are [1] (list); write a JSON object"),
         ({"tool_calls": [call("f", '{"a": NaN}')]}, "'a' is NaN, which is not a JSON value"),
-        ({"tool_calls": [call("f", '{"a": 1, "a": 2}')]}, "gives the key 'a' twice"),
+        ({"tool_calls": [call("f", '{"a": 1, "a": 2}')]}, "has the key 'a' twice"),
         ({"tool_calls": [call("f", {"a": "\ud800"})]}, "holds a NUL or half of a surrogate pair"),
-        ({"tool_calls": [call("f", {"a": float("inf")})]}, "holds inf (float), which is no JSON value"),
+        ({"tool_calls": [call("f", {"a": float("inf")})]}, "holds inf (float), which is not a JSON value"),
         ({"tool_calls": [call("f", {"a": json.loads("[" * 99 + "]" * 99)})]}, "nested more than 64 levels deep"),
         ({"role": "user", "tool_calls": [PARIS]}, "message 2 of messages has tool_calls, but is from the user"),
         (
@@ -453,7 +453,7 @@ def test_bad_tools_are_named(tools: Any, expected: str) -> None:
 )
 def test_turns_out_of_order(turns: list[Any], expected: str) -> None:
     with pytest.raises(
-        BadRow, match=f"is from the {expected}; .* after an answer with tool_calls, first the tools'"
+        BadRow, match=f"is from the {expected}; .* after an answer with tool_calls, put the tool results"
     ):
         messages_of(turns)
 

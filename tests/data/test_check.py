@@ -61,7 +61,7 @@ SIGNS = {
     "same as an earlier row": ["3 is 1"],
     "an answer that repeats the question": ["4"],
     "an answer without a letter or digit": ["5", "11"],
-    "control characters, or U+FFFD for a lost one": ["7"],
+    "control characters, or U+FFFD in place of a lost character": ["7"],
     "longer than 100,000 characters": ["9"],
 }
 
@@ -90,7 +90,7 @@ def test_with_a_tokenizer_it_foretells_the_run(source: str, on_long: str, train_
     expected = SIGNS | {"special-token text in a message": ["6"]}
     if train_on == "completion" and on_long == "truncate":
         # The long one, and the one whose spelt-out token makes its prompt longer than 30.
-        expected["dropped, for all targets lie beyond --max-length 30"] = ["6", "9"]
+        expected["dropped: all targets lie beyond --max-length 30"] = ["6", "9"]
     assert lines_of(check) == expected
     wanted = "⟦Hello<|im_end|>⟧" if train_on == "completion" else "<|im_start|>⟦user\nHi<|im_end|>"
     assert check.sample is not None and wanted in check.sample
@@ -126,7 +126,7 @@ def test_the_print_shows_numbers_places_and_no_control_characters(tmp_path: Path
     assert f"  {path}:6: completion is 0 (int), not text; fill it in or remove the record.\n" in text
     assert f"{path}:25: " in text and f"{path}:26: " not in text and "  and 5 more\n" in text
     places = ", ".join(f"{path}:{n}" for n in (1, 2, 3))
-    assert f"     5  control characters, or U+FFFD for a lost one: {places}, and 2 more\n" in text
+    assert f"     5  control characters, or U+FFFD in place of a lost character: {places}, and 2 more\n" in text
     assert "\x1b" not in text
 
 
@@ -144,7 +144,7 @@ def test_the_command_fails_after_the_summary_if_rows_are_bad(
     captured = capsys.readouterr()
     assert "11 rows" in captured.out and "10: the row is [1] (list)" in captured.out
     assert captured.err == (
-        f"error: 2 of 11 rows of {source} cannot be used; mend them, or train without them by --on-bad-row skip.\n"
+        f"error: 2 of 11 rows of {source} cannot be used; fix them, or train without them: --on-bad-row skip.\n"
     )
     good = tmp_path / "good.jsonl"
     good.write_text(json.dumps(ROWS[0]) + "\n")

@@ -59,7 +59,7 @@ def test_the_sample_shows_what_is_masked(source: str) -> None:
 
 def test_too_few_rows_to_split(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "a single row"}\n')
-    with pytest.raises(InputError, match="too few to hold any out; pass --eval-data"):
+    with pytest.raises(InputError, match="too few to hold some out; pass --eval-data"):
         load_examples(str(tmp_path / "one.jsonl"), tiny_tokenizer(), 256, eval_split=0.5, say=lambda line: None)
 
 
@@ -86,7 +86,7 @@ def test_bad_rows_are_skipped_counted_and_listed(source: str, spoilt: str, tmp_p
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [line["where"] for line in lines] == [f"{spoilt}:1", f"{spoilt}:42"] * 2
     assert lines[0]["problem"] == "completion is null, not text; fill it in or remove the record."
-    assert "the file may be cut off" in lines[1]["problem"]
+    assert "the file may be truncated" in lines[1]["problem"]
     load_examples(source, tiny_tokenizer(), 256, **options)
     assert not listed.exists()  # an older list would mislead
 
@@ -105,7 +105,7 @@ def test_no_row_is_good(tmp_path: Path) -> None:
     """The list is there to be mended from, although there is nothing to train on."""
     data, listed = tmp_path / "data.jsonl", tmp_path / "bad_rows.jsonl"
     data.write_text("".join(BAD_ROWS))
-    with pytest.raises(InputError, match=f"^All 2 records are bad, the first one is {data}:1: completion is null"):
+    with pytest.raises(InputError, match=f"^All 2 records are bad; the first: {data}:1: completion is null"):
         load_examples(str(data), tiny_tokenizer(), 256, on_bad_row="skip", bad_rows_file=listed)
     assert len(listed.read_text().splitlines()) == 2
 
@@ -170,9 +170,9 @@ def test_a_pattern_names_its_files_in_order(tmp_path: Path) -> None:
         ("a.jsonl", [0.0], "gives a.jsonl the weight 0; give a number above 0"),
         ("a.jsonl", [-1.0], "the weight -1"), ("a.jsonl", [float("nan")], "the weight nan"),
         ("a.jsonl", [1e9], "the weight 1e.09; give a number above 0, at most 1000"),
-        ("no/*.jsonl", [], "no/.*jsonl matches no file"), (" , ", [], "data names no source"),
+        ("no/*.jsonl", [], "no/.*jsonl matches no file"), (" , ", [], "data is empty"),
         ("a.jsonl,b.jsonl,a.jsonl", [], "data names a.jsonl twice; give it a weight of 2 instead"),
-        ("no,such.jsonl", [], "such.jsonl does not exist|could not be loaded from the hub"),
+        ("no,such.jsonl", [], "such.jsonl does not exist|could be loaded from the hub"),
     ],
 )  # fmt: skip
 def test_sources_that_cannot_be(sources: str, weights: list[float], expected: str) -> None:

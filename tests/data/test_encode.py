@@ -241,7 +241,7 @@ def test_bad_records_are_collected_and_counted():
     assert str(report).startswith(
         "3 of 7 records kept (0 truncated; dropped: 0 too long, 1 without a target; 3 bad rows skipped), "
     )
-    with pytest.raises(InputError, match=r"All 2 records are bad, the first one is train\.jsonl:9: text is null"):
+    with pytest.raises(InputError, match=r"All 2 records are bad; the first: train\.jsonl:9: text is null"):
         encode_records(bad, tokenizer, LONG, bad_rows=[])
     with pytest.raises(InputError, match=r"None of 2 records is left .* 1 without a target within it, 1 bad;"):
         encode_records([bad[0], Record({"text": " "}, "train.jsonl:2")], tokenizer, LONG, bad_rows=[])
@@ -346,19 +346,19 @@ def test_the_end_of_turn_is_read_off_the_template():
             "{% for m in messages %}{{ m['role'] }}: "
             "{% if loop.index0 >= messages | length - 2 %}S {% endif %}"
             "{{ m['content'] + eos_token }}{% endfor %}",
-            "rewrites what precedes answer 1 once more follows; split the record",
+            "rewrites the text before answer 1 when more turns follow; split the record",
         ),
         # As DeepSeek-R1: the generation prompt opens a thought that the rendered answer lacks.
         (
             CHATML_TEMPLATE.replace("assistant\n'", "assistant\n<think>'"),
-            "rewrites what precedes answer 1 once more follows",
+            "rewrites the text before answer 1 when more turns follow",
         ),
         (CHATML_TEMPLATE.replace("<|im_end|>", ""), "no special token after the answer 'Ciao'"),
         (
             CHATML_TEMPLATE.replace("message['content']", "message['content'] | upper"),
             "after the answer 'Hello'",
         ),
-        (CHATML_TEMPLATE + "{{ raise_exception('No\nusers') }}", "the chat template refuses it: No users; mend"),
+        (CHATML_TEMPLATE + "{{ raise_exception('No\nusers') }}", "the chat template refuses it: No users; fix"),
         # A template is a program, and fails as programs do.
         (CHATML_TEMPLATE + "{% for i in range(10**6) %}{% endfor %}", "refuses it: OverflowError: Range too big"),
         (CHATML_TEMPLATE + "{{ messages[0]['content'] + 1 }}", "refuses it: TypeError: can only concatenate str"),
@@ -564,7 +564,7 @@ def test_special_text_that_cannot_be_written_is_refused():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     messages = conversation("What is </s>", "An end")
     with pytest.raises(
-        InputError, match=r"^a:1: a message holds '</s>', which this tokenizer cannot write as plain"
+        InputError, match=r"^a:1: a message contains '</s>', which this tokenizer cannot encode as"
     ):
         encode_example(messages, tokenizer, LONG, origin="a:1")
     assert encode_example(messages, tokenizer, LONG, parse_special=True).num_targets > 0

@@ -14,11 +14,12 @@ import pandas
 import pytest
 from datasets import Dataset, DatasetDict
 
-from qlora.data.dataset import find_sources, load_examples
+from qlora.data.dataset import find_sources
 from qlora.data.python_rows import PythonRows, take_sources
 from qlora.data.readers import identify_source, read_records
 from qlora.data.rows import BadRow, sort_by_place
 from qlora.system.errors import InputError
+from tests.shortcuts import load_examples
 from tests.tiny import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -113,7 +114,7 @@ def test_a_bad_row_is_named_by_its_place_as_in_python(row: Any, problem: str) ->
             "data is of type DatasetDict, with 'train'; give one split",
         ),
         (Dataset.from_list(PAIRS).to_iterable_dataset(), "data is of type IterableDataset; give a path"),
-        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' stands there twice; rename one."),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "data: the column 'a' occurs twice; rename one."),
         (["a.jsonl", {"prompt": "a"}], "data[1] is of type dict, with 'prompt'; give one split or [row]."),
         ([PAIRS, 7], "data[1] is of type int; give a path"),
     ],

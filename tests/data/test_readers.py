@@ -123,9 +123,9 @@ def test_json_object_with_one_list_field(tmp_path):
             '[{"text": "a"},\n {"text" "b"}]',
             "a.json:2: not valid JSON (Expecting ':' delimiter at column 10, near",
         ),
-        ("a.json", '{"text": "a"}\n{"text": "b"}\n', "name it .jsonl if each line is an object"),
+        ("a.json", '{"text": "a"}\n{"text": "b"}\n', "rename it to .jsonl if each line is an object"),
         ("a.json", '[{"text": "a"}, 3]', "a.json record 2: the row is 3 (int)"),
-        ("a.json", "3", "a.json: holds 3 (int), no list of records"),
+        ("a.json", "3", "a.json: holds 3 (int), not a list of records"),
         ("a.json", b'[{"text":\n "\xff"}]', "a.json:2: byte 3, 0xff after ' \"', is not valid UTF-8"),
         ("a.csv", "", "a.csv holds no records"),
         ("a.csv", "text\n", "a.csv holds no records"),
@@ -145,9 +145,9 @@ def test_json_object_with_one_list_field(tmp_path):
         (
             "a.jsonl",
             '{"text": "a", "text": "b"}\n',
-            "a.jsonl:1: the row gives the key 'text' twice, in the end as 'b'; keep one",
+            "a.jsonl:1: the row has the key 'text' twice, the last one as 'b'; keep one",
         ),
-        ("a.jsonl", '{"m": [{"a": 1, "b": 2, "a": 1}]}\n', "a.jsonl:1: 'm' gives the key 'a' twice"),
+        ("a.jsonl", '{"m": [{"a": 1, "b": 2, "a": 1}]}\n', "a.jsonl:1: 'm' has the key 'a' twice"),
         ("a.jsonl", '{"m": {"a": [1, [-Infinity]]}}\n', "a.jsonl:1: 'a' is -Infinity, which is not a JSON value"),
         ("a.jsonl", '{"a": ' + "[" * 10**5, "a.jsonl:1: not valid JSON (nested too deeply); write one JSON"),
         ("a.jsonl", '{"a": ' + "1" * 5000 + "}\n", "a.jsonl:1: not valid JSON (Exceeds the limit (4300 digits)"),
@@ -156,27 +156,39 @@ def test_json_object_with_one_list_field(tmp_path):
             '{"a": "b"}\n{"text": "cut of',
             "a.jsonl:2: not valid JSON (Unterminated string starting at col",
         ),
-        ("a.jsonl", '{"a": "b"}\n{"text": "cut of', "(the line has no end: the file may be cut off)."),
-        ("a.jsonl", b'{"text": "\xc3', "UTF-8 (the line has no end: the file may be cut off)."),
+        (
+            "a.jsonl",
+            '{"a": "b"}\n{"text": "cut of',
+            "(the line has no line break at its end: the file may be truncated).",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "\xc3',
+            "UTF-8 (the line has no line break at its end: the file may be truncated).",
+        ),
         ("a.jsonl", '{"text": "cut of\n', "write one JSON object on each line."),  # its end was not lost
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "a.jsonl: begins with the bytes ff fe, so it is UTF-16"),
         ("a.csv", "text\na\n".encode("utf-16"), "a.csv: begins with the bytes ff fe, so it is UTF-16; save"),
         ("a.json", '[{"text": "a"}]'.encode("utf-16"), "a.json: begins with the bytes ff fe, so it is UTF-16"),
         ("a.json", '[{"text": "a"},\n {"text": "cut of', "a.json:2: not valid JSON (Unterminated string"),
-        ("a.json", '[{"text": "a"},\n {"text": "cut of', "; the file may be cut off: write it anew."),
-        ("a.json", '[{"text": "a"}', "; the file may be cut off: write it anew."),
+        ("a.json", '[{"text": "a"},\n {"text": "cut of', "; the file may be truncated: write it again."),
+        ("a.json", '[{"text": "a"}', "; the file may be truncated: write it again."),
         ("a.json", '[{"text": "a"}, {"a": 1, "b": NaN}]', "a.json record 2: 'b' is NaN, which is not"),
-        ("a.json", '[{"text": "a"}, {"a": 1, "a": 1}]', "a.json record 2: the row gives the key 'a' twice"),
+        ("a.json", '[{"text": "a"}, {"a": 1, "a": 1}]', "a.json record 2: the row has the key 'a' twice"),
         ("a.json", "[" * 10**5, "a.json:1: not valid JSON (nested too deeply)"),
         (
             "a.csv",
             "a,b\n1,2\n3",
-            "a.csv:3: 1 field(s) where the header has 2, the last '3'; fill it up (the line has",
+            "a.csv:3: 1 field(s) where the header has 2, the last '3'; fill it in (the line has",
         ),
-        ("a.csv", "a,b\n1\n3,4\n", "a.csv:2: 1 field(s) where the header has 2, the last '1'; fill it up."),
+        ("a.csv", "a,b\n1\n3,4\n", "a.csv:2: 1 field(s) where the header has 2, the last '1'; fill it in."),
         ("a.csv", "a,,\n1,2,3\n", "a.csv:1: the header names the column '' twice; rename one."),
-        ("a.jsonl", '{"": 1, "": 2}\n', "a.jsonl:1: the row gives the key '' twice, in the end as 2; keep one"),
-        ("a.csv", 'text\n"a', "check its quotes (the line has no end: the file may be cut off)."),
+        ("a.jsonl", '{"": 1, "": 2}\n', "a.jsonl:1: the row has the key '' twice, the last one as 2; keep one"),
+        (
+            "a.csv",
+            'text\n"a',
+            "check its quotes (the line has no line break at its end: the file may be truncated).",
+        ),
         ("a.csv", 'text\n"a"b\n', "a.csv:2: not valid CSV (',' expected after '\"'); check its quotes."),
         ("a.csv", b"text,\xff\na,b\n", "a.csv:1: column 2 holds 0xff after '', not valid UTF-8; save"),
         ("a.parquet", "text", "a.parquet: not readable as Parquet"),
@@ -214,7 +226,7 @@ def test_parquet_with_a_column_twice(tmp_path):
     path = str(tmp_path / "a.parquet")
     columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
     pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["text", "text"]), path)
-    assert "a.parquet: the column 'text' stands there twice; rename one." in error_of(read_records, path)
+    assert "a.parquet: the column 'text' occurs twice; rename one." in error_of(read_records, path)
 
 
 def test_parquet_with_a_text_that_is_not_utf8(tmp_path):
@@ -361,7 +373,7 @@ def test_hub(hub):
     assert [record.fields for record in records] == ROWS
     assert records[1].origin == "owner/name row 2"
     message = error_of(read_records, "nobody/nothing")
-    assert "'nobody/nothing' is no file here" in message and "doesn't exist on the Hub" in message
+    assert "No file 'nobody/nothing' exists" in message and "doesn't exist on the Hub" in message
     assert hub == [("owner/name", "train[:2]"), ("nobody/nothing", "train")]
 
 
@@ -370,7 +382,7 @@ def test_hub_offline(monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "could not be loaded from the hub" in error_of(read_records, "nobody/nothing-at-all")
+    assert "could be loaded from the hub" in error_of(read_records, "nobody/nothing-at-all")
 
 
 QUESTION = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -484,8 +496,8 @@ def test_tokenised_rows(fields, ids, is_target):
             {"labels": [6, 7, 2]},
             "labels holds 6 at place 1, where input_ids has 5; use that or -100: labels are not",
         ),
-        ({"attention_mask": [0, 0, 0]}, "input_ids holds no token"),
-        ({"input_ids": [], "labels": [], "attention_mask": []}, "input_ids holds no token"),
+        ({"attention_mask": [0, 0, 0]}, "input_ids is empty"),
+        ({"input_ids": [], "labels": [], "attention_mask": []}, "input_ids is empty"),
     ],
 )
 def test_bad_tokenised_rows(changes, expected):
@@ -515,10 +527,10 @@ def test_columns_by_other_names(tmp_path):
 
 def test_columns_that_are_not_there(tmp_path):
     with pytest.raises(
-        BadRow, match=r"a\.jsonl:1: --columns asks for 'question', but the columns are \['a', 'q'\]\."
+        BadRow, match=r"a\.jsonl:1: --columns names 'question', but the columns are \['a', 'q'\]\."
     ):
         mapped(tmp_path, {"q": "Q", "a": "A"}, prompt="question", completion="a")
-    with pytest.raises(InputError, match="columns names 'promt', which is no column that is read"):
+    with pytest.raises(InputError, match="Unknown column 'promt' in --columns"):
         mapped(tmp_path, {"q": "Q"}, promt="q")
 
 
@@ -557,7 +569,7 @@ def test_the_record_is_not_changed():
         ({"messages": ["Hi"]}, "message 1 of messages is 'Hi' (str); write a list of messages"),
         (
             {"messages": [USER_HI, {"role": "tool", "content": "3"}]},
-            "message 2, '3', is from the tool, not the assistant; let user and assistant alternate",
+            "message 2, '3', is from the tool, not the assistant; alternate user and assistant",
         ),
         ({"messages": [{"content": "Hi"}]}, "message 1 of messages has the role null"),
         ({"messages": [{"role": ["user"], "content": "Hi"}]}, "message 1 of messages has the role ['user']"),
@@ -587,8 +599,8 @@ def test_the_record_is_not_changed():
             {"messages": [USER_HI, {"role": "system", "content": "S"}, ASSISTANT_HELLO]},
             "message 2, 'S', is from the system, not the assistant",
         ),
-        ({"messages": [USER_HI]}, "nothing to learn without an assistant message"),
-        ({"messages": []}, "nothing to learn without an assistant message"),
+        ({"messages": [USER_HI]}, "no assistant message to learn from"),
+        ({"messages": []}, "no assistant message to learn from"),
     ],
 )
 def test_a_bad_record_is_named(fields, expected):

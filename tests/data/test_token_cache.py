@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "file"))
     examples, said = load(source)
-    assert "cannot be written" in said[0] and "tokens are kept in memory" in said[0]
+    assert "cannot be written" in said[0] and "keeping tokens in memory" in said[0]
     assert content(examples) == content(load(source, cache=False)[0])
 
 
@@ -251,7 +251,7 @@ def test_processes_that_start_together_tokenise_once(cache: Path, source: Path) 
     runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(run.communicate()[0] for run in runs)
     assert all(line.startswith("30 ") for line in said)
-    assert sum("; tokenised" in line for line in said) == sum("read from the token cache" in s for s in said) == 1
+    assert sum("; tokenized" in line for line in said) == sum("read from the token cache" in s for s in said) == 1
 
 
 # ---- memory -------------------------------------------------------------------------------------------------

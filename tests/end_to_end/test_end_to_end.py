@@ -109,7 +109,7 @@ def test_merge_and_prompt(
     output_dir, _ = real_run
     merged = tmp_path / "merged"
     qlora_main(["merge", "--adapter", str(output_dir), "--output-dir", str(merged), "--max-shard-gb", "0.1"])
-    assert "drift from base + adapter: KL " in capsys.readouterr().out
+    assert "Drift from base + adapter: KL " in capsys.readouterr().out
     assert len(list(merged.glob("model-*.safetensors"))) == 3
 
     question = "Write this order as JSON: Please send 2 red mugs to Anna in Oslo by Friday."

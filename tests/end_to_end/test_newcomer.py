@@ -102,7 +102,10 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", words[1:] if words[1] != "-m" else words[2:])
         runpy.run_path(script, run_name="__main__")
         return
-    module, arguments = (f"{words[2]}.__main__", words[3:]) if words[1] == "-m" else ("train", words[2:])
+    doors = {"qlora": "qlora.cli.main", "eval": "eval.__main__"}
+    in_package = words[1] == "-m"
+    module = doors.get(words[2], f"{words[2]}.__main__") if in_package else "train"
+    arguments = words[3:] if in_package else words[2:]
     answers = {"chat", "exact_match", "compare"} & set(words[:4]) and "--results" not in words
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n/quit\n"))
     importlib.import_module(module).main(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.choice import build_context, choice_scores, choose_shots, grade, read_questions, to_question
+from eval.choice import build_context, choice_scores, choose_shots, grade, read_choice_questions, to_question
 from qlora.data.rows import Record
 from qlora.system.errors import InputError
 from tests.lm_eval_models import evaluate_by_lm_eval, load_lm_eval, save_rounded_llama, write_choice_task
@@ -133,12 +133,12 @@ def test_hellaswag_layout_as_in_lm_eval() -> None:
 def test_bare_csv_has_its_name_for_a_subject(tmp_path: Path) -> None:
     file = tmp_path / "high_school_physics_test.csv"
     file.write_text('"What, then?",one,two,three,four,C\nWhy?,a,b,c,d,A\n')
-    first, second = read_questions(str(file))
+    first, second = read_choice_questions(str(file))
     assert (first.text, first.choices, first.answer) == ("What, then?", ["one", "two", "three", "four"], 2)
     assert (first.subject, first.style, second.answer) == ("high_school_physics", "letters", 0)
     file.write_text("Why?,a,b,c,d,A\nWhy?,a,b\n")
-    with pytest.raises(InputError, match=r"test.csv:2: 3 columns, where the first row has 6"):
-        read_questions(str(file))
+    with pytest.raises(InputError, match=r"test.csv:2: 3 columns, but the first row has 6"):
+        read_choice_questions(str(file))
 
 
 def test_shots_are_of_the_subject_and_never_the_question_itself() -> None:
@@ -262,13 +262,13 @@ def test_contexts_that_were_cut_are_counted(
 ) -> None:
     data = write_questions(tmp_path / "test.jsonl", "continued", 6)
     run("--model", directory, "--data", data, "--max-length", 512)
-    assert "lost their beginning" not in capsys.readouterr().out
+    assert "their beginning was cut" not in capsys.readouterr().out
     run("--model", directory, "--data", data, "--max-length", 70)
-    count = re.search(r"(\d) of 6 contexts were longer than 70 tokens and lost", capsys.readouterr().out)
+    count = re.search(r"(\d) of 6 contexts were longer than 70 tokens; their", capsys.readouterr().out)
     assert count is not None and 0 < int(count[1]) <= 6
 
 
 def test_few_shot_takes_both_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         run("--model", "m", "--data", "d", "--shots", 3)
-    assert stopped.value.code == 2 and "Few-shot takes both" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "Few-shot needs both" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 import eval.compare
 import eval.exact_match
-from eval.choice import Question, grade
+from eval.choice import ChoiceQuestion, grade
 from eval.compare import main
 from eval.pairs import compare_results
 from eval.tables import make_tables, print_tables, to_markdown
@@ -85,7 +85,7 @@ def test_each_model_answers_as_in_a_run_of_its_own(
         ["adapter", "merged"],
     ]  # fmt: skip
     printed = capsys.readouterr().out
-    assert "adapter against base" in printed and "not adjusted for there being 6" in printed
+    assert "adapter against base" in printed and "not adjusted for 6 tests" in printed
     assert markdown.read_text().count("\n## ") == 7  # scores, tests, and 6 pairs
 
     # Two saved results say the same.
@@ -136,7 +136,7 @@ def test_log_likelihoods_are_compared_by_their_weights() -> None:
 
 def test_choices_are_shown_by_their_texts() -> None:
     """Rows as `choice` writes them."""
-    question = Question("mmlu.csv:1", "What barks?", ["cat", "dog"], 1, None, "letters")
+    question = ChoiceQuestion("mmlu.csv:1", "What barks?", ["cat", "dog"], 1, None, "letters")
     made = [
         {"task": "choice", "scores": [], "pairing": {"acc": ["acc"]}, "rows": [grade(question, nats, "letters")]}
         for nats in ([-1.0, -2.0], [-2.0, -1.0])
@@ -165,13 +165,13 @@ HITS = [True, False]
         (result(HITS, "choice"), "can be compared, but a is of exact_match, b is of choice"),
         (result([True]), r"1 of the 2 items of a are not in b \(data.jsonl:2 is the first\)"),
         (result([True] * 3), r"1 of the 3 items of b are not in a \(data.jsonl:3 is the first\)"),
-        (result(HITS, prompt=["0?", "2?"]), "The prompt of data.jsonl:2 is not the same in a and b"),
-        (result(HITS, expected=["1", "2"]), "The expected of data.jsonl:1 is not the same"),
+        (result(HITS, prompt=["0?", "2?"]), "The prompt of data.jsonl:2 differs between a and b"),
+        (result(HITS, expected=["1", "2"]), "The expected of data.jsonl:1 differs"),
         (result(HITS) | {"pairing": {"accuracy": ["correct"]}}, "a and b have no score in common"),
-        (without(result(HITS), "correct"), "b has a row without its id or score"),
-        (without(result(HITS), "id"), "b has a row without its id or score"),
-        (twice(result(HITS)), "b holds the item data.jsonl:1 twice"),
-        (result(HITS) | {"rows": [None]}, "b has a row without its id or score"),
+        (without(result(HITS), "correct"), "b has a row without id or score"),
+        (without(result(HITS), "id"), "b has a row without id or score"),
+        (twice(result(HITS)), "b has the item data.jsonl:1 twice"),
+        (result(HITS) | {"rows": [None]}, "b has a row without id or score"),
     ],
 )
 def test_what_is_unlike_is_refused(other: dict[str, Any], said: str) -> None:
@@ -211,14 +211,14 @@ def test_samples_are_shown_by_how_many_are_right() -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "no two things to compare; pass --model with --adapter or --merged, or two --results"),
-        (["--model", "m"], "no two things to compare"),
-        (["--adapter", "a", "b"], "Adapters are given without their base; pass --model"),
-        (["--model", "m", "--adapter", "a"], "pass --data"),
+        ([], "Nothing to compare; pass --model with --adapter or --merged, or two --results"),
+        (["--model", "m"], "Nothing to compare"),
+        (["--adapter", "a", "b"], "--adapter needs its base; pass --model"),
+        (["--model", "m", "--adapter", "a"], "--data is required"),
         (["--model", "m", "--adapter", "a", "a/"], "a/? is given twice"),
         (["--results", "a.json", "b.json"], "a.json is not readable JSON"),
-        (["--results", "{folder}/a.json", "{folder}/c.json"], "c.json holds no result of an evaluation"),
-        (["--results", "{folder}/a.json", "{folder}/d.json"], "d.json holds no result of an evaluation"),
+        (["--results", "{folder}/a.json", "{folder}/c.json"], "c.json is not the result of an evaluation"),
+        (["--results", "{folder}/a.json", "{folder}/d.json"], "d.json is not the result of an evaluation"),
         (["--results", "{folder}/a.json", "{folder}/b.json"], "1 of the 2 items of a are not in b"),
         (["--results", "{folder}/a.json", "{folder}/a.json"], "a.json is given twice"),
         (["--results", "a", "b", "--markdown", "{folder}"], "--markdown .* cannot be written"),

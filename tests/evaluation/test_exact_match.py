@@ -82,7 +82,7 @@ def test_template_and_shots_make_the_conversation() -> None:
     ]  # fmt: skip
     assert (question.origin, question.prompt, question.expected) == ("a:1", "3+3", "6")
     same = Record({"messages": [*turns("0+1", "1"), *turns("1+1", "two")]}, "a:1")
-    with pytest.raises(InputError, match="a:1 asks what one of the shots answers"):
+    with pytest.raises(InputError, match="a:1 is also one of the shots"):
         make_questions([same], TEXT, shots=[shot])
     assert len(make_questions([record("1+1", "2")], TEXT, shots=[shot])) == 1  # it came after other turns there
 
@@ -232,18 +232,18 @@ def test_samples_depend_on_the_seed_alone(models: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "pass --model and --data"),
-        (["--samples", "3"], "All 3 samples would be the same; give --temperature"),
+        ([], "--model and --data are required"),
+        (["--samples", "3"], "All 3 samples would be equal; give --temperature"),
         (["--samples", "3", "--temperature", "1", "--pass-at", "1,5"], "pass_at holds 5; give --pass-at"),
         (["--pass-at", "one"], "pass_at is 'one'; give --pass-at numbers, such as 1,5"),
-        (["--shots", "2"], "Only one of --shots and --few-shot-data is given"),
-        (["--prompt-template", "hello"], r"'hello', neither text with \{prompt\} in it nor a file"),
-        (["--prompt-template", "{folder}/none.txt"], r"has no \{prompt\}; write it where that goes"),
+        (["--shots", "2"], "--shots and --few-shot-data go together"),
+        (["--prompt-template", "hello"], r"'hello', neither a text that contains \{prompt\} nor"),
+        (["--prompt-template", "{folder}/none.txt"], r"has no \{prompt\}; add it"),
         (["--shots", "9", "--few-shot-data", "{folder}/data.jsonl"], "holds 6 examples; give --shots 6 at most"),
-        (["--shots", "1", "--few-shot-data", "{folder}/data.jsonl"], "data.jsonl:1 asks what one of the shots"),
+        (["--shots", "1", "--few-shot-data", "{folder}/data.jsonl"], "data.jsonl:1 is also one of the shots"),
         (["--match", "json"], "data.jsonl:1 expects 'a', in which this --match finds no answer"),
-        (["--match", "regex", "--pattern", "("], "no regular expression"),
-        (["--temperature", "-1"], "temperature is -1.0; give --temperature 0 or more"),
+        (["--match", "regex", "--pattern", "("], "not a regular expression"),
+        (["--temperature", "-1"], r"temperature is -1.0; give --temperature 0 \(greedy\) or more"),
         (["--top-p", "0"], "top_p is 0.0; give --top-p"),
     ],
 )  # fmt: skip

@@ -157,11 +157,14 @@ def test_two_processes_equal_one(directory: Path, tasks: Path, tmp_path: Path) -
 
 def test_wrong_input(directory: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, message in (
-        (("--model", directory), "pass --tasks"),
+        (("--model", directory), "--tasks is required"),
         (("--model", directory, "--tasks", "x", "--data", "d"), "leave out --data"),
         (("--model", directory, "--tasks", ","), "--tasks is empty"),
-        (("--model", directory, "--tasks", "no/file.yaml"), "lm-eval knows no task no/file.yaml"),
-        (("--model", directory, "--tasks", "a.yaml", "--include-path", "no"), "--include-path no is no directory"),
+        (("--model", directory, "--tasks", "no/file.yaml"), "lm-eval has no task no/file.yaml"),
+        (
+            ("--model", directory, "--tasks", "a.yaml", "--include-path", "no"),
+            "--include-path no is not a directory",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             run(*flags)
@@ -180,7 +183,7 @@ def test_unknown_names_are_listed(tasks: Path, monkeypatch: pytest.MonkeyPatch) 
     manager = module.TaskManager
     monkeypatch.setattr(module, "TaskManager", lambda **k: manager(**{**k, "include_defaults": False}))
     assert find_tasks(["local_text"], str(tasks))[1] == ["local_text"]
-    with pytest.raises(InputError, match="lm-eval knows no task nothing, local_txt; see"):
+    with pytest.raises(InputError, match="lm-eval has no task nothing, local_txt; see"):
         find_tasks(["local_text", "nothing", "local_txt"], str(tasks))
 
 

@@ -168,12 +168,12 @@ def test_any_column_and_what_has_nothing_to_score(
     data = write_texts(tmp_path / "data.jsonl", ["the cat", "", "a hen"], column="body")
     flags = ("--model", directory, "--data", data)
     run(*flags, "--text-column", "body", "--output", tmp_path / "out.json")
-    assert "1 of 3 records hold nothing to score" in capsys.readouterr().out
+    assert "1 of 3 records have nothing to score" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["id"].rpartition(":")[2] for row in rows] == ["1", "3"]
     with pytest.raises(InputError, match=r"data.jsonl:1: the column 'bdy' holds null, not text; columns .*'body'"):
         run(*flags, "--text-column", "bdy")
-    with pytest.raises(InputError, match="The data holds no token to score"):
+    with pytest.raises(InputError, match="The data has no token to score"):
         run(
             "--model",
             directory,
@@ -187,8 +187,8 @@ def test_any_column_and_what_has_nothing_to_score(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--data", "x.txt"], "pass --model"),
-        (["--model", "m"], "pass --data"),
+        (["--data", "x.txt"], "--model is required"),
+        (["--model", "m"], "--data is required"),
         (["--model", "m", "--data", "missing.txt"], "missing.txt cannot be read as UTF-8 text"),
         (["--model", "m", "--data", "x.txt", "--output", "no/where.json"], "--output no/where.json cannot be"),
     ],

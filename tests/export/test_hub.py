@@ -279,7 +279,7 @@ def test_card_of_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"metrics\.jsonl has a line that does not read"):
         make_card(directory)
     (directory / "run.json").write_text("[]")
-    with pytest.raises(InputError, match=r"run\.json holds no JSON object"):
+    with pytest.raises(InputError, match=r"run\.json is not a JSON object"):
         make_card(directory)
 
 

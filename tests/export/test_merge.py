@@ -437,7 +437,7 @@ def test_calibration_file(llama: Path, adapter: Path, tmp_path: Path) -> None:
     assert "calibrated on `a.txt`" in (tmp_path / "out-a.txt" / "README.md").read_text()
     (tmp_path / "empty.txt").write_text("")
     for name, message in (
-        ("empty.txt", "holds no text"),
+        ("empty.txt", "has no text"),
         ("none.txt", "cannot be read"),
         ("x.bin", "does not exist"),
     ):
@@ -448,7 +448,7 @@ def test_calibration_file(llama: Path, adapter: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_go_into_4bit(llama: Path, adapter: Path, tmp_path: Path) -> None:
     plain = make_adapter(llama, tmp_path / "plain", None)
-    with pytest.raises(InputError, match="16-bit base, so there is no 4-bit base"):
+    with pytest.raises(InputError, match="16-bit base, so there are no 4-bit scales"):
         merge(llama, plain, tmp_path / "merged", save_4bit=True)
     with pytest.raises(InputError, match="leave out --save-4bit"):
         merge(llama, adapter, tmp_path / "merged", save_4bit=True, base="original")
@@ -457,7 +457,7 @@ def test_what_cannot_go_into_4bit(llama: Path, adapter: Path, tmp_path: Path) ->
     config = MixtralConfig(**tiny_llama_config().to_dict() | dict(num_local_experts=2, num_experts_per_tok=1))
     MixtralForCausalLM(config).save_pretrained(tmp_path / "experts")
     tiny_tokenizer().save_pretrained(tmp_path / "experts")
-    with pytest.raises(InputError, match="no mixture of experts in 4 bits"):
+    with pytest.raises(InputError, match="cannot load a 4-bit mixture of experts"):
         merge(tmp_path / "experts", adapter, tmp_path / "merged", save_4bit=True)
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "experts"}
 
@@ -472,8 +472,8 @@ def test_adapters_that_do_not_go_together(llama: Path, adapter: Path, tmp_path: 
         ([pissa], {}, "pissa holds an adapter for a base that was changed"),
         ([dora], dict(drift=True), "dora holds a DoRA adapter"),
         ([dora], dict(save_4bit=True), "dora holds a DoRA adapter"),
-        ([dora], dict(weights=[1.0]), "one number for each adapter"),
-        ([dora], dict(weights=[1.0, math.nan]), "one number for each adapter"),
+        ([dora], dict(weights=[1.0]), "one number per adapter"),
+        ([dora], dict(weights=[1.0, math.nan]), "one number per adapter"),
     ]:
         with pytest.raises(InputError, match=message):
             merge(llama, adapter, tmp_path / "merged", others=others, **options)
@@ -936,7 +936,7 @@ def test_command(llama: Path, adapter: Path, tmp_path: Path, capsys: pytest.Capt
     """The base is the one that the adapter names; the drift is printed, or left out by --no-drift."""
     assert command("--adapter", str(adapter), "--output-dir", str(tmp_path / "a"), "--max-shard-gb", "0.0001") == 0
     printed = capsys.readouterr().out
-    assert f"merged model in {tmp_path / 'a'}" in printed and "drift from base + adapter: KL" in printed
+    assert f"Merged model saved to {tmp_path / 'a'}" in printed and "Drift from base + adapter: KL" in printed
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1
     argv = ["--adapter", str(adapter), "--model", str(llama), "--base", "original", "--no-drift"]
     assert command(*argv, "--output-dir", str(tmp_path / "b")) == 0

@@ -39,7 +39,7 @@ from qlora.parallel.fsdp import load_sharded_model
 from qlora.parallel.launch import arrange_ranks
 from qlora.parallel.load import load_for_ranks
 from qlora.parallel.tensor_parallel import WeightCut, split_model
-from qlora.planning.devices import Census, Layout, Unit, add_communication, gathered_peak
+from qlora.planning.devices import Census, DeviceLayout, Unit, add_communication, gathered_peak
 from qlora.planning.memory import MemoryPlan, layer_bytes
 from qlora.planning.planner import Planner
 from qlora.planning.step import Traffic, measure_flops, step_time
@@ -184,7 +184,7 @@ def test_gathered_units_as_torch_counts_them(sizes: tuple[int, ...]) -> None:
         peak = next(iter(tracker.get_tracker_snapshot("peak").values()))["Total"]
     units = [Unit("block", ((size, 32),)) for size in sizes]
     shares = sum(unit.share(4) for unit in units)
-    assert peak - shares == pytest.approx(gathered_peak(units, Layout(4, base_ranks=4)), rel=0.001)
+    assert peak - shares == pytest.approx(gathered_peak(units, DeviceLayout(4, base_ranks=4)), rel=0.001)
 
 
 def test_shares_written_out() -> None:
@@ -192,7 +192,7 @@ def test_shares_written_out() -> None:
     unit = Unit("block", ((5, 2), (7, 1)))
     assert [unit.share(n) for n in (1, 3, 7, 1000)] == [17, 7, 3, 3]
     assert unit.gathered(3) == 21 and unit.gathered(1000) == 3000
-    layout = Layout(3, base_ranks=3, cpu_offload=True)
+    layout = DeviceLayout(3, base_ranks=3, cpu_offload=True)
     assert gathered_peak([unit], layout) == 2 * 21 + 7  # received, copied out, and its own share on the device
     assert gathered_peak([unit, Unit("block", ((3, 1),))], layout) == 2 * 21 + 7
 
@@ -204,7 +204,7 @@ def test_gathered_beside_the_logits() -> None:
 
     def communication(logits: int, *units: Unit) -> int:
         census = Census(1, 0, units, trained=0, replaced=0, tensor_base=0, token_bytes=0)
-        [plan] = add_communication([replace(nothing, logits=logits)], census, Layout(2, base_ranks=2), 1)
+        [plan] = add_communication([replace(nothing, logits=logits)], census, DeviceLayout(2, base_ranks=2), 1)
         return plan.communication
 
     assert communication(0, embeddings, block, head) == 20 + 2 * 30
@@ -498,15 +498,15 @@ def test_the_command(even: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "16 devices on 2 nodes of 8: the base split over 16, its shares in main memory\n\n" in out
     sizes = [float(number) for number in re.findall(r"^\w+ {2,}([\d.]+) GiB", out.partition("sent")[0], re.M)]
     assert len(sizes) == 9 and sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05)
-    assert "of each node's main memory for the base" in out and re.search(r"^fits 24.00 GiB", out, re.M)
-    assert re.search(r"^gradients +0\.\d\d GiB .*GiB from node to node; ", out, re.M)
-    assert re.search(r"^a step takes .* s \(gathers behind computing\) to .* s \(one after another\)", out, re.M)
+    assert "of main memory per node for the base" in out and re.search(r"^fits in 24.00 GiB", out, re.M)
+    assert re.search(r"^gradients +0\.\d\d GiB .*GiB between nodes; ", out, re.M)
+    assert re.search(r"^a step takes .* s \(gathers overlap computing\) to .* s \(no overlap\)", out, re.M)
     hsdp = printed(capsys, *flags, "--shard", "hsdp", *rates)
     assert re.search(r"^gathers .*none between nodes", hsdp, re.M) and "split over 8, 2 times" in hsdp
     together = printed(capsys, *flags, "--tensor-parallel", "4", "--sequence-parallel")
     assert "4 compute each layer together, norms by tokens; 4 micro-batches at a time\n" in together
-    assert "give --flops for its time" in together
-    assert "give --link-rate for the time of a step" in printed(capsys, *flags, "--flops", "1e12")
+    assert "pass --flops for the time" in together
+    assert "pass --link-rate for the step time" in printed(capsys, *flags, "--flops", "1e12")
     for text in (out, hsdp, together):
         assert max(len(line.rstrip()) for line in text.splitlines()) <= 115
 
@@ -515,7 +515,7 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
     """The rate is measured; processes on one machine share it and the memory."""
     flags = ("--model", even, "--device", "cpu", "--compute-dtype", "float32", "--max-length", "128")
     out = printed(capsys, *flags, "--gpus", "2", "--link-rate", "1GB")
-    assert "a plain product on this machine, shared by its processes" in out
+    assert "measured with a matrix product here, shared by processes" in out
     assert re.search(r"^fits [\d.]+ GiB", out, re.M) and re.search(r"^a step takes .* tokens/s$", out, re.M)
     one = printed(capsys, *flags, "--gpus", "1")
     assert "communication" not in one and "sent by" not in one and "a step takes" in one
@@ -530,8 +530,8 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
         ("--gpus 0", "give --gpus a number from 1 to 16,384"),
         ("--gpus 20000", "gpus is 20000; give --gpus a number from 1 to 16,384"),
         ("--gpus 8 --nodes 0", "give --nodes 1 or more"),
-        ("--gpus 8 --nodes 3", "--gpus 8 are not the same number on each of --nodes 3"),
-        ("--shard fsdp", "--shard fsdp splits the base over several devices; give --gpus"),
+        ("--gpus 8 --nodes 3", "--gpus 8 is not a multiple of --nodes 3"),
+        ("--shard fsdp", "--shard fsdp splits the base over several devices; pass their number with --gpus"),
         ("--gpus 1 --tensor-parallel 2", "--tensor-parallel 2 splits the base over several devices"),
         ("--gpus 6 --tensor-parallel 4", "--tensor-parallel 4 does not divide --gpus 6"),
         (
@@ -539,13 +539,13 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
             r"--tensor-parallel 3: the model \S+ has 4 heads; .*Its layers divide into 2 or 4; or use --shard",
         ),
         ("--gpus 4 --tensor-parallel 2 --shard fsdp", "are not combined; choose one"),
-        ("--gpus 12 --nodes 2 --tensor-parallel 4", "--tensor-parallel 4 on nodes of 6 devices would cut nodes"),
-        ("--gpus 8 --shard hsdp", "--shard hsdp splits the base within a node; give --nodes, or --shard-size"),
+        ("--gpus 12 --nodes 2 --tensor-parallel 4", "--tensor-parallel 4 does not fit nodes of 6 devices"),
+        ("--gpus 8 --shard hsdp", "--shard hsdp splits the base within a node; pass --nodes or --shard-size"),
         ("--gpus 8 --shard hsdp --shard-size 3", "cannot split the base over 3 of 8 devices"),
         ("--gpus 8 --nodes 8 --shard hsdp", "cannot split the base over 1 of 8 devices"),
         (
             "--gpus 12 --nodes 2 --shard hsdp --shard-size 4",
-            "--shard-size 4 on nodes of 6 devices would cut nodes",
+            "--shard-size 4 does not fit nodes of 6 devices",
         ),
         ("--gpus 8 --shard fsdp --shard-size 4", "without hsdp"),
         ("--gpus 8 --cpu-offload", "--cpu-offload is for a base that is split"),

@@ -112,12 +112,10 @@ def test_a_checkpoint_in_4_bits(untied: Path, tmp_path: Path) -> None:
     from qlora.model.cache import write_cache
     from qlora.model.resolve import open_source
     from qlora.model.skeleton import empty_model
-    from qlora.model.weights import stored_weights
 
     target, quant = tmp_path / "quantized", QuantConfig("fp4", False)
     network = empty_model(str(untied))
-    weights = stored_weights(network, open_source(untied), quant, torch.device("cpu"))
-    write_cache(network, weights, quant, target)
+    write_cache(network, open_source(untied), quant, torch.device("cpu"), target)
     assert_same_plan(str(target), ModelConfig(compute_dtype="bfloat16"), LoRAConfig())
     with pytest.raises(InputError, match="stored in 4 bits; leave out --no-4bit"):
         plan_base_model(str(target), use_4bit=False)
@@ -230,14 +228,14 @@ def test_the_command(untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     out = printed(capsys, *flags, "--device-memory", "900GiB")
     sizes = [float(number) for number in re.findall(r"^\w+ {2,}([\d.]+) GiB", out, re.MULTILINE)]
     assert len(sizes) == 9 and sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05) and sizes[-2] > 0.1
-    assert "2 of 2 layers are recomputed" in out and re.search(r"^fits 900.00 GiB, ", out, re.MULTILINE)
+    assert "2 of 2 layers recomputed" in out and re.search(r"^fits in 900.00 GiB, ", out, re.MULTILINE)
     out = printed(capsys, "--model", str(untied), "--device", "cuda")
     assert "process" not in out and ("Give --device-memory" in out or torch.cuda.is_available())
     flags = ("--model", str(untied), "--device", "cuda", "--gradient-checkpointing", "off")
     out = printed(capsys, *flags, "--device-memory", "1MB")
     assert "does not fit 0.00 GiB" in out and "  --gradient-checkpointing on" in out
     assert "fits with --gradient-checkpointing on --batch-size 1 --grad-accum 8 --max-length 128" in out
-    assert "nothing here makes it fit" in printed(capsys, *flags, "--device-memory", "0.1MB")
+    assert "no combination makes it fit" in printed(capsys, *flags, "--device-memory", "0.1MB")
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def test_evaluations_scores_lengths_and_memory(tmp_path: Path) -> None:
     bars = next(rows for title, rows in page.tables if title.startswith("Memory"))
     assert [row[:2] for row in bars] == [
         ["base", "95.4 MiB"], ["adapters", "0.954 MiB"], ["gradients", "0.954 MiB"], ["optimizer", "3.81 MiB"],
-        ["activations", "0.84 GiB"], ["planned in all", "0.94 GiB"], ["measured peak", "1.27 GiB"],
+        ["activations", "0.84 GiB"], ["planned total", "0.94 GiB"], ["measured peak", "1.27 GiB"],
     ]  # fmt: skip
     longest = max(sum(BYTES.values()) / 2**30, 1.274)
     widths = [float(a["style"].removeprefix("width: ").rstrip("%")) for tag, a in page.tags if tag == "i"]
@@ -156,9 +156,9 @@ def test_the_adapter_s_summary(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(described))
     save_file({"a": torch.zeros(4, 30), "b": torch.zeros(30, 4)}, tmp_path / "adapter_model.safetensors")
     text = " ".join(page_of(tmp_path).text.split())
-    assert "variant DoRA rank 4 alpha 16.0 target modules q_proj, v_proj saved 240 numbers in 2 tensors" in text
+    assert "variant DoRA rank 4 alpha 16.0 target modules q_proj, v_proj saved 240 parameters in 2 tensors" in text
     (tmp_path / "adapter_model.safetensors").write_bytes(b"cut")
-    assert "adapter_model.safetensors does not read" in page_of(tmp_path).text
+    assert "adapter_model.safetensors cannot be read" in page_of(tmp_path).text
 
 
 # ---- what comes from data -----------------------------------------------------------------------------------
@@ -271,9 +271,9 @@ def test_choosing_evenly() -> None:
 def test_a_run_of_one_step(tmp_path: Path) -> None:
     """One point is no curve, and what was not measured is not claimed."""
     page = page_of(write_run(tmp_path, [train_line(1)], facts=None))
-    assert "Nothing was evaluated on held-out data" in page.text and "2.010" in page.text
+    assert "There was no evaluation on held-out data" in page.text and "2.010" in page.text
     assert not any(tag == "svg" for tag, _ in page.tags)
-    assert not {"What the model says", "Skipped steps", "The command", "Where it ran"} & set(page.text.split("\n"))
+    assert not {"What the model says", "Skipped steps", "Command", "Where it ran"} & set(page.text.split("\n"))
     assert (
         "planned" not in page.texts["note"]
         and "of " not in page.texts["tiles"][0].split("Steps")[1].split("Tokens")[0]
@@ -283,11 +283,11 @@ def test_a_run_of_one_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metrics", "told"),
     [
-        ("", "No step has been finished yet."),
+        ("", "No step has finished yet."),
         ('{"step": 0, "eval_loss": 2.5}\n', "The held-out loss is 2.500 (step 0); one evaluation shows no trend."),
         ('{"step": 0, "eval_loss": 2.5, "a": NaN, "b": 1e300, "c": "x", "d": 0.5}\n', "D is 0.5 (step 0)."),
-        ('{"step": 1, "loss": null, "skipped": 1}\n', "No step has been finished yet. 1 step was skipped"),
-        (json.dumps(train_line(1)) + '\n{"step": 2, "lo', "Nothing was evaluated"),
+        ('{"step": 1, "loss": null, "skipped": 1}\n', "No step has finished yet. 1 step was skipped"),
+        (json.dumps(train_line(1)) + '\n{"step": 2, "lo', "There was no evaluation"),
         ('{"step": 1, "loss": NaN}\n{"step": "x"}\n[]\n{"step": -1, "loss": 1}\n\xff\n', "1 step was skipped"),
         (f'{{"step": 1, "loss": 1e999}}\n{json.dumps(train_line(2, grad_norm="x", num_tokens=None))}\n', "1 step"),
         (f"{json.dumps(train_line(1, tokens_per_second=0))}\n{json.dumps(train_line(2, loss=0))}", "2 of 2"),
@@ -363,9 +363,9 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     for argv, told in (
         ([str(tmp_path / "none")], "is not a directory; pass the --output-dir of a run"),
         ([str(rows)], "is not a directory"),
-        ([str(tmp_path)], "holds no run (no metrics.jsonl, no run.json)"),
-        ([str(write_whole_run(tmp_path / "out")), "--output", str(rows)], "exists and is no report; remove it"),
-        ([str(tmp_path / "out"), "--output", str(tmp_path)], "exists and is no report"),
+        ([str(tmp_path)], "holds no run (no metrics.jsonl or run.json)"),
+        ([str(write_whole_run(tmp_path / "out")), "--output", str(rows)], "exists and is not a report; remove it"),
+        ([str(tmp_path / "out"), "--output", str(tmp_path)], "exists and is not a report"),
         ([str(tmp_path / "out"), "--output", str(tmp_path / "no" / "page.html")], "No such file or directory"),
     ):
         assert run(main, ["report", *argv]) == 2

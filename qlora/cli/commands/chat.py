@@ -22,14 +22,14 @@ class ChatConfig(SamplingConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: tuple[str, ...] = ()
-    """Adapters, each as DIRECTORY or NAME=DIRECTORY; the first one answers first, and --model is by default the
-    base that it names."""
+    """Adapters, each as DIRECTORY or NAME=DIRECTORY; the first one is active at the start and names the default
+    --model."""
     system: str = ""
     """System message."""
     seed: Count = LoopConfig.seed
-    """Seeds the sampling; each answer adds 1."""
+    """Sampling seed; each answer adds 1."""
     history: str | None = None
-    """Keep the conversation in this .jsonl file, as training data, and go on with the newest one there."""
+    """Save the conversation to this .jsonl file, as training data, and continue its newest conversation."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -37,7 +37,7 @@ class ChatConfig(SamplingConfig):
 def main(argv: Sequence[str]) -> None:
     config = parse_args(ChatConfig, program("chat"), argv)
     if config.model.model is None and not config.adapter:
-        raise InputError("Nobody to chat with; pass --model, --adapter or both.")
+        raise InputError("Nothing to chat with: pass --model, --adapter or both.")
     with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 

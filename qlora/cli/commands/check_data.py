@@ -1,4 +1,4 @@
-"""Say what is in a data file, and what a run would make of it."""
+"""Show what is in a data file and how a run would use it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from qlora.system.errors import InputError
 
 @dataclass
 class CheckDataConfig(RowsConfig):
-    """Say what is in a data file, and what a run would make of it."""
+    """Show what is in a data file and how a run would use it."""
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field()  # type: ignore[assignment]
     """A .jsonl, .json, .csv or .parquet file, or a hub id."""
     model: str | None = None
-    """Count in tokens of this model, of which only the tokenizer is loaded."""
+    """Count tokens with this model's tokenizer; nothing else of it is loaded."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -43,6 +43,6 @@ def main(argv: Sequence[str]) -> None:
     print_check(found)
     if found.bad_rows:
         raise InputError(
-            f"{len(found.bad_rows):,} of {found.num_rows:,} rows of {config.data} cannot be used; mend them, or "
-            "train without them by --on-bad-row skip."
+            f"{len(found.bad_rows):,} of {found.num_rows:,} rows of {config.data} cannot be used; fix them, or "
+            "train without them: --on-bad-row skip."
         )

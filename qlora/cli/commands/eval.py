@@ -1,7 +1,7 @@
 """Score a base model, an adapter or a merged model on held-out data.
 
-A wheel installs eval/ as `qlora.evaluation`. In a checkout it stands beside qlora/ and is loaded from there,
-by its path and under the same name, so that an eval/ in the current directory is never taken for it.
+A wheel installs eval/ as `qlora.evaluation`. A checkout keeps it beside qlora/; it is loaded by path under the
+same name, so that an eval/ in the current directory is never imported by mistake.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def find_evaluation() -> None:
     """Make `qlora.evaluation` importable.
 
     Raises:
-        InputError: it is not installed, and this is not a checkout.
+        InputError: not installed, and not a checkout.
     """
     if find_spec(NAME) is not None:
         return

@@ -17,19 +17,19 @@ class ExportConfig:
     """Write a model, or an adapter alone, as a .gguf file for llama.cpp, Ollama and LM Studio."""
 
     model: str | None = None
-    """The base or a merged model; by default the base that the adapter names."""
+    """The base or a merged model; default: the base that the adapter names."""
     adapter: str | None = None
-    """Adapter directory, to be merged on the way."""
+    """Adapter directory to merge during the export."""
     adapter_only: bool = False
-    """Write the adapter alone, to be loaded beside a .gguf of its base."""
+    """Write only the adapter, for use with a .gguf of its base."""
     output: str = "model.gguf"
-    """Where to write; must not exist."""
+    """Output file; must not exist."""
     type: Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] = "f16"
-    """Encoding of the matrices; of an adapter alone f32, f16, bf16 or q8_0."""
+    """Encoding of the matrices; with --adapter-only f32, f16, bf16 or q8_0."""
     pre_tokenizer: str | None = None
-    """llama.cpp's name of the tokenizer's splitter, where it is not recognised."""
+    """llama.cpp's name for the tokenizer's splitter, if it is not recognized."""
     modelfile: bool = False
-    """Write an Ollama Modelfile beside it."""
+    """Write an Ollama Modelfile next to it."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -50,13 +50,15 @@ def main(argv: Sequence[str]) -> None:
         check_modelfile(output)
     if config.adapter_only:
         export_adapter(model, str(config.adapter), output, config.type)
-        print(f"adapter in {output}; load it beside a .gguf of its base: llama-cli -m BASE.gguf --lora {output}")
+        print(
+            f"Adapter saved to {output}. Load it with a .gguf of its base: llama-cli -m BASE.gguf --lora {output}"
+        )
     else:
         export_gguf(model, output, config.type, config.adapter, config.pre_tokenizer)
-        print(f"model in {output}, {output.stat().st_size / 1e6:,.1f} MB")
+        print(f"Model saved to {output} ({output.stat().st_size / 1e6:,.1f} MB)")
     if config.modelfile:
         base = f"{Path(model).stem}.gguf" if config.adapter_only else None
         write_modelfile(output, load_tokenizer(model, config.adapter), base)
-        print("Modelfile beside it; the chat template is in the .gguf")
+        print("Modelfile saved next to it; the chat template is in the .gguf")
         if base is not None:
-            print(f"it expects the base beside it as {base}")
+            print(f"It expects the base next to it as {base}")

@@ -1,4 +1,4 @@
-"""Turn another tool's adapter into PEFT's format."""
+"""Convert another tool's adapter to PEFT's format."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qlora.system.errors import InputError
 
 @dataclass
 class ImportConfig:
-    """Turn an adapter of MLX-LM or torchtune into PEFT's format, which this project and others load."""
+    """Convert an adapter from MLX-LM or torchtune to PEFT's format, which qlora and others load."""
 
     adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
-    """What MLX-LM or torchtune wrote."""
+    """Adapter directory written by MLX-LM or torchtune."""
     output_dir: str | None = None
-    """Where to write; must not exist, or be empty."""
+    """Output directory; must be empty or not exist."""
     model: str | None = None
-    """The base, to check names and shapes against; torchtune's layout cannot be read without it."""
+    """The base, to check names and shapes; required for torchtune."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -52,4 +52,4 @@ def main(argv: Sequence[str]) -> None:
         if config.model:
             check_adapter(saved, empty_model(config.model))
     variant = saved.config.variant_name
-    print(f"{variant} of rank {saved.config.rank} in {len(saved.adapted_layers)} layers, written to {target}")
+    print(f"{variant} of rank {saved.config.rank} in {len(saved.adapted_layers)} layers saved to {target}")

@@ -1,4 +1,4 @@
-"""Say what is in an adapter, and how large its update is."""
+"""Show what is in an adapter and how large its update is."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from qlora.config.parse import parse_args
 
 @dataclass
 class InspectConfig:
-    """Say what is in an adapter, and how large its update is by layer and module."""
+    """Show what is in an adapter and how large its update is, by layer and module."""
 
     adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="ADAPTER")]
     """Adapter directory."""
     picture: str | None = None
-    """Draw the sizes of the updates into this .png file."""
+    """Plot the update sizes to this .png file."""
     model: str | None = None
-    """The base: sizes are then relative to its weights, and a DoRA update is measured whole."""
+    """The base: gives sizes relative to its weights, and the whole update of a DoRA adapter."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -16,11 +16,11 @@ class MergeConfig(MergeOptions):
     """Merge adapters into their base and save an ordinary Hugging Face model."""
 
     model: str | None = None
-    """The base; by default the one that the (first) adapter names."""
+    """The base; default: the one that the first adapter names."""
     adapter: tuple[str, ...] = ()
-    """Adapter directory, or several, whose updates add up."""
+    """One or more adapter directories; their updates are added."""
     output_dir: str = "merged"
-    """Where to write; must not exist."""
+    """Output directory; must not exist."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -29,12 +29,13 @@ def main(argv: Sequence[str]) -> None:
     config = parse_args(MergeConfig, program("merge"), argv)
     if not config.adapter:
         raise InputError("No adapter given; pass --adapter with the output directory of a run.")
+    config.check_bounds()
     from qlora.adapters.provenance import base_model_of
     from qlora.export.merge import merge_adapter
 
     model = config.model or base_model_of(config.adapter[0])
     drift = merge_adapter(model, config.adapter, config.output_dir, config)
     how = "in 4 bits" if config.save_4bit else "in 16 bits (--no-4bit)"
-    print(f"merged model in {config.output_dir}; load it {how}, see its README.md")
+    print(f"Merged model saved to {config.output_dir}; load it {how}, see its README.md")
     if drift is not None:
-        print(f"drift from base + adapter: {drift}")
+        print(f"Drift from base + adapter: {drift}")

@@ -19,13 +19,13 @@ class MixConfig:
     adapters: tuple[str, ...] = ()
     """Adapter directories."""
     weights: tuple[float, ...] = ()
-    """One number for each adapter, negative ones subtract; by default all 1."""
+    """One factor per adapter, negative to subtract; default: all 1."""
     method: Literal["cat", "svd", "linear"] = "cat"
-    """cat: exactly the weighted sum, the ranks add up; svd: the nearest to that of --rank; linear: as in PEFT."""
+    """cat: the exact weighted sum (ranks add up); svd: the closest adapter of --rank; linear: as in PEFT."""
     rank: int | None = None
-    """Rank under svd; by default the largest one among the adapters."""
+    """Rank for svd; default: the largest among the adapters."""
     output_dir: str = "mixed"
-    """Where to write; must not exist."""
+    """Output directory; must not exist."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -39,8 +39,8 @@ def main(argv: Sequence[str]) -> None:
     weights = config.weights or (1.0,) * len(config.adapters)
     error = mix_adapters(config.adapters, weights, config.output_dir, config.method, config.rank)
     accuracy = {
-        "cat": "exactly the weighted sum",
+        "cat": "the exact weighted sum",
         "svd": f"{math.sqrt(max(0.0, 1 - error**2)):.2%} of the norm of the weighted sum kept",
         "linear": f"PEFT's linear mix, which differs from the weighted sum by {error:.0%} of its norm",
     }
-    print(f"mixed adapter in {config.output_dir}: {accuracy[config.method]}")
+    print(f"Mixed adapter saved to {config.output_dir}: {accuracy[config.method]}")

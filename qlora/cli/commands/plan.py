@@ -1,4 +1,4 @@
-"""Say what memory and time a run would take, before it is made."""
+"""Estimate the memory and time of a run before starting it."""
 
 from __future__ import annotations
 

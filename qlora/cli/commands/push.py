@@ -18,13 +18,13 @@ class PushConfig:
     """Upload an adapter, a merged model or a .gguf file to the Hugging Face hub, with a model card."""
 
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
-    """Output directory of a run, merge or export."""
+    """Output directory of a run, a merge or an export."""
     repo: str | None = None
-    """Name on the hub, as owner/name; made if it is not there."""
+    """Repository on the hub, as owner/name; created if missing."""
     private: bool = False
-    """Make a new repository private."""
+    """Create a new repository as private."""
     exact_match: str | None = None
-    """What python -m eval exact_match --output wrote, for the model card."""
+    """File written by python -m eval exact_match --output, for the model card."""
     debug: bool = False
     """Show the traceback of an error."""
 

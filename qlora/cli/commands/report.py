@@ -1,4 +1,4 @@
-"""Make the page of a run."""
+"""Write the report page of a run."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from qlora.config.parse import parse_args
 
 @dataclass
 class ReportConfig:
-    """Make the page of a run, finished or not: curves, samples, settings, in one file."""
+    """Write the report page of a run, finished or not: curves, samples and settings in one file."""
 
     directory: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT_DIR")]
     """Output directory of a run."""
     output: str | None = None
-    """Where to write; by default OUTPUT_DIR/report.html."""
+    """Output file; default: OUTPUT_DIR/report.html."""
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -1,8 +1,8 @@
-/* What torch needs several passes over memory for, in one: the elementwise work of a LLaMA block on a CPU.
+/* The elementwise work of a LLaMA block on a CPU, in one pass over memory where torch needs several.
 
-   Compiled twice, for bf16 (-DBF16) and for fp32 tensors; sums are in fp32 in both, and each result is rounded once.
-   kernels/fused.py compiles and calls it, and holds the same functions in plain torch, with their formulas, shapes and the
-   test that the two agree. All arrays are contiguous; rows are spread over the threads. */
+   Compiled for bf16 (-DBF16) and for fp32 tensors; sums are in fp32, and each result is rounded once. kernels/fused.py
+   compiles and calls it, and defines the same functions in plain torch, with formulas and shapes. Arrays are
+   contiguous; rows are distributed over the threads. */
 
 #include <math.h>
 #include <stdlib.h>
@@ -13,9 +13,9 @@
 #define SIMD _Pragma("omp simd")
 #define SUM(s) _Pragma(#s)
 
-/* e^x to 2 ulp, without a call, so that it is vectorised: 2^k times the series of e^r, |r| <= ln(2) / 2. */
+/* e^x to 2 ulp, inlined so that it vectorizes: 2^k times the series of e^r, |r| <= ln(2) / 2. */
 static inline float exponential(float x) {
-    float y = x > -87.0f ? x : -87.0f; /* of what is no number, too */
+    float y = x > -87.0f ? x : -87.0f; /* also maps NaN */
     y = y < 88.0f ? y : 88.0f;
     float k = rintf(y * 1.44269504f), r = y - k * 0.693359375f + k * 2.12194440e-4f;
     float p = 1 + r * (1 + r * (1.0f / 2 + r * (1.0f / 6 + r * (1.0f / 24 + r * (1.0f / 120 + r * (1.0f / 720))))));
@@ -71,17 +71,17 @@ void swiglu_backward(const T *dy, const T *gate, const T *up, T *dgate, T *dup, 
 
 /* ---- attention over packed sequences ---- */
 
-#define QUERIES 48 /* whose scores exist at a time: a multiple of a tile's rows, and even */
+#define QUERIES 48 /* queries per block of scores: even, and a multiple of a tile's rows */
 static inline long whole(long n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* A number as it is multiplied, after one rounding to the tensors' dtype */
+/* An operand of a product, rounded once to the tensors' dtype */
 #if PAIR == 2
 static inline N number(float f) { return put(f); }
 #else
 static inline N number(float f) { return get(put(f)); }
 #endif
 
-/* Rows x + i stride (n, d), rotated by the angles whose cosines and sines are given (null: as they are) */
+/* Load rows x + i stride (n, d), rotated by the angles with these cosines and sines (null: not rotated) */
 static void load(const T *x, long stride, const T *cosine, const T *sine, N *out, long n, long d) {
     const long half = d / 2;
     for (long i = 0; i < n; i++, x += stride, out += d) {
@@ -94,7 +94,7 @@ static void load(const T *x, long stride, const T *cosine, const T *sine, N *out
     }
 }
 
-/* The way back, of gradients */
+/* The inverse of load, for gradients */
 static void store(const float *x, const T *cosine, const T *sine, T *out, long stride, long n, long d) {
     const long half = d / 2;
     for (long i = 0; i < n; i++, x += d, out += stride) {
@@ -107,7 +107,7 @@ static void store(const float *x, const T *cosine, const T *sine, T *out, long s
     }
 }
 
-/* Rows (n, d) -> lanes along d: (d / PAIR, row), zeros from column n on */
+/* Rows (n, d) -> lanes along d: (d / PAIR, row), zero from column n on */
 static void transpose(const N *x, uint32_t *out, long n, long d, long row) {
     const uint32_t *lane = (const uint32_t *)x;
     const long lanes = d / PAIR;
@@ -118,7 +118,7 @@ static void transpose(const N *x, uint32_t *out, long n, long d, long row) {
 }
 
 /* Rows (n, d) -> lanes along n, (lanes(n), d); rows of floats -> rows of lanes, and lanes along n. The last lane of an
-   odd n is half empty. Where a lane is one float, they are there already. */
+   odd n is half empty. If a lane is one float, nothing is copied. */
 static inline long lanes(long n) { return (n + PAIR - 1) / PAIR; }
 #if PAIR == 2
 static const uint32_t *interleave(const N *x, uint32_t *out, long n, long d) {
@@ -143,7 +143,7 @@ static const uint32_t *as_pairs(const float *x, uint32_t *out, long n, long d) {
 #define as_pairs(x, out, n, d) ((const uint32_t *)(x))
 #endif
 
-/* Scores (n queries from `first` on, columns from `begin` on) -> probabilities; what a query does not see is zero */
+/* Scores (n queries from `first`, columns from `begin`) -> probabilities; zero for keys that a query does not see */
 static void softmax(float *p, float scale, long n, long first, long begin, long columns, long window) {
     for (long i = 0; i < n; i++, p += columns) {
         const long to = first + i + 1 - begin, from = first + i + 1 > window + begin ? to - window : 0;
@@ -163,9 +163,9 @@ static long longest(const int32_t *bounds, long n) {
     return whole(length);
 }
 
-/* Each (sequence, key-value head) by itself. K, V, Q and dO are kept as rows, with T behind the name as lanes along d and
-   columns, with R as lanes along the rows. A thread that gets no memory for K does nothing; the function then
-   returns 1, and its result is not whole. */
+/* Runs over (sequence, key-value head) pairs. K, V, Q and dO are rows; the suffix T means lanes along d and columns, R
+   lanes along the rows. A thread that cannot allocate K does nothing; the function then returns 1 and its result is
+   incomplete. */
 #define THREADS _Pragma("omp parallel reduction(| : failed)")
 #define HEADS                                                                                                      \
     failed = !K;                                                                                                   \

@@ -1,9 +1,9 @@
-/* Products of the many rows x (n, ...) of a training step with a frozen weight W (rows, columns) as the model
-   stores it, in 4-bit codes or in bf16: forward x W^T, backward x W.
+/* Products of the many rows x (n, ...) of a training step with a frozen weight W (rows, columns) as stored, in 4-bit
+   codes or bf16: forward x W^T, backward x W.
 
-   A panel of W is decoded into the cache, laid out as the products read it, and multiplied with tiles of x out of
-   registers: W is never whole in memory, and what is read of it are its 4 bits. The panel holds the numbers that
-   dequantizing gives, to the last bit. Compiled for bf16 (-DBF16) and for fp32 tensors. */
+   A panel of W is decoded into the cache, in the layout that the products read, and multiplied with tiles of x in
+   registers: only the 4 bits are read from memory, and W never exists as a whole. The panel equals the dequantized
+   weight to the last bit. Compiled for bf16 (-DBF16) and for fp32 tensors. */
 
 #include <omp.h>
 #include <stdlib.h>
@@ -11,22 +11,22 @@
 #include "tiles.h"
 
 #if !defined(__AVX512F__) || (defined(BF16) && (!defined(__AVX512BF16__) || defined(__AMX_BF16__)))
-#error "torch's products are as fast here: AVX2 alone, or AMX"
+#error "torch's products are as fast here (AVX2 only, or AMX)"
 #endif
 
 #define COLUMNS (WIDE * LANES) /* of a panel */
-#define DEPTH 512              /* lanes of a panel, summed apart: fewer roundings behind each other */
-#define ROWS 1536              /* of x that share a decoded panel */
-#define AHEAD 32               /* rows of W that are fetched before they are decoded */
+#define DEPTH 512              /* lanes of a panel, summed separately: shorter chains of roundings */
+#define ROWS 1536              /* rows of x that share a decoded panel */
+#define AHEAD 32               /* rows of W to prefetch */
 
 struct weight {
-    const uint8_t *codes; /* or null: */
+    const uint8_t *codes; /* or null */
     const uint16_t *dense;
-    const float *scales, *table; /* of codes: of each block; of the 16 values */
+    const float *scales, *table; /* for codes: one scale per block; the 16 values */
     long rows, columns, block;   /* block: log2 of its size */
 };
 
-/* W[row][column ... + 2 LANES), zeros outside of W: as bf16 pairs in *even, or as floats, every other in *even */
+/* W[row][column ... + 2 LANES), zero outside W: bf16 pairs in *even, or floats with every other one in *even */
 INLINE void decode(const struct weight *w, long row, long column, U *even, U *odd) {
     *even = *odd = (U){0};
     if (row >= w->rows || column >= w->columns) return;
@@ -45,7 +45,7 @@ INLINE void decode(const struct weight *w, long row, long column, U *even, U *od
     const V table = *(const V *)w->table * w->scales[at >> w->block];
     __builtin_prefetch(w->codes + ahead / 2);
 #ifdef BF16
-    const U low = rounded(table), high = low << 16; /* a shuffle looks at the low 4 bits of an index alone */
+    const U low = rounded(table), high = low << 16; /* a shuffle uses only the low 4 bits of an index */
     *even = __builtin_shuffle(low, bytes >> 4) | __builtin_shuffle(high, bytes);
 #else
     *even = (U)__builtin_shuffle(table, bytes >> 4), *odd = (U)__builtin_shuffle(table, bytes);
@@ -66,9 +66,9 @@ INLINE void transpose(U *m) {
     }
 }
 
-/* In a panel (lanes, COLUMNS) each 2 LANES columns lie as the even ones, then the odd ones: `emit` puts them together.
+/* A panel (lanes, COLUMNS) stores each 2 LANES columns as the even ones, then the odd ones; `emit` interleaves them.
 
-   Forward: its columns are rows of W from `first` on, its lanes columns of W from `begin` to `end`. */
+   Forward: its columns are rows of W from `first`, its lanes columns of W from `begin` to `end`. */
 static void pack_forward(const struct weight *w, long first, long begin, long end, uint32_t *panel) {
     for (int v = 0; v < WIDE; v++)
         for (long k = begin; k < end; k += 2 * LANES) {
@@ -86,7 +86,7 @@ static void pack_forward(const struct weight *w, long first, long begin, long en
         }
 }
 
-/* Backward: its columns are columns of W from `first` on, its lanes rows of W from `begin` to `end`. */
+/* Backward: its columns are columns of W from `first`, its lanes rows of W from `begin` to `end`. */
 static void pack_backward(const struct weight *w, long first, long begin, long end, uint32_t *panel) {
     for (long k = begin; k < end; k += PAIR, panel += COLUMNS)
         for (int v = 0; v < WIDE; v += 2) {
@@ -101,7 +101,7 @@ static void pack_backward(const struct weight *w, long first, long begin, long e
         }
 }
 
-/* `count` sums of a row, in the order of a panel, to their places */
+/* Store `count` sums of a row, reordered from a panel's order */
 INLINE void emit(const float *c, T *out, long count) {
     for (int v = 0; v < WIDE && count > 0; v += 2, count -= 2 * LANES, c += 2 * LANES, out += 2 * LANES) {
         const V even = *(const V *)c, odd = *(const V *)(c + LANES);
@@ -116,14 +116,14 @@ INLINE void emit(const float *c, T *out, long count) {
     }
 }
 
-static _Thread_local uint32_t *space; /* a panel and the sums of ROWS rows, kept for the next product */
+static _Thread_local uint32_t *space; /* a panel and the sums of ROWS rows, reused by the next product */
 
-/* out (n, rows) = x W^T + bias (null: none), or backward out (n, columns) = x W. Returns 1, and nothing whole, where memory is missing.
-   Columns are a multiple of 2 LANES, and of a block; a sum is over an even number of bf16. */
+/* out (n, rows) = x W^T + bias (null: none), or backward out (n, columns) = x W. Returns 1, with an incomplete result, if
+   out of memory. Columns are a multiple of 2 LANES and of a block; sums run over an even number of bf16. */
 int product(const struct weight *w, const T *x, const T *bias, T *out, long n, long backward) {
     const long inner = backward ? w->rows : w->columns, outer = backward ? w->columns : w->rows, stride = inner / PAIR;
     const long panels = (outer + COLUMNS - 1) / COLUMNS, threads = omp_get_max_threads();
-    long parts = (n + ROWS - 1) / ROWS; /* of the rows; more where the threads would not get equally much */
+    long parts = (n + ROWS - 1) / ROWS; /* of the rows; more if the threads' shares would differ */
     if (!n) return 0;
     while (parts * panels % threads && n > 96 * parts) parts++;
     const long most = ((n + parts - 1) / parts + HIGH - 1) / HIGH * HIGH;

@@ -1,22 +1,22 @@
-/* y = x W^T for a few rows x (n, columns) fp32, from W (rows, columns) as the model stores it: 4-bit codes or bf16.
+/* y = x W^T for a few rows x (n, columns) fp32, from W (rows, columns) as stored: 4-bit codes or bf16.
 
-   Each weight is the one that training multiplies by, to the last bit, and sums are in fp32. */
+   Each weight equals the one used in training to the last bit; sums are in fp32. */
 
 #include "tiles.h"
 
-#define TILE 4 /* rows of W and rows of x that are multiplied with each other out of registers */
+#define TILE 4 /* rows of W and of x multiplied in registers */
 #define TABLE (16 / LANES) /* vectors of the 16 values */
 
-/* LANES bytes of codes -> the values of their high halves and of their low halves */
+/* LANES bytes of codes -> values of their high halves and of their low halves */
 INLINE void look_up(const uint8_t *codes, const V *table, V *high, V *low) {
 #ifdef __AVX512F__
     const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)codes));
     *high = (V)_mm512_permutexvar_ps(_mm512_srli_epi32(both, 4), (__m512)table[0]);
-    *low = (V)_mm512_permutexvar_ps(both, (__m512)table[0]); /* it looks at the low 4 bits of an index alone */
+    *low = (V)_mm512_permutexvar_ps(both, (__m512)table[0]); /* it uses only the low 4 bits of an index */
 #elif defined(__AVX2__)
     const __m256i low_half = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)codes));
     const __m256i high_half = _mm256_srli_epi32(low_half, 4);
-    const __m256 first = (__m256)table[0], second = (__m256)table[1]; /* the fourth bit says which */
+    const __m256 first = (__m256)table[0], second = (__m256)table[1]; /* the fourth bit selects the half */
 #define CHOOSE(index)                                                                                       \
     (V) _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index),   \
                          _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)))
@@ -27,7 +27,7 @@ INLINE void look_up(const uint8_t *codes, const V *table, V *high, V *low) {
 #endif
 }
 
-/* LANES bf16 numbers as floats: their high halves */
+/* LANES bf16 numbers -> floats, whose high halves they are */
 INLINE V widen(const uint16_t *x) {
 #ifdef __AVX512F__
     return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16);
@@ -47,12 +47,12 @@ INLINE float total(V v) {
 }
 
 struct weight {
-    const uint8_t *codes;   /* two a byte, the first in its high half */
+    const uint8_t *codes;   /* two per byte, the first in the high half */
     const float *table;     /* 16 */
     const uint8_t *scales8; /* double quantization: a scale is table8[scales8] absmax + offset; null: absmax */
     const float *table8, *absmax;
     float offset;
-    int block, outer; /* log2 of the weights of a block, and of the blocks that share an absmax */
+    int block, outer; /* log2 of weights per block, and of blocks per absmax */
     int bf16;         /* whether training rounds the weights to bf16 */
 };
 
@@ -60,7 +60,7 @@ INLINE float scale(const struct weight *w, long block) {
     return w->scales8 ? w->table8[w->scales8[block]] * w->absmax[block >> w->outer] + w->offset : w->absmax[block];
 }
 
-/* What the 16 codes stand for in a block */
+/* The values of the 16 codes in a block */
 INLINE void block_values(const struct weight *w, long block, V *values) {
     for (int i = 0; i < TABLE; i++) {
         values[i] = *(const V *)(w->table + i * LANES) * scale(w, block);
@@ -69,7 +69,7 @@ INLINE void block_values(const struct weight *w, long block, V *values) {
     }
 }
 
-/* `height` rows of W, 4 bits, from `row` on, times `n` rows of x */
+/* `height` rows of a 4-bit W from `row`, times `n` rows of x */
 INLINE void tile4(const int height, const int n, const struct weight *w, const float *x, float *y, long row, long rows,
                   long columns) {
     V sum[TILE][TILE], values[TABLE], even, odd;
@@ -117,6 +117,6 @@ INLINE void tile16(const int height, const int n, const uint16_t *w, const float
         for (; m < n; m++) tile(TILE, 1, w, x + m * columns, y + m * rows, row, rows, columns);                    \
     }
 
-/* x comes with the even columns of every 32 before the odd ones, as the halves of the codes are read. */
+/* In x the even columns of every 32 come before the odd ones, in the order in which the halves of the codes are read. */
 void linear_4bit(const struct weight *w, const float *x, float *y, long n, long rows, long columns) { LINEAR(tile4) }
 void linear_16bit(const uint16_t *w, const float *x, float *y, long n, long rows, long columns) { LINEAR(tile16) }

@@ -1,8 +1,8 @@
-/* Vectors and lanes, and products of matrices out of registers: for fused.c, gemv.c and gemm.c.
+/* Vectors, lanes and matrix products in registers, for fused.c, gemv.c and gemm.c.
 
-   A lane is 32 bits along the dimension that is summed over: two bf16 numbers where the processor multiplies such
-   pairs (PAIR 2), one float elsewhere. Sums are in fp32. Vectors are as wide as the processor's: of wider ones
-   compilers make code that is ten times slower. */
+   A lane is 32 bits along the summed dimension: two bf16 numbers if the processor multiplies such pairs (PAIR 2), else
+   one float. Sums are in fp32. Vectors have the processor's width: for wider ones compilers generate code that is ten
+   times slower. */
 
 #include <stdint.h>
 #include <string.h>
@@ -11,14 +11,14 @@
 #endif
 
 #ifdef BF16
-typedef uint16_t T; /* of the tensors */
+typedef uint16_t T; /* element type of the tensors */
 static inline float get(T x) {
     uint32_t bits = (uint32_t)x << 16;
     float f;
     memcpy(&f, &bits, 4);
     return f;
 }
-static inline T put(float f) { /* round to nearest, ties to even; a NaN stays one */
+static inline T put(float f) { /* round to nearest, ties to even; NaN stays NaN */
     uint32_t bits;
     memcpy(&bits, &f, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -31,16 +31,16 @@ static inline T put(float f) { return f; }
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define HIGH 6 /* rows of a tile */
+#define HIGH 6 /* rows per tile */
 #ifdef __AVX512F__
-#define LANES 16 /* of a vector */
+#define LANES 16 /* per vector */
 #elif defined(__AVX__)
 #define LANES 8
 #else
 #define LANES 4
 #endif
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define WIDE 4 /* vectors of a tile's row: its HIGH x WIDE sums, WIDE of B and one of A fill the registers */
+#define WIDE 4 /* vectors per tile row: HIGH x WIDE sums, WIDE vectors of B and one of A fill the registers */
 #else
 #define WIDE 2
 #endif
@@ -58,7 +58,7 @@ typedef float N;
 INLINE V multiply_add(V sum, U a, U b) { return sum + (V)a * (V)b; }
 #endif
 
-/* `rows` x LANES `vectors` numbers of C = A B, or of C + A B; row r, lane i of A lies at a[r a_row + i a_lane] */
+/* `rows` x LANES `vectors` numbers of C = A B, or of C + A B; row r, lane i of A is at a[r a_row + i a_lane] */
 INLINE void tile(const int rows, const int vectors, long lanes, const uint32_t *a, long a_row, long a_lane,
                  const uint32_t *b, long b_row, float *c, long c_row, int add) {
     V sum[HIGH][WIDE] = {0};
