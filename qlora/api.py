@@ -267,7 +267,7 @@ class Run:
         """Write base and adapter as one model.
 
         Args:
-            settings: as the flags of `qlora merge`, with underscores (`MergeOptions`): save_4bit=True, base="original".
+            settings: as the flags of `qlora merge` (`MergeOptions`), such as save_4bit=True.
         Returns:
             How far the written model is from base and adapter; None with drift=False.
         """
