@@ -118,16 +118,22 @@ def groups(config: type) -> Iterator[type]:
     yield config
 
 
+def heading_of(group: type) -> tuple[str, str]:
+    """(what a group of settings is for, what its docstring says beyond that), from the docstring's first line."""
+    purpose, _, note = (group.__doc__ or "").partition("\n")[0].partition(". ")
+    return purpose.rstrip("."), note
+
+
 def flags_page() -> str:
     """The text of docs/flags.md."""
     parts = [INTRODUCTION]
     for group in groups(RunConfig):
-        title = "Every command" if group is RunConfig else (group.__doc__ or "").partition("\n")[0].rstrip(".")
+        title, note = ("Every command", "") if group is RunConfig else heading_of(group)
         rows = [flag.row() for flag in flags_of(group)]
         if group is RunConfig:
             rows.append(Flag("`--config`", "text", NONE, "YAML file of the same names.").row())
         head = "| flag | values | default | what it does |\n| --- | --- | --- | --- |"
-        parts.append("\n".join((f"## {title}\n", head, *rows)) + "\n")
+        parts.append("\n".join((f"## {title}\n", *([f"{note}\n"] if note else []), head, *rows)) + "\n")
     return "\n".join(parts)
 
 

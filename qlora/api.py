@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qlora.adapters.peft_files import read_adapter
+from qlora.config.merge import MergeOptions
 from qlora.config.parse import with_settings
 from qlora.config.run import RunConfig
 from qlora.data.batches import lengths_of
@@ -262,12 +263,18 @@ class Run:
 
         return LossFigure(*part_metrics(self.metrics))
 
-    def merge(self, output_dir: str | os.PathLike[str], **options: Any) -> Drift | None:
-        """Write base and adapter as one model; options and result as `merge_adapter`."""
+    def merge(self, output_dir: str | os.PathLike[str], **settings: Any) -> Drift | None:
+        """Write base and adapter as one model.
+
+        Args:
+            settings: as the flags of `qlora merge` (`MergeOptions`), such as save_4bit=True.
+        Returns:
+            How far the written model is from base and adapter; None with drift=False.
+        """
         from qlora.export.merge import merge_adapter
 
-        base = str(self.config.model.model)
-        return merge_adapter(base, str(self.adapter_dir), os.fspath(output_dir), **options)
+        options = with_settings(MergeOptions(), settings)
+        return merge_adapter(str(self.config.model.model), str(self.adapter_dir), os.fspath(output_dir), options)
 
 
 def _configure(config: C, settings: Mapping[str, Any]) -> C:

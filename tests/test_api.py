@@ -171,6 +171,8 @@ def test_after_an_error_the_same_directory_can_be_used(train: Any, tmp_path: Pat
         (lambda: run.evaluate(), "Nothing was held out from this run"),
         (lambda: run.evaluate([]), "data has no records"),
         (lambda: run.merge(run.adapter_dir), "exists already"),
+        (lambda: run.merge("new", save_4bits=True), "unknown setting 'save_4bits'; did you mean save_4bit"),
+        (lambda: run.merge("new", base="other"), "base is 'other'; choose one of dequantized, original"),
     ):
         with pytest.raises(qlora.InputError) as raised:
             call()

@@ -201,7 +201,7 @@ def test_a_conversation_that_outgrows_the_model_loses_its_oldest_turns(
     seen = [*from_turns("Be brief.", chat.turns[first:3]), last]
     assert 0 < first < 3 and chat.turns[3].answer == reference(tiny, "sql", seen, 0, max_new_tokens=8)
     assert len(chat.turns) == 4  # all of it is kept
-    assert f"oldest {first} are left out" in capsys.readouterr().err
+    assert f"the oldest {first} of " in capsys.readouterr().err
     with pytest.raises(InputError, match=r"tokens too long for this model's limit of 120; shorten it"):
         chat.ask("long " * 100)
 

@@ -380,7 +380,7 @@ def test_without_eos_nothing_could_stop():
     tokenizer.eos_token = None
     with pytest.raises(InputError, match="no special token after the answer"):
         encode_example(conversation("Hi", "Hello"), tokenizer, LONG)
-    with pytest.raises(InputError, match="no eos_token to end a document with"):
+    with pytest.raises(InputError, match="no eos_token to end a document"):
         encode_example([{"role": "document", "content": "Once"}], tokenizer, LONG)
 
 

@@ -101,7 +101,7 @@ def known_flags() -> set[str]:
     """The flags of all commands, from their help pages."""
     pages = [help_text(train.main), *(help_text(main, name) for name in COMMANDS)]
     pages += [help_text(evaluate, name) for name in EVALUATIONS]
-    return {*re.findall(r"--[a-z0-9][a-z0-9-]*", "".join(pages)), "--no-4bit", "--config"}
+    return {*re.findall(r"--[a-z0-9][a-z0-9-]*", "".join(pages)), "--no-4bit", "--config", "--version"}
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != LOG], ids=name_of)
