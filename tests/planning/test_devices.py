@@ -374,7 +374,8 @@ def test_sums_take_the_place_of_activations(even: str) -> None:
 )
 def test_a_run_plans_what_the_plan_says(even_model: str, parallel: dict[str, Any], rank: int) -> None:
     """Every component, of the model as a process loads it; with a rank of 256 the sum of gradients is the most."""
-    config = run_config(even_model, parallel, {"optim": "adamw"}, rank=rank, target_modules="all-linear")
+    config = run_config(even_model, parallel, rank=rank, target_modules="all-linear")
+    config.optimizer.optim = "adamw"
     planner, size, offload = Planner(even_model, "cuda"), 4, config.parallel.cpu_offload
     here: Any = SimpleNamespace(
         process_index=0, num_processes=size, device=torch.device("cpu"), main_process_first=nullcontext
@@ -385,7 +386,8 @@ def test_a_run_plans_what_the_plan_says(even_model: str, parallel: dict[str, Any
         inject_lora(model, config.lora)
         freeze_base(model)
         ranks = replace(ranks, cpu_offload=offload)  # without a GPU FSDP2 refuses to do it
-        model.base_info = replace(base_info(model), ranks=ranks)
+        info = base_info(model)
+        model.base_info = replace(info, ranks=ranks, weight_samples=info.weight_samples or {})
         for mode in ("off", "on"):
             loop = replace(config.loop, gradient_checkpointing=mode)
             plan = planner.plan(replace(config, loop=loop), DevicesConfig(gpus=size))
@@ -518,8 +520,8 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
     assert "measured with a matrix product here, shared by processes" in out
     assert re.search(r"^fits in [\d.]+ GiB", out, re.M) and re.search(r"^a step takes .* tokens/s$", out, re.M)
     one = printed(capsys, *flags, "--gpus", "1")
-    assert "communication" not in one and "sent by" not in one and "a step takes" in one
-    half, whole = (float(re.findall(r"^fits ([\d.]+) GiB", text, re.M)[0]) for text in (out, one))
+    assert "communication" not in one and "sent and received" not in one and "a step takes" in one
+    half, whole = (float(re.findall(r"^fits in ([\d.]+) GiB", text, re.M)[0]) for text in (out, one))
     assert half == pytest.approx(whole / 2, rel=0.2)
     assert GIB * half > 0 and "device" not in printed(capsys, *flags)
 
