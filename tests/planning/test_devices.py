@@ -516,7 +516,7 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
     flags = ("--model", even, "--device", "cpu", "--compute-dtype", "float32", "--max-length", "128")
     out = printed(capsys, *flags, "--gpus", "2", "--link-rate", "1GB")
     assert "measured with a matrix product here, shared by processes" in out
-    assert re.search(r"^fits [\d.]+ GiB", out, re.M) and re.search(r"^a step takes .* tokens/s$", out, re.M)
+    assert re.search(r"^fits in [\d.]+ GiB", out, re.M) and re.search(r"^a step takes .* tokens/s$", out, re.M)
     one = printed(capsys, *flags, "--gpus", "1")
     assert "communication" not in one and "sent by" not in one and "a step takes" in one
     half, whole = (float(re.findall(r"^fits ([\d.]+) GiB", text, re.M)[0]) for text in (out, one))
@@ -541,8 +541,8 @@ def test_the_command_on_processors(even: str, capsys: pytest.CaptureFixture[str]
         ("--gpus 4 --tensor-parallel 2 --shard fsdp", "are not combined; choose one"),
         ("--gpus 12 --nodes 2 --tensor-parallel 4", "--tensor-parallel 4 does not fit nodes of 6 devices"),
         ("--gpus 8 --shard hsdp", "--shard hsdp splits the base within a node; pass --nodes or --shard-size"),
-        ("--gpus 8 --shard hsdp --shard-size 3", "cannot split the base over 3 of 8 devices"),
-        ("--gpus 8 --nodes 8 --shard hsdp", "cannot split the base over 1 of 8 devices"),
+        ("--gpus 8 --shard hsdp --shard-size 3", "cannot split the base over groups of 3 of 8"),
+        ("--gpus 8 --nodes 8 --shard hsdp", "cannot split the base over groups of 1 of 8"),
         (
             "--gpus 12 --nodes 2 --shard hsdp --shard-size 4",
             "--shard-size 4 does not fit nodes of 6 devices",

@@ -230,10 +230,10 @@ def test_the_command(untied: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert len(sizes) == 9 and sizes[-1] == pytest.approx(sum(sizes[:-1]), abs=0.05) and sizes[-2] > 0.1
     assert "2 of 2 layers recomputed" in out and re.search(r"^fits in 900.00 GiB, ", out, re.MULTILINE)
     out = printed(capsys, "--model", str(untied), "--device", "cuda")
-    assert "process" not in out and ("Give --device-memory" in out or torch.cuda.is_available())
+    assert "process" not in out and ("Pass --device-memory" in out or torch.cuda.is_available())
     flags = ("--model", str(untied), "--device", "cuda", "--gradient-checkpointing", "off")
     out = printed(capsys, *flags, "--device-memory", "1MB")
-    assert "does not fit 0.00 GiB" in out and "  --gradient-checkpointing on" in out
+    assert "does not fit in 0.00 GiB" in out and "  --gradient-checkpointing on" in out
     assert "fits with --gradient-checkpointing on --batch-size 1 --grad-accum 8 --max-length 128" in out
     assert "no combination makes it fit" in printed(capsys, *flags, "--device-memory", "0.1MB")
 

@@ -56,7 +56,7 @@ def test_evaluations_scores_lengths_and_memory(tmp_path: Path) -> None:
         (line["step"], pytest.approx(line["eval_loss"], rel=1e-5)) for line in held_out
     ]
     assert [(int(a), float(b)) for a, b in page.rows("Exact match")] == [(8, 0.25), (16, 0.5), (24, 0.75)]
-    assert page.rows("Length") == [["0", "50", "10"], ["50", "100", "70"], ["100", "150", "16"]]
+    assert page.rows("Example length") == [["0", "50", "10"], ["50", "100", "70"], ["100", "150", "16"]]
     bars = next(rows for title, rows in page.tables if title.startswith("Memory"))
     assert [row[:2] for row in bars] == [
         ["base", "95.4 MiB"], ["adapters", "0.954 MiB"], ["gradients", "0.954 MiB"], ["optimizer", "3.81 MiB"],
