@@ -1,12 +1,11 @@
-"""From Python: `train` and `plan`, with the settings of the command line as keywords, and what a run leaves.
+"""The Python API: `train` and `plan`, with the command line's settings as keywords, and the `Run` they return.
 
     run = qlora.train(model="path/to/llama", data=rows, output_dir="out", rank=8)
     run.metrics[-1]["loss"], run.generate("Why is the sky blue?"), run.evaluate(held_out).perplexity
     run.merge("merged")
 
-The command line comes through `start_run`, `publish` and `start_planner`, too; what only Python needs is imported
-where it is used. No function here ends the process, and nothing of a run outlives its `Run`: no thread, no open
-file, no signal handler.
+The command line also uses `start_run`, `publish` and `start_planner`; imports that only Python needs are local. No
+function here ends the process, and a run leaves no thread, open file or signal handler.
 """
 
 from __future__ import annotations
@@ -48,18 +47,18 @@ C = TypeVar("C", bound=RunConfig)
 def train(config: RunConfig | None = None, *, observers: Sequence[Observer] = (), **settings: Any) -> Run:
     """Fine-tune a model, as `qlora train` does.
 
-    A request to stop (Ctrl-C, --stop-after, an observer's) lets the step end and saves; resume="auto" goes on from
-    there. The run so far is returned, with `stopped`. Two requests then reach the program as well: a SIGTERM, and
-    in a script, but not at a prompt or in a notebook, a Ctrl-C as KeyboardInterrupt. A second signal does at once.
+    A request to stop (Ctrl-C, --stop-after, an observer's) finishes the step, saves, and returns the run so far
+    with `stopped` set; resume="auto" continues it. A SIGTERM is then raised again in the program, and so is a
+    Ctrl-C in a script (KeyboardInterrupt), not at a prompt or in a notebook. A second signal takes effect at once.
 
     Args:
         config: the settings; keywords change a copy of it.
-        observers: watch beside the run's own (`qlora.training.observer.Observer`).
+        observers: added to the run's own (`qlora.training.observer.Observer`).
         settings: named as the flags, with underscores. `data` and `eval_data` take rows as well: a list of dicts,
             a pandas DataFrame or a datasets.Dataset; `data` also a list of these and of paths.
     Raises:
-        InputError: a setting or the data cannot be used; an unknown setting is told with the nearest name.
-        TrainingStopped: training cannot go on; what was saved stays.
+        InputError: a setting or the data cannot be used; for an unknown setting it names the closest one.
+        TrainingStopped: training cannot go on; saved files stay.
     """
     call, rows = _describe_call(config, settings), _take_rows(settings)
     config = _configure(RunConfig() if config is None else config, settings)
@@ -77,9 +76,9 @@ def train(config: RunConfig | None = None, *, observers: Sequence[Observer] = ()
         publish(training)
     run, number = Run(training, stopped), training.stop.signal
     del training
-    gc.collect()  # trainer and observers know each other, and would keep the optimizer
+    gc.collect()  # trainer and observers reference each other, which would keep the optimizer
     if number == signal.SIGTERM or (number == signal.SIGINT and not hasattr(sys, "ps1")):
-        signal.raise_signal(number)  # to the handler of before the run
+        signal.raise_signal(number)  # to the handler from before the run
     return run
 
 
@@ -91,10 +90,10 @@ def start_run(
     rows: Mapping[str, PythonRows] | None = None,
     ends_process: bool = True,
 ) -> TrainingRun:
-    """The run that the settings describe, to be entered; arguments as `TrainingRun`.
+    """Make the run that the settings describe, a context manager; arguments as `TrainingRun`.
 
     Raises:
-        InputError: settings are missing or do not go together, or the hub would not take the adapter.
+        InputError: settings are missing or conflict, or the hub would not accept the adapter.
     """
     run = TrainingRun.from_config(config, call, observers, started, rows, ends_process)
     if config.saving.push_to_hub is not None:
@@ -110,13 +109,13 @@ def publish(run: TrainingRun) -> None:
 
 
 def plan(config: RunConfig | None = None, **settings: Any) -> RunPlan:
-    """What a run would take of each device, before it is made: `plan(...).total` bytes.
+    """Estimate the memory that a run would need on each device: `plan(...).total` bytes.
 
     Args:
         config: the settings of the run; keywords change a copy of it.
         settings: named as the flags of `qlora plan`: those of training, device, device_memory, gpus, nodes, ...
     Raises:
-        InputError: a setting cannot be used, or devices and settings do not go together.
+        InputError: a setting cannot be used, or devices and settings conflict.
     """
     from qlora.config.plan import PlanConfig
     from qlora.planning.planner import Planner
@@ -126,7 +125,7 @@ def plan(config: RunConfig | None = None, **settings: Any) -> RunPlan:
 
 
 def start_planner(config: PlanConfig) -> tuple[Planner, PlanConfig, DevicesConfig | None]:
-    """(the planner, the config with the settings of its --adapter, the devices where something depends on them).
+    """(planner, config with the settings of its --adapter, devices or None if nothing depends on them).
 
     Raises:
         InputError: no model is given, or the adapter cannot be read.
@@ -166,7 +165,7 @@ class RunMetrics(list[dict[str, Any]]):
     """The lines of metrics.jsonl: a dict per step and per evaluation."""
 
     def to_pandas(self) -> Any:
-        """As a DataFrame, a column per name.
+        """The metrics as a DataFrame with a column per name.
 
         Raises:
             InputError: pandas is not installed.
@@ -179,15 +178,15 @@ class RunMetrics(list[dict[str, Any]]):
 
 
 class Run:
-    """What a run of training leaves.
+    """The result of a training run.
 
     Attributes:
         config: its settings.
         adapter_dir: holds the adapter, metrics, checkpoints and report.
-        model: the base with the adapter of `adapter_dir` in it, in evaluation mode.
+        model: the base with the adapter from `adapter_dir`, in evaluation mode.
         tokenizer: as the run used it.
-        metrics: a dict per step and per evaluation, those before a resume included.
-        stopped: why the run ended before its last step, on request; None: it did not.
+        metrics: a dict per step and per evaluation, including those before a resume.
+        stopped: why the run was stopped on request before its last step; None: it was not.
     """
 
     def __init__(self, training: TrainingRun, stopped: str | None = None) -> None:
@@ -213,11 +212,11 @@ class Run:
 
         Args:
             prompt: a question; or a conversation, as messages with role and content; or a list of either.
-            options: max_new_tokens, temperature, top_p and seed, by default as the run's settings have them.
+            options: max_new_tokens, temperature, top_p and seed; by default the run's settings.
         Returns:
-            A text, or of a list of questions or conversations a list of texts.
+            A text; a list of texts for a list of questions or conversations.
         Raises:
-            InputError: an unknown option, no prompt, or a base that is split over processes.
+            InputError: an unknown option, no prompt, or the base is split over processes.
         """
         from qlora.generation import generate
 
@@ -236,12 +235,12 @@ class Run:
         return answers[0] if is_one else answers
 
     def evaluate(self, data: Any = None) -> Evaluation:
-        """Loss per target token on other data, tokenized as the run's.
+        """Loss per target token on data tokenized like the run's.
 
         Args:
-            data: as that of `train`; by default what the run has held out.
+            data: as for `train`; by default the run's held-out data.
         Raises:
-            InputError: data that cannot be used, or none was held out.
+            InputError: the data cannot be used, or none was held out.
         """
         d, examples = self.config.data, self._held_out
         if data is not None:
@@ -253,7 +252,7 @@ class Run:
             raise InputError("Nothing was held out from this run; give data to evaluate on.")
         budget = self.config.loop.batch_size * d.max_length
         loss = evaluate(self.model, examples, self._accelerator, budget, d.packing)
-        assert loss is not None  # nothing asks it to stop
+        assert loss is not None  # no request to stop is passed
         num_targets = sum(example.num_targets for example in examples)
         return Evaluation(loss, len(examples), sum(lengths_of(examples)), num_targets)
 
@@ -284,7 +283,7 @@ def _configure(config: C, settings: Mapping[str, Any]) -> C:
 
 
 def _take_rows(settings: dict[str, Any]) -> dict[str, PythonRows]:
-    """Rows among the settings, by the names that stand for them there from now on."""
+    """Replace rows in the settings by names, in place; returns the rows by these names."""
     rows: dict[str, PythonRows] = {}
     for name in ("data", "eval_data"):
         value = settings.get(name)
@@ -297,7 +296,7 @@ def _take_rows(settings: dict[str, Any]) -> dict[str, PythonRows]:
 
 
 def _describe_call(config: RunConfig | None, settings: Mapping[str, Any]) -> str:
-    """The call as Python's text, rows left out, for run.json."""
+    """The call as Python text without the rows, for run.json."""
     words = [] if config is None else ["config"]
     for name, value in settings.items():
         value = os.fspath(value) if isinstance(value, os.PathLike) else value

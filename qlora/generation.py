@@ -1,10 +1,9 @@
 """Answer prompts with a base model, with or without an adapter.
 
-Prompts are tokenized by the same function as training data. While decoding, one token at a time, a layer
-that dequantizes its whole weight for a single row is tens of times slower than it need be: inside `fast_decoding`
-every frozen layer computes from its stored weight by a kernel for few rows (qlora/kernels/gemv.py), or, where
-there is none, from a copy laid out for them, and DoRA's scale is computed once; both are dropped after it. The
-weights that train are never touched.
+Prompts are tokenized by the same function as training data. Decoding one token at a time is tens of times slower
+if a layer dequantizes its whole weight for one row. Inside `fast_decoding` every frozen layer uses its stored
+weight through a kernel for few rows (qlora/kernels/gemv.py) or, if there is none, a copy in a suitable layout, and
+DoRA's scale is computed once; copies and scales are dropped afterwards. Weights that train are never touched.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from qlora.quant.decode import decode_copy, decode_in_place
 from qlora.quant.layers import Linear4bit, Linear16bit, logical_numel
 from qlora.system.memory import GIB
 
-DENSE_COPY_LIMIT = 1 * GIB  # above it copies are repacked 4-bit weights, not dense ones
+DENSE_COPY_LIMIT = 1 * GIB  # above this, copies are repacked 4-bit weights, not dense ones
 
 
 @contextmanager
 def fast_decoding(model: Any) -> Iterator[None]:
-    """Give the frozen layers decoding functions, and the adapted ones a fixed scale, for the time of the block."""
+    """Within the `with` block, give frozen layers decoding functions and adapted ones a fixed scale."""
     layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear16bit))]
     adapted = list(lora_layers(model).values())
     dtype = base_info(model).compute_dtype
@@ -64,12 +63,12 @@ def generate(
     batch_size: int = 16,
     streamer: Any = None,
 ) -> list[str]:
-    """The assistant's next turn in each conversation.
+    """Generate the assistant's next turn in each conversation.
 
     Args:
         model: from `load_base_model`, adapted or not.
-        conversations: messages up to the user's last turn; or, where that is known, a prompt's token ids.
-        sampling: length of the answers, and how they are drawn; None: greedily.
+        conversations: messages up to the user's last turn, or a prompt's token ids.
+        sampling: length of the answers, and how they are drawn; None: greedy.
         batch_size: conversations decoded together (padded on the left), of similar length.
         streamer: transformers streamer that prints as tokens come; one conversation only.
     Returns:
@@ -89,13 +88,14 @@ def generate_samples(
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
 ) -> list[list[str]]:
-    """Several turns that the assistant may say next, for each conversation; its prompt is computed once for all.
+    """Generate several next turns for each conversation, computing each prompt once.
 
     Args:
+        conversations, sampling: as for `generate`.
         batch_size: answers decoded together.
-        numbers: which conversation each one is, where these are a share of several processes; by default 0, 1, ...
-            Sample s of conversation i is seeded by the sampling's seed, i and s, whatever is decoded beside it.
-        Others as `generate`.
+        numbers: index of each conversation, if processes share the work; by default 0, 1, ... Sample s of
+            conversation i is seeded by the sampling's seed, i and s, whatever else is in the batch.
+        streamer: transformers streamer; one conversation only.
     Returns:
         `num_samples` texts for each conversation.
     """
@@ -117,11 +117,11 @@ def continue_prompts(
     numbers: Sequence[int] | None = None,
     streamer: Any = None,
 ) -> list[list[str]]:
-    """What may follow each prompt, given as token ids: `num_samples` texts as they come, white space and all.
+    """Continue each prompt, given as token ids: `num_samples` texts each, with their white space.
 
     Args:
-        sampling: of its stop texts a text ends before the first.
-        Others as `generate_samples`.
+        sampling: a text ends before the first of its stop texts.
+        batch_size, numbers, streamer: as for `generate_samples`.
     """
     sampling = sampling or Sampling()
     stops = sampling.stop_texts
@@ -161,12 +161,12 @@ def continue_prompts(
 
 
 def cut_before(text: str, stop_texts: Sequence[str]) -> str:
-    """The text up to the first of the stop texts in it."""
+    """The text up to the first stop text in it."""
     return text[: min([text.find(stop) for stop in stop_texts if stop and stop in text], default=len(text))]
 
 
 class StopTexts:
-    """A stopping criterion: a row ends once one of the texts stands behind its prompt of `start` tokens."""
+    """A stopping criterion: a row ends once a stop text appears after its prompt of `start` tokens."""
 
     def __init__(self, tokenizer: Any, texts: Sequence[str], start: int) -> None:
         self.tokenizer, self.texts, self.start = tokenizer, [text for text in texts if text], start
@@ -179,14 +179,14 @@ class StopTexts:
 
 
 class SeededDraw:
-    """A logits processor after which the largest score is a draw from softmax(logits / temperature).
+    """A logits processor that makes the largest score a draw from softmax(logits / temperature).
 
-    For E from Exp(1), argmax(log p - log E) is distributed as p. Each row has random numbers of its own, so what
-    is drawn depends neither on the rows beside it nor on the number of processes; torch's generators stay alone.
+    For E from Exp(1), argmax(log p - log E) is distributed as p. Each row has its own random numbers, so a draw
+    depends neither on the other rows nor on the number of processes; torch's global generators are not used.
 
     Args:
         temperature, top_p: as in `Sampling`.
-        seeds: what each row's generator is seeded by.
+        seeds: seed material of each row's generator.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[tuple[int, ...]]) -> None:
@@ -202,12 +202,12 @@ class SeededDraw:
             scores = TopPLogitsWarper(self.top_p)(ids, scores)  # type: ignore[arg-type]
         width = scores.shape[-1]
         noise = np.stack([generator.standard_exponential(width, np.float32) for generator in self.generators])
-        smallest = torch.finfo(torch.float32).tiny  # of a 0 the logarithm would not be a number
+        smallest = torch.finfo(torch.float32).tiny  # the logarithm of 0 would be infinite
         return scores - torch.from_numpy(noise).to(scores.device).clamp_min(smallest).log()
 
 
 def _compute_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
-    """Keys and values of all tokens of the prompts but the last ones; None if these are all there is."""
+    """Keys and values of all prompt tokens except the last ones; None if there are no others."""
     if ids.shape[1] == 1:
         return None
     mask = mask[:, :-1]
@@ -218,7 +218,7 @@ def _compute_prompts(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
 
 
 def _repeat(cache: Any, count: int) -> Any:
-    """The cache with each row `count` times, in memory of its own: decoding adds to it."""
+    """Copy the cache with each row repeated `count` times; decoding appends to the copy."""
     if cache is not None:
         cache = copy.deepcopy(cache)
         cache.batch_repeat_interleave(count)
@@ -250,7 +250,7 @@ def stream_answer(
     prompt: str,
     sampling: Sampling | None = None,
 ) -> str:
-    """Print the answer to one prompt as it is made, and return it; arguments as `generate`."""
+    """Print the answer to one prompt as it is generated, and return it."""
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

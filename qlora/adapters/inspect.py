@@ -1,16 +1,16 @@
-"""What is in an adapter: inspect_adapter gathers, print_inspection prints, draw_inspection draws.
+"""Inspect an adapter: measure its update of each layer.
 
-The update of a layer is B A (every factor in B), of at most rank R. Of its singular values, in fp64 (the update
-itself, (O, I), is never formed; lora/linalg.py):
+A layer's update is B A (all factors in B), of rank R at most. From its singular values, in fp64 (the (O, I) update
+itself is never formed; lora/linalg.py):
 
     norm            the Frobenius norm: root of the sum of their squares
     spectral norm   the largest one: how far the update can stretch an input
     stable rank     (norm / spectral norm)^2, 1 to R: how many directions the update really uses
 
 Under DoRA the update, c (W + B A) - W, is not of low rank and depends on the base's weight W. With a base it is
-formed, one layer at a time; without one, B A is measured and said to be a part.
+formed, one layer at a time; without one, B A is measured and reported as a part.
 
-PiSSA (and LoftQ of several rounds) subtract B' A' from the base before training; B A - B' A' is what they learn.
+PiSSA and LoftQ of several rounds subtract B' A' from the base before training; they learn B A - B' A'.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class LayerUpdate:
     """How large an adapter's update of one layer is.
 
     Attributes:
-        block: number of the decoder layer, counted from 0; None: in none.
-        module: the layer's name within its block, "*" for numbers (the experts of a mixture are one module).
+        block: index of the decoder layer, from 0; None: outside the decoder layers.
+        module: the layer's name within its block, numbers as "*" (all experts of a mixture are one module).
         norm, spectral_norm: of the update; NaN where the adapter holds such values.
-        relative: norm over the Frobenius norm of the base's weight; None without a base.
+        relative: norm divided by the Frobenius norm of the base's weight; None without a base.
         magnitude_change: DoRA: mean over the outputs of |magnitude / row norm of W - 1|; None without a base.
     """
 
@@ -65,10 +65,10 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_adapter` found.
+    """The result of `inspect_adapter`.
 
     Attributes:
-        adapter: as its files hold it.
+        adapter: as read from its files.
         quantization: how the base was quantized in training, in words.
         with_base: the updates were measured against a base.
     """
@@ -80,7 +80,7 @@ class Inspection:
 
     @property
     def variant(self) -> str:
-        """The name in the field: LoRA, rsLoRA, DoRA, AdaLoRA, and how it started."""
+        """The common name: LoRA, rsLoRA, DoRA, AdaLoRA, and its initialization."""
         config, start = self.adapter.config, self.adapter.description.get("init_lora_weights")
         start = {"pissa": "PiSSA", "loftq": "LoftQ"}.get(str(start), start)
         name = config.variant_name
@@ -88,26 +88,26 @@ class Inspection:
 
     @property
     def is_partial(self) -> bool:
-        """Only the low-rank part of a DoRA update could be measured."""
+        """Whether only the low-rank part of a DoRA update could be measured."""
         return self.adapter.is_beyond_low_rank and not self.with_base
 
     @property
     def includes_start(self) -> bool:
-        """PEFT's PiSSA does not say what it subtracted from the base, which then has to be there to find it."""
+        """Whether the update includes the initial A and B: only the base tells what PEFT's PiSSA subtracted."""
         return self.adapter.config.init == "pissa" and not self.adapter.base_shift
 
     @property
     def measure(self) -> str:
-        """What the table and the picture show."""
+        """Name of the measure in the table and picture."""
         if self.with_base:
             return "update relative to the base's weight, Frobenius norms"
         part = "the low-rank part of the update" if self.is_partial else "the update"
         return f"Frobenius norm of {part}{', the PiSSA start included' if self.includes_start else ''}"
 
     def grid(self) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
-        """(blocks, modules, (block, module) -> size), the layers of one place put together.
+        """(blocks, modules, (block, module) -> size), with layers of the same block and module combined.
 
-        The sizes are norms; relative ones where there is a base.
+        Sizes are norms, relative to the weight's if there is a base.
         """
         blocks = sorted({u.block for u in self.updates}, key=lambda block: (block is None, block or 0))
         modules = list(dict.fromkeys(u.module for u in self.updates))
@@ -117,7 +117,7 @@ class Inspection:
         return blocks, modules, {place: self.size(updates) for place, updates in places.items()}
 
     def size(self, updates: list[LayerUpdate]) -> float:
-        """Norm of several updates together, as of one long vector; with a base, relative to its weights'."""
+        """Norm of several updates as one long vector; with a base, relative to the norm of its weights."""
         norm = math.hypot(*(u.norm for u in updates))
         if not self.with_base or not norm:
             return norm
@@ -128,10 +128,10 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
     """Read an adapter and measure its updates.
 
     Args:
-        model: the base (directory, hub id or .gguf), read one tensor at a time and quantized as in training;
-            without it nothing but the adapter is read.
+        model: the base (directory, hub id or .gguf), read one tensor at a time and quantized as in training; None:
+            read only the adapter.
     Raises:
-        InputError: no adapter that reads, halves of layers, or one that does not fit `model`.
+        InputError: the adapter is unreadable, lacks A or B of a layer, or does not fit `model`.
     """
     adapter = read_adapter(directory)
     _check_layers(adapter)
@@ -153,7 +153,7 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
 
 
 def _check_layers(adapter: SavedAdapter) -> None:
-    """What needs no base to see: that A (R, I) and B (O, R) are both there and fit each other."""
+    """Check without a base that A (R, I) and B (O, R) exist for each layer and fit each other."""
     shapes = {key: tuple(tensor.shape) for key, tensor in adapter.state.items()}
     problems, variant = [], variant_of(adapter.config)
     shifts = {layer: (len(B), A.shape[1]) for layer, (A, B) in adapter.base_shift.items()}
@@ -172,7 +172,7 @@ def _check_layers(adapter: SavedAdapter) -> None:
 
 
 def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
-    """layer -> its low-rank update, by the singular values that the module docstring derives."""
+    """layer -> its low-rank update, measured by singular values (module docstring)."""
     updates, variant = {}, variant_of(adapter.config)
     for layer in adapter.adapted_layers:
         A, B = adapter.factors_on_original(layer)
@@ -190,7 +190,7 @@ def _measure(adapter: SavedAdapter) -> dict[str, LayerUpdate]:
 
 
 def _compare(adapter: SavedAdapter, update: LayerUpdate, weight: Tensor) -> LayerUpdate:
-    """The same against the base's fp32 (O, I) weight in training; a DoRA update measured whole."""
+    """Add the comparison with the base's fp32 (O, I) weight in training; a DoRA update is measured whole."""
     original = weight
     if update.layer in adapter.base_shift:
         shift_A, shift_B = adapter.base_shift[update.layer]

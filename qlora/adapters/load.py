@@ -1,4 +1,4 @@
-"""Load a saved adapter into a model: check it, settle which base it needs, put it in place."""
+"""Load a saved adapter into a model: check it, prepare the base it needs, put it in place."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from qlora.system.wording import explain, list_first, show_value
 def load_adapter(
     model: nn.Module, directory: str | Path, base_model: str = "", say: Callable[[str], Any] = print
 ) -> LoRAConfig:
-    """Give a base model the adapter of a directory, in place and frozen all but the adapter.
+    """Load the adapter in a directory into a model, in place; everything else is frozen.
 
-    A model without an active adapter gets this one; where one is active, it takes over values and settings.
+    If an adapter is active, it takes over the saved values and settings; otherwise this one becomes active.
 
     Args:
-        base_model: name or path of `model`; where the adapter names another, `say` hears of it.
+        base_model: name or path of `model`; `say` is called if the adapter names another.
     Returns:
-        The adapter's configuration, its targets as in the file.
+        The adapter's configuration, with targets as in the file.
     Raises:
-        InputError: every mismatch at once; the model is then unchanged.
+        InputError: lists every mismatch; the model is unchanged.
     """
     if any(layer.merged_weight is not None for layer in wrapped_layers(model).values()):
         raise RuntimeError("The adapter is merged; call unmerge before loading another.")
@@ -64,7 +64,7 @@ def load_adapter(
 
 
 def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]) -> None:
-    """Note it where the adapter names another base than `base_model`: no more, for people move directories."""
+    """Report if the adapter names a base other than `base_model`. This is no error: people move directories."""
     named = saved.description.get("base_model_name_or_path")
     theirs, ours = (Path(name).name if isinstance(name, str) else "" for name in (named, base_model))
     if theirs and ours and theirs != ours:
@@ -72,10 +72,10 @@ def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]
 
 
 def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
-    """A saved adapter in memory, at rest, on the device of `model`, which is left as it is.
+    """Make a saved adapter an inactive `Adapter` on the device of `model`, which is not changed.
 
     Raises:
-        InputError: every mismatch at once (`check_adapter`).
+        InputError: lists every mismatch (`check_adapter`).
     """
     check_adapter(saved, model)
     check_base(model, saved.base_shift, ready=True)
@@ -86,18 +86,18 @@ def build_adapter(saved: SavedAdapter, model: nn.Module) -> Adapter:
     adapter.config, adapter.tokenizer = written_config(saved), read_tokenizer_files(saved.directory)
     variant = variant_of(saved.config)
     numbers = {name: saved.description.get(name) for name in (variant.run_fields if variant is not None else ())}
-    if all(type(number) is int for number in numbers.values()):  # they only go back into a file
+    if all(type(number) is int for number in numbers.values()):  # only written back to a file
         adapter.run_fields = cast(dict[str, int], numbers)
     return adapter
 
 
 def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
-    """Make the base of `model` the one that the adapter was trained on: PiSSA's and LoftQ's are changed first.
+    """Change the base of `model` to the one that the adapter was trained on, if PiSSA or LoftQ shifted it.
 
     Returns:
-        The adapter, with its base shift where PEFT's file leaves it to the reader.
+        The adapter, with its base shift even if PEFT's file omits it.
     Raises:
-        InputError: a mismatch, or a base that other adapters share; the model is then unchanged.
+        InputError: a mismatch, or other adapters share the base; the model is unchanged.
     """
     info = find_base_info(model)
     saved = with_base_shift(saved, model, None if info is None else info.source)
@@ -109,11 +109,11 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
 
 
 def with_base_shift(saved: SavedAdapter, model: nn.Module, source: str | None) -> SavedAdapter:
-    """A PiSSA adapter of PEFT with the base shift that it does not carry; others as they are.
+    """Add the missing base shift to a PiSSA adapter of PEFT; other adapters are returned unchanged.
 
     Args:
         model: the base, for its shapes; may be on the meta device.
-        source: what `load_base_model` loads it from.
+        source: the base's source, as for `load_base_model`.
     """
     if saved.config.init != "pissa" or saved.base_shift:
         return saved
@@ -129,7 +129,7 @@ def with_base_shift(saved: SavedAdapter, model: nn.Module, source: str | None) -
 
 
 def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
-    """Compare an adapter's tensors with a base, before anything is changed.
+    """Check an adapter's tensors against a base, before anything is changed.
 
     Args:
         model: the base; may be on the meta device.

@@ -1,23 +1,23 @@
 """Sums and differences of adapters, as adapters.
 
-In a layer, adapter i adds D_i = B_i A_i to the frozen W (its scaling is in the factors), so updates add up:
+In a layer, adapter i adds D_i = B_i A_i to the frozen W (scaling included in the factors), so updates add up:
 
-    D = sum_i w_i D_i                         w_i any numbers; negative ones subtract
+    D = sum_i w_i D_i                         w_i: any numbers; negative ones subtract
 
     cat      A = [a_1 A_1; a_2 A_2; ...],  B = [b_1 B_1, b_2 B_2, ...]       B A = D exactly; the ranks add up
-    svd      D = U S V^T, cut after the r largest singular values: of all matrices of rank r the nearest to D
+    svd      D = U S V^T, cut after the r largest singular values: the matrix of rank r nearest to D
              (Eckart and Young 1936); it keeps |D_r| / |D| of the norm
-    linear   A = sum_i a_i A_i,  B = sum_i b_i B_i                 PEFT's "linear"; the rank stays that of each one
+    linear   A = sum_i a_i A_i,  B = sum_i b_i B_i                 PEFT's "linear"; the rank stays the same
 
 with b_i = sqrt|w_i| and a_i = b_i sgn(w_i). "linear" is *not* D: its B A also holds every product of one adapter's
 B with another's A. D is never formed for its SVD (lora/linalg.py).
 
-Stacking. Two adapters active at once compute y = W x + B_1 A_1 x + B_2 A_2 x = (W + D_1 + D_2) x: that is "cat"
-with weights 1 and 1, so a stack is an adapter like any other. It is not what training both together would give.
+Stacking: two adapters active at once compute y = W x + B_1 A_1 x + B_2 A_2 x = (W + D_1 + D_2) x. This is "cat"
+with weights 1 and 1, so a stack is an ordinary adapter. It differs from training both together.
 
-DoRA is no such sum (it rescales W + B A as a whole), nor is a parameter that trained in full; merge those.
+DoRA (which rescales W + B A) and parameters trained in full are not such sums; merge those.
 
-Letters: I inputs, O outputs, R rank. Factors are fp32; decompositions and norms are computed in fp64.
+I inputs, O outputs, R rank. Factors are fp32; decompositions and norms are computed in fp64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qlora.system.errors import InputError
 from qlora.system.file_names import WEIGHTS
 from qlora.system.wording import list_first
 
-Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R), the update being B A
+Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R); the update is B A
 Method = Literal["cat", "svd", "linear"]
 
 
@@ -51,16 +51,16 @@ Method = Literal["cat", "svd", "linear"]
 def mix(
     adapters: Sequence[Factors], weights: Sequence[float], method: Method = "cat", rank: int | None = None
 ) -> Factors:
-    """The weighted sum of several updates, or (linear) PEFT's stand-in for it.
+    """The weighted sum of several updates, or (linear) PEFT's approximation of it.
 
-    A layer that only some adapters have gets the sum over those.
+    In a layer that only some adapters have, sum over those.
 
     Args:
-        rank: of the result under svd; None = the largest rank there is among the adapters.
+        rank: of the result under svd; None = the adapters' largest rank.
     Returns:
         Factors whose ranks may differ from layer to layer.
     Raises:
-        InputError: not one weight for each adapter, shapes that differ, NaN, or ranks that linear cannot add.
+        InputError: not one weight per adapter, different shapes, NaN, or ranks that linear cannot add.
     """
     if method not in ("cat", "svd", "linear"):
         raise InputError(f"The method of mixing is {method!r}; choose cat, svd or linear.")
@@ -86,17 +86,17 @@ def mix(
 
 
 def add(first: Factors, second: Factors) -> Factors:
-    """Both updates at once, exactly."""
+    """The exact sum of both updates."""
     return mix([first, second], [1.0, 1.0])
 
 
 def subtract(first: Factors, second: Factors) -> Factors:
-    """The first update without the second, exactly."""
+    """The exact difference of two updates."""
     return mix([first, second], [1.0, -1.0])
 
 
 def truncate(factors: Factors, rank: int) -> Factors:
-    """The nearest update of at most this rank in every layer, its singular values shared evenly by A and B."""
+    """The nearest update of at most this rank in every layer, singular values split evenly between A and B."""
     result = {}
     for layer, (A, B) in factors.items():
         U, S, Vh = low_rank_svd(A, B, rank)
@@ -146,7 +146,7 @@ def _check(adapters: Sequence[Factors], weights: Sequence[float], equal_ranks: b
 
 
 def adapter_factors(adapter: Adapter) -> Factors:
-    """The factors of an adapter in memory, copied; the scaling goes to both evenly, as "linear" wants it.
+    """Copies of the factors of an adapter in memory, with the scaling split evenly, as "linear" requires.
 
     Raises:
         InputError: DoRA, or parameters that trained in full.
@@ -159,7 +159,7 @@ def adapter_factors(adapter: Adapter) -> Factors:
 
 
 def saved_factors(saved: SavedAdapter) -> Factors:
-    """The same of an adapter on disk, whose shapes are checked as far as they can be without its base."""
+    """The factors of an adapter on disk, with shapes checked as far as possible without its base."""
     _check_is_sum(saved.config, saved.trained, str(saved.directory))
     problems = []
     for layer in saved.adapted_layers:
@@ -174,14 +174,14 @@ def saved_factors(saved: SavedAdapter) -> Factors:
         raise InputError(f"The adapter in {saved.directory} is damaged: {list_first(problems)}.")
     result = {}
     for layer in saved.adapted_layers:
-        A, B = saved.low_rank(layer)  # all of the scaling in B
+        A, B = saved.low_rank(layer)  # the whole scaling in B
         share = math.sqrt(saved.config.scaling_of(layer, A.shape[0]))
         result[layer] = (share * A, B / share)
     return result
 
 
 def mixed_config(factors: Factors) -> LoRAConfig:
-    """The configuration of an adapter of these factors: alpha = rank everywhere, so that the scaling is 1."""
+    """The configuration of an adapter with these factors: alpha = rank everywhere, so that the scaling is 1."""
     ranks = {layer: A.shape[0] for layer, (A, _) in factors.items()}
     rank = mode(ranks.values())
     others = {layer: own for layer, own in ranks.items() if own != rank}
@@ -205,11 +205,11 @@ def mix_adapters(
     """Write a mix of saved adapters as an adapter, in fp32; their base is not loaded.
 
     Args:
-        output_dir: must not exist; weights, method and rank as in `mix`.
+        output_dir: must not exist; weights, method and rank are as for `mix`.
     Returns:
-        How far the mix is from the weighted sum of the updates, as a share of that sum's norm: 0 for cat.
+        Distance of the mix from the weighted sum of the updates, relative to that sum's norm: 0 for cat.
     Raises:
-        InputError: as `mix`; adapters of different bases, or one that is no low-rank sum.
+        InputError: as `mix`; or adapters have different bases, or one is not a low-rank sum.
     """
     if Path(output_dir).exists():
         raise InputError(f"--output-dir {output_dir} exists already; remove it or choose another.")
@@ -240,7 +240,7 @@ def _check_is_sum(config: LoRAConfig, trained: dict[str, Any], who: str) -> None
 
 
 def _common(saved: Sequence[SavedAdapter], values: Sequence[str], what: str) -> str:
-    """The value that all give: paths by their last part, as a base may be kept in several places."""
+    """The value that all share; paths count by their last part, since a base may be kept in several places."""
     given = {Path(value).name: value for value in values if value}
     if len(given) > 1:
         listed = "; ".join(f"{one.directory}: {value!r:.80}" for one, value in zip(saved, values, strict=True))
@@ -249,7 +249,7 @@ def _common(saved: Sequence[SavedAdapter], values: Sequence[str], what: str) -> 
 
 
 def _base_quantization(saved: SavedAdapter) -> str:
-    """What the weights file says about it, as it stands; adapters of other tools say nothing."""
+    """The weights file's entry for it, unparsed; other tools' adapters have none."""
     from safetensors import safe_open
 
     with safe_open(saved.directory / WEIGHTS, framework="pt") as file:

@@ -1,8 +1,8 @@
 """`LoRAModel`: a base model and its adapters, by name, in one object.
 
-One adapter is active, or none; the others are at rest. An adapter is small and the base is shared, so many fit
-beside each other, and a switch changes one reference per adapted layer: nothing is copied, read or allocated.
-The methods have PEFT's names. Sums of adapters, two of them stacked among these, are made in adapters/mix.py.
+At most one adapter is active. Adapters are small and share the base, so many fit in memory, and switching changes
+one reference per adapted layer: nothing is copied, read or allocated. The methods have PEFT's names.
+adapters/mix.py makes sums and stacks of adapters.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from qlora.system.errors import InputError
 class LoRAModel(nn.Module):
     """A base model with its adapters: trains, saves, loads, switches, mixes, merges.
 
-    The active adapter trains; those at rest live on the base's device, outside of the module tree, and take no
-    gradient. Each may adapt other layers, with another rank and of another kind.
+    The active adapter trains; inactive ones stay on the base's device, outside of the module tree, and get no
+    gradient. Each may have its own layers, rank and variant.
 
     Args:
         model: a causal LM; adapted layers are wrapped in place and everything else is frozen.
-        config: of a first adapter, active at once; None starts with the base alone.
+        config: of a first, active adapter; None: the base alone.
         name: of that adapter.
         tokenizer: for `config.new_tokens` only, as in `inject_lora`.
     """
@@ -94,10 +94,10 @@ class LoRAModel(nn.Module):
         return self._active("configuration").config
 
     def add_adapter(self, name: str, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> None:
-        """Make a fresh adapter, at rest; `set_adapter` lets it train.
+        """Make a fresh, inactive adapter; `set_adapter` activates it for training.
 
         Raises:
-            InputError: targets that match nothing, or a start that may change the base (PiSSA, LoftQ).
+            InputError: a target matches nothing, or the initialization may change the base (PiSSA, LoftQ).
         """
         if config.starts_from_base:
             raise InputError(
@@ -106,10 +106,10 @@ class LoRAModel(nn.Module):
         self._add(name, lambda: create_adapter(self.model, config, seed, tokenizer))
 
     def load_adapter(self, directory: str | Path, name: str, say: Callable[[str], Any] = print) -> None:
-        """Read a saved adapter, at rest; one that changes its base (PiSSA) is alone there, and active at once.
+        """Load a saved adapter, inactive; one that changes its base (PiSSA) must be the only one and is activated.
 
         Args:
-            say: hears of it where the adapter names another base than this model's `base_model`.
+            say: called if the adapter names a base other than this model's `base_model`.
         Raises:
             InputError: every mismatch at once; the model is then unchanged.
         """
@@ -127,12 +127,12 @@ class LoRAModel(nn.Module):
         combination_type: Method = "cat",
         rank: int | None = None,
     ) -> None:
-        """Make a mix of adapters, at rest; "cat" is exactly the weighted sum, see adapters/mix.py.
+        """Make an inactive mix of adapters; "cat" is exactly the weighted sum, see adapters/mix.py.
 
         Args:
             rank: of the mix under "svd"; None = the largest rank among those mixed.
         Raises:
-            InputError: an unknown name, DoRA or trained parameters, shapes or ranks that do not go together.
+            InputError: an unknown name, DoRA or trained parameters, or shapes or ranks that do not fit.
         """
         factors = mix([adapter_factors(self._named(name)) for name in names], weights, combination_type, rank)
 
@@ -160,11 +160,11 @@ class LoRAModel(nn.Module):
         _let_train(adapter, True)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """The base alone, for the duration of a `with` block."""
+        """Use the base alone within a `with` block."""
         return self._using(None)
 
     def delete_adapter(self, name: str) -> None:
-        """Forget an adapter; if it is the active one, the base computes alone from then on."""
+        """Delete an adapter; if it was active, the base computes alone afterwards."""
         if self._named(name) is active_adapter(self.model):
             self.set_adapter(None)
         del self._adapters[name]
@@ -195,7 +195,7 @@ class LoRAModel(nn.Module):
             activate(self.model, before)
 
     def _add(self, name: str, make: Callable[[], Adapter]) -> None:
-        """Keep what `make` returns, at rest; it sees the base as it is without an adapter."""
+        """Add the adapter that `make` returns, inactive; `make` runs while the base has no active adapter."""
         if name in self._adapters:
             raise InputError(f"There is an adapter {name!r} already; delete it first, or choose another name.")
         with self.disable_adapter():
@@ -205,7 +205,7 @@ class LoRAModel(nn.Module):
         self._adapters[name] = adapter
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> LoRAModel:
-        """What `to`, `cuda` and the like go through: adapters at rest move with the model."""
+        """Called by `to`, `cuda` and the like: moves inactive adapters with the model."""
         super()._apply(fn, recurse)
         active = active_adapter(self.model)
         resting = [adapter for adapter in self._adapters.values() if adapter is not active]
@@ -219,11 +219,11 @@ class LoRAModel(nn.Module):
     # ---- the active adapter ---------------------------------------------------------------------------------
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """What an optimizer should get."""
+        """The parameters for an optimizer."""
         return (p for p in self.model.parameters() if p.requires_grad)
 
     def lora_parameters(self) -> list[nn.Parameter]:
-        """All that the active adapter learns: A and B of every adapted layer, and what trains beside them."""
+        """All parameters of the active adapter: A and B of every adapted layer, and those trained in full."""
         return lora_parameters(self.model)
 
     def save(self, directory: str | Path, name: str | None = None) -> None:
@@ -233,7 +233,7 @@ class LoRAModel(nn.Module):
             save_adapter(self.model, directory, adapter.config, self.base_model)
 
     def load(self, directory: str | Path) -> None:
-        """Take over values and settings of a saved adapter of the same layers into the active one.
+        """Load values and settings of a saved adapter with the same layers into the active one.
 
         Raises:
             InputError: every mismatch at once; the model is then unchanged.
@@ -242,11 +242,11 @@ class LoRAModel(nn.Module):
         load_adapter(self.model, directory)
 
     def merge(self) -> None:
-        """Compute with merged dense weights from here on; training and switching are then errors."""
+        """Compute with merged dense weights from now on; training and switching become errors."""
         merge_lora(self.model)
 
     def unmerge(self) -> None:
-        """Back to base and adapter, bit for bit."""
+        """Return to base and adapter, bit for bit."""
         unmerge_lora(self.model)
 
     @property

@@ -1,15 +1,15 @@
-"""Adapters in the formats of MLX-LM and torchtune, read into PEFT's names and shapes.
+"""Read adapters of MLX-LM and torchtune into PEFT's names and shapes.
 
-Both compute what PEFT computes, y = W x + s B A x (DoRA: each row of W + s B A put to the length m), and write
-it down differently. I inputs, O outputs, R rank:
+Both compute the same as PEFT, y = W x + s B A x (DoRA: each row of W + s B A scaled to length m), but store it
+differently. I inputs, O outputs, R rank:
 
     PEFT        <layer>.lora_A.weight (R, I)   .lora_B.weight (O, R)   .lora_magnitude_vector (O,)   s = alpha / R
     MLX-LM      <layer>.lora_a (I, R)          .lora_b (R, O)          .m (O,)                       s as "scale"
     torchtune   .lora_a.weight (R, I)          .lora_b.weight (O, R)   .magnitude (O,)               s = alpha / R
 
-MLX-LM names layers as Hugging Face does. torchtune has names of its own, and where its rotary embedding turns
-neighbouring outputs of a head (2i, 2i + 1) instead of Hugging Face's (i, i + half), the rows of q and k stand
-in that order in B and in m. It keeps its own format in a pickle, which is never loaded.
+MLX-LM names layers as Hugging Face does. torchtune has its own names, and if its rotary embedding rotates
+neighboring outputs of a head (2i, 2i + 1) instead of Hugging Face's (i, i + half), q's and k's rows are in that
+order in B and m. Its own format is a pickle, which is never loaded.
 
 Formats: MLX-LM 0.32, mlx_lm/tuner/{lora,dora,trainer}.py; torchtune 0.6.1, modules/peft/{lora,dora}.py and
 models/convert_weights.py.
@@ -35,7 +35,7 @@ from qlora.system.redact import redact
 from qlora.system.wording import list_first, quote
 
 MLX_WEIGHTS = "adapters.safetensors"
-MAX_SCALE = 1e30  # anything near it overflows
+MAX_SCALE = 1e30  # values near it overflow
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 MLX_PARTS = {"lora_a": A, "lora_b": B, "m": MAGNITUDE}
 MLX_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")  # shaped like linear layers, but transposed
@@ -58,9 +58,9 @@ Layers = dict[str, dict[str, Tensor]]  # layer -> A, B, MAGNITUDE -> tensor
 
 
 def recognise(directory: str | Path) -> Tool | None:
-    """Whose own format a directory holds; None for PEFT's and for anything else.
+    """The tool whose own format a directory holds; None for PEFT's and anything else.
 
-    torchtune's file is called as PEFT's is; the names of its tensors tell them apart.
+    torchtune's file has the same name as PEFT's; its tensor names differ.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -82,12 +82,12 @@ def read_foreign_adapter(
     """Read an adapter that MLX-LM or torchtune has written.
 
     Args:
-        base_model: name or path of the base, to record; by default the one that the adapter names.
+        base_model: name or path of the base to record; by default the one that the adapter names.
         model_config: transformers config of the base, which torchtune's formats need.
     Returns:
         (state, description): finite tensors in PEFT's names without its prefix, and PEFT's adapter_config.json.
     Raises:
-        InputError: neither tool's adapter, or one that is damaged or that PEFT's format cannot express.
+        InputError: neither tool's adapter, damaged, or not expressible in PEFT's format.
     """
     directory = Path(directory)
     tool = recognise(directory)
@@ -129,7 +129,7 @@ def read_foreign_adapter(
 def _read_mlx(
     directory: Path, description: dict[str, Any], model_config: Any
 ) -> tuple[Layers, int, float, float, Any]:
-    """(layers, rank, alpha, dropout, base) of an MLX-LM adapter; `model_config` is not needed."""
+    """(layers, rank, alpha, dropout, base) of an MLX-LM adapter; `model_config` is unused."""
     kind = description.get("fine_tune_type", "lora")
     if kind == "full":
         raise InputError(f"{directory} holds a full fine-tune, not an adapter; use it as a model of its own.")
@@ -159,7 +159,7 @@ def _read_mlx(
 def _read_torchtune(
     directory: Path, description: dict[str, Any], model_config: Any
 ) -> tuple[Layers, int, float, float, Any]:
-    """(layers, rank, alpha, dropout, base) of a torchtune adapter; the dropout is not written down."""
+    """(layers, rank, alpha, dropout, base) of a torchtune adapter; the dropout is not stored."""
     if model_config is None:
         raise InputError(f"{directory} holds a torchtune adapter, whose layout depends on its base; pass --model.")
     family = family_of(model_config)
@@ -194,7 +194,7 @@ def _read_torchtune(
 
 
 def _unpermute(rows: Tensor, layer: str, config: Any) -> Tensor:
-    """Put the rows (O, ...) of q or k from neighbours (2i, 2i + 1) into Hugging Face's halves (i, i + half)."""
+    """Put the rows (O, ...) of q or k from neighbors (2i, 2i + 1) into Hugging Face's halves (i, i + half)."""
     heads, kv_heads, head_dim = head_counts(config)
     if layer.endswith(".k_proj"):
         heads = kv_heads
@@ -216,10 +216,10 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _check(file: Path, layers: Layers, unknown: list[str], rank: int, dora: bool) -> None:
-    """Every layer has its A (R, I) and B (O, R), and with DoRA its magnitude (O,), of finite numbers.
+    """Check that every layer has finite A (R, I) and B (O, R) and, with DoRA, magnitude (O,).
 
     Raises:
-        InputError: lists every tensor that is none of these.
+        InputError: lists every tensor that does not fit.
     """
     problems = [f"{key} is no LoRA tensor of a linear layer in a block" for key in unknown]
     problems += [] if layers or unknown else ["nothing"]
@@ -245,7 +245,7 @@ def _check(file: Path, layers: Layers, unknown: list[str], rank: int, dora: bool
 
 
 def _setting(file: Path, settings: dict[str, Any], name: str, wanted: str, fits: Callable[[Any], bool]) -> Any:
-    """A number out of a file's settings."""
+    """A number from a file's settings."""
     value = settings.get(name)
     if type(value) not in (int, float) or not fits(value):
         has = quote(value) if name in settings else "no value"

@@ -1,7 +1,7 @@
-"""adapter_config.json and our settings: PEFT's fields, written and read, and the names of tensors in its files.
+"""Convert between our settings and adapter_config.json, and between our tensor names and PEFT's.
 
-PEFT, vLLM and the hub read these files, and theirs load here. An adapter that asks for something this project does
-not compute is refused by name, never half loaded.
+PEFT, vLLM and the hub read these files, and theirs load here. An adapter with an unsupported setting is refused by
+name, never half loaded.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "monteclora_config": (None,),
     "arrow_config": (None,),
-    # Strings here may name a start that changed the base; of those PiSSA can be done again, and LoftQ where it
-    # comes with its base shift.
+    # Strings here may name an initialization that changed the base: PiSSA can be redone, and LoftQ if it comes
+    # with its base shift.
     "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "pissa"),
 }
 
 
 def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, transposed: bool) -> dict[str, Any]:
-    """The adapter_config.json of an adapter of these layers.
+    """The adapter_config.json of an adapter with these layers.
 
     Args:
         transposed: whether they are Conv1D.
@@ -67,14 +67,14 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
 
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
-    """The targets as PEFT's list of name endings; "all-linear" as the endings it stood for."""
+    """The targets as PEFT's list of name endings; "all-linear" is expanded."""
     if config.target_modules != ["all-linear"]:
         return config.target_modules
     return sorted({name.rpartition(".")[2] for name in names})
 
 
 def file_key(key: str, layers: Collection[str], variant: Variant | None = None) -> str:
-    """PEFT's name of a tensor of `lora_state_dict`: it knows the bias of an adapted layer as its base layer's."""
+    """PEFT's name of a tensor of `lora_state_dict`; there, an adapted layer's bias belongs to its base layer."""
     key = key if variant is None else variant.file_name(key)
     layer, _, kind = key.rpartition(".")
     return f"{PREFIX}{layer}.base_layer.bias" if kind == "bias" and layer in layers else PREFIX + key
@@ -141,14 +141,14 @@ def read_settings(file: Path, description: dict[str, Any]) -> LoRAConfig:
 
 
 def _is_list_of_names(names: Any) -> bool:
-    """Names that can go into messages, and between commas."""
+    """Whether these are names that are safe in messages and in lists with commas."""
     return isinstance(names, list) and all(
         isinstance(name, str) and name.isprintable() and "=" not in name and "," not in name for name in names
     )
 
 
 def own_key(key: str) -> str:
-    """A tensor's name in `lora_state_dict`, from its name in a file of any version of PEFT."""
+    """A tensor's name in `lora_state_dict`, from its name in a file of any PEFT version."""
     key = key.removeprefix(PREFIX).replace(".base_layer.", ".")
     for variant in VARIANTS:
         key = variant.own_name(key)

@@ -1,18 +1,18 @@
-"""Adapters on disk, in the format of PEFT.
+"""Read and write adapters in PEFT's format.
 
     adapter_model.safetensors   base_model.model.<layer>.lora_A.weight (rank, in), ...lora_B.weight (out, rank),
-                                ...lora_magnitude_vector (out,) under DoRA, and by their names the parameters
-                                that train in full
+                                ...lora_magnitude_vector (out,) under DoRA, and the parameters that train in full
+                                under their own names
     adapter_config.json         variant, rank, alpha, dropout, targets, name of the base model
     base_shift.safetensors      PiSSA, and LoftQ of several rounds: what was subtracted from the base's weights
                                 before they were quantized (lora/svd_start.py), ...lora_A.weight and
                                 ...lora_B.weight
 
 AdaLoRA's tensors (lora/adalora.py) are called ...lora_A (rank, in), ...lora_B (out, rank), ...lora_E (rank, 1);
-the triplets that training has zeroed are left out, and rank_pattern in the config says which.
+zeroed triplets are omitted, and rank_pattern in the config says which.
 
-PEFT, vLLM and the hub read these files, and theirs load here. An adapter that asks for something this
-project does not compute is refused by name, never half loaded.
+PEFT, vLLM and the hub read these files, and theirs load here. An adapter with an unsupported setting is refused by
+name, never half loaded.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class AdapterSnapshot:
-    """What an adapter's two files will hold, apart from the model: training may go on while it is written.
+    """A copy of an adapter for writing its files while training continues.
 
     Attributes:
-        state: tensors in PEFT's names, copies in main memory.
+        state: tensors by PEFT's names, copies in main memory.
         description: adapter_config.json.
         metadata: of the safetensors file.
-        tokenizer: files by name, where the adapter has a tokenizer of its own.
-        base_shift: tensors of base_shift.safetensors, which is not written where there are none.
+        tokenizer: files by name, if the adapter has its own tokenizer.
+        base_shift: tensors of base_shift.safetensors, which is written only if there are any.
     """
 
     state: dict[str, Tensor]
@@ -72,10 +72,10 @@ class AdapterSnapshot:
 
 
 def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "") -> AdapterSnapshot:
-    """Copy the adapters of `model` as they are now.
+    """Copy the current state of the active adapter of `model`.
 
     Args:
-        base_model: name or path of the base, recorded for whoever loads the adapter.
+        base_model: name or path of the base, recorded in the adapter.
     """
     layers = lora_layers(model)
     if not layers:
@@ -84,7 +84,7 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
     info = find_base_info(model)
     quantization = None if info is None else info.quantization
-    # One key and no more: safetensors writes several in no fixed order, and equal adapters should be equal files.
+    # Only one key: safetensors writes several in random order, and equal adapters should give equal files.
     metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
     description = describe_adapter(config, list(layers), base_model, transposed)
     adapter = active_adapter(model)
@@ -102,18 +102,18 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
         for layer, factors in base_shift(model).items()
         for part, factor in zip("AB", factors, strict=True)
     }
-    if shift:  # PEFT redoes PiSSA on a 16-bit base, and refuses it on a 4-bit one and LoftQ without its config
+    if shift:  # PEFT redoes PiSSA on a 16-bit base, refuses it on a 4-bit one, and LoftQ without its config
         description["init_lora_weights"] = config.init
     return AdapterSnapshot(state, description, metadata, {} if adapter is None else adapter.tokenizer, shift)
 
 
 def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
-    """Write both files of an adapter, and its tokenizer if it has one, and read the tensors back.
+    """Write an adapter's files, including its tokenizer if it has one, and read the tensors back.
 
-    Each file is written beside its name and renamed: an existing adapter is replaced whole or not at all.
+    Each file is written under another name and renamed: an existing adapter is replaced completely or not at all.
 
     Raises:
-        RuntimeError: what was read back is not what was to be written.
+        RuntimeError: the tensors read back differ.
     """
     from safetensors.torch import load_file, save_file
 
@@ -138,20 +138,20 @@ def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
 
 
 def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, base_model: str = "") -> None:
-    """Write the adapters of `model` as they are now; arguments and errors as the two above."""
+    """Write the active adapter of `model`: `snapshot_adapter`, then `write_adapter`."""
     write_adapter(snapshot_adapter(model, config, base_model), directory)
 
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter as its files hold it.
+    """An adapter as read from its files.
 
     Attributes:
-        config: what it was made by, the exact names of its layers as targets.
+        config: its settings, with the exact names of its layers as targets.
         state: tensors keyed as in `lora_state_dict`.
         description: adapter_config.json.
         directory: where it was read from.
-        base_shift: layer -> (A', B') of what was subtracted from its base's weights; empty for an ordinary base.
+        base_shift: layer -> (A', B'), subtracted from its base's weights; empty for an ordinary base.
     """
 
     config: LoRAConfig
@@ -167,14 +167,14 @@ class SavedAdapter:
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """Parameter name -> value, of those that were trained in full."""
+        """Parameter name -> value, for parameters trained in full."""
         return {key: tensor for key, tensor in self.state.items() if ".lora_" not in key}
 
     def low_rank(self, layer: str) -> tuple[Tensor, Tensor]:
-        """(A (rank, in), B (out, rank)) in fp32 with every factor put into B: the update is B A.
+        """(A (rank, in), B (out, rank)) in fp32 with all factors in B: the update is B A.
 
         Raises:
-            InputError: a DoRA adapter, whose update is not of low rank; a PiSSA one, whose base is another.
+            InputError: a DoRA adapter, whose update is not of low rank; a PiSSA one, whose base differs.
         """
         if self.base_shift or self.config.init == "pissa":
             raise InputError(
@@ -198,10 +198,10 @@ class SavedAdapter:
             )
 
     def extras(self, layer: str) -> dict[str, Tensor]:
-        """What the variant has in a layer beside A and B, by saved names.
+        """The variant's tensors in a layer besides A and B, by saved names.
 
         Raises:
-            InputError: it is not all there.
+            InputError: some are missing.
         """
         variant = variant_of(self.config)
         names = {} if variant is None else {name: f"{layer}.{name}" for name in variant.extras}
@@ -217,7 +217,7 @@ class SavedAdapter:
         return A, self.config.scaling_of(layer, A.shape[0]) * B
 
     def factors_on_original(self, layer: str) -> tuple[Tensor, Tensor]:
-        """(A, B) in fp32 of the update's low-rank part relative to the original W, every factor put into B."""
+        """(A, B) in fp32 of the update's low-rank part relative to the original W, with all factors in B."""
         A, B = self._factors(layer)
         if layer in self.base_shift:
             shift_A, shift_B = self.base_shift[layer]
@@ -227,9 +227,9 @@ class SavedAdapter:
     def as_plain_lora(self) -> SavedAdapter:
         """The same update relative to the original W, as LoRA of twice the rank: B A - B' A' = [B, -B'] [A; A'].
 
-        On W in full precision it computes what this adapter computes on W - B' A' in full precision, to rounding.
-        On a quantized base it does not: q(W) + [B, -B'] [A; A'] has q's error of W where this one has the smaller
-        error of its own base. (PEFT's "convert PiSSA to LoRA".)
+        In full precision it computes the same on W as this adapter on W - B' A', up to rounding. On a quantized
+        base it does not: q(W) + [B, -B'] [A; A'] has W's quantization error, this adapter the smaller error of its
+        own base. (PEFT's "convert PiSSA to LoRA".)
 
         Raises:
             InputError: a DoRA adapter, or PEFT's PiSSA without its base shift (`with_base_shift` finds it).
@@ -241,7 +241,7 @@ class SavedAdapter:
         self._check_low_rank()
         state, ranks = dict(self.state), {}
         for layer in self.adapted_layers:
-            A, B = self.factors_on_original(layer)  # each B with its scaling, so that the new one is 1
+            A, B = self.factors_on_original(layer)  # B includes its scaling, so that the new scaling is 1
             state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A, B
             ranks[layer] = len(A)
         rank = max(ranks.values())
@@ -253,13 +253,13 @@ class SavedAdapter:
         return replace(self, config=config, state=state, base_shift={})
 
     def merge_into(self, name: str, weight: Tensor) -> Tensor:
-        """What the adapter makes of one parameter of its base.
+        """Merge the adapter into one parameter of its base.
 
         Args:
             name: of the parameter, as transformers saves it.
             weight: its fp32 value, (out, in) for a linear layer's weight (a Conv1D's transposed).
         Returns:
-            c (W + s B A), or the trained parameter itself, in fp32; `weight` where the adapter has nothing.
+            c (W + s B A), or the trained parameter itself, in fp32; `weight` if the adapter has none.
         """
         if name in self.state:
             return self.state[name].float()
@@ -276,7 +276,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     """Read an adapter directory.
 
     Raises:
-        InputError: a file missing or damaged, a foreign key, or a variant this project does not compute.
+        InputError: a file is missing or damaged, a key is unknown, or the variant is unsupported.
     """
     directory = Path(directory)
     tool = recognise(directory)
@@ -298,7 +298,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     variant = variant_of(config)
     state = state if variant is None else variant.unpack(state, description, config, directory / CONFIG)
     saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
-    # PEFT saves embeddings of a grown vocabulary, and a tied head, without listing them.
+    # PEFT saves embeddings of an extended vocabulary, and a tied head, without listing them.
     vocabulary = [name for name in saved.trained if is_vocabulary(name)]
     config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
@@ -307,7 +307,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
             f"{directory / CONFIG} has r = {config.rank}, but the tensors in {WEIGHTS} have rank "
             f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
-    # The exact layers: what the patterns of the file mean depends on the base.
+    # The exact layers: the meaning of the file's patterns depends on the base.
     config.target_modules, config.layers = saved.adapted_layers, []
     # The narrowest dtype that holds every value exactly.
     factors = {tensor.dtype for key, tensor in state.items() if ".lora_A." in key or ".lora_B." in key}
@@ -316,7 +316,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
 
 
 def _check_files(directory: Path) -> None:
-    """Both files are there; where only a pickle is, say why it will not do."""
+    """Check that both files exist; if there is only a pickle, say why it is refused."""
     try:
         missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
         pickle = directory / "adapter_model.bin"
@@ -334,7 +334,7 @@ def _check_files(directory: Path) -> None:
 
 
 def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
-    """The tensors of a file, keyed as `lora_state_dict`."""
+    """The tensors of a file, keyed as in `lora_state_dict`."""
     stored = read_tensors(file, "save the adapter again")
     state = {own_key(key): tensor for key, tensor in stored.items()}
     if len(state) < len(stored):
@@ -357,7 +357,7 @@ def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
 
 
 def _read_base_shift(file: Path) -> BaseShift:
-    """What a base_shift.safetensors holds; nothing where there is none."""
+    """The content of a base_shift.safetensors; empty if there is no file."""
     if not file.is_file():
         return {}
     state = _read_tensors(file, LoRAConfig())
@@ -376,7 +376,7 @@ def _read_base_shift(file: Path) -> BaseShift:
 
 
 def written_config(saved: SavedAdapter) -> LoRAConfig:
-    """The configuration of an adapter with targets and layers as its file spells them."""
+    """An adapter's configuration, with targets and layers as written in its file."""
     targets, numbers = (saved.description.get(field) for field in ("target_modules", "layers_to_transform"))
     listed = [numbers] if type(numbers) is int else numbers or []
     return replace(

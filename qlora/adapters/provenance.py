@@ -1,4 +1,4 @@
-"""What an adapter's files say about the base it was trained on."""
+"""Read from an adapter's files which base it was trained on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qlora.system.wording import explain
 def adapter_quantization(adapter: str) -> QuantConfig | None:
     """How the base was quantized when the adapter was trained; None for a 16-bit base.
 
-    Adapters of other tools do not say; NF4 with double quantization is taken, as QLoRA's default.
+    Other tools' adapters do not say; then it is QLoRA's default, NF4 with double quantization.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -39,15 +39,15 @@ def adapter_quantization(adapter: str) -> QuantConfig | None:
 
 
 def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
-    """The base that an adapter names, for `merge` without --model: said aloud, for the name is the file's.
+    """The base that an adapter names, for `merge` without --model; reported, since the name comes from a file.
 
-    An adapter may come from anyone, so its word reads nothing that is not on this machine: a directory, a
-    .gguf file, or a hub id that was downloaded before.
+    Adapters are untrusted, so the name may only refer to something on this machine: a directory, a .gguf file, or
+    a hub id that was downloaded before.
 
     Args:
-        say: hears which base it is and where the name stands.
+        say: called with the base and the file that names it.
     Raises:
-        InputError: no name, or one of nothing that is here.
+        InputError: there is no name, or it refers to nothing on this machine.
     """
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -59,7 +59,7 @@ def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
     shown = redact(name) if name.isprintable() else repr(name)
     on_network = name.startswith(("//", "\\\\"))  # a share of another machine, on Windows
     is_here = name.isprintable() and not on_network and os.path.exists(os.path.expanduser(name))
-    with suppress(HFValidationError):  # it need not be a hub id
+    with suppress(HFValidationError):  # it may not be a hub id
         is_here = is_here or isinstance(try_to_load_from_cache(name, "config.json"), str)
     if not is_here:
         raise InputError(

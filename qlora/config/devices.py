@@ -1,4 +1,4 @@
-"""The flags of `plan` about many devices. (Without torch: `--help` is instant.)"""
+"""Flags of `plan` for many devices. Does not import torch, so that `--help` is fast."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Lists and maps among the settings, and their text on the command line: q_proj,v_proj and name=4,other=8.
 
-A field that holds a list or a map takes its text too, from flags, YAML and Python; each `read_...` makes the value
-of either. `to_text` writes it again, for run.json, checkpoints and the defaults in --help.
+A field that holds a list or a map also accepts its text, from flags, YAML and Python; the `read_...` functions
+accept both. `to_text` converts back, for run.json, checkpoints and the defaults in --help.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from qlora.system.errors import InputError
 
-MAX_ENTRIES = 4096  # an entry for each layer of the largest model is a thousand
+MAX_ENTRIES = 4096  # the largest models need about a thousand, one per layer
 
 
 def flag_of(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Settings of the training loop: how long, how much at a time, in how much memory."""
+"""Settings of the training loop: length, batch size, memory."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ from qlora.config.settings import (
 )
 from qlora.system.errors import InputError
 
-BASE_STARTS = ("pissa", "loftq")  # those that may change the base; lora/svd_start.py
+BASE_STARTS = ("pissa", "loftq")  # may change the base; lora/svd_start.py
 STARTS = ("kaiming", "gaussian", *BASE_STARTS)
 # Flags of variants and their names in the field; the objects behind the flags are in lora/variants.py.
 VARIANTS = {"use_adalora": "AdaLoRA", "use_dora": "DoRA", "use_rslora": "rsLoRA"}
-WHOLE_LAYERS = ("use_dora", "use_adalora")  # variants that tensor parallel does not compute
+WHOLE_LAYERS = ("use_dora", "use_adalora")  # variants that tensor parallelism does not support
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Settings of a base that is split over several devices."""
+"""Settings for splitting the base over several devices."""
 
 from __future__ import annotations
 

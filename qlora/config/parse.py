@@ -1,4 +1,4 @@
-"""Command line and YAML file to settings.
+"""Parse the command line and YAML files into settings.
 
 The flags come from the dataclasses (field `max_length` is the flag `--max-length`), a `--config` file holds the
 same flat names, and the docstring under a field is its help text.
@@ -172,7 +172,7 @@ def _read_yaml(file: str) -> list[tuple[Any, Any, int]]:
         raise InputError(f"The config file {file} cannot be read ({error}); check path and encoding.") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"The config file {file} is not valid YAML: {' '.join(str(error).split())}.") from error
-    except (ValueError, OverflowError) as error:  # a date or number that YAML recognises but Python has not
+    except (ValueError, OverflowError) as error:  # a date or number that YAML recognizes but Python cannot hold
         if isinstance(error, InputError):
             raise
         raise InputError(f"The config file {file} holds a value that does not exist: {error}.") from error

@@ -1,4 +1,4 @@
-"""Settings of `plan`: those of a run, and of the devices it would have."""
+"""Settings of `plan`: a run's, and those of the planned devices."""
 
 from __future__ import annotations
 

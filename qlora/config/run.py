@@ -1,4 +1,4 @@
-"""All settings of a run, and the checks that need more than one group of them."""
+"""All settings of a run, and the checks across groups of settings."""
 
 from __future__ import annotations
 

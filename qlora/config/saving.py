@@ -1,4 +1,4 @@
-"""Settings of what a run writes, and of going on with one."""
+"""Settings for a run's output and for resuming."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What every group of settings does: a value is read and checked whenever it is set.
+"""The base class of all settings: it reads and checks a value whenever it is set.
 
-A group is a dataclass whose fields say their type and range:
+A group is a dataclass whose fields declare their type and range:
 
     @dataclass
     class LoRAConfig(Settings):
         rank: Annotated[int, at_least(1, "a whole number of 1 or more")] = 8
 
 `LoRAConfig(rank=0)` and `config.rank = 0` both raise "rank is 0; give --rank a whole number of 1 or more.". Checks
-that need several fields stand in `check`.
+across fields are in `check`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Alphas = Annotated[dict[str, float], Read(read_alphas)]
 Columns = Annotated[dict[str, str], Read(read_columns)]
 
 ABOVE_ZERO = Check("a number above 0", lambda x: 0 < x < math.inf)
-Count = Annotated[int, at_least(0)]  # 0 often means never, or all
+Count = Annotated[int, at_least(0)]  # 0 often means never or all
 Positive = Annotated[int, at_least(1)]
 
 

@@ -1,4 +1,4 @@
-"""Settings of what watches a run: evaluations, samples, the best state, an early end, trackers."""
+"""Settings for watching a run: evaluation, samples, the best state, early stopping, trackers."""
 
 from __future__ import annotations
 

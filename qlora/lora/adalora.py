@@ -7,20 +7,20 @@ values, by a penalty beside the loss over the L adapted layers:
     penalty    0.5 / (2 L) * sum over layers of |P^T P - 1| + |Q Q^T - 1|                       equation 4
     gradients  of |P^T P - 1|:  2 P (P^T P - 1) / |P^T P - 1|,  and of Q the same, transposed
 
-(|.| is the Frobenius norm, and the sum a mean: so in the authors' code and in PEFT; the paper squares and adds.)
+(|.| is the Frobenius norm. The sum is a mean, as in the authors' code and in PEFT; the paper sums the squares.)
 
-After each update, with w and its gradient g entry by entry, t counted from 1:
+After each update t = 1, 2, ..., for each entry w with gradient g:
 
     I = |w g|     S <- b S + (1 - b) I     U <- b U + (1 - b) |I - S|     b = 0.85               equations 8 to 10
     score of a triplet = S U of E_i + mean of S U over column i of P + mean of S U over row i of Q       equation 7
 
-The triplets with the highest scores of all layers together are kept, as many as the budget says:
+The triplets with the highest scores over all layers are kept, as many as the budget allows:
 
     t <= t_i                 all of them
     t_i < t < T - t_f        target + (start - target) (1 - (t - t_i) / (T - t_f - t_i))^3       equation 12
-    T - t_f <= t             the target; which ones stays as it was decided at T - t_f
+    T - t_f <= t             the target; the choice made at T - t_f is final
 
-Until T - t_f a choice is made every `interval` updates, and what it zeroed may come back before the next one.
+Until T - t_f a choice is made every `interval` updates; zeroed triplets may grow back before the next one.
 
 I inputs, O outputs, R rank before training. The penalty's gradient is added after clipping; the logged loss and
 gradient norm are those of the data.
@@ -47,7 +47,7 @@ DEVIATION = 0.02  # of A and B as they start
 
 @dataclass(frozen=True)
 class BudgetSchedule:
-    """How many triplets are kept after each update; letters as in the module docstring."""
+    """Number of triplets kept after each update; symbols as in the module docstring."""
 
     start: int  # triplets of all layers
     target: int
@@ -62,7 +62,7 @@ class BudgetSchedule:
         return int((self.start - self.target) * min(1.0, max(0.0, left)) ** 3 + self.target)
 
     def chooses(self, step: int) -> bool:
-        """Whether the kept triplets are chosen anew after update `step`."""
+        """Whether the triplets to keep are chosen again after update `step`."""
         last = self.total - self.t_f
         return step == last or (self.t_i < step < last and step % self.interval == 0)
 
@@ -83,9 +83,9 @@ def plan_budget(config: LoRAConfig, num_layers: int, total_steps: int) -> Budget
 
 
 def pack_triplets(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[bool]] | None]:
-    """A state without the triplets whose E is zero, and which it still holds: `<layer>.lora_E` -> R flags.
+    """Drop the triplets whose E is zero; also return which remain: `<layer>.lora_E` -> R flags.
 
-    Before training every E is zero; then nothing is left out, and there are no flags.
+    Before training every E is zero: nothing is dropped, and there are no flags.
     """
     kept = {key: (E != 0).flatten() for key, E in state.items() if key.endswith(".lora_E")}
     if all(flags.all() for flags in kept.values()) or not any(flags.any() for flags in kept.values()):
@@ -100,12 +100,12 @@ def pack_triplets(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str
 
 
 def unpack_triplets(state: dict[str, Tensor], rank_pattern: Any, rank: int, file: Path) -> dict[str, Tensor]:
-    """The inverse: triplets that were left out are zero.
+    """Undo `pack_triplets`: dropped triplets come back as zeros.
 
     Args:
-        rank_pattern: out of `file`; None where nothing was left out.
+        rank_pattern: from `file`; None if nothing was dropped.
     Raises:
-        InputError: a pattern that does not fit the tensors.
+        InputError: the pattern does not fit the tensors.
     """
     if rank_pattern is None:
         return state
@@ -136,7 +136,7 @@ def unpack_triplets(state: dict[str, Tensor], rank_pattern: Any, rank: int, file
 class AdaLoRA(Variant):
     """Adds `lora_E` (R, 1) fp32, the singular values; A and B start Gaussian (its authors' code), E at zero.
 
-    Its files leave out the triplets that training has zeroed; rank_pattern says which.
+    Its files omit the triplets that training has zeroed; rank_pattern says which.
     """
 
     flag, name = "use_adalora", "AdaLoRA"
@@ -177,7 +177,7 @@ class AdaLoRA(Variant):
             "r": 8,  # PEFT's default: it reads init_r
             "init_r": config.rank,
             "target_r": config.adalora_target_rank or max(1, config.rank // 2),
-            **{"tinit": 0, "tfinal": 0, "total_step": 1},  # PEFT wants them to load an adapter
+            **{"tinit": 0, "tfinal": 0, "total_step": 1},  # PEFT needs them to load an adapter
             **run_fields,
             "deltaT": config.adalora_interval,
             "beta1": SMOOTHING,

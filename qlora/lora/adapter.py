@@ -1,7 +1,7 @@
-"""Adapters in a whole model: made, put in place, switched.
+"""Create adapters for a model, put them in place and switch between them.
 
-The layer and its maths are in layer.py. An adapter at rest is an `Adapter` beside the model; the active one's
-parameters hang in the model's modules, so that `model.parameters()` knows nothing of the others.
+The layer and its math are in layer.py. An inactive adapter is an `Adapter` outside the model; only the active
+one's parameters are in the model's modules and in `model.parameters()`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def create_adapter(
     tokenizer: Any = None,
     trained: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
-    """A fresh adapter for `model`, which is left as it is; arguments and errors as `inject_lora`.
+    """Create a fresh adapter for `model` without changing the model; seed, tokenizer and errors as `inject_lora`.
 
     Args:
-        trained: values of the parameters that train in full; None = the base's, of those that `config` names.
+        trained: values of the parameters that train in full; None = the base's values of those `config` names.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
@@ -56,7 +56,7 @@ def create_adapter(
 
 
 def wrap_layers(model: nn.Module, names: Iterable[str]) -> None:
-    """Wrap the named layers of `model` in place where they are not; they compute as before."""
+    """Wrap the named layers of `model` in place unless they are wrapped; they compute as before."""
     for name in names:
         layer = model.get_submodule(name)
         if not isinstance(layer, LoRALinear):
@@ -66,7 +66,7 @@ def wrap_layers(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def activate(model: nn.Module, adapter: Adapter | None) -> None:
-    """Let `model` compute with this adapter, or with none: the base, bit for bit. Nothing is copied or read.
+    """Make `model` compute with this adapter, or with None as the base, bit for bit. Nothing is copied or read.
 
     Raises:
         RuntimeError: an adapter is merged.
@@ -93,15 +93,15 @@ def active_adapter(model: nn.Module) -> Adapter | None:
 
 
 def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> list[str]:
-    """Replace the target layers of `model` by LoRALinear, in place; what trains is left to `freeze_base`.
+    """Replace the target layers of `model` by LoRALinear, in place. Call `freeze_base` to choose what trains.
 
     Args:
-        seed: of A's start. The same seed gives the same adapter on every machine and rank.
+        seed: for A's initial values. The same seed gives the same adapter on every machine and rank.
         tokenizer: only for `config.new_tokens`, which `trained.add_tokens` has added to it.
     Returns:
         The qualified names of the wrapped layers, in model order.
     Raises:
-        InputError: targets that match nothing, or a model that has adapters already.
+        InputError: a target matches nothing, or the model has adapters already.
     """
     if wrapped_layers(model):
         raise InputError("The model has LoRA layers already; inject into a fresh base model.")
@@ -112,16 +112,16 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: 
 
 
 def set_tokenizer(model: nn.Module, tokenizer: Any) -> None:
-    """Have the active adapter bring this tokenizer along, as one with new tokens does: its template is its own."""
+    """Store this tokenizer with the active adapter, which then has a chat template of its own."""
     adapter = active_adapter(model)
     assert adapter is not None
     adapter.tokenizer = tokenizer_files(tokenizer)
 
 
 def wrapped_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Qualified name -> LoRALinear, in model order, whether or not the active adapter has something there.
+    """Qualified name -> LoRALinear, in model order, including layers that the active adapter leaves alone.
 
-    Looked up where `wrap_layers` has kept them: walking a model's modules takes milliseconds.
+    `wrap_layers` keeps the list, since walking a model's modules takes milliseconds.
     """
     kept = slot_of(model).wrapped
     return _find_wrapped(model) if kept is None else kept

@@ -1,6 +1,6 @@
 """The base shift D = B' A' of PiSSA and LoftQ: what was subtracted from W before it was quantized again.
 
-Whoever loads such an adapter makes the same base: read W, subtract, quantize (`shift_base`). D is multiplied in
+Loading such an adapter rebuilds the same base: read W, subtract, quantize (`shift_base`). D is multiplied in
 fp64, so that machines agree on W - D to the last bit of fp32 and therefore on the 4-bit codes.
 """
 
@@ -27,7 +27,7 @@ ANOTHERS_BASE = "The base was changed for a PiSSA or LoftQ adapter and fits no o
 
 
 def base_shift(model: nn.Module) -> BaseShift:
-    """What was subtracted from the weights of this model; empty for an ordinary base."""
+    """What was subtracted from this model's weights; empty for an ordinary base."""
     return slot_of(model).shift
 
 
@@ -41,12 +41,12 @@ def same_shift(one: BaseShift, other: BaseShift) -> bool:
 
 
 def check_base(model: nn.Module, shift: BaseShift, ready: bool = False) -> None:
-    """Whether an adapter with this shift may be put onto `model`.
+    """Check that an adapter with this shift may be put onto `model`.
 
     Args:
-        ready: the base must have this shift already.
+        ready: require that the base already has this shift.
     Raises:
-        InputError: another adapter's base is there, or other adapters share this one.
+        InputError: the base is another adapter's, or other adapters share it.
     """
     if same_shift(base_shift(model), shift):
         return
@@ -61,10 +61,10 @@ def check_base(model: nn.Module, shift: BaseShift, ready: bool = False) -> None:
 
 @torch.no_grad()
 def shift_base(model: nn.Module, shift: BaseShift) -> None:
-    """Replace the weights of the layers in `shift` by q(W - B' A'), in place, whatever their shift was before.
+    """Replace the weights of the layers in `shift` by q(W - B' A'), in place, whatever their previous shift.
 
     Raises:
-        InputError: the shift of a layer that was shifted already and is not in `shift`.
+        InputError: a layer was shifted before and is not in `shift`.
     """
     if base_shift(model).keys() - shift.keys():
         raise InputError("The base has shifted layers that this adapter leaves alone; load the base afresh.")
@@ -82,7 +82,7 @@ def shift_base(model: nn.Module, shift: BaseShift) -> None:
 
 
 def pissa_shift(model: str, scalings: dict[str, tuple[int, float]]) -> BaseShift:
-    """The shift of a PiSSA adapter that does not carry it: PEFT finds it by another SVD of W, and so does this.
+    """Compute the shift of a PiSSA adapter that does not store it by another SVD of W, as PEFT does.
 
     Args:
         model: the base: directory, hub id or .gguf.
@@ -97,7 +97,7 @@ def pissa_shift(model: str, scalings: dict[str, tuple[int, float]]) -> BaseShift
 
 
 def original_weights(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """(layer, W (out, in) fp32 on its device): out of the model's files, or for want of them as it lies here."""
+    """(layer, W (out, in) fp32 on its device), from the model's files, or from memory if there are no files."""
     device = next(model.parameters()).device
     info = find_base_info(model)
     if info is not None:
@@ -110,7 +110,7 @@ def original_weights(model: nn.Module, layers: Collection[str]) -> Iterator[tupl
 
 
 def store_weight(layer: Any, weight: Tensor) -> None:
-    """Put a weight (out, in) into a frozen layer, in the form in which the layer keeps its own."""
+    """Store a weight (out, in) in a frozen layer, in the layer's own format."""
     old = layer.weight
     if isinstance(old, Params4bit):
         packed = quantize_weight(weight, quantization_of(old))

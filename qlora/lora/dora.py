@@ -1,7 +1,7 @@
-"""DoRA (arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, each output's magnitude m learned apart.
+"""DoRA (arXiv 2402.09353): W' = m (W + s B A) / |W + s B A|, with each output's magnitude m learned separately.
 
-The norms count as constants in the backward pass (4.3). They are found without the matrix W + s B A
-(`weight_norm`). PEFT's DoRA drops W's input in part as well, ours that of A alone.
+The backward pass treats the norms as constants (section 4.3). `weight_norm` computes them without forming
+W + s B A. PEFT's DoRA applies dropout to part of W's input as well; ours only to A's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAGNITUDE = "lora_magnitude_vector"
 
 
 class DoRA(Variant):
-    """Adds `magnitude` (out,) fp32, which starts as the norms of W's rows, so that c = 1."""
+    """Adds `magnitude` (out,) fp32, initially the norms of W's rows, so that c = 1."""
 
     flag, name, beyond = "use_dora", "DoRA", "DoRA's magnitudes"
     extras: ClassVar = {MAGNITUDE: "magnitude"}
@@ -68,12 +68,12 @@ def squared_norms(layer: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def weight_norm(layer: LoRALinear, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(out,) fp32 row norms of W + s B A, without that matrix.
+    """(out,) fp32 row norms of W + s B A, without forming that matrix.
 
         |w + s b A|^2 = |w|^2 + 2 s (w A^T) b + s^2 b (A A^T) b       for each row w of W, b of B
 
-    |w|^2 is computed once (`activate` forgets it, in case the base has changed); w A^T takes one product of rank
-    columns, multiplied in `dtype`.
+    |w|^2 is cached (`activate` drops the cache, in case the base has changed); w A^T is one product with rank
+    columns, computed in `dtype`.
     """
     base, weights = layer.base_layer, layer.weights
     if layer.kept_of_base is None or layer.kept_of_base.device != base.weight.device:

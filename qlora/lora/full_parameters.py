@@ -1,21 +1,20 @@
 """Parameters of the base that train in full beside the adapters: biases, embeddings, the head, other modules.
 
-They belong to an adapter, not to the base: an adapter carries copies of its own, which take the place of the
-base's parameters while it is active (`swap_parameters`), so that switching adapters switches them too and the
-base stays as it was, bit for bit.
+They belong to an adapter, not to the base: each adapter has its own copies, which replace the base's parameters
+while it is active (`swap_parameters`). Switching adapters switches them too, and the base stays unchanged, bit for
+bit.
 
-Dtype: layers that cast their own parameters as they compute (linear layers, embeddings) get copies in fp32, and
-so gradients in fp32. Other modules, norms above all, compute in the dtype of their parameters, which is that of
-the activations: their copies keep it. Either way the optimizer steps in fp32 (training/optimizer.py).
+Dtype: layers that cast their own parameters as they compute (linear layers, embeddings) get fp32 copies, and so
+fp32 gradients. Other modules, norms above all, compute in their parameters' dtype, the activations': their copies
+keep it. Either way the optimizer steps in fp32 (training/optimizer.py).
 
-Tied weights: where the base uses one tensor as embedding and as head, either name trains both uses, and the
-gradient is the sum of both. The one copy stands under both names, as in the file: PEFT wants both there. (An
-adapter of PEFT may have trained them apart, or one alone; then it has a copy for each, and the base's for the
-other.)
+Tied weights: if the base uses one tensor as embedding and head, either name trains both uses, and the gradient is
+the sum of both. The one copy has both names, as in the file: PEFT expects both. (A PEFT adapter may have trained
+them separately, or only one; then it has two copies, or one and the base's for the other.)
 
 New tokens: the copies of embedding and head have more rows than the base's, unless the base has rows to spare.
-A new row starts as the mean of the rows of the old tokens, so that the new token's logit is at most the others'
-log-mean-exp and the model's distribution hardly moves (J. Hewitt, "Initializing New Word Embeddings for
+A new row starts as the mean of the old tokens' rows, so that the new token's logit is at most the others'
+log-mean-exp and the model's distribution hardly changes (J. Hewitt, "Initializing New Word Embeddings for
 Pretrained Language Models", 2021; the mean that transformers' resize_token_embeddings samples around).
 
 V vocabulary, D hidden.
@@ -40,17 +39,17 @@ from qlora.system.errors import InputError
 
 
 def replaced_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's parameters whose places the active adapter's copies have taken, by name."""
+    """The base's parameters that the active adapter's copies replace, by name."""
     return slot_of(model).replaced
 
 
 def base_name(name: str) -> str:
-    """A base parameter's name, the wrapping of an adapted layer left out."""
+    """A base parameter's name without the wrapper of an adapted layer."""
     return name.replace(".base_layer.", ".")
 
 
 def named_base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of the base alone, whichever adapter is active; a tied one under each of its names."""
+    """(name, parameter) of the base, whichever adapter is active; a tied one under each of its names."""
     replaced = replaced_parameters(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if ".lora." not in name:
@@ -58,7 +57,7 @@ def named_base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]
 
 
 def vocabulary_names(model: nn.Module) -> list[str]:
-    """Names of the input embedding and of the output head, where the model has them."""
+    """Names of the input embedding and of the output head, if the model has them."""
     getters: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None) for end in ("input", "output")]
     ends = [module for module in (get() for get in getters) if module is not None]
     return [f"{name}.weight" for end in ends for name, module in model.named_modules() if module is end]
@@ -69,9 +68,9 @@ def trained_names(model: nn.Module, config: LoRAConfig, adapted: Collection[str]
 
     Args:
         adapted: names of the layers that get an adapter, whose biases bias="lora_only" means.
-        tied: with the other names of tied parameters; without, only what `config` names (PEFT's meaning).
+        tied: include the other names of tied parameters; False: only the names in `config` (PEFT's meaning).
     Raises:
-        InputError: modules_to_save names nothing in this model, or a weight that cannot train in full.
+        InputError: modules_to_save matches nothing in this model, or a weight that cannot train in full.
     """
     parameters = dict(named_base_parameters(model))
     chosen: set[str] = set()
@@ -117,7 +116,7 @@ def _check_trainable(model: nn.Module, name: str, asked: str, adapted: Collectio
 
 
 def trained_problems(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """What keeps saved values from taking the place of this base's parameters, one clause each.
+    """Why saved values cannot replace this base's parameters, one clause per problem.
 
     Embedding and head may have more rows than the base's: new tokens.
 
@@ -139,7 +138,7 @@ def trained_problems(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[st
 
 
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the base by name, tied ones under each of their names, packed ones left out."""
+    """Shape of every parameter of the base by name, tied ones under each name, without packed ones."""
     named = named_base_parameters(model)
     return {name: tuple(p.shape) for name, p in named if not isinstance(p, Params4bit)}
 
@@ -151,7 +150,7 @@ def copy_trained(model: nn.Module, values: Mapping[str, Tensor] | Sequence[str])
     """An adapter's own copies, on the device of the base's parameters and in the dtype that fits their module.
 
     Args:
-        values: of the parameters by name, or the names alone for those of the base. Names that are tied in
+        values: by parameter name, or only names to copy the base's values. Names that are tied in
             the base share one copy if their values are equal.
     """
     base = dict(named_base_parameters(model))
@@ -177,7 +176,7 @@ def _casts(model: nn.Module, name: str) -> bool:
 
 
 def swap_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Put `parameters` where their names say; returns those that were there, which undo it."""
+    """Put `parameters` in place by name; returns those they replaced, to undo it."""
     replaced = {}
     resized = False
     for name, parameter in parameters.items():
@@ -203,10 +202,10 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig, trained: Collection[str]) -> list[str]:
-    """What `modules_to_save` means in PEFT's words, for which `norm` would be every name that ends so.
+    """`modules_to_save` in PEFT's terms, where `norm` would match every name that ends so.
 
     Args:
-        trained: names of the parameters that the adapter has copies of.
+        trained: names of the parameters that the adapter holds copies of.
     """
     asked = config.modules_to_save
     modules = [name.rpartition(".")[0] for name in trained]
@@ -225,13 +224,13 @@ def saved_modules(model: nn.Module, config: LoRAConfig, trained: Collection[str]
 def start_new_tokens(
     model: nn.Module, trained: dict[str, nn.Parameter], token_ids: Sequence[int]
 ) -> dict[str, nn.Parameter]:
-    """Copies of embedding and head with a row for each new token, at the mean of the rows before.
+    """Copy embedding and head with a row for each new token, set to the mean of the old rows.
 
     Args:
-        trained: an adapter's copies; left as they are.
-        token_ids: of the new tokens. Rows that the base has to spare (vocabularies are padded) are taken first.
+        trained: an adapter's copies; not changed.
+        token_ids: of the new tokens. Spare rows of the base (vocabularies are padded) are used first.
     Returns:
-        `trained` with the grown copies in it, tied ones still tied.
+        `trained` with the larger copies, tied ones still tied.
     """
     first, size = min(token_ids), max(token_ids) + 1
     names = set(vocabulary_names(model)) & trained.keys()

@@ -15,28 +15,27 @@ B (O, R), s the scaling, m the dropout mask divided by its keep probability (abs
                db = sum over N of dy            (O,)        where the bias trains
                dc = sum over N of dy * z        (O,)        DoRA
 
-The family differs in s, c, A and in how A and B start. What a variant does otherwise is its own
-(`LoRAWeights.variant`, lora/variant.py); the layer asks it once:
+The variants differ in s, c, A and the initial A and B. The rest of a variant is in its own class
+(`LoRAWeights.variant`, lora/variant.py), which the layer calls once:
 
     LoRA       s = alpha / R
     rsLoRA     s = alpha / sqrt(R)                              arXiv 2312.03732
     DoRA       c = magnitude / n, n = row norms of W + s B A    arXiv 2402.09353; see lora/dora.py
-    AdaLoRA    (E * A) in the place of A, E (R, 1)              arXiv 2303.10512; see lora/adalora.py
-    PiSSA, LoftQ                                                how A and B start; see lora/svd_start.py
+    AdaLoRA    (E * A) in place of A, E (R, 1)              arXiv 2303.10512; see lora/adalora.py
+    PiSSA, LoftQ                                                initial A and B; see lora/svd_start.py
 
 c is applied as z + (c - 1) z, which keeps c's digits in bf16. Dropout is on the input of A alone.
 
-What is kept between the two passes: x (shared by every layer that reads it: q, k and v keep one copy), h, the
-one-byte mask, and z under DoRA. W is dequantized twice (under DoRA a third time, for n) and kept never; W gets no
-gradient; dx is computed only if something below wants it, so the first adapted layer stops the backward pass. A
-and B are bf16 but their gradients leave in fp32 (`grad_dtype`), so that accumulating micro-batches loses nothing.
+Kept between the two passes: x (shared by every layer that reads it: q, k and v keep one copy), h, the one-byte
+mask, and z under DoRA. W is dequantized twice (a third time under DoRA, for n), never kept, and gets no gradient.
+dx is computed only if a layer below needs it, so the first adapted layer stops the backward pass. A and B are
+bf16, but their gradients are returned in fp32 (`grad_dtype`), so that accumulating micro-batches loses nothing.
 
-A layer of which a process holds a part (parallel/tensor_parallel.py) has A and B whole, and takes of them what
-belongs to its rows (of B) or columns (of A, and of the dropout mask, which is that of the unsplit layer).
-Gradients leave whole too, with zeros for what other processes find. Where columns are split, y and h are summands
-of the layer's.
+Under tensor parallelism (parallel/tensor_parallel.py) a process holds part of W but all of A and B. It uses its
+rows of B or its columns of A and of the dropout mask, which is that of the unsplit layer. Gradients are returned
+whole, with zeros for the other processes' parts. If columns are split, y and h are partial sums.
 
-The adapted model is the base model until the first step.
+Until the first step the adapted model equals the base model.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
 
 
 class LoRAFunction(torch.autograd.Function):
-    """Base and adapter together; formulas in the module docstring.
+    """Base and adapter in one function; formulas in the module docstring.
 
     Args:
         x: (..., I); lora_A (R, I); lora_B (O, R).
@@ -124,19 +123,19 @@ class LoRAFunction(torch.autograd.Function):
 
 
 def rescale(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """y + (scale - 1) z in y's dtype, so y * scale where z is y: a bf16 scale near 1 would be a step of 1/128."""
+    """y + (scale - 1) z in y's dtype, y * scale if z is y: near 1 a scale in bf16 has steps of 1/128."""
     return torch.addcmul(y, z, (scale - 1).to(y.dtype))
 
 
 def own_factors(lora_A: Tensor, lora_B: Tensor, part: Part | None) -> tuple[Tensor, Tensor]:
-    """What a layer that holds a part of its weight computes with: rows of B or columns of A, the other whole."""
+    """The factors that a layer with part of its weight uses: its rows of B or columns of A, the other whole."""
     if part is None:
         return lora_A, lora_B
     return (lora_A, part.of(lora_B)) if part.dim == 0 else (part.of(lora_A), lora_B)
 
 
 def drop(x: Tensor, dropout: float, part: Part | None) -> tuple[Tensor, Tensor]:
-    """(x * m, the bool mask (N, I)); of an input of which a part is here, that part of the mask of all of it."""
+    """(x * m, the bool mask (N, I)); for part of an input, that part of the whole input's mask."""
     if part is None or part.dim == 0:
         return torch.native_dropout(x, dropout, True)
     _, mask = torch.native_dropout(x.new_empty(part.whole_shape(x.shape)), dropout, True)
@@ -145,10 +144,10 @@ def drop(x: Tensor, dropout: float, part: Part | None) -> tuple[Tensor, Tensor]:
 
 
 def draw_A(rank: int, in_features: int, init: str, generator: torch.Generator | None, device: Any) -> Tensor:
-    """(rank, in) fp32 as A starts, drawn on the CPU, so that all devices begin alike; for the meta device, empty.
+    """Initial A (rank, in) fp32, drawn on the CPU so that all devices start the same; empty on the meta device.
 
     Args:
-        init: "gaussian" (deviation 1 / rank), else uniform within 1 / sqrt(in), as nn.Linear.
+        init: "gaussian" (standard deviation 1 / rank), else uniform within 1 / sqrt(in), as nn.Linear.
         generator: CPU generator to draw from.
     """
     is_meta = device is not None and torch.device(device).type == "meta"
@@ -164,11 +163,11 @@ class LoRAWeights(nn.Module):
 
     Attributes:
         lora_A (rank, in), lora_B (out, rank): in `dtype`.
-        scaling: what the update is multiplied by.
-        variant: whose parameters are here too, by the names in its `extras`; None = plain LoRA.
+        scaling: multiplies the update.
+        variant: its parameters are attributes too, named as in its `extras`; None = plain LoRA.
 
     Args:
-        A: (rank, in) as it starts; B starts at zero.
+        A: (rank, in) initial values; B starts at zero.
         scaling: None = alpha / rank.
     """
 
@@ -195,17 +194,17 @@ class LoRAWeights(nn.Module):
 
     @property
     def extras(self) -> dict[str, nn.Parameter]:
-        """What the variant has beside A and B, by saved names."""
+        """The variant's parameters besides A and B, by saved names."""
         names = {} if self.variant is None else self.variant.extras
         return {saved: self.get_parameter(name) for saved, name in names.items()}
 
     @property
     def effective_A(self) -> Tensor:
-        """(rank, in) A as it is multiplied."""
+        """(rank, in) A as used in products."""
         return self.lora_A if self.variant is None else self.variant.effective_A(self.lora_A, self.extras)
 
     def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(out, in) update s B A, multiplied in `dtype`; DoRA's rescaling left out."""
+        """(out, in) update s B A, multiplied in `dtype`, without DoRA's rescaling."""
         return self.scaling * (self.lora_B.detach().to(dtype) @ self.effective_A.detach().to(dtype))
 
 
@@ -213,7 +212,7 @@ class LoRALinear(nn.Module):
     """A frozen Linear4bit, Linear or Conv1D with a low-rank update.
 
     Args:
-        base_layer: the layer to wrap; it stays as it is, also after a merge.
+        base_layer: the layer to wrap; never changed, not even by a merge.
         rank, alpha: the update is (alpha / rank) B A; rank 0 wraps without an adapter.
         dropout: probability, on the input of A, in training mode only.
         dtype: of A and B.
@@ -222,7 +221,7 @@ class LoRALinear(nn.Module):
     Attributes:
         lora: the active adapter's weights; None = the base alone.
         fixed_scale: c while decoding, when it does not change.
-        kept_of_base: (out,) what the variant has computed from the base's weight, until that changes.
+        kept_of_base: (out,) the variant's cached values from the base's weight, valid until it changes.
     """
 
     base_layer: Any
@@ -257,12 +256,12 @@ class LoRALinear(nn.Module):
         return self.lora
 
     def output_scale(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """(out,) fp32 c as it is now; None = ones."""
+        """(out,) fp32 current c; None = ones."""
         variant = self.weights.variant
         return None if variant is None else variant.output_scale(self, dtype)
 
     def merge(self) -> None:
-        """Compute with one dense weight c (W + s B A), added in fp32; the base layer is left untouched."""
+        """Compute with one dense weight c (W + s B A), added in fp32; the base layer is unchanged."""
         if self.merged_weight is None and self.lora is not None:
             weight, variant = self.base_layer.weight, self.lora.variant
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -271,7 +270,7 @@ class LoRALinear(nn.Module):
             self.merged_weight = merged.to(dtype)
 
     def unmerge(self) -> None:
-        """Undo `merge`, bit for bit: the base layer was never changed."""
+        """Undo `merge`, bit for bit."""
         self.merged_weight = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -296,7 +295,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, weight.to(x.dtype), layer_bias(self.base_layer, x.dtype))
 
     def _answer(self, x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
-        """Without gradients and dropout, by whatever the base layer decodes with."""
+        """Compute without gradients and dropout, with the base layer's decoding function."""
         weights, bias, x2 = self.weights, self.base_layer.bias, x.reshape(-1, x.shape[-1])
         own_A, own_B = (f.to(x.dtype) for f in own_factors(A, weights.lora_B, part_of(self.base_layer)))
         y = self.base_layer(x2).addmm_(x2 @ own_A.T, own_B.T, alpha=weights.scaling)
@@ -305,7 +304,7 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _train_with_base(self, x: Tensor, A: Tensor, scale: Tensor | None, dropout: float) -> Tensor:
-        """Over a 16-bit base that was unfrozen."""
+        """Forward pass over an unfrozen 16-bit base."""
         weights = self.weights
         if scale is not None:
             variant = weights.variant

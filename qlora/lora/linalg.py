@@ -1,25 +1,25 @@
-"""Singular value decompositions: of a large matrix cut short, and of a product B A that is never formed."""
+"""Truncated SVD of a large matrix, and SVD of a product B A that is never formed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-5  # of a singular triplet's residual, relative to its singular value
-SMALL = 512  # a matrix with no side longer than this is decomposed whole
+TOLERANCE = 1e-5  # residual of a singular triplet, relative to its singular value
+SMALL = 512  # a matrix with both sides up to this is decomposed whole
 
 
 @torch.no_grad()
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triplets, to fp32's accuracy, by block Krylov iteration (arXiv 1504.05477).
 
-    The space of G, M G, M^2 G, ... with M = W^T W and a few random columns G holds them after some products;
-    `torch.svd_lowrank` keeps the last power alone and needs many times as many where singular values lie close.
+    The space of G, M G, M^2 G, ... with M = W^T W and a few random columns G contains them after some products;
+    `torch.svd_lowrank` keeps only the last power and needs many times more if singular values are close.
 
     Args:
         matrix: W (out, in) fp32.
     Returns:
-        U (out, rank), S (rank,) falling, V^T (rank, in). A sign is free in each triplet, U S V^T is not.
+        U (out, rank), S (rank,) descending, V^T (rank, in). The sign of each triplet is arbitrary; U S V^T is not.
     """
     width = rank + 8
     if max(matrix.shape) <= SMALL or 4 * width > min(matrix.shape):
@@ -58,12 +58,11 @@ def split_svd(matrix: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor
 def low_rank_svd(A: Tensor, B: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The singular triplets of an update B A, in fp64, without forming it.
 
-    With B = Q_B R_B and A^T = Q_A R_A (QR) it is Q_B (R_B R_A^T) Q_A^T, and the core in the middle has only as
-    many rows and columns as the factors have ranks.
+    With B = Q_B R_B and A^T = Q_A R_A (QR) it is Q_B (R_B R_A^T) Q_A^T, and the core in the middle is only (R, R).
 
     Args:
         A, B: (R, in), (out, R).
-        rank: how many triplets; by default all, min(R, in, out).
+        rank: number of triplets; by default all, min(R, in, out).
     Returns:
         U (out, rank), S (rank,) falling, V^T (rank, in).
     """

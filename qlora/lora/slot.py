@@ -1,4 +1,4 @@
-"""An adapter, and what adapters have done to a model: one object per model, and the only one that says so."""
+"""An adapter, and the one object per model that records what adapters have changed in it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ BaseShift: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 
 @dataclass
 class Adapter:
-    """All that one adapter learns, active in a model or at rest.
+    """Everything that one adapter learns, active in a model or not.
 
     Attributes:
-        config: what it was made by.
+        config: its settings.
         layers: qualified layer name -> its weights there.
         trained: parameter name -> a copy of a base parameter that trains in full (biases, embeddings, ...).
-        tokenizer: files by name of the tokenizer that goes with the adapter; none where it is the base's.
+        tokenizer: files by name of the adapter's own tokenizer; empty if it uses the base's.
         run_fields: whole numbers of its adapter_config.json that come from the run (AdaLoRA's schedule).
     """
 
@@ -35,12 +35,12 @@ class Adapter:
 
 @dataclass
 class AdapterSlot:
-    """Where a model keeps what adapters have changed in it; an untouched model's is empty.
+    """What adapters have changed in a model; empty for an untouched one.
 
     Attributes:
-        wrapped: qualified name -> LoRALinear, in model order; None before `wrap_layers` has looked.
+        wrapped: qualified name -> LoRALinear, in model order; None before the first `wrap_layers`.
         active: the adapter that the model computes with; None = the base alone.
-        replaced: the base's parameters whose places the active adapter's copies have taken, by name.
+        replaced: the base's parameters that the active adapter's copies replace, by name.
         shift: what was subtracted from the base's weights (base_shift.py); empty for an ordinary base.
     """
 
@@ -51,6 +51,6 @@ class AdapterSlot:
 
 
 def slot_of(model: nn.Module) -> AdapterSlot:
-    """The slot of a model, made on first use. A deep copy of the model has a copy of its own."""
+    """The slot of a model, made on first use. A deep copy of the model gets a copy of it."""
     slot: AdapterSlot = vars(model).setdefault("adapter_slot", AdapterSlot())
     return slot

@@ -13,7 +13,7 @@ from qlora.system.wording import list_first
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All that the active adapter has learned, detached, not copied.
+    """Everything the active adapter has learned, detached, not copied.
 
     `<layer>.lora_A.weight` (rank, in), `<layer>.lora_B.weight` (out, rank), under DoRA
     `<layer>.lora_magnitude_vector` (out,), under AdaLoRA `<layer>.lora_E` (rank, 1), and by their own names the
@@ -36,7 +36,7 @@ def weights_state(weights: LoRAWeights) -> dict[str, nn.Parameter]:
 
 
 def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str = "state dict") -> None:
-    """Copy `state` into the model's adapters; nothing changes unless everything fits.
+    """Copy `state` into the model's active adapter, or change nothing if anything does not fit.
 
     Raises:
         InputError: lists every missing or unexpected key, wrong shape and non-finite tensor at once.

@@ -1,4 +1,4 @@
-"""Adapters that start from the base's weights: PiSSA (arXiv 2404.02948) and LoftQ (arXiv 2310.08659).
+"""Initialize adapters from the base's weights: PiSSA (arXiv 2404.02948) and LoftQ (arXiv 2310.08659).
 
 W (out, in) is the original weight, read again from the model's files one tensor at a time; q quantizes and
 dequantizes (in a 16-bit base: rounds to bf16); svd_r(X) = U S V^T of the r largest singular values, split evenly:
@@ -8,13 +8,11 @@ s B A = svd_r(X) with A = (S / s)^1/2 V^T (r, in), B = U (S / s)^1/2 (out, r).
     LoftQ      s B_t A_t = svd_r(W - Q_t)          Q_t = q(W - s B_{t-1} A_{t-1})   its algorithm 1, t = 1 ... T
                                                    base = Q_T, B_0 A_0 = 0
 
-Base and adapter together begin nearer to W than q(W) is. LoftQ's first round leaves the base alone: the result is
-a plain LoRA adapter with another start. PiSSA and later rounds change it. What was subtracted from W, the *base
-shift* D = B' A' with s inside B', is kept beside the adapter, and whoever loads that adapter makes the same base
-again: read W, subtract, quantize (`shift_base`). D is multiplied in fp64, so that machines agree on W - D to the
-last bit of fp32 and with that on the 4-bit codes.
+Base and adapter together start nearer to W than q(W) is. LoftQ's first round does not change the base: the result
+is plain LoRA with other initial values. PiSSA and later rounds change it. What was subtracted from W, the
+*base shift* D = B' A' with s inside B', is saved with the adapter; lora/base_shift.py rebuilds the base from it.
 
-A base that is stored in 4 bits has no original: what its codes stand for is W then, and LoftQ has nothing to do.
+A base that is stored in 4 bits has no original: W is then the dequantized weight, and LoftQ has nothing to do.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ def loftq_factors(
     """LoftQ's algorithm 1 on one weight W (out, in) fp32.
 
     Returns:
-        (A_T, B_T, what was subtracted from W before its last quantization: None after a single round).
+        (A_T, B_T, what was subtracted from W before its last quantization; None after a single round).
     """
     shift: tuple[Tensor, Tensor] | None = None
     A, B = split_svd(weight - _quantized(weight, quant), rank, scaling)
@@ -60,12 +58,12 @@ def _quantized(weight: Tensor, quant: QuantConfig) -> Tensor:
 
 @torch.no_grad()
 def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
-    """Give the fresh active adapter of `model` the start that `config.init` names, and its base the shift.
+    """Initialize the fresh active adapter of `model` as `config.init` says, and shift its base if needed.
 
-    Call it behind `inject_lora`. Nothing to do for kaiming and gaussian, with which adapters are made.
+    Call it after `inject_lora`, which has already done kaiming and gaussian.
 
     Raises:
-        InputError: a base that this start is not made for, or one that is shifted already.
+        InputError: this initialization does not support the base, or the base is shifted already.
     """
     if not config.starts_from_base:
         return
@@ -107,7 +105,7 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
 
 
 def _share(tensors: Collection[Tensor]) -> None:
-    """Take rank 0's values on every rank: an SVD may round differently elsewhere."""
+    """Copy rank 0's values to every rank: an SVD may round differently elsewhere."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for tensor in tensors:
             torch.distributed.broadcast(tensor, 0)

@@ -12,9 +12,9 @@ from qlora.system.errors import InputError
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, the output head left out.
+    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, except the output head.
 
-    A wrapped layer is given by its own name, as the layer inside.
+    A wrapped layer appears under its own name, as the layer inside.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -33,9 +33,9 @@ def match_targets(
     """The layers that `targets` name: a layer's last name(s), its full name, or "all-linear".
 
     Args:
-        numbers: only in these decoder layers, counted from 0; None = in all.
+        numbers: only these decoder layers, counted from 0; None = all.
     Raises:
-        InputError: a target that matches nothing, with the names there are, or a decoder layer that is not there.
+        InputError: a target matches nothing (lists the names there are), or a decoder layer does not exist.
     """
     layers = linear_layers(model)
     targets = list(targets)
@@ -66,6 +66,6 @@ def _named(name: str, target: str) -> bool:
 
 
 def layer_number(name: str) -> int | None:
-    """Which decoder layer a layer is in, counted from 0, by the first number in its name; None: in none."""
+    """The decoder layer that a layer is in, counted from 0: the first number in its name; None: in none."""
     match = re.search(r"\.(\d+)\.", name)
     return int(match[1]) if match else None

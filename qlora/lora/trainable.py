@@ -1,4 +1,4 @@
-"""What trains, and how many numbers that is."""
+"""Which parameters train, and how many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qlora.quant.layers import logical_sizes
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """All that the active adapter learns, in model order: A and B of every layer, and what trains beside them."""
+    """All parameters of the active adapter, in model order: A and B of every layer, and those trained in full."""
     adapter = active_adapter(model)
     own = [p for layer in lora_layers(model).values() for p in layer.weights.parameters()]
     return own + (list(dict.fromkeys(adapter.trained.values())) if adapter is not None else [])
@@ -24,7 +24,7 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Train the adapters alone."""
+    """Train only the adapters."""
     for parameter in base_parameters(model):
         parameter.requires_grad_(False)
     for parameter in lora_parameters(model):
@@ -39,7 +39,7 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Let every adapted layer compute with one merged dense weight (export/merge.py writes one to disk)."""
+    """Compute each adapted layer with one merged dense weight (export/merge.py writes merged models to disk)."""
     for layer in lora_layers(model).values():
         layer.merge()
 
@@ -51,18 +51,18 @@ def unmerge_lora(model: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All weights, tied ones once, packed 4-bit ones by what they stand for."""
+    """Number of weights: tied ones once, packed 4-bit ones unpacked."""
     return sum(size for _, size in logical_sizes(model))
 
 
 def count_trainable_parameters(model: nn.Module) -> int:
-    """Weights with a gradient."""
+    """Number of weights that require a gradient."""
     return sum(size for parameter, size in logical_sizes(model) if parameter.requires_grad)
 
 
 @dataclass
 class ParameterSummary:
-    """Logical counts; `str()` is the line a run prints."""
+    """Logical parameter counts; `str()` is the line a run prints."""
 
     total: int
     trainable: int

@@ -1,9 +1,9 @@
-"""What a variant of LoRA does otherwise: in a layer, in an adapter's files, in the memory plan.
+"""How a variant of LoRA differs: in a layer, in an adapter's files, in the memory plan.
 
 A layer computes y = c * (x W^T + s (x A'^T) B^T) + b. Plain LoRA has c = 1 and A' = A, and no variant.
 
-To add one: a file beside this one (as dora.py, adalora.py) with a class that overrides what differs, a flag in
-LoRAConfig that turns it on, and its row in variants.py. All else asks `LoRAWeights.variant` or `variant_of`.
+To add one, write a file like dora.py or adalora.py with a class that overrides what differs, a flag in
+LoRAConfig that turns it on, and its row in variants.py. Other code asks `LoRAWeights.variant` or `variant_of`.
 
 I inputs, O outputs, R rank.
 """
@@ -42,15 +42,15 @@ class PeftFields:
 
 
 class Variant:
-    """One variant, without state of its own; every method here is plain LoRA's.
+    """One variant, stateless; the methods of this base class are plain LoRA's.
 
-    `extras` are the tensors of one layer beside A and B, by their saved names.
+    `extras` are the tensors of one layer besides A and B, by their saved names.
 
     Attributes:
         flag: the setting of LoRAConfig that turns it on.
-        name: the name in the field.
+        name: its common name.
         extras: saved name, as in `<layer>.<saved name>` -> attribute of LoRAWeights.
-        beyond: what it learns that no low-rank update can hold, in words; empty = nothing.
+        beyond: what it learns beyond a low-rank update, in words; empty = nothing.
         peft_type, rank_field: PEFT's, in adapter_config.json.
         run_fields: whole numbers of adapter_config.json that come from the run (`Adapter.run_fields`).
     """
@@ -66,14 +66,14 @@ class Variant:
     # ---- in a layer -----------------------------------------------------------------------------------------
 
     def start(self, weights: LoRAWeights, layer: nn.Module, generator: torch.Generator) -> None:
-        """Give fresh weights what the variant adds, for a frozen layer.
+        """Add the variant's parameters to the fresh weights of a frozen layer.
 
         Args:
             generator: CPU generator that A was drawn from.
         """
 
     def follow_start(self, layer: LoRALinear) -> None:
-        """Fit the extras to A, B and base as PiSSA or LoftQ has just set them (svd_start.py)."""
+        """Update the extras after PiSSA or LoftQ has set A, B and the base (svd_start.py)."""
 
     def effective_A(self, A: Tensor, extras: Mapping[str, Tensor]) -> Tensor:
         """(R, I) A'."""
@@ -83,7 +83,7 @@ class Variant:
         """(O,) fp32 c; None = ones.
 
         Args:
-            dtype: of the products that it takes.
+            dtype: of the products it computes.
         """
         return None
 
@@ -97,29 +97,29 @@ class Variant:
         return weight
 
     def token_bytes(self, layer: LoRALinear, itemsize: int) -> int:
-        """Bytes that a layer keeps of one token for the backward pass, beside LoRA's."""
+        """Bytes per token that a layer keeps for the backward pass, besides LoRA's."""
         return 0
 
     # ---- in files -------------------------------------------------------------------------------------------
 
     def shapes(self, rows: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shape of each of the extras, in a layer of `rows` outputs."""
+        """Shape of each of the extras, in a layer with `rows` outputs."""
         return {}
 
     def misfit(self, rows: int, rank: int) -> str:
-        """What a layer has whose extras have other shapes, for an error."""
+        """Describes a layer whose extras have wrong shapes, for an error."""
         raise NotImplementedError
 
     def used_rank(self, A: Tensor, extras: Mapping[str, Tensor]) -> int:
-        """How many rows of A count."""
+        """Number of rows of A in use."""
         return len(A)
 
     def file_name(self, key: str) -> str:
-        """The name in PEFT's file of a tensor of `lora_state_dict`, without PEFT's prefix."""
+        """PEFT's file name of a tensor of `lora_state_dict`, without PEFT's prefix."""
         return key
 
     def own_name(self, key: str) -> str:
-        """The inverse, for a file of any variant."""
+        """The inverse of `file_name`, for a file of any variant."""
         return key
 
     def pack(
@@ -131,13 +131,13 @@ class Variant:
     def unpack(
         self, state: dict[str, Tensor], description: Mapping[str, Any], config: LoRAConfig, file: Path
     ) -> dict[str, Tensor]:
-        """The inverse. Raises an InputError where `file`, an adapter_config.json, does not fit the tensors."""
+        """The inverse of `pack`. Raises InputError if `file`, an adapter_config.json, does not fit the tensors."""
         return state
 
     def describe(self, config: LoRAConfig) -> dict[str, Any]:
-        """Fields that an adapter_config.json of any variant has because of this one."""
+        """Fields that this variant adds to every adapter_config.json."""
         return {}
 
     def read(self, fields: PeftFields) -> dict[str, Any]:
-        """Settings of LoRAConfig that these fields mean; the rank has been checked."""
+        """Settings of LoRAConfig from these fields; the rank has been checked."""
         return {}

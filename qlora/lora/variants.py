@@ -1,4 +1,4 @@
-"""The variants there are: a new one is a file beside this one, a flag in LoRAConfig and a row here."""
+"""The table of variants; lora/variant.py says how to add one."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ PEFT_TYPES = ("LORA", *(variant.peft_type for variant in VARIANTS if variant.pef
 
 
 def variant_of(config: LoRAConfig) -> Variant | None:
-    """The variant of an adapter; None for LoRA. LoRAConfig lets no two of them be on."""
+    """The variant of an adapter; None for LoRA. LoRAConfig allows one at a time."""
     return next((variant for variant in VARIANTS if getattr(config, variant.flag)), None)

@@ -1,15 +1,15 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
 A packed row holds S sequences end to end; sequence i occupies positions cu_seqlens[i] .. cu_seqlens[i + 1].
-Attention must be causal inside each and blind across them. Instead of an (N, N) mask, of which all but the
-diagonal blocks is wasted, each block is computed by itself: on CUDA in half precision by one variable-length
-flash kernel, elsewhere by one scaled_dot_product_attention per sequence.
+Attention must be causal within each sequence and must not cross sequences. An (N, N) mask would waste all but the
+diagonal blocks, so each block is computed separately: on CUDA in half precision by one variable-length flash
+kernel, otherwise by one scaled_dot_product_attention per sequence.
 
-Called without cu_seqlens this is transformers' own "sdpa", so a model with this attention still generates,
-pads and caches as any other.
+Without cu_seqlens this is transformers' own "sdpa", so a model with this attention still generates, pads and
+caches like any other.
 
-Gemma 2 caps its scores before the softmax, s -> c tanh(s / c), which no such kernel computes: there the scores
-are written out, (heads, T, T) of one sequence at a time.
+Gemma 2 caps its scores before the softmax, s -> c tanh(s / c), which no such kernel computes: its scores are
+materialized, (heads, T, T) for one sequence at a time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 ATTENTION_NAME = "qlora_packed"
-# Tokens below which a CPU is faster (and exacter) in fp32 than in bf16: benchmarks/attention_dtype.py
+# Below this many tokens a CPU is faster (and more exact) in fp32 than in bf16: benchmarks/attention_dtype.py
 UPCAST_BELOW = 256
 
 
 def head_counts(config: Any) -> tuple[int, int, int]:
-    """(heads, key-value heads, width of each) by a model's config, of transformers."""
+    """(heads, key-value heads, width of each) from a transformers config."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -42,7 +42,7 @@ def register_attention() -> None:
 
 
 def packed_arguments(cu_seqlens: Tensor, max_length: int) -> dict[str, Any]:
-    """Keyword arguments for a model's forward that make its attention block-diagonal.
+    """Keyword arguments of a model's forward that make its attention block-diagonal.
 
     The (1, 1, 1, 0) mask says "already prepared": transformers then builds none of its own.
     """
@@ -75,12 +75,12 @@ def packed_attention(
         query: (1, heads, N, head_dim); key and value: (1, kv_heads, N, head_dim).
         cu_seq_lens_q: (S + 1,) int32 boundaries; None falls back to ordinary attention.
         max_length_q: longest sequence.
-        sliding_window: how far back a token sees (Mistral), None for all the way.
-        softcap: largest magnitude c of a score (Gemma 2), None for no limit.
+        sliding_window: how many tokens back a token attends to (Mistral); None = all.
+        softcap: largest magnitude c of a score (Gemma 2); None = no limit.
     Returns:
         (1, N, heads, head_dim), None; without cu_seq_lens_q the first dimension is the batch.
     Raises:
-        ValueError: attention sinks, which are not computed.
+        ValueError: attention sinks, which are not supported.
     """
     if kwargs.get("s_aux") is not None:
         raise ValueError("Attention with sinks (s_aux) is not supported; use a LLaMA-like model.")
@@ -131,11 +131,11 @@ def _softcapped_attention(
     scaling: float | None,
     softcap: float,
 ) -> Tensor:
-    """softmax(c tanh(q k^T scaling / c) + mask) v, all scores written out, the softmax in fp32.
+    """softmax(c tanh(q k^T scaling / c) + mask) v, all scores materialized, the softmax in fp32.
 
     Args:
         query: (B, heads, T, head_dim); key and value: (B, kv_heads, T', head_dim).
-        mask: (..., T, T') bool, true where a token looks; None for a causal one that ends at the last key.
+        mask: (..., T, T') bool, true where a token attends; None = causal, ending at the last key.
     Returns:
         (B, heads, T, head_dim)
     """
@@ -152,7 +152,7 @@ def _softcapped_attention(
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor | None:
-    """(T, T) causal mask that reaches `window` tokens back; None where plain causal is the same."""
+    """(T, T) causal mask that reaches `window` tokens back; None if that equals plain causal."""
     if window is None or length <= window:
         return None
     position = torch.arange(length, device=device)

@@ -1,8 +1,8 @@
-"""What a run knows of its base: one object, and the only attribute that we set on a network of transformers.
+"""What a run knows about its base, in one object: the only attribute we set on a transformers model.
 
-`load_base_model`, `plan_base_model` and the loaders of qlora/parallel set it. A model that a user built otherwise
-has none. Code that needs one asks `base_info`, which raises; code that also adapts such a plain model asks
-`find_base_info`, which raises where a loader of ours forgot it.
+`load_base_model`, `plan_base_model` and the loaders of qlora/parallel set it. A model that a user built in another
+way has none. Code that needs it calls `base_info`, which raises if it is missing; code that also adapts plain
+models calls `find_base_info`, which raises only if one of our loaders forgot it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class BaseInfo:
     """A base as it was loaded.
 
     Attributes:
-        source: directory, hub id or .gguf file, as given; the original weights are read from it again.
+        source: directory, hub id or .gguf file, as given; original weights are read from it again.
         quantization: of its weights; None for a 16-bit base.
         compute_dtype: dtype of activations.
-        ranks: how processes split it; None where each of them holds it whole.
-        weight_samples: of a base that is split, name -> what stands for the whole weight in its fingerprint.
+        ranks: how processes split it; None if each holds it whole.
+        weight_samples: for a split base, name -> sample of the whole weight, for the fingerprint.
     """
 
     source: str
@@ -46,7 +46,7 @@ def base_info(model: nn.Module) -> BaseInfo:
     """The base's description.
 
     Raises:
-        InputError: a model that was not loaded by this package.
+        InputError: the model was not loaded by this package.
     """
     info = find_base_info(model)
     if info is None:
@@ -55,10 +55,10 @@ def base_info(model: nn.Module) -> BaseInfo:
 
 
 def find_base_info(model: nn.Module) -> BaseInfo | None:
-    """The base's description; None for a plain model, whose layers are all of torch and transformers.
+    """The base's description; None for a plain model, with only torch and transformers layers.
 
     Raises:
-        RuntimeError: a loader put our layers into the model and did not describe it.
+        RuntimeError: a loader put our layers into the model but did not set the description.
     """
     info: BaseInfo | None = vars(model).get("base_info")
     own = (Linear4bit, Linear16bit, ShardedLinear4bit, FrozenMatrix)
@@ -68,7 +68,7 @@ def find_base_info(model: nn.Module) -> BaseInfo | None:
 
 
 def ranks_of(model: nn.Module, accelerator: Accelerator | None) -> Ranks:
-    """How the processes share the work on a model: as its base was split, else data parallel; None: one alone."""
+    """How processes share the work: as the base was split, else data parallel; accelerator None: one process."""
     info = find_base_info(model)
     if info is not None and info.ranks is not None:
         return info.ranks

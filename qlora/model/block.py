@@ -1,4 +1,4 @@
-"""The LLaMA decoder block with its elementwise work fused: same numbers, fewer passes, less kept.
+"""The LLaMA decoder block with fused elementwise work: same numbers, fewer passes, less memory.
 
 With x the residual stream (N, D), W' = W + s B A an adapted or plain frozen layer (lora/layer.py,
 quant/weight.py), n_i RMSNorm and @ a product:
@@ -10,17 +10,16 @@ quant/weight.py), n_i RMSNorm and @ a product:
     x3 = x2 + (silu(gate) * up) @ Wdown'
 
 Each step is an autograd function that keeps what it needs and recomputes the rest: the norms keep their input and
-one number a row, attention q, k and v, SwiGLU gate and up. Their formulas, forward and backward, stand in
-kernels/fused.py, those of the products in lora/layer.py. y, z and the activation are kept where an adapted layer
+one number per row, attention q, k and v, SwiGLU gate and up. Their forward and backward formulas are in
+kernels/fused.py, those of the products in lora/layer.py. y, z and the activation are kept if an adapted layer
 reads them.
 
-Where several processes compute a block together (parallel/tensor_parallel.py), each has some heads and some
-columns of the MLP, o and the MLP's output are summands of theirs, and what lies between may be divided by tokens.
-What they then exchange stands in the block's `exchange`.
+Under tensor parallelism (parallel/tensor_parallel.py) each process has some heads and some columns of the MLP, o
+and the MLP's output are partial sums, and the residual stream may be split by tokens. The block's `exchange` does
+the communication.
 
-transformers' own block computes the same for every model; `fuse_blocks` puts this one in its place where it is
-known to be right (model/families.py): while whole sequences are computed. With a key-value cache transformers'
-own runs.
+`fuse_blocks` replaces transformers' own block by this one for families where it is known to compute the same
+(model/families.py). With a key-value cache transformers' own still runs.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ from qlora.system.errors import InputError
 
 
 class Exchange:
-    """What the processes that compute a block together tell each other. This one is alone: nothing.
+    """Communication between the processes that compute a block together. This class: a single process, none.
 
-    Tensors are (B, T, D). "Own tokens" are all, or with sequence parallelism those of this process.
+    Tensors are (B, T, D). "Own tokens" are this process's under sequence parallelism, otherwise all.
     """
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """What the block gets -> own tokens."""
+        """The block's input -> own tokens."""
         return hidden
 
     def enter(self, y: Tensor, length: int) -> Tensor:
@@ -52,15 +51,15 @@ class Exchange:
         return y
 
     def leave(self, o: Tensor) -> Tensor:
-        """A summand of all tokens, from a layer split by columns -> the sum of own tokens."""
+        """A partial sum of all tokens, from a layer split by columns -> the sum of own tokens."""
         return o
 
     def end(self, x: Tensor, length: int) -> Tensor:
-        """Own tokens -> what the block gives out."""
+        """Own tokens -> the block's output."""
         return x
 
     def collect(self, x: Tensor, length: int) -> Tensor:
-        """What the block gives out, of all tokens."""
+        """The block's output -> all tokens."""
         return x
 
 
@@ -68,7 +67,7 @@ ALONE = Exchange()
 
 
 class FusedBlock:
-    """A block that computes by `block_forward`: the base class that `fuse_blocks` adds to transformers' own.
+    """A block that runs `block_forward`: the base class that `fuse_blocks` adds to transformers' block.
 
     Attributes:
         exchange: set by tensor parallelism.
@@ -78,7 +77,7 @@ class FusedBlock:
 
 
 class AddNorm(torch.autograd.Function):
-    """(x + delta, RMSNorm(x + delta)); both gradients are taken in one pass."""
+    """(x + delta, RMSNorm(x + delta)), with both gradients in one pass."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -100,7 +99,7 @@ class AddNorm(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, of which only gate and up are kept."""
+    """silu(gate) * up; keeps only gate and up."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
@@ -113,14 +112,14 @@ class SwiGLU(torch.autograd.Function):
 
 
 def decoder_layers(model: nn.Module) -> list[Any]:
-    """The layers that transformers can recompute, from the lowest up."""
+    """The layers that transformers can recompute, lowest first."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def fuse_blocks(network: nn.Module) -> None:
-    """Give a transformers model's decoder blocks the forward above, where their own computes the same."""
+    """Give a transformers model's decoder blocks the forward above if their own computes the same."""
     blocks = {family.block for family in FAMILIES.values()}
     for module in list(network.modules()):
         if type(module).__name__ in blocks and not is_fused(module) and _is_plain(module):
@@ -129,17 +128,17 @@ def fuse_blocks(network: nn.Module) -> None:
 
 
 def is_fused(block: nn.Module) -> bool:
-    """Whether a decoder block computes by `block_forward`."""
+    """Whether a decoder block runs `block_forward`."""
     return isinstance(block, FusedBlock)
 
 
 def exchange_of(block: nn.Module) -> Exchange:
-    """What a decoder block exchanges; one of transformers' own, which is never split, nothing."""
+    """A decoder block's exchange; for transformers' own block, which is never split, one that does nothing."""
     return block.exchange if isinstance(block, FusedBlock) else ALONE
 
 
 def _is_plain(block: Any) -> bool:
-    """SiLU for the activation, no dropout in the attention."""
+    """Whether the activation is SiLU and the attention has no dropout."""
     attention = block.self_attn
     return type(block.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and not attention.attention_dropout
 
@@ -176,7 +175,7 @@ def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
 
 
 def _attend(attention: Any, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """Packed sequences on a CPU by the fused kernels, all else by transformers and qlora/model/attention.py."""
+    """Attention: fused kernels for packed sequences on a CPU, else transformers and qlora/model/attention.py."""
     bounds = kwargs.get("cu_seq_lens_q")
     cosine, sine = kwargs["position_embeddings"]
     fused = bounds is not None and kernels.kernel("attention", y) is not None
@@ -187,7 +186,7 @@ def _attend(attention: Any, y: Tensor, kwargs: dict[str, Any]) -> Tensor:
     if hasattr(attention, "q_norm"):
         q = attention.q_norm(q.view(len(y), -1, attention.head_dim)).view(len(y), -1)
         k = attention.k_norm(k.view(len(y), -1, attention.head_dim)).view(len(y), -1)
-    # Qwen has a window of each layer's own, None where it sees everything; Mistral one in its config.
+    # Qwen has a window per layer, None for full attention; Mistral has one in its config.
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)) or len(y)
     o = PackedAttention.apply(
         q,

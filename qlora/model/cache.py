@@ -26,7 +26,7 @@ def write_cache(network: Any, source: Source, quant: QuantConfig, device: torch.
 
     Args:
         network: an `empty_model`.
-        source: its weights, read, quantized on `device` and written one at a time.
+        source: of its weights, which are read, quantized on `device` and written one at a time.
     """
     planned = stored_weights(network, EmptySource(network), quant, torch.device("meta"))
     layout = {name: layout_of(stored_parts(name, weight)) for name, weight in planned}
@@ -51,7 +51,7 @@ def open_cache(cached: Path) -> SafetensorsSource:
 
 
 def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> Source:
-    """A model's weights: quantized ones from the cache where it has them, else its own files; nothing is written.
+    """A model's weights: the quantized ones in the cache if present, else its own files. Writes nothing.
 
     Args:
         quant: how the base is quantized; None for a 16-bit one.

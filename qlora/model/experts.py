@@ -1,7 +1,7 @@
-"""Mixture-of-experts layers whose experts are frozen, each matrix a weight of its own.
+"""Mixture-of-experts layers with frozen experts, each matrix a separate weight.
 
 transformers stacks the E experts of a layer into two parameters. A 4-bit weight is one matrix, and only the
-matrices of experts that a token has chosen should ever be dequantized, so they are kept apart:
+matrices of chosen experts should be dequantized, so they are stored separately:
 
     gate_up_proj (E, 2 F, D), down_proj (E, D, F)   ->   E x {gate_proj, up_proj (F, D), down_proj (D, F)}
 
@@ -9,8 +9,8 @@ For a token x with its K best experts e and their weights p_e, both from the rou
 
     y = sum over e of p_e down_e (act(gate_e x) * up_e x)
 
-The experts' matrices save no activation and get no gradient, as any frozen layer here; x and p do. The router
-stays a 16-bit layer of transformers' own. N tokens, D hidden, F expert width.
+Like any frozen layer here, the experts' matrices save no activation and get no gradient; x and p do. The router
+stays transformers' own 16-bit layer. N tokens, D hidden, F expert width.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora.model.families import FAMILIES, family_of
 from qlora.quant.layers import FrozenMatrix
 from qlora.system.errors import InputError
 
-MAX_EXPERTS = 2**16  # of all layers together: more than twice today's largest
+MAX_EXPERTS = 2**16  # over all layers: more than twice today's largest
 
 
 class Expert(nn.Module):
@@ -41,10 +41,10 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """A layer's experts, called as transformers calls its own."""
+    """A layer's experts, with the call signature of transformers' own."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Each expert on its tokens, added up by the router's weights.
+        """Apply each expert to its tokens and sum with the router's weights.
 
         Args:
             hidden_states: (N, D); top_k_index and top_k_weights: (N, K), the experts of each token.
@@ -65,7 +65,7 @@ def separate_experts(network: Any) -> None:
     """Replace the stacked experts of an empty transformers model by `Experts`, in place.
 
     Raises:
-        InputError: experts of a kind that is not known to compute the formula above, or too many.
+        InputError: the experts are not known to compute the formula above, or there are too many.
     """
     stacked = {
         name: module

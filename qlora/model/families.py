@@ -1,12 +1,12 @@
-"""The model families: what the project has to know of a model beside its transformers config, one row a family.
+"""The model families: what the project must know about a model besides its transformers config, one row each.
 
-A model of a family that is not here loads, trains, merges and answers all the same, as transformers computes it. A
-row says what may be done beyond that: fuse its blocks, split them between processes, write it as GGUF, read
-torchtune's adapters of it, keep its experts apart, and plan its memory exactly. Whoever needs one of these asks
-`family_of`, or the table; no other file lists families.
+A model without a row still loads, trains, merges and answers, with transformers' own modules. A row adds more:
+fuse its blocks, split them between processes, write it as GGUF, read torchtune's adapters of it, separate its
+experts, and plan its memory exactly. Code that needs these asks `family_of` or the table; no other file lists
+families.
 
 To add one, compare its modeling file in transformers with LLaMA's, write the row, and give the family a line in
-tests/parity/test_families.py. tests/model/test_families_table.py compares every row with transformers' modules.
+tests/parity/test_families.py. tests/model/test_families_table.py compares each row with transformers' modules.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Which outputs of a head the rotary embedding turns together, as the rows of q and k are stored: (i, i + d/2), as
-# Hugging Face has it, or the neighbors (2i, 2i + 1). model/rotary.py brings one into the other.
+# Which outputs of a head the rotary embedding rotates together, by the stored order of q's and k's rows:
+# (i, i + d/2) as in Hugging Face, or the neighbors (2i, 2i + 1). model/rotary.py converts between them.
 RotaryOrder = Literal["halves", "interleaved"]
 
 
@@ -24,10 +24,10 @@ class GGUFForm:
     """How llama.cpp stores and computes a family.
 
     Attributes:
-        architecture: its name there; several families may share one.
+        architecture: its name in llama.cpp; several families may share one.
         rotary: order of the rows of q and k in the file.
         has_biases: whether q, k, v and o may have biases.
-        has_rope_freqs: whether LLaMA 3's scaled rotary embedding can be stored, as a tensor of divisors.
+        has_rope_freqs: whether LLaMA 3's scaled rotary embedding can be stored (as a tensor of divisors).
     """
 
     architecture: str
@@ -38,23 +38,22 @@ class GGUFForm:
 
 @dataclass(frozen=True)
 class Family:
-    """One family. The defaults are those of a family without a row.
+    """One family. The defaults are for a family without a row.
 
     Attributes:
         model_type: its name in config.json.
-        block: class of the decoder block in transformers if it computes as model/block.py does: it may be fused.
-        tensor_parallel: whether processes may compute a block together (parallel/tensor_parallel.py); such a block
-            is a fused one.
-        head_norms: q and k have norms of their own.
-        post_norms: attention and MLP have norms behind them, too.
-        keeps_gelu: the MLP's GELU is written out in torch and keeps one more tensor.
-        qkv_bias: q, k and v have biases, which no setting turns off.
+        block: transformers' class of the decoder block if model/block.py computes the same: it may be fused.
+        tensor_parallel: whether processes may split a block (parallel/tensor_parallel.py); it must be fused.
+        head_norms: q and k have their own norms.
+        post_norms: attention and MLP are also followed by norms.
+        keeps_gelu: the MLP's GELU is several torch operations and keeps one more tensor.
+        qkv_bias: q, k and v always have biases.
         qkv, mlp_in, mlp_out, embedding: last names of the layers.
-        gguf: its form in llama.cpp; None: it is not exported.
-        torchtune_rotary: order of the rows of q and k in torchtune; None: its adapters are not imported.
-        gated_experts: a mixture whose experts compute the formula of model/experts.py.
-        file_names: (part of a module's name, the same in its files), where these differ. The first pair marks the
-            names that all of them apply to.
+        gguf: its form in llama.cpp; None: it cannot be exported.
+        torchtune_rotary: order of the rows of q and k in torchtune; None: its adapters cannot be imported.
+        gated_experts: its experts compute the formula in model/experts.py.
+        file_names: pairs (part of a module's name, that part in its files) that differ. All pairs apply to the
+            names that contain the first.
     """
 
     model_type: str
@@ -75,7 +74,7 @@ class Family:
 
 
 LLAMA_CPP = GGUFForm("llama", "interleaved", has_rope_freqs=True)
-# Mixtral's files keep the names of its first release; its modules have those of other mixtures of experts.
+# Mixtral's files keep the names of its first release; its modules are named like other mixtures of experts.
 MIXTRAL_FILES = (
     (".mlp.", ".block_sparse_moe."),
     (".gate_proj.", ".w1."),
@@ -120,7 +119,7 @@ def family_of(config: Any) -> Family:
 
 
 def known_layers(kind: Literal["qkv", "mlp_in", "mlp_out", "embedding"]) -> set[str]:
-    """The last names that layers of a kind have in any family."""
+    """Last names of the layers of a kind in any family."""
     return {name for family in FAMILIES.values() for name in getattr(family, kind)}
 
 

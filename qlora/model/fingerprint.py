@@ -1,4 +1,4 @@
-"""Identity of weights: of files by path, size and time of change; of tensors by a sample of their values."""
+"""Identity of weights: files by path, size and modification time; tensors by a sample of their values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def sample_weight(name: str, weight: Tensor) -> bytes:
-    """What stands for a weight in a base's fingerprint: its description and 64 of its values."""
+    """A weight's part of the base's fingerprint: its description and 64 of its values."""
     flat = weight.detach().reshape(-1)
     return describe_weight(name, weight.shape, weight.dtype) + as_bytes(flat[sampled(flat.numel())])
 
@@ -33,7 +33,7 @@ CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout chang
 
 
 def fingerprint_files(files: Iterable[Path], *parts: object) -> str:
-    """Identity of source files (path, size, time of change) and of what is done with them."""
+    """Identity of source files (path, size, modification time) and of what is done with them."""
     digest = hashlib.sha256(repr((CACHE_FORMAT, *parts)).encode())
     for file in files:
         status = file.resolve().stat()

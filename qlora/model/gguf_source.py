@@ -21,8 +21,8 @@ from qlora.system.wording import explain
 class GGUFSource:
     """Weights of a .gguf file under their Hugging Face names, dequantized one at a time.
 
-    llama.cpp stores the rows of q and k in the order of its own rotary embedding; they are put back into
-    Hugging Face's order (the llama architecture only; the Qwen ones keep theirs).
+    llama.cpp stores the rows of q and k in the order of its rotary embedding; they are restored to Hugging Face's
+    order (only for the llama architecture; Qwen's keep theirs).
     """
 
     def __init__(self, file: Path) -> None:
@@ -32,7 +32,7 @@ class GGUFSource:
         self.path, self.remedy = file, "download it again"
         self.packed: dict[str, str] = {}
         try:
-            with np.errstate(over="ignore"):  # a damaged offset; it is checked, and needs no warning
+            with np.errstate(over="ignore"):  # a damaged offset; checked below, so no warning
                 reader = _bounded_reader()(str(file))
             architecture = _gguf_value(reader, "general.architecture", str)
             if not architecture.isprintable():
@@ -48,7 +48,7 @@ class GGUFSource:
         tensors = {tensor.name: tensor for tensor in reader.tensors}
         scaling = reader.fields.get(f"{architecture}.rope.scaling.type")
         if "rope_freqs.weight" in tensors or (scaling is not None and scaling.contents() != "none"):
-            raise InputError(  # transformers' reader leaves both out, so the model would compute other numbers
+            raise InputError(  # transformers' reader drops both, so the model would compute other numbers
                 f"{file} scales its rotary embedding, which is not read from GGUF; use the model's safetensors."
             )
         check_names(tensors, file)
@@ -70,7 +70,7 @@ class GGUFSource:
             stored = f"{gguf_name}.{name.rpartition('.')[2]}"
             if stored in tensors:
                 self._tensors[name] = tensors.pop(stored)
-        # What has no Hugging Face name keeps its own, and is reported as unexpected.
+        # A tensor without a Hugging Face name keeps its own and is reported as unexpected.
         self._tensors.update(tensors)
         self.names = set(self._tensors)
 
@@ -78,15 +78,15 @@ class GGUFSource:
         return tuple(int(n) for n in reversed(self._tensors[name].shape))
 
     def is_float(self, name: str) -> bool:
-        """`read` gives fp32 of whatever it can read."""
+        """Always true: `read` returns fp32."""
         return name in self._tensors
 
     def view(self, name: str) -> Tensor:
-        """As `read`: what a file holds in other blocks cannot be looked at."""
+        """Same as `read`: GGUF's blocks cannot be viewed as a tensor."""
         return self.read(name)
 
     def read(self, name: str) -> Tensor:
-        """fp32, dequantized from GGUF's blocks. Read from the file, not mapped."""
+        """Read a weight from the file, not mapped, and dequantize it to fp32."""
         import numpy as np
         from gguf import dequantize
 
@@ -100,7 +100,7 @@ class GGUFSource:
             for letter, heads in self._heads.items():
                 if self._interleaved and f".self_attn.{letter}_proj." in name:
                     tensor = to_halves(tensor, heads)
-        except (ValueError, TypeError, RuntimeError) as error:  # a type, or heads, that do not go with the shape
+        except (ValueError, TypeError, RuntimeError) as error:  # a type or head count that does not fit the shape
             if is_out_of_memory(error):
                 raise
             raise InputError(
@@ -111,7 +111,7 @@ class GGUFSource:
 
 @_cache
 def _bounded_reader() -> Any:
-    """gguf's reader, with an end: the original reads past it, and a damaged length makes it loop for years."""
+    """gguf's reader with bounds checks: the original reads past the end, and a damaged length makes it loop."""
     import numpy as np
     from gguf import GGUFReader
 

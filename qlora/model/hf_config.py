@@ -1,4 +1,4 @@
-"""A model's config.json, and the metadata of a .gguf; code of its own is never run."""
+"""Read a model's config.json or a .gguf's metadata; custom code is never run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora.system.errors import InputError
 from qlora.system.files import new_directory, read_json
 from qlora.system.wording import explain
 
-SIZE_LIMITS = {  # of a model's config: many times today's largest
+SIZE_LIMITS = {  # for values of a model's config: many times today's largest
     "num_hidden_layers": 2**12,
     "hidden_size": 2**20,
     "intermediate_size": 2**24,
@@ -44,7 +44,7 @@ def load_config(model: str) -> Any:
         raise InputError(f"{file} names other configuration_files; remove that entry.")
     with named_failure(f"{file} describes no model that loads", "download it again, or choose another model"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        # Modules of any size can be declared; making them takes real time and, for buffers, memory.
+        # A config can declare modules of any size; making them takes time and, for buffers, memory.
         for field, limit in SIZE_LIMITS.items():
             value = getattr(config, field, None)
             if isinstance(value, int) and value > limit:
@@ -62,10 +62,10 @@ def refuse_own_code(declared: dict[str, Any], file: Path) -> None:
 
 @contextmanager
 def named_failure(what: str, remedy: str) -> Iterator[None]:
-    """Make an InputError of whatever transformers raises over files that may hold anything.
+    """Turn any error that transformers raises on untrusted files into an InputError.
 
-    Its parsers check little, so that a wrong type may surface as any exception, and those of the tokenizers
-    library are plain Exceptions or, where it panicked, not even that.
+    Its parsers check little, so a wrong type may surface as any exception. The tokenizers library raises plain
+    Exceptions or, if it panicked, not even those.
     """
     try:
         yield
@@ -78,9 +78,9 @@ def named_failure(what: str, remedy: str) -> Iterator[None]:
 
 
 def metadata_directory(model: str) -> Path:
-    """The directory with config.json and the tokenizer; for a .gguf they are converted once and kept.
+    """The directory with config.json and the tokenizer; for a .gguf they are converted once and cached.
 
-    Of a hub id no weights are downloaded.
+    For a hub id no weights are downloaded.
     """
     path = resolve_model(model, weights=False)
     if path.suffix != ".gguf":
@@ -94,7 +94,7 @@ def metadata_directory(model: str) -> Path:
         GGUFSource(path)  # names a damaged file or an unknown architecture before transformers trips on it
         failure = named_failure(f"{path} has no config or tokenizer that loads", "download it again")
         with tempfile.TemporaryDirectory() as alone, failure:
-            # By itself: transformers would take a tokenizer.json that happens to lie beside it for its own.
+            # In its own directory: transformers would use a tokenizer.json that happens to be next to it.
             Path(alone, "model.gguf").symlink_to(path.resolve())
             config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
@@ -105,7 +105,7 @@ def metadata_directory(model: str) -> Path:
 
 
 def declared_quantization(config: Any, model: str) -> QuantConfig | None:
-    """How a checkpoint's config says that its weights are quantized; None: they are not."""
+    """How the weights are quantized according to a checkpoint's config; None: they are not."""
     declared = getattr(config, "quantization_config", None)
     if declared is None:
         return None

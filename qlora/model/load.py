@@ -1,22 +1,20 @@
-"""Load a frozen base model: empty modules first, then one tensor at a time into its final form.
+"""Load a frozen base model: empty modules first, then one tensor at a time in its final form.
 
     source (directory, hub id or .gguf)  ->  read one tensor  ->  quantize it  ->  into the cache  ->  next
     cache  ->  memory-mapped, every start, the first one too
 
-Nothing is ever resident in full precision but the tensor in hand, and of the quantized model one shard while the
-cache is written. A mapped weight is read from the disk when it is first used and, as it is never written to, may
-be dropped again by the system.
+Only the current tensor is in memory in full precision and, while the cache is written, one shard of the quantized
+model. A mapped weight is read from disk on first use; as it is never written to, the OS can evict and reload it.
 
-Linear layers inside the blocks (Conv1D and the matrices of experts too) become 4-bit (`use_4bit`) or bf16;
-embeddings and the output head stay in bf16; norms, biases and routers take the compute dtype. Embeddings cast
-their output, and our linear layers compute in their input's dtype, so the stored dtype never shows in the
-activations.
+Linear layers inside the blocks (also Conv1D and experts' matrices) become 4-bit (`use_4bit`) or bf16; embeddings
+and the output head stay in bf16; norms, biases and routers take the compute dtype. Embeddings cast their output
+and our linear layers compute in their input's dtype, so activations never depend on the stored dtype.
 
-GPT-2's Conv1D holds W^T, (in, out). In 4 bits it is the Linear4bit it stands for, (out, in), as bitsandbytes has
-it; in 16 bits and in every file it keeps its own layout.
+GPT-2's Conv1D holds W^T, (in, out). In 4 bits it becomes a Linear4bit, (out, in), as in bitsandbytes; in 16 bits
+and in files it keeps its own layout.
 
-The quantized model is kept on disk in the layout transformers uses for bitsandbytes checkpoints, so the
-cache and an already quantized checkpoint load by the same path.
+The cache has the layout of transformers' bitsandbytes checkpoints, so it and an already quantized checkpoint load
+the same way.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from qlora.system.device import choose_compute_dtype
 from qlora.system.errors import InputError
 from qlora.system.files import new_file, only_writer
 
-MEASURED_WIDTH = 1024  # of the matrix product that decides between fp32 and bf16
+MEASURED_WIDTH = 1024  # of the matrix product timed to decide between fp32 and bf16
 Cut: TypeAlias = Callable[[str, Tensor], Tensor]
 
 
@@ -67,11 +65,11 @@ def load_base_model(
         use_4bit: quantize the blocks' linear layers as `quant` says; False keeps them in bf16.
         compute_dtype: "auto" (measured on the device), "float32" or "bfloat16": dtype of activations.
         cache: keep the quantized weights on disk and read them from there the next time.
-        cut: takes each weight by name, as it is kept, and returns the part of it to keep here.
+        cut: called with each weight's name and final form, returns the part to keep here.
     Returns:
         A transformers causal LM in eval mode, nothing trainable, with a `BaseInfo` (model/base.py).
     Raises:
-        InputError: no such model; or all missing, extra and misshapen weights.
+        InputError: no such model; or lists all missing, extra and misshapen weights.
     """
     quant = quant or QuantConfig()
     device = torch.device(device)
@@ -101,9 +99,9 @@ def load_base_model(
 def load_first_block(
     model: str, source: Source, quant: QuantConfig | None, dtype: torch.dtype, device: torch.device
 ) -> Any:
-    """A model that can compute up to its first decoder layer, from given embeddings: to compare that layer with.
+    """Load only the first decoder layer, to compare it with a split one; it computes from given embeddings.
 
-    Of embeddings, head and the other layers nothing is read; they stay on the meta device.
+    Embeddings, head and the other layers are not read; they stay on the meta device.
     """
     network = empty_model(model)
     out = {network.get_input_embeddings(), network.get_output_embeddings(), *decoder_layers(network)[1:]}
@@ -125,16 +123,16 @@ def plan_base_model(
     compute_dtype: str = "auto",
     device: torch.device | str = "cpu",
 ) -> Any:
-    """What `load_base_model` returns, every tensor of the same shape and dtype, but on the meta device.
+    """The model of `load_base_model` with the same shapes and dtypes, but on the meta device.
 
-    Nothing but the config is read, and of a hub id nothing else downloaded. Adapters go into it as into the loaded
-    model, and `plan_recomputing` counts both by the same lines.
+    Only the config is read or downloaded. Adapters go into it as into the loaded model, and `plan_recomputing`
+    counts both with the same code.
 
     Args:
-        model, use_4bit, quant: as for `load_base_model`. Of a checkpoint in 4 bits its config says how.
-        compute_dtype, device: dtype of activations; "auto" is bf16 on a GPU that is not here.
+        model, use_4bit, quant: as for `load_base_model`; a 4-bit checkpoint's config overrides `quant`.
+        compute_dtype, device: dtype of activations; "auto" is bf16 for a GPU that this machine lacks.
     Raises:
-        InputError: as `load_base_model`, as far as the config shows it.
+        InputError: as `load_base_model`, if the config alone shows the problem.
     """
     stored = declared_quantization(load_config(model), model)
     if stored is not None and not use_4bit:
@@ -157,7 +155,7 @@ def _finish(
     device: torch.device,
     cut: Cut | None = None,
 ) -> None:
-    """Make of an `empty_model` the base that computes, in place."""
+    """Turn an `empty_model` into a working base, in place."""
     weights = stored_weights(network, source, quant, device)
     _fill(network, weights if cut is None else ((name, cut(name, weight)) for name, weight in weights), device)
     _compute_in(network, dtype)
@@ -166,10 +164,10 @@ def _finish(
 
 
 def cached_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:
-    """`choose_compute_dtype`, measured once per machine: a second measurement on a busy one could differ.
+    """`choose_compute_dtype`, measured once per machine: measuring again on a busy machine could differ.
 
     Args:
-        cache: remember a measurement; one that was remembered counts in any case.
+        cache: save a new measurement; a saved one is used in any case.
     """
     if name != "auto" or device.type == "cuda":
         return choose_compute_dtype(name, device, MEASURED_WIDTH)
@@ -195,11 +193,11 @@ def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.dev
             tied = Linear16bit(embedding.weight.data, network.get_submodule(owner).bias)
             tied.weight = embedding.weight
             set_tensor(network, owner, tied)
-    network.to(device)  # buffers: everything else lies there already
+    network.to(device)  # buffers: everything else is there already
 
 
 def _place(network: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Put parameters into their places, and our own linear layers into that of torch's."""
+    """Put parameters in place and replace torch's linear layers by ours."""
     matrices = matrix_layers(network)
     for name, weight in weights:
         owner, _, kind = name.rpartition(".")
@@ -219,7 +217,7 @@ def _place(network: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
 
 
 def _quantization_of(network: Any) -> QuantConfig | None:
-    """Read from the weights themselves: an already quantized checkpoint brings its own."""
+    """The quantization of the weights themselves: an already quantized checkpoint has its own."""
     for parameter in network.parameters():
         if isinstance(parameter, Params4bit):
             return quantization_of(parameter)
@@ -227,14 +225,14 @@ def _quantization_of(network: Any) -> QuantConfig | None:
 
 
 def _compute_in(network: nn.Module, dtype: torch.dtype) -> None:
-    """Make activations `dtype`: embeddings cast what they give out, norms take the dtype itself."""
+    """Make activations `dtype`: embeddings cast their output, norms are converted."""
     from transformers.pytorch_utils import Conv1D
 
     def cast_output(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         scale = getattr(module, "embed_scale", None)
         if scale is None:
             return output.to(dtype)
-        # Gemma's embedding multiplies in the dtype of its table: in bf16 that would round the product.
+        # Gemma's embedding scales in its table's dtype: in bf16 that would round the product.
         return F.embedding(args[0], module.weight, module.padding_idx).to(dtype) * scale.to(dtype)
 
     for module in network.modules():

@@ -9,8 +9,8 @@ For supervised position i with hidden state h_i (D) and target t_i, with W (V, D
 
 Gemma 2 caps its logits: z_i = c tanh(m W h_i / c), and g_i is multiplied by dz / d(m W h) = 1 - (z_i / c)^2.
 
-The gradients need the same logits as the loss, so all are computed in one pass, a chunk of rows at a time:
-a chunk's logits die before the next chunk's are made, and the backward pass only scales what was stored
+The gradients need the same logits as the loss, so both are computed in one pass, a chunk of rows at a time:
+a chunk's logits are freed before the next chunk's are made, and the backward pass only scales what was stored:
 (n, D), and (V, D) in fp32 for a head that trains. Positions without a target never reach the head. N all
 positions, n supervised, D hidden, V vocabulary.
 
@@ -18,7 +18,7 @@ A mixture of experts adds the Switch Transformer's load-balancing loss (arXiv 21
 f_e the share of (token, layer) pairs that chose expert e, counted K times where K experts are chosen, and P_e the
 mean probability that the router gave it, over E experts
 
-    balance = E sum over e of f_e P_e        f takes no gradient; balance is K where all experts are used alike
+    balance = E sum over e of f_e P_e        f has no gradient; balance is K if all experts are used equally
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from qlora.model.attention import packed_arguments
 from qlora.system.errors import InputError
 from qlora.system.memory import trim_heap
 
-CHUNK_SIZE = 256  # supervised positions whose logits exist at a time
+CHUNK_SIZE = 256  # supervised positions whose logits exist at once
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,14 +59,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         weight = head.detach()
-        buffer = hidden.new_empty(min(chunk_size, len(targets)), len(weight))  # one for all chunks
+        buffer = hidden.new_empty(min(chunk_size, len(targets)), len(weight))  # shared by all chunks
 
         def times_head(rows: Tensor, out: Tensor, backward: bool = False) -> Tensor:
             nonlocal weight
             product = multiply_16bit(rows, weight, None, backward, out)
             if product is None:
                 if weight.dtype != hidden.dtype and weight.device.type == "cpu":
-                    trim_heap()  # of the layers' temporaries: a copy of the head comes on top
+                    trim_heap()  # frees the layers' temporaries before a copy of the head
                 weight = weight.to(hidden.dtype)
                 product = torch.mm(rows, weight if backward else weight.T, out=out)
             return product
@@ -121,10 +121,10 @@ def linear_cross_entropy(
 
     Args:
         hidden: (N, D) final hidden states, bf16 or fp32.
-        weight: (V, D) output head, any float dtype; where it requires a gradient that is accumulated in fp32.
-        targets: (N,) int64, already shifted; IGNORE_INDEX is left out.
-        chunk_size: positions whose logits exist at a time.
-        scale: the logits are multiplied by it.
+        weight: (V, D) output head, any float dtype; its gradient, if required, is accumulated in fp32.
+        targets: (N,) int64, already shifted; IGNORE_INDEX is skipped.
+        chunk_size: positions whose logits exist at once.
+        scale: multiplies the logits.
         softcap: largest magnitude c of a logit, z -> c tanh(z / c); its derivative is 1 - (capped z / c)^2.
     Returns:
         (loss_sum, num_targets): fp32 scalar in nats, connected to `hidden` even when every target is
@@ -147,7 +147,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tenso
         top_k: experts that each token chooses.
         real: (N,) bool, false on padding.
     Returns:
-        fp32 scalar; `top_k` where all experts are used alike.
+        fp32 scalar; `top_k` if all experts are used equally.
     """
     num_experts = router_logits[0].shape[-1]
     p = torch.cat([logits[real].float().softmax(dim=-1) for logits in router_logits])
@@ -158,7 +158,7 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tenso
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What turns hidden states into logits: z = softcap * tanh(scale * W h / softcap), or scale * W h."""
+    """Turns hidden states into logits: z = softcap * tanh(scale * W h / softcap), or scale * W h."""
 
     weight: Tensor  # (V, D)
     scale: float
@@ -169,7 +169,7 @@ def output_head(model: Any) -> OutputHead:
     """The head of a transformers causal LM.
 
     Raises:
-        InputError: it has a bias, which the chunked loss would miss.
+        InputError: it has a bias, which the chunked loss would ignore.
     """
     config, head = model.config, model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
@@ -180,7 +180,7 @@ def output_head(model: Any) -> OutputHead:
 
 @contextmanager
 def gathered_head(model: Any) -> Iterator[OutputHead]:
-    """`output_head`, whole for the time of the block where the base is sharded (parallel/fsdp.py)."""
+    """`output_head`, gathered within the `with` block if the base is sharded (parallel/fsdp.py)."""
     owner = model.get_input_embeddings() if model.config.tie_word_embeddings else model.get_output_embeddings()
     if not hasattr(owner, "unshard"):
         yield output_head(model)
@@ -198,10 +198,10 @@ def target_log_likelihoods(
     """log p of each target, without gradients and without the (n, V) logits.
 
     Args:
-        hidden: (n, D) final hidden states, one for each target; a state may stand there several times.
+        hidden: (n, D) final hidden states, one per target; states may repeat.
         targets: (n,) int64.
     Returns:
-        ((n,) fp32 in nats, (n,) bool: whether the target is the likeliest token, the first one where several are).
+        ((n,) fp32 in nats, (n,) bool: whether the target is the likeliest token, the first of equals).
     """
     weight = head.weight.to(hidden.dtype)
     log_p = torch.empty(len(targets), device=hidden.device)
@@ -217,7 +217,7 @@ def target_log_likelihoods(
 
 
 def attention_arguments(model: Any, batch: Batch) -> dict[str, Any]:
-    """What makes the attention of a packed batch block-diagonal; nothing for a padded one."""
+    """Arguments that make the attention of a packed batch block-diagonal; none for a padded one."""
     if batch.cu_seqlens is None:
         return {}
     implementation = model.config._attn_implementation
@@ -232,18 +232,18 @@ def attention_arguments(model: Any, batch: Batch) -> dict[str, Any]:
 def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, int]:
     """Loss sum of one micro-batch through a transformers causal LM.
 
-    While a mixture of experts trains (`model.training`), the sum has one term more,
+    While a mixture of experts trains (`model.training`), the sum has one more term,
 
         router_aux_loss_coef x load_balancing_loss of the micro-batch's real tokens x num_targets
 
     so that a step's sum over micro-batches, divided by its number of targets, is the mean cross-entropy plus the
-    coefficient times the micro-batches' mean balance, weighted by their targets. The balance is that of one
-    micro-batch: it is the one term by which 1 x 8 and 2 x 4 examples differ. A held-out loss is without it.
+    coefficient times the micro-batches' mean balance, weighted by their targets. The balance is per micro-batch:
+    it is the only term in which 1 x 8 and 2 x 4 examples differ. Held-out losses omit it.
 
     Returns:
         (loss_sum, num_targets) as `linear_cross_entropy`.
     Raises:
-        InputError: the model's head has a bias, which the chunked loss would miss.
+        InputError: the model's head has a bias, which the chunked loss would ignore.
     """
     config: Any = model.config
     arguments = attention_arguments(model, batch)

@@ -1,4 +1,4 @@
-"""A directory, a hub id or a .gguf file -> the files that hold the weights."""
+"""Find the files of a model, given as a directory, hub id or .gguf file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def resolve_model(model: str, weights: bool = True) -> Path:
     Args:
         weights: False leaves them on the hub.
     Raises:
-        InputError: neither a path nor an id that the hub knows, or the hub is out of reach.
+        InputError: neither a path nor an id on the hub, or the hub cannot be reached.
     """
-    path = Path(os.path.expanduser(model))  # leaves "~nobody" as it is, where pathlib raises
+    path = Path(os.path.expanduser(model))  # keeps "~nobody" unchanged; pathlib would raise
     if path.is_dir() or path.is_file():
         if path.is_file() and path.suffix != ".gguf":
             raise InputError(f"--model {model} is a file but no .gguf; give the model's directory instead.")
@@ -33,14 +33,14 @@ def resolve_model(model: str, weights: bool = True) -> Path:
 
 @_cache
 def _download(model: str, weights: bool) -> Path:
-    """The hub's snapshot of a model, without the second copy of the weights that some repositories hold.
+    """Download the hub's snapshot of a model, without the second copy of the weights that some repositories hold.
 
-    The weights are those of the commit that the config was taken from.
+    Weights and config come from the same commit.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    revision = _download(model, False).name if weights else None  # a snapshot's directory is called by its commit
+    revision = _download(model, False).name if weights else None  # a snapshot's directory is named by its commit
     patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
     others = ["consolidated*", "*/*"]
     try:

@@ -1,7 +1,7 @@
-"""The two orders in which the rows of q and k are stored, for rotary embeddings that pair them differently.
+"""Convert between the two orders of q's and k's rows, for rotary embeddings that pair them differently.
 
-With d outputs of a head, Hugging Face's turns (i, i + d/2) together: "halves". Meta's own, torchtune's and that of
-llama.cpp's llama architecture turn neighbors (2i, 2i + 1): "interleaved".
+With d outputs per head, Hugging Face rotates (i, i + d/2) together: "halves". Meta, torchtune and llama.cpp's
+llama architecture rotate neighbors (2i, 2i + 1): "interleaved".
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Where a model's weights come from: a Hugging Face directory, a .gguf file, or the hub.
+"""Read a model's weights from a Hugging Face directory.
 
-Files of others may hold anything. Each is checked before it is used: whole, no pickle, no path that leads out
-of its directory, no size that its bytes cannot have; an error names the file and the value.
+Files are untrusted. Each is checked before use: complete, no pickle, no path out of its directory, no size that
+its bytes cannot have; an error names the file and the value.
 
-A source gives every weight under the name it has in our modules. Where the files say it otherwise (an expert's
-matrices in a mixture of experts, the tensors of a .gguf) the names are translated here.
+A source gives every weight its name in our modules, translated if the files use another (an expert's matrices in a
+mixture of experts).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from qlora.system.memory import is_out_of_memory
 from qlora.system.wording import explain
 
 REMEDY = "download the model again"
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # a narrower one needs scales, which no plain weight has
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # narrower ones need scales, which plain weights lack
 MAX_STACKED = 2**14  # experts in one tensor
-MAX_HEADER = 100_000_000  # bytes; safetensors opens no file with a longer one
-SMALL = 2**16  # bytes: more than a norm has, or any part of a 4-bit weight but its codes and scales
+MAX_HEADER = 100_000_000  # bytes; safetensors rejects a longer one
+SMALL = 2**16  # bytes: larger than a norm or any part of a 4-bit weight except codes and scales
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class SafetensorsSource:
     """Weights of a Hugging Face directory: model.safetensors, or shards and their index.
 
-    Tensors are read into fresh memory, gone when dropped; with `map_files` they are views of the mapped files.
+    Tensors are read into fresh memory, freed when dropped; with `map_files` they are views of the mapped files.
 
     Args:
         remedy: what to do about a damaged file, for the error.
@@ -66,14 +66,14 @@ class SafetensorsSource:
         check_names(self.names, directory)
         marker = ".quant_state.bitsandbytes__"
         self.packed = {name.partition(marker)[0]: name for name in self.names if marker in name}
-        self._parts: dict[str, list[str]] = {}  # of a packed weight: its own name and its companions'
+        self._parts: dict[str, list[str]] = {}  # packed weight -> its own name and its companions'
         for name in self.names:
             owner = name.partition(".weight.")[0] + ".weight" if ".weight." in name else name
             if owner in self.packed:
                 self._parts.setdefault(owner, []).append(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Logical shape: that of a 4-bit weight is recorded beside its codes."""
+        """Logical shape; a 4-bit weight's is stored with its codes."""
         if name in self.packed:
             quant_state = self.read(self.packed[name])
             try:
@@ -88,12 +88,12 @@ class SafetensorsSource:
         return (rows.stop - rows.start, *whole[2:])
 
     def is_float(self, name: str) -> bool:
-        """Whether the values are floating point numbers, as a weight's are (a 4-bit one's stand for such)."""
+        """Whether the values are floating point, as a weight's are (also a 4-bit one's)."""
         file, key, _ = self._places[name]
         return name in self.packed or file.get_slice(key).get_dtype() in FLOAT_DTYPES
 
     def view(self, name: str) -> Tensor:
-        """`read`, but of pages that are fetched when they are touched, and let go with the tensor."""
+        """Like `read`, but as mapped pages, loaded when touched and freed with the tensor."""
         from safetensors import safe_open
 
         _, key, index = self._places[name]
@@ -120,20 +120,19 @@ class SafetensorsSource:
 
 
 def _fetch_beginnings(file: Path) -> None:
-    """Read from the disk what loading looks into in a mapped file: small tensors, and the start of large ones.
+    """Read in advance what loading touches in a mapped file: small tensors, and the start of large ones.
 
-    Through the mapping, a page that is missing comes with its surroundings, as far as the system reads ahead:
-    where that is megabytes, some hundred looks bring in most of a 7B model. The start: torch (2.13) looks at the
-    first byte of every tensor that safetensors makes.
+    A page fault in the mapping also reads ahead: if by megabytes, a few hundred faults load most of a 7B model.
+    torch (2.13) touches the first byte of every tensor that safetensors makes.
     """
     from safetensors import safe_open
 
     with open(file, "rb", buffering=0) as raw:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
+            os.posix_fadvise(raw.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead
         size = int.from_bytes(raw.read(8), "little")
         header = raw.read(min(size, MAX_HEADER))
-        with safe_open(file, framework="pt"):  # refuses a header that is none
+        with safe_open(file, framework="pt"):  # rejects an invalid header
             tensors = json.loads(header)
         tensors.pop("__metadata__", None)
         for tensor in tensors.values():
@@ -143,9 +142,9 @@ def _fetch_beginnings(file: Path) -> None:
 
 
 def _names_of(key: str, file: Any) -> dict[str, tuple[Any, ...]]:
-    """Names of the weights that one stored tensor holds -> their index in it, () for all of it.
+    """Names of the weights in one stored tensor -> their index in it, () for the whole tensor.
 
-    One and the same but for experts: E of them may be stacked, gate over up, as transformers holds them.
+    A tensor holds one weight, except experts: E may be stacked, gate over up, as in transformers.
     """
     prefix, _, part = key.rpartition(".experts.")
     if part in ("gate_up_proj", "down_proj"):
@@ -163,7 +162,7 @@ def _names_of(key: str, file: Any) -> dict[str, tuple[Any, ...]]:
 
 
 def module_name(name: str) -> str:
-    """The name that a stored tensor has in our modules; the inverse of `saved_name`."""
+    """A stored tensor's name in our modules; the inverse of `saved_name`."""
     for family in FAMILIES.values():
         if family.file_names and family.file_names[0][1] in name:
             for ours, theirs in family.file_names:
@@ -172,7 +171,7 @@ def module_name(name: str) -> str:
 
 
 def saved_name(name: str, model_type: str) -> str:
-    """The name that transformers saves a parameter of our modules under."""
+    """The name under which transformers saves a parameter of our modules."""
     family = FAMILIES.get(model_type)
     if family and family.file_names and family.file_names[0][0] in name:
         for ours, theirs in family.file_names:
@@ -181,7 +180,7 @@ def saved_name(name: str, model_type: str) -> str:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that hold a model's weights, all of them there."""
+    """The files that hold a model's weights; all exist."""
     if path.suffix == ".gguf":
         return [path]
     index = path / "model.safetensors.index.json"
@@ -212,7 +211,7 @@ def _indexed_files(index: Path) -> list[Path]:
 
 
 def check_names(names: Iterable[str], path: Path) -> None:
-    """Tensor names go into messages: nothing that moves a terminal's cursor."""
+    """Reject tensor names that could control a terminal: they appear in messages."""
     for name in names:
         if not name.isprintable() or not name:
             raise InputError(f"{path} holds a tensor named {name!r:.60}; the file is not to be trusted.")

@@ -1,6 +1,6 @@
-"""Write safetensors shards while the tensors are still coming in: never more than one weight is in memory.
+"""Write safetensors shards as tensors arrive, with at most one weight in memory.
 
-The safetensors library wants all tensors of a file in memory; the format itself is a length, a JSON header of
+The safetensors library needs all tensors of a file in memory; the format itself is a length, a JSON header of
 dtypes, shapes and offsets, and the bytes (github.com/huggingface/safetensors, README, "Format").
 """
 
@@ -26,22 +26,22 @@ Layout = Mapping[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]  # weight 
 
 
 def stored_parts(name: str, weight: Tensor) -> Parts:
-    """What a weight is stored as: a 4-bit one as its codes and their scales, another as it is."""
+    """The tensors that store a weight: codes and scales of a 4-bit one, otherwise the weight itself."""
     parts = packed_tensors(weight) if isinstance(weight, Params4bit) else {"": weight}
     return {f"{name}{part}": tensor for part, tensor in parts.items()}
 
 
 def layout_of(parts: Parts) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a file must know of a weight before it is there; of meta tensors, too."""
+    """Dtypes and shapes for a file's header, before the weight is written; also from meta tensors."""
     return {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in parts.items()}
 
 
 def plan_shards(layout: Layout, max_bytes: int) -> dict[str, list[str]]:
-    """File name -> weights in it, in order; a file has at most `max_bytes` of tensors, or a single weight."""
+    """File name -> weights in it, in order; a file holds at most `max_bytes` of tensors, or a single weight."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    # A weight above the limit is passed off as one at the limit: it then ends the file before it, where the
-    # library would go on filling that file afterwards.
+    # Clip a weight above the limit to the limit: it then closes the file before it, which the library would
+    # otherwise keep filling.
     sizes = {name: min(max_bytes, sum(map(_num_bytes, parts.values()))) for name, parts in layout.items()}
     plan = split_state_dict_into_shards_factory(
         sizes,
@@ -64,11 +64,11 @@ def write_shards(
     """Write model.safetensors, or several files and their index.
 
     Args:
-        layout: every weight, in the order in which `weights` gives them.
-        weights: called once, with the names of the weights that are wanted.
-        max_bytes: of a file; by default SHARD_BYTES.
-        finished: files that are there already and stay as they are.
-        note: hears of each file when it is whole.
+        layout: every weight, in the order that `weights` yields them.
+        weights: called once, with the names of the weights to yield.
+        max_bytes: largest file; by default SHARD_BYTES.
+        finished: files that exist already and are kept.
+        note: called with each file when it is complete.
     """
     plan = plan_shards(layout, SHARD_BYTES if max_bytes is None else max_bytes)
     waiting = {file: names for file, names in plan.items() if file not in finished}
@@ -85,7 +85,7 @@ def write_shards(
 
 
 def _write_file(file: Path, layout: Layout, weights: Iterator[tuple[str, Parts]]) -> None:
-    """Write the next of `weights`, which `layout` announces.
+    """Write the next of `weights`, as listed in `layout`.
 
     Wide dtypes come first, so that each tensor starts at a multiple of its item size.
     """

@@ -22,7 +22,7 @@ STORED_BUFFERS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 class EmptySource:
-    """A source of weights that have a shape and nothing else."""
+    """A source of weights with shapes but no values."""
 
     def __init__(self, network: Any) -> None:
         self._shapes = _parameter_shapes(network)
@@ -42,7 +42,7 @@ class EmptySource:
 
 
 def weight_shapes(network: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of an `empty_model` under the name transformers saves it, tied ones once.
+    """Shape of every parameter of an `empty_model` by the name transformers saves it under, tied ones once.
 
     In the order and the layout of `dequantized_weights`.
     """
@@ -57,9 +57,9 @@ def _parameter_shapes(network: Any) -> dict[str, tuple[int, ...]]:
 
 
 def names_to_quantize(network: Any, source: Source) -> set[str]:
-    """The weights to bring into 4 bits: linear layers, Conv1D and experts' matrices, the output head left out.
+    """The weights to quantize to 4 bits: linear layers, Conv1D and experts' matrices, except the output head.
 
-    None in a checkpoint that is quantized already: what it keeps in 16 bits it keeps on purpose.
+    None if the checkpoint is quantized already: what it keeps in 16 bits is intentional.
     """
     if source.packed:
         return set()
@@ -71,7 +71,7 @@ def names_to_quantize(network: Any, source: Source) -> set[str]:
 
 
 def matrix_layers(network: Any) -> dict[str, nn.Module]:
-    """Qualified name -> layer whose weight is one matrix that may be quantized; the output head among them."""
+    """Qualified name -> layer whose weight is one matrix that may be quantized; includes the output head."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D, FrozenMatrix)
@@ -88,7 +88,7 @@ def transposed_names(network: Any) -> set[str]:
 def empty_model(model: str) -> Any:
     """The model's modules with parameters on the meta device and real (computed) buffers.
 
-    Those of transformers, but for mixtures of experts: their experts are kept apart (qlora/model/experts.py).
+    They are transformers' own, except for separate experts (qlora/model/experts.py).
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -109,7 +109,7 @@ def empty_model(model: str) -> Any:
 
 
 def tied_names(network: Any) -> list[str]:
-    """Parameters that are another one's alias (lm_head when embeddings are tied)."""
+    """Parameters that alias another one (lm_head when embeddings are tied)."""
     if not network.config.tie_word_embeddings:
         return []
     return list(getattr(network, "_tied_weights_keys", None) or ())
@@ -119,7 +119,7 @@ def match_names(network: Any, source: Source) -> dict[str, str]:
     """Parameter name -> stored name, or one error that lists everything missing, extra or misshapen."""
     expected, transposed = _parameter_shapes(network), transposed_names(network)
     prefix = network.base_model_prefix + "."
-    bare = not any(name.startswith(prefix) for name in source.names)  # GPT-2's files leave the prefix out
+    bare = not any(name.startswith(prefix) for name in source.names)  # GPT-2's files omit the prefix
     stored = {name: name.removeprefix(prefix) if bare else name for name in expected}
     problems = [f"missing {name}" for name, key in stored.items() if key not in source.names]
     for name, key in stored.items():

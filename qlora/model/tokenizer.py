@@ -1,4 +1,4 @@
-"""Load a tokenizer; its files are checked first, and code of its own is never run."""
+"""Load a tokenizer; its files are checked first, and custom code is never run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
     """The model's tokenizer with its chat template, if it has one; custom code is never run.
 
     Args:
-        adapter: an adapter's directory: where it holds a tokenizer (new tokens, a chat template) that one is
-            loaded, for it is what the adapter was trained with.
+        adapter: an adapter's directory; if it holds a tokenizer (new tokens, a chat template), that one is loaded,
+            since the adapter was trained with it.
     """
     from transformers import AutoTokenizer
 
@@ -25,19 +25,19 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
         path, where = Path(adapter), f"The adapter {adapter}"
     ignored: dict[str, Any] = dict(_check_tokenizer_files(path))
     with named_failure(f"{where} has no tokenizer that loads", "give a directory with its tokenizer's files"):
-        if not (path / "config.json").is_file():  # an adapter's: the class may hang on the kind of model
+        if not (path / "config.json").is_file():  # an adapter's: the class may depend on the kind of model
             ignored["config"] = load_config(model)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **ignored)
 
 
 def _check_tokenizer_files(path: Path) -> dict[str, None]:
-    """Refuse what would run code or read files elsewhere when the tokenizer of a directory is made.
+    """Refuse entries that would run code or read files elsewhere when the tokenizer of a directory is made.
 
     transformers passes every entry of tokenizer_config.json to the tokenizer class, and every entry of
-    special_tokens_map.json after it has put the directory's own files in place.
+    special_tokens_map.json after it has added the directory's own files.
 
     Returns:
-        Arguments that put None in the place of paths, which old files carry from their author's machine.
+        Arguments that replace paths, which old files keep from their author's machine, by None.
     """
     file = path / "tokenizer_config.json"
     declared = read_json(file, REMEDY) if file.is_file() else {}
@@ -59,18 +59,18 @@ def _check_tokenizer_files(path: Path) -> dict[str, None]:
 
 
 def _check_tokenizer_class(name: Any, file: Path) -> None:
-    """Only tokenizers: transformers would take any of its classes, a model's too, and load that."""
+    """Accept only tokenizers: transformers would load any of its classes, even a model's."""
     from transformers import PreTrainedTokenizerBase
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
     with named_failure(f"{file} has no good tokenizer_class", "correct that entry"):
         found: Any = tokenizer_class_from_name(name)
-    if found is None and not (file.parent / "tokenizer.json").is_file():  # which any fast tokenizer can read
+    if found is None and not (file.parent / "tokenizer.json").is_file():  # any fast tokenizer can read it
         raise InputError(
             f"{file} wants the tokenizer_class {name!r:.60}, which is none of transformers' own; it would take "
             "trust_remote_code, which is off: use a model with a built-in tokenizer."
         )
-    # Where an optional package is missing, transformers has a placeholder that says so when it is used.
+    # If an optional package is missing, transformers has a placeholder that says so when used.
     is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
     if found is not None and not is_tokenizer and not hasattr(found, "_backends"):
         raise InputError(f"{file} has the tokenizer_class {name!r:.60}, which is no tokenizer; correct it.")

@@ -35,12 +35,12 @@ def dequantized_weights(
 
     Args:
         quant: how the blocks are quantized; None for a 16-bit base.
-        original: give the stored weight itself, not the one its 4-bit codes stand for.
+        original: yield the stored weight itself, not the dequantized one.
         shift: the base shift of a PiSSA or LoftQ adapter (see lora/svd_start.py), subtracted before quantizing.
     Yields:
         (name, fp32 tensor), names as transformers saves them, tied ones once.
     Raises:
-        InputError: as `load_base_model`; or the original of a checkpoint that is stored in 4 bits.
+        InputError: as `load_base_model`; or `original` for a checkpoint that is stored in 4 bits.
     """
     source = open_source(resolve_model(model))
     network = empty_model(model)
@@ -74,9 +74,9 @@ def dequantized_weights(
 
 
 def read_weights(model: str, layers: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """(name, weight (out, in) fp32) of the named linear layers as a model's files hold them, one at a time.
+    """(name, weight (out, in) fp32) of the named linear layers from a model's files, one at a time.
 
-    Where the files hold 4-bit codes, what these stand for.
+    4-bit codes in the files are dequantized.
     """
     source, network = open_source(resolve_model(model)), empty_model(model)
     stored, transposed = match_names(network, source), transposed_names(network)
@@ -91,14 +91,14 @@ def read_weights(model: str, layers: Iterable[str]) -> Iterator[tuple[str, Tenso
 
 
 def is_stored_in_4bit(model: str) -> bool:
-    """Whether a model's files hold 4-bit codes, and no original weights."""
+    """Whether a model's files hold 4-bit codes instead of original weights."""
     return bool(open_source(resolve_model(model)).packed)
 
 
 def shifted_weight(weight: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
-    """W - B' A' for a weight (out, in) and factors (A', B'), right to the last bit of fp32.
+    """W - B' A' for a weight (out, in) and factors (A', B'), exact to the last bit of fp32.
 
-    Multiplied in fp64, so that every machine finds the same 4-bit codes in it.
+    The product is in fp64, so that every machine gets the same 4-bit codes.
     """
     A, B = (factor.to(weight.device, torch.float64) for factor in factors)
     pieces = zip(weight.split(1024), B.split(1024), strict=True)  # rows of a large product in fp64
@@ -111,7 +111,7 @@ def read_packed_weight(
     """The 4-bit weight stored under `key` and its companions, or None if it is stored dense.
 
     Args:
-        as_views: of the file's pages, let go with the weight; for the CPU.
+        as_views: views of the file's mapped pages, freed with the weight; for the CPU.
     """
     if not isinstance(source, SafetensorsSource) or key not in source.packed:
         return None
@@ -131,7 +131,7 @@ def stored_weights(
     device: torch.device,
     is_wanted: Callable[[str], bool] = lambda name: True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter by name, tied ones once, in the form that it is kept in; each is read when it is asked for.
+    """Every parameter by name, tied ones once, in its final form; each is read when it is requested.
 
     Args:
         quant: how to quantize the blocks' matrices; None leaves them in bf16.
@@ -151,7 +151,7 @@ def stored_weights(
 
     def read(name: str) -> Tensor:
         packed = read_packed_weight(source, stored[name], device)
-        if packed is not None:  # of a head the loss needs the matrix, of an embedding the look-up its rows
+        if packed is not None:  # the loss needs the head's matrix, the look-up an embedding's rows
             stays_packed = matrices.get(name.removesuffix(".weight"), head) is not head
             return packed if stays_packed else dequantize_weight(packed, torch.float32)
         dense = source.read(stored[name]).to(device)

@@ -1,4 +1,4 @@
-"""Compare a split base's first decoder layer with a whole one, and raise on a difference."""
+"""Compare a split base's first decoder layer with a whole one; raise if they differ."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from qlora.system.errors import TrainingStopped
 from qlora.system.memory import trim_heap
 
 CHECKED_TOKENS = (5, 11)  # lengths of the sequences that one block is compared on
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative, of the block's change to its input
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # relative to the block's change of its input
 
 
 def agreed_dtype(compute_dtype: str, device: torch.device) -> str:
-    """The compute dtype on all processes: what "auto" measures on the first."""
+    """The compute dtype of all processes; "auto" is measured on the first."""
     found: list[Any] = [None]
     if torch.distributed.get_rank() == 0:
         found[0] = str(cached_compute_dtype(compute_dtype, device, cache=True)).removeprefix("torch.")
@@ -32,12 +32,12 @@ def agreed_dtype(compute_dtype: str, device: torch.device) -> str:
 
 
 def check_split(network: Any, cache: bool = True) -> float:
-    """Compare the first block of a split base, without adapters, with a whole one; called on all processes.
+    """Compare the first block of a split base without adapters with a whole one; call on all processes.
 
     Returns:
         as `check_block`.
     Raises:
-        TrainingStopped: they compute different numbers.
+        TrainingStopped: their outputs differ.
     """
     info, device = base_info(network), next(network.buffers()).device
     source = find_source(info.source, info.quantization, cache)
@@ -45,17 +45,17 @@ def check_split(network: Any, cache: bool = True) -> float:
     sample = sample_block(whole)
     del whole
     drop_scratch()  # as large as a whole weight
-    gc.collect()  # its modules refer to one another
+    gc.collect()  # its modules have reference cycles
     trim_heap()  # before the split one gathers its own
     return check_block(network, sample)
 
 
 class _Seen(Exception):
-    """The first block has computed, which is all that was wanted."""
+    """Raised to stop the forward pass after the first block."""
 
 
 class BlockSample(NamedTuple):
-    """What a model's first block was given, positionally and by name, and what it made of it, (1, N, D)."""
+    """Positional and keyword arguments of a model's first block, and its output (1, N, D)."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -64,18 +64,18 @@ class BlockSample(NamedTuple):
 
 @torch.no_grad()
 def check_block(network: Any, sample: BlockSample) -> float:
-    """Compare what the first block of a split network computes with a whole one; called on all processes.
+    """Compare the first block of a split network with the sample of a whole one; call on all processes.
 
     Args:
         network: without adapters.
-        sample: of the whole model.
+        sample: from the whole model.
     Returns:
-        the relative error of the block's change to its input.
+        the relative error of the block's change of its input.
     Raises:
-        TrainingStopped: it is above rounding.
+        TrainingStopped: it exceeds rounding error.
     """
     block, (args, kwargs, expected) = decoder_layers(network)[0], sample
-    if hasattr(block, "unshard"):  # by itself: called as a module, it would take itself for the whole model
+    if hasattr(block, "unshard"):  # called alone, the block would take itself for the whole model
         block.unshard()
         found = block.forward(*args, **kwargs)
         block.reshard()
@@ -93,7 +93,7 @@ def check_block(network: Any, sample: BlockSample) -> float:
 
 @torch.no_grad()
 def sample_block(whole: Any) -> BlockSample:
-    """Let the first block of a model, from `load_first_block`, compute on two sequences of random numbers."""
+    """Run the first block of a model from `load_first_block` on two sequences of random numbers."""
     generator, count = torch.Generator().manual_seed(0), sum(CHECKED_TOKENS)
     block = decoder_layers(whole)[0]
     device = next(block.parameters()).device

@@ -1,8 +1,8 @@
-"""What of a model tensor parallel splits, and over how many processes it can: for a run and for its plan.
+"""Which layers tensor parallelism splits, and over how many processes: for a run and for its plan.
 
 T processes compute each decoder layer together (parallel/tensor_parallel.py): q, k, v, gate and up are split by
-rows, o and down by columns, all else is whole. Every process computes whole heads, and its part of a 4-bit weight
-is a whole number of blocks of b = 64 weights in each row, so that
+rows, o and down by columns, the rest is whole. Every process computes whole heads, and each row of its part of a
+4-bit weight is a whole number of blocks of b = 64 weights, so that
 
     T divides       heads and key-value heads
     T b divides     the heads' width (heads x head_dim) and the MLP's
@@ -24,7 +24,7 @@ BLOCK_SIZE = BLOCK_SIZES[0]
 
 
 def split_axis(layer: str) -> int | None:
-    """The axis along which a layer's weight (out, in) is split: 0 by rows, 1 by columns; None: it is whole.
+    """The axis that splits a layer's weight (out, in): 0 by rows, 1 by columns; None: it stays whole.
 
     Args:
         layer: its qualified name.
@@ -39,10 +39,10 @@ def check_widths(config: Any, count: int, model: str = "") -> None:
     """Refuse a model whose layers do not divide into `count` parts.
 
     Args:
-        config: the model's, of transformers.
+        config: the model's transformers config.
         model: its name, for the message.
     Raises:
-        InputError: names every number that does not divide, and the counts that would do.
+        InputError: lists every number that does not divide, and the counts that work.
     """
     if count == 1:
         return
@@ -68,7 +68,7 @@ def possible_counts(config: Any) -> list[int]:
 
 
 def _indivisible(config: Any, count: int) -> list[str]:
-    """What of a model does not divide into `count` parts, in words."""
+    """The sizes of a model that do not divide into `count` parts, in words."""
     (heads, kv_heads, head_dim), hidden = head_counts(config), config.hidden_size
     problems = [f"{n} {what}" for n, what in ((heads, "heads"), (kv_heads, "key-value heads")) if n % count]
     if hidden % BLOCK_SIZE:

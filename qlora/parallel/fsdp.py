@@ -1,17 +1,17 @@
-"""A frozen base of which every process holds a share (torch's FSDP2), gathered a block at a time as it computes.
+"""A frozen base sharded over processes (torch's FSDP2), gathered one block at a time as it computes.
 
     share     embeddings, each decoder layer, the head and the last norm: the first axis of every parameter in K
               chunks of ceil(rows / K); of a 4-bit weight the rows are its blocks (quantize.ShardedLinear4bit)
-    forward   a layer is gathered before it computes, in its 4 bits, and let go after; the next one is fetched
-              meanwhile. The head is gathered while the loss is computed (model/loss.py)
-    backward  the same from above, down to the first layer that trains
+    forward   a layer is gathered in 4 bits before it computes and freed after; meanwhile the next one is fetched.
+              The head is gathered while the loss is computed (model/loss.py)
+    backward  the same from the top, down to the first layer that trains
 
-K is the number of processes, or (hsdp) of those that share one base, each such group having its own. Adapters are
-no part of it: they are made later, whole on every process.
+K is the number of processes or, under hsdp, of those in a group that shares one base. Adapters are not sharded:
+they are made later, whole on every process.
 
-Each process reads and quantizes only its share. A weight's blocks are independent but for the mean of their scales
-under double quantization; the scales are therefore gathered (a 32nd of the weight's bf16 bytes) and
-quantized alike everywhere, so that the shares are, bit for bit, those of the base that one process would load.
+Each process reads and quantizes only its share. A weight's blocks are independent except for the mean of their
+scales under double quantization. The scales are therefore gathered (1/32 of the weight's bf16 bytes) and quantized
+identically everywhere: the shares equal, bit for bit, those of a base loaded by one process.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def load_sharded_model(
     device: torch.device | str = "cpu",
     cache: bool = True,
 ) -> Any:
-    """`load_base_model` of a base that all processes hold together; called on all of them.
+    """Load a base that all processes hold together; call on all of them.
 
-    Quantized weights are read from the cache where they are in it, and not written there: no process has them.
+    Quantized weights are read from the cache if present, but not written to it: no process has them all.
 
     Args:
         ranks: with a `shard_mesh`.
         compute_dtype: the same on all processes.
-        Others as `load_base_model`.
+        model, use_4bit, quant, device: as for `load_base_model`.
     Returns:
-        As `load_base_model`; its `BaseInfo` says how it is split.
+        A model as from `load_base_model`; its `BaseInfo` says how it is split.
     Raises:
-        InputError: as `load_base_model`; a model whose weights cannot be split.
+        InputError: as `load_base_model`; or the model's weights cannot be split.
     """
     device, quant = torch.device(device), quant or QuantConfig()
     network = plan_base_model(model, use_4bit, quant, compute_dtype, device)
@@ -72,7 +72,7 @@ def load_sharded_model(
     stored, transposed = match_names(plain, source), transposed_names(plain)
     _make_shardable(network)
     _shard(network, ranks, device)
-    for name, buffer in plain.named_buffers():  # the plan's are on the meta device, too
+    for name, buffer in plain.named_buffers():  # the plan's buffers are on the meta device
         owner, _, kind = name.rpartition(".")
         network.get_submodule(owner)._buffers[kind] = buffer.to(device)
     samples = _Loader(network, source, ranks, device).load(stored, transposed)
@@ -94,7 +94,7 @@ def _make_shardable(network: nn.Module) -> None:
 
 
 def _shard(network: Any, ranks: Ranks, device: torch.device) -> None:
-    """Let FSDP2 take the parameters, then make room for this process' shares alone."""
+    """Let FSDP2 wrap the parameters, then allocate only this process's shards."""
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     options: dict[str, Any] = {"mesh": ranks.shard_mesh, "reshard_after_forward": True}
@@ -102,7 +102,7 @@ def _shard(network: Any, ranks: Ranks, device: torch.device) -> None:
     head, embeddings = network.get_output_embeddings(), network.get_input_embeddings()
     is_tied = bool(tied_names(network))
     if is_tied:
-        head._parameters["weight"] = None  # an alias, which would be made a tensor of its own
+        head._parameters["weight"] = None  # an alias, which would become a separate tensor
     for module in [embeddings, *decoder_layers(network), *([] if is_tied else [head])]:
         fully_shard(module, **options)
     fully_shard(network.base_model, **options)
@@ -112,23 +112,22 @@ def _shard(network: Any, ranks: Ranks, device: torch.device) -> None:
 
 
 def end_backward_at(layer: Any) -> None:
-    """Have nothing gathered for the backward pass below a decoder layer, the first that trains.
+    """Stop gathering for the backward pass at `layer`, the first decoder layer that trains.
 
-    FSDP2 fetches in advance what computed before a layer, unless told of other modules: here, of the layer itself,
-    which is there already.
+    FSDP2 prefetches the layer that computed before, unless told otherwise: here, `layer` itself, already gathered.
     """
     layer.set_modules_to_backward_prefetch([layer])
 
 
-PIECE = 1 << 23  # values of a dense weight that are read at a time
+PIECE = 1 << 23  # values of a dense weight read at once
 
 
 class _Loader:
     """Fills the shards of a network from a source.
 
     Attributes:
-        samples: name -> what stands for the weight in the base's fingerprint: description, bytes with those of
-            other processes' shares zero.
+        samples: name -> the weight's part of the base's fingerprint: description, and bytes that are zero for
+            other processes' shares.
     """
 
     def __init__(self, network: Any, source: Source, ranks: Ranks, device: torch.device) -> None:
@@ -155,7 +154,7 @@ class _Loader:
         return self._collect_samples()
 
     def chunk(self, rows: int) -> slice:
-        """The rows of this process, as FSDP2 deals them."""
+        """This process's rows, as FSDP2 distributes them."""
         each = -(-rows // self.size)
         return slice(min(self.index * each, rows), min((self.index + 1) * each, rows))
 
@@ -195,13 +194,13 @@ class _Loader:
         shape, share, rows = tuple(parameter.shape), local(parameter), self.chunk(len(parameter))
         size = parameter.numel()
         width = size // len(parameter)
-        for part in share.split(max(1, PIECE // width)):  # pages of the file that were read are let go
+        for part in share.split(max(1, PIECE // width)):  # frees the file's pages after reading
             first = rows.start + (part.storage_offset() - share.storage_offset()) // width
             part.copy_((self.source.view(key) if dense is None else dense)[first : first + len(part)])
         self._sample(name, shape, share.reshape(-1), rows.start * width, size)
 
     def _sample(self, name: str, shape: tuple[int, ...], mine: Tensor, first: int, size: int) -> None:
-        """Note the sampled values that are in `mine`, the flat values of the weight from number `first` on."""
+        """Record the sampled values that are in `mine`, the weight's flat values from index `first` on."""
         numbers, width = range(size)[sampled(size)], mine.dtype.itemsize
         held = bytearray(len(numbers) * width)
         inside = [place for place, number in enumerate(numbers) if first <= number < first + mine.numel()]
@@ -211,7 +210,7 @@ class _Loader:
         self.samples[name] = describe_weight(name, shape, mine.dtype), held
 
     def _collect_samples(self) -> dict[str, bytes]:
-        """Add what the others hold: of every byte one process has the value, all others zero."""
+        """Sum over processes: for each byte one process has the value, the others zero."""
         flat = b"".join(held for _, held in self.samples.values())
         total = torch.frombuffer(bytearray(flat), dtype=torch.uint8).to(self.device, torch.int32)
         torch.distributed.all_reduce(total, group=self.group)

@@ -13,10 +13,10 @@ from qlora.system.ranks import Ranks
 
 
 def arrange_ranks(config: ParallelConfig, accelerator: Accelerator) -> Ranks:
-    """Make the groups that `config` asks for of the processes that there are; called on all.
+    """Arrange the processes into the groups that `config` asks for; call on all of them.
 
     Raises:
-        InputError: their number does not divide.
+        InputError: the number of processes does not divide.
     """
     rank, size, device = accelerator.process_index, accelerator.num_processes, accelerator.device.type
     launch = "start it with accelerate launch --num_processes N or torchrun"

@@ -25,13 +25,13 @@ def load_for_ranks(
     cache: bool = True,
     check: bool = True,
 ) -> Any:
-    """`load_base_model` as `ranks` split it; called on all processes, which compute in one dtype.
+    """Load a base split as `ranks` says; call on all processes, which compute in one dtype.
 
     Args:
-        check: `check_split` a base that is split.
+        check: run `check_split` on a split base.
     Raises:
-        InputError: as `load_base_model`; a model that cannot be split so.
-        TrainingStopped: the split base computes other numbers than a whole one.
+        InputError: as `load_base_model`; or the model cannot be split this way.
+        TrainingStopped: the split base's numbers differ from a whole one's.
     """
     quant, device = quant or QuantConfig(), accelerator.device
     if not ranks.is_split:

@@ -1,41 +1,40 @@
 """Tensor parallel: T processes compute each layer together (Megatron-LM, arXiv 1909.08053 section 3), with LoRA.
 
-Of every decoder block process r of T holds, with W (out, in) as in lora/layer.py,
+Process r of T holds of every decoder block, with W (out, in) as in lora/layer.py,
 
     by rows (column parallel)       q, k, v, gate, up: W_r = W[rows of r]         y_r = x W_r'^T
     by columns (row parallel)       o, down: W_r = W[:, columns of r]             y = sum over r of x_r W_r'^T
-    whole                           norms, embeddings, the output head; the bias of o and down counts on process 0
+    whole                           norms, embeddings, the output head; process 0 adds the bias of o and down
 
-so that it computes whole heads, and of the MLP some columns. A 4-bit weight is quantized once, whole, and its
-codes and 8-bit scales are sliced: the parts stand for the numbers of the whole, bit for bit. Quantized apart, the
-offset of double quantization would be another in each part.
+so it computes whole heads and some columns of the MLP. A 4-bit weight is quantized once, whole, and its codes and
+8-bit scales are sliced: the parts dequantize to the whole's numbers, bit for bit. Quantized separately, each part
+would have another offset in double quantization.
 
-A (R, in) and B (out, R) of an adapter are whole on every process, which computes with its part of them:
+An adapter's A (R, in) and B (out, R) are whole on every process, which computes with its part of them:
 
-    by rows       h = x A^T          y_r = x W_r^T + s h B_r^T               dB_r, zeros elsewhere; dA a summand
-    by columns    h_r = x_r A_r^T    y = sum of x_r W_r^T + s h_r B^T        dA_r, zeros elsewhere; dB a summand
+    by rows       h = x A^T          y_r = x W_r^T + s h B_r^T              dB_r, zeros elsewhere; dA a partial sum
+    by columns    h_r = x_r A_r^T    y = sum of x_r W_r^T + s h_r B^T       dA_r, zeros elsewhere; dB a partial sum
 
-and therefore the sum of all processes' gradients is the gradient, of A and of B, in either kind
-(training/loop.py).
+so in both cases the gradients of A and of B are the sums over all processes (training/loop.py).
 
-What is exchanged, with N tokens, D hidden, c the bytes of the compute dtype; the two conjugate functions:
+Communication, with N tokens, D hidden, c bytes of the compute dtype; two conjugate functions:
 
     enter    x -> x             backward: the sum of dx over the group      before q, k, v and before gate, up
-    leave    y -> sum of y      backward: dy -> dy                          behind o and behind down
+    leave    y -> sum of y      backward: dy -> dy                          after o and after down
 
-so two all-reduces of c N D in the forward pass of a block, and two in the backward pass, of which there is none
-where nothing below wants a gradient. A recomputed block makes one more: torch leaves off before the last one,
-whose sum nothing keeps.
+so a block makes two all-reduces of c N D in the forward pass and two in the backward pass, none of the latter if
+nothing below needs a gradient. A recomputed block makes one more: torch stops before the last one, whose sum is
+not saved.
 
-With sequence parallelism (arXiv 2205.05198) what lies between, the norms and the residual stream, is divided by
-tokens, ceil(length / T) of each row for a process, and then
+With sequence parallelism (arXiv 2205.05198) the norms and the residual stream are split by tokens,
+ceil(length / T) of each row per process, and
 
     enter    own tokens -> all tokens: all-gather                  backward: reduce-scatter
-    leave    all tokens' summands -> own tokens: reduce-scatter    backward: all-gather
+    leave    all tokens' partial sums -> own: reduce-scatter       backward: all-gather
 
-A ring all-reduce is a reduce-scatter and an all-gather, so as much is sent. Kept for the backward pass, per token
-and block: the inputs of two norms, c 2 D, become c 2 D / T, and that of a recomputed block, c D, c D / T. The
-inputs of adapted layers, all tokens, stay.
+A ring all-reduce is a reduce-scatter and an all-gather, so the traffic is the same. Kept for the backward pass,
+per token and block: c 2 D / T instead of c 2 D for the inputs of two norms, c D / T instead of c D for the input
+of a recomputed block. Adapted layers still keep inputs of all tokens.
 """
 
 from __future__ import annotations
@@ -58,11 +57,11 @@ from qlora.quant.parts import Part, cut_weight
 from qlora.system.errors import InputError
 from qlora.system.ranks import Ranks
 
-# ---- what is exchanged ------------------------------------------------------------------------------------
+# ---- communication ----------------------------------------------------------------------------------------
 
 
 class _Summed(torch.autograd.Function):
-    """leave: the sum over the group; the gradient is each process's own."""
+    """leave: the sum over the group; each process keeps its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:  # type: ignore[override]
@@ -74,7 +73,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _Shared(torch.autograd.Function):
-    """enter: the same on every process; its gradient is the sum of what they find."""
+    """enter: the identity; the gradient is summed over the group."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
@@ -87,9 +86,7 @@ class _Shared(torch.autograd.Function):
 
 
 class _Gathered(torch.autograd.Function):
-    """(B, own, D) -> (B, length, D), whose gradient is the sum of what the processes find (`is_summed`) or whole
-    on each of them.
-    """
+    """(B, own, D) -> (B, length, D); the gradient is summed over the processes (`is_summed`) or whole on each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: GroupExchange, length: int, is_summed: bool) -> Tensor:  # type: ignore[override]
@@ -103,7 +100,7 @@ class _Gathered(torch.autograd.Function):
 
 
 class _Scattered(torch.autograd.Function):
-    """(B, length, D) -> (B, own, D): of the sum over the group (`is_summed`), or of what is the same on each."""
+    """(B, length, D) -> (B, own, D), of the sum over the group (`is_summed`) or of a tensor equal on each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, exchange: GroupExchange, is_summed: bool) -> Tensor:  # type: ignore[override]
@@ -123,10 +120,10 @@ def _all_reduce(x: Tensor, group: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupExchange(Exchange):
-    """What the processes of a tensor parallel group exchange in a block.
+    """Communication of a tensor parallel group within a block.
 
     Args:
-        is_first, is_last: whether the block is the first or the last one, where tokens are divided and gathered.
+        is_first, is_last: whether the block is the first (splits tokens) or the last (gathers them).
     """
 
     ranks: Ranks
@@ -164,7 +161,7 @@ class GroupExchange(Exchange):
         return torch.cat(parts, dim=1)[:, :length]
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
-        """(B, length, D) summands -> (B, own, D) of their sum"""
+        """(B, length, D) partial sums -> (B, own, D) of their sum"""
         parts = self._parts(x)
         total = torch.empty_like(parts[0])
         torch.distributed.reduce_scatter(total, parts, group=self.ranks.tensor_group)
@@ -175,7 +172,7 @@ class GroupExchange(Exchange):
         return self._parts(x)[self.ranks.tensor_rank]
 
     def _parts(self, x: Tensor) -> list[Tensor]:
-        """Every process's tokens, the last ones' filled up with zeros."""
+        """Every process's tokens, the last ones' padded with zeros."""
         size = -(-x.shape[1] // self.ranks.tensor_size)
         padded = F.pad(x, (0, 0, 0, size * self.ranks.tensor_size - x.shape[1]))
         return [part.contiguous() for part in padded.split(size, dim=1)]
@@ -185,22 +182,22 @@ class GroupExchange(Exchange):
 
 
 def split_of(layer: str, ranks: Ranks) -> Part | None:
-    """The part of a layer, given by its qualified name, that a process holds; None: all of it."""
+    """The part of a layer (qualified name) that this process holds; None: all of it."""
     axis = split_axis(layer)
     return None if axis is None else Part(axis, ranks.tensor_rank, ranks.tensor_size)
 
 
 class WeightCut:
-    """Takes a model's weights as they are loaded and gives back the part of each that this process keeps.
+    """Cuts a model's weights as they are loaded to the parts that this process keeps.
 
-    The parts are copies: nothing holds the whole weights.
+    The parts are copies, so that the whole weights are freed.
 
     Args:
-        model: as for `load_base_model`; of it only the config is read.
+        model: as for `load_base_model`; only its config is read.
     Attributes:
-        samples: what stands in the base's fingerprint for each weight that was cut.
+        samples: name -> sample of each whole weight that was cut, for the base's fingerprint.
     Raises:
-        InputError: a model whose layers do not divide (`check_widths`).
+        InputError: the model's layers do not divide (`check_widths`).
     """
 
     def __init__(self, model: str, ranks: Ranks) -> None:
@@ -226,12 +223,12 @@ class WeightCut:
 
 
 def split_model(network: Any, cut: WeightCut) -> None:
-    """Let a network that was loaded with `cut` compute as one of its group, in place.
+    """Make a network that was loaded with `cut` compute with its group, in place.
 
     Its `BaseInfo` then says how it is split.
 
     Raises:
-        InputError: a block that model/block.py does not compute.
+        InputError: model/block.py does not compute one of its blocks.
     """
     ranks, layers = cut.ranks, decoder_layers(network)
     other = [type(layer).__name__ for layer in layers if not is_fused(layer)]

@@ -1,17 +1,17 @@
-"""Which process of a run died: a collective only says that "a peer" is gone, or waits forever.
+"""Find out which process of a run died: a collective only says that "a peer" is gone, or waits forever.
 
-torchrun's agent ends the ranks of its own machine when one of them dies. It does not tell a rank whose death broke
-its collective, and does not see one that is frozen, or a machine that vanished without closing its connections. So
-the ranks watch one another, through the launcher's store (the TCPStore at MASTER_ADDR:MASTER_PORT, which outlives
-them). Under the key rank/R, each keeps a count that it moves on once a second and, when it leaves, the error that
-ended it; it reads all the others' in one request (of 128 ranks: 1 ms), less often the more there are.
+torchrun's agent ends the ranks of its own machine when one of them dies. It does not say whose death broke a
+collective, and misses a frozen rank or a machine that vanished without closing its connections. So the ranks watch
+one another through the launcher's store (the TCPStore at MASTER_ADDR:MASTER_PORT, which outlives them). Under the
+key rank/R each rank writes a count that it raises once a second and, when it leaves, the error that ended it. It
+reads all other ranks' in one request (128 ranks: 1 ms), less often the more there are.
 
-A rank whose collective fails names the ranks that are gone from this machine, whose count stands still, or that
-left with an error (`describe`); then it saves and stops. One that goes on waiting in a collective (NCCL within a
-machine; a machine without power) ends itself GRACE seconds after it knows of a loss, since nothing can interrupt
-the wait: the last checkpoint counts. If the count moves again meanwhile, nothing happens.
+A rank whose collective fails names the ranks that are gone from this machine, whose count has stopped, or that
+left with an error (`describe`); then it saves and stops. A rank that keeps waiting in a collective (NCCL within a
+machine; a machine without power) ends itself GRACE seconds after it detects a loss, since nothing can interrupt
+the wait: the last checkpoint counts. If the count moves again before that, nothing happens.
 
-Times: SILENCE + GRACE and two looks make 24 s, so that a run ends within 30 s of a death.
+SILENCE + GRACE and two checks make 24 s, so that a run ends within 30 s of a death.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ import psutil
 from qlora.system.errors import StoppedOnRequest
 from qlora.system.wording import explain
 
-PERIOD = 1.0  # seconds between two looks
-SILENCE = 12.0  # seconds without a beat that make a loss
-CALL = 4.0  # seconds that a rank whose collective failed waits for the others' beats
-GRACE = 10.0  # seconds from a loss to the end of a rank that still waits
+PERIOD = 1.0  # seconds between two checks
+SILENCE = 12.0  # seconds without a heartbeat that count as a loss
+CALL = 4.0  # seconds that a rank whose collective failed waits for heartbeats
+GRACE = 10.0  # seconds from a loss until a rank that still waits ends itself
 SHOWN = 8  # ranks named in a sentence
 
 
@@ -61,7 +61,7 @@ def this_process(rank: int) -> Peer:
 
 
 def is_running(peer: Peer) -> bool:
-    """Whether a process of this machine is there: still running, and not a zombie."""
+    """Whether a process of this machine is still running, not a zombie."""
     try:
         process = psutil.Process(peer.pid)
         return process.create_time() == peer.started and process.status() != psutil.STATUS_ZOMBIE
@@ -70,12 +70,12 @@ def is_running(peer: Peer) -> bool:
 
 
 class View(NamedTuple):
-    """What the store said last, at `time` (time.monotonic()), by rank."""
+    """The store's last state, by rank, read at `time` (time.monotonic())."""
 
     time: float
     beats: dict[int, int]
-    heard: dict[int, float]  # when its count was last seen to move
-    left: dict[int, str]  # the error that ended it, "" for none
+    heard: dict[int, float]  # when its count last moved
+    left: dict[int, str]  # the error that ended it; "" = none
 
 
 class PeerWatch:
@@ -84,7 +84,7 @@ class PeerWatch:
     Args:
         me: this process's rank.
         peers: all processes.
-        store: one that all share, or None: then only those on the same machine are watched.
+        store: shared by all; None: watch only the processes on this machine.
     """
 
     def __init__(self, me: int, peers: Sequence[Peer], store: Any = None) -> None:
@@ -107,18 +107,18 @@ class PeerWatch:
     # ---- from the training loop ---------------------------------------------------------------------------
 
     def stand_down(self) -> None:
-        """The loop has come out of its collectives, so this process need not be ended any more."""
+        """Stop guarding: the loop has left its collectives, so this process must not be ended."""
         self._is_waiting = False
 
     def describe(self, error: BaseException) -> str:
-        """Which processes a failed collective has lost, as a clause; takes CALL seconds at the most."""
+        """Name the processes that a failed collective has lost, as a clause; takes at most CALL seconds."""
         self.stand_down()
         self._is_survivor, asked, first = True, time.monotonic(), 0.0
         self._wake.set()
         while time.monotonic() < asked + CALL:
             view = self._view
             if not first and view.time > asked:
-                first = view.time  # a beat seen by then may be older than the error
+                first = view.time  # a heartbeat seen by then may be older than the error
             known = {*view.left, *(peer.rank for peer in self.near if not is_running(peer))}
             known |= {rank for rank, heard in view.heard.items() if first and heard > first}
             if (first or self._store is None) and known.issuperset(peer.rank for peer in self.others):
@@ -133,7 +133,7 @@ class PeerWatch:
         return f"{lost} ({explain(error)})"
 
     def leave(self, error: BaseException | None = None) -> None:
-        """This process stops watching and being watched, and tells the others the error that ends it, if any."""
+        """Stop watching and being watched; tell the others the error that ends this process, if any."""
         self._is_waiting = False
         is_shared = self._is_survivor or isinstance(error, StoppedOnRequest)
         self._leaving = "" if error is None or is_shared else f"{type(error).__name__}: {explain(error)}"
@@ -144,7 +144,7 @@ class PeerWatch:
     # ---- threads ------------------------------------------------------------------------------------------
 
     def _talk(self) -> None:
-        """Exchange with the store, until leaving or for as long as it answers."""
+        """Write to and read from the store until this process leaves or the store stops answering."""
         store, keys = self._store, [f"rank/{peer.rank}" for peer in self.others]
         try:
             for beat in itertools.count(1):
@@ -153,19 +153,19 @@ class PeerWatch:
                 if leaving is not None:
                     return
                 if beat == 1:
-                    for key in keys:  # to read one that does not exist would be to wait for it
+                    for key in keys:  # reading a missing key would wait for it
                         store.compare_set(key, "", "[0, null]")
                 if beat % (1 + len(keys) // 128) == 0 or self._is_survivor:
                     self._view = self._look(store.multi_get(keys))
                 self._wake.wait(PERIOD / 4 if self._is_survivor else PERIOD)
                 self._wake.clear()
-        except RuntimeError:  # of torch.distributed: the launcher that holds the store has ended
+        except RuntimeError:  # from torch.distributed: the launcher that holds the store has ended
             self._store = None
         finally:
             self._told.set()
 
     def _look(self, texts: Sequence[bytes]) -> View:
-        """What the others' keys say."""
+        """Parse the other ranks' keys."""
         now, last = time.monotonic(), self._view
         states = {peer.rank: json.loads(text) for peer, text in zip(self.others, texts, strict=True)}
         beats = {rank: count for rank, (count, _) in states.items()}
@@ -173,8 +173,8 @@ class PeerWatch:
         return View(now, beats, heard, {rank: why for rank, (_, why) in states.items() if why is not None})
 
     def _judge(self) -> None:
-        """End this process if it waits for one that is lost."""
-        since = 0.0  # when the loss was first known
+        """End this process if it waits for a lost one."""
+        since = 0.0  # when the loss was detected
         while self._leaving is None:
             time.sleep(PERIOD / 2)
             now, heard_of = time.monotonic(), self._view.time
@@ -187,7 +187,7 @@ class PeerWatch:
                 self._end(lost)
 
     def _lost(self, since: float) -> str:
-        """The ranks that died, ended with an error or were not heard after `since`, as a clause; "" for none."""
+        """The ranks that died, ended with an error or have been silent since `since`, as a clause; "" for none."""
         view = self._view
         rest = [peer for peer in self.others if peer.rank not in view.left]
         died = [peer for peer in rest if peer in self.near and not is_running(peer)]
@@ -217,7 +217,7 @@ def _names(peers: Sequence[Peer]) -> str:
 
 
 def launcher_store(prefix: str) -> Any:
-    """The store of this run's launcher, for keys below `prefix`; None where there is none."""
+    """The store of this run's launcher, for keys below `prefix`; None if there is none."""
     from torch.distributed import PrefixStore, TCPStore
 
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -232,7 +232,7 @@ def launcher_store(prefix: str) -> Any:
 
 
 def watch_peers(accelerator: Any) -> PeerWatch:
-    """Begin to watch the other processes of the run; to be called on all of them, and left by all."""
+    """Start to watch the other processes of the run; call on all of them, and call `leave` on all."""
     if accelerator.num_processes == 1:
         return PeerWatch(0, [])
     from accelerate.utils import gather_object

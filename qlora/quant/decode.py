@@ -1,4 +1,4 @@
-"""Functions for the few rows of a decoding step."""
+"""Functions that multiply the few rows of a decoding step."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from qlora.quant.parts import PartState
 
 
 def decode_in_place(layer: Linear4bit | Linear16bit, dtype: torch.dtype) -> Decode | None:
-    """A function for the few rows of a decoding step, from the weight as it is stored, with the training path's
-    numbers; None where there is no kernel for it.
+    """A function for the few rows of a decoding step that uses the stored weight and gives the training path's
+    numbers; None if there is no kernel for it.
     """
     weight, bias = layer.weight, layer_bias(layer, dtype)
     if isinstance(weight, Params4bit):
-        whole = not isinstance(weight.quant_state, PartState)  # the kernel finds a scale's group by itself
+        whole = not isinstance(weight.quant_state, PartState)  # the kernel computes a scale's group itself
         return product_4bit(weight.data, weight.quant_state, bias, dtype) if whole else None
     return product_16bit(weight, bias)
 
 
 def decode_copy(layer: Linear4bit | Linear16bit, dtype: torch.dtype, dense: bool) -> Decode:
-    """A function for the few rows of a decoding step, from a *copy* of the weight in a layout made for them.
+    """A function for the few rows of a decoding step that uses a *copy* of the weight in a suitable layout.
 
     Args:
         dense: copy the weight in `dtype` (the numbers of the training path); otherwise repack its 4 bits

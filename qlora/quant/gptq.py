@@ -1,20 +1,20 @@
-"""Back into 4 bits after a merge: choose codes so that the update survives.
+"""Quantize to 4 bits after a merge: choose codes so that the update survives.
 
 A base W_hat lies on the grid of its 4-bit codes, and a fine-tuning update D is a few hundredths of a step of that
-grid. Rounded to the nearest code, W_hat + D is W_hat again and all that was learned is gone. But what matters is
-not the weight, it is the layer's output over the inputs it gets:
+grid. Rounded to the nearest code, W_hat + D is W_hat again and the update is lost. But what matters is the layer's
+output over the inputs it gets, not the weight:
 
-    minimise over Q on the grid    E |x (Q - T)^T|^2  =  tr (Q - T) H (Q - T)^T        T = W_hat + D,  H = E x^T x
+    minimize over Q on the grid    E |x (Q - T)^T|^2  =  tr (Q - T) H (Q - T)^T        T = W_hat + D,  H = E x^T x
 
-GPTQ (arXiv 2210.17323) rounds one input column after the other, and what is lost in one is made up for in
-those that are still free, by way of the inputs' correlations. With H^-1 = U^T U (U upper triangular, the columns
-in the order in which they are rounded, those with the largest inputs first):
+GPTQ (arXiv 2210.17323) rounds one input column after another and compensates each error in the columns still to
+round, using the inputs' correlations. With H^-1 = U^T U (U upper triangular, the columns in rounding order, those
+with the largest inputs first):
 
     q_j = nearest(w_j)        e = (w_j - q_j) / U_jj        w_k <- w_k - e U_jk    for all k > j
 
-An output for which that comes out no better than plain rounding (an update too small to beat the noise) keeps the
-nearest codes. The scales stay those of the base unless the update outgrows them. They are taken as they will be
-dequantized (with double quantization: after it), so the errors fed back are the ones that the stored weight has.
+Outputs for which this is no better than plain rounding (an update too small to beat the noise) keep the nearest
+codes. The scales stay those of the base unless the update outgrows them. Scales are used as dequantized (after
+double quantization), so the errors fed back are those of the stored weight.
 
 Shapes: O outputs, I inputs; W, T, Q (O, I); H (I, I), all fp32.
 """
@@ -34,28 +34,28 @@ from qlora.quant.storage import packed_tensors, unpack_tensors
 from qlora.quant.weight import block_scales, quantization_of, quantize_weight
 from qlora.system.errors import InputError
 
-# Share of H's mean diagonal that is added to its diagonal. GPTQ's 0.01 hides the small inputs: a few features of
-# the first token are hundreds of times larger than all others.
+# Share of H's mean diagonal added to its diagonal. GPTQ's 0.01 hides the small inputs: a few features of the first
+# token are hundreds of times larger than all others.
 DAMPING = 1e-4
-GROUP = 64  # columns rounded before the rest of the weight is brought up to date
+GROUP = 64  # columns rounded before the rest of the weight is updated
 OUTGROWN = 1.15  # times its scale is half a grid step beyond the largest weight that NF4 can say
-MOMENT_BYTES = 2**30  # of second moments held at a time
+MOMENT_BYTES = 2**30  # of second moments held at once
 
 
 def requantize(target: Tensor, base: Params4bit, moment: Tensor, damping: float = DAMPING) -> Params4bit:
-    """The 4-bit weight whose layer computes most nearly what `target` would.
+    """The 4-bit weight whose layer's output is closest to that of `target`.
 
     Args:
         target: (O, I) fp32.
-        base: what the target is an update of; it is left as it is.
+        base: the weight that `target` updates; not changed.
         moment: (I, I) fp32 second moment of the layer's inputs, from `input_moments`.
     Returns:
-        New codes, everything else as in `base`; new scales too where the update has outgrown those.
+        New codes, the rest as in `base`; also new scales if the update has outgrown the old ones.
     """
     if (target.abs() > OUTGROWN * _scales(base)).any():
         base = quantize_weight(target, quantization_of(base))
     scales = _scales(base)
-    values, order = base.quant_state.code.to(target.device).sort()  # FP4's are in the order of their bits
+    values, order = base.quant_state.code.to(target.device).sort()  # FP4's are ordered by their bits
     rounded = round_with_feedback(target, scales, values, moment, damping)
     nearest = _nearest(target / _positive(scales), values)
     errors = [values[indices] * scales - target for indices in (rounded, nearest)]
@@ -70,7 +70,7 @@ def requantize(target: Tensor, base: Params4bit, moment: Tensor, damping: float 
 def round_with_feedback(
     target: Tensor, scales: Tensor, values: Tensor, moment: Tensor, damping: float = DAMPING
 ) -> Tensor:
-    """GPTQ on a grid that is given.
+    """GPTQ on a given grid.
 
     Args:
         target, scales: (O, I) fp32; weight (o, i) can be any of scales[o, i] * values.
@@ -80,7 +80,7 @@ def round_with_feedback(
     """
     order = moment.diagonal().argsort(descending=True, stable=True)
     U = _inverse_factor(moment[order][:, order], damping)
-    # Transposed, so that a column of the layer's inputs is contiguous.
+    # Transposed, to make a column of the layer's inputs contiguous.
     W, S = target.T[order], _positive(scales).T[order]
     indices = torch.empty_like(W, dtype=torch.int64)
     for start in range(0, len(W), GROUP):
@@ -106,7 +106,7 @@ def _nearest(weight: Tensor, values: Tensor) -> Tensor:
 
 
 def _positive(scales: Tensor) -> Tensor:
-    """To divide by: a block of zeros has no scale."""
+    """Scales to divide by: a block of zeros has scale 0."""
     return scales.clamp(min=torch.finfo(torch.float32).tiny)
 
 
@@ -119,7 +119,7 @@ def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
         )
     while True:
         H = moment.clone()
-        H.diagonal().add_(damping * mean or 1.0)  # no inputs at all: plain rounding to the nearest
+        H.diagonal().add_(damping * mean or 1.0)  # no inputs: plain rounding to the nearest
         L, failed = torch.linalg.cholesky_ex(H)
         U, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
         if not failed and not failed_too and U.isfinite().all():
@@ -127,7 +127,7 @@ def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
         damping *= 10  # too near to singular for fp32
 
 
-# ---- what the layers get ----------------------------------------------------------------------------------
+# ---- inputs of the layers ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -136,7 +136,7 @@ def input_moments(
 ) -> Iterator[tuple[str, Tensor]]:
     """Second moment of the inputs of each named layer, E x^T x over all tokens.
 
-    Only as many as fit into `limit` bytes are gathered at a time, each time by running all texts again.
+    Only as many as fit into `limit` bytes are collected per pass; each pass runs all texts again.
 
     Args:
         network: a causal LM that computes as the merged model should.
@@ -162,7 +162,7 @@ def input_moments(
 
 @contextmanager
 def _watch_inputs(modules: Mapping[str, nn.Module], moments: dict[str, Tensor]) -> Iterator[None]:
-    """Add x^T x of whatever the modules are called with to their moments."""
+    """Add x^T x of the modules' inputs to their moments."""
 
     def watch(moment: Tensor) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Frozen linear layers, in 4 bits or 16, and the product y = x W^T + b that saves no activation."""
+"""Frozen linear layers in 4 or 16 bits, and the product y = x W^T + b that saves no activation."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qlora.quant.library import Params4bit, bnb, get_ptr
 from qlora.quant.parts import Divisible, PartState, part_of
 from qlora.quant.weight import block_scales, cpu_kernel, dequantize_weight
 
-DECODE_ROWS = 64  # up to so many rows the decoding copy is used; more are a prompt, best on the training path
+DECODE_ROWS = 64  # most rows that use the decoding copy; more are a prompt, faster on the training path
 Decode = Callable[[Tensor], Tensor]
 
 
 def dequantize_into_scratch(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """`dense_weight` for a product that comes at once: the next call in this thread may write over it.
+    """`dense_weight` for immediate use: the next call in this thread may overwrite it.
 
-    A fresh tensor of this size is fresh memory, and its page faults take longer than dequantizing into it. On a
-    CPU bitsandbytes' kernel therefore writes into one buffer per thread, as large as the largest weight.
+    The page faults of a fresh tensor this large take longer than dequantizing into it. So on a CPU bitsandbytes'
+    kernel writes into one buffer per thread, as large as the largest weight.
     """
     weight: Any = layer.weight
     run = cpu_kernel(weight.quant_state.quant_type, dtype) if isinstance(weight, Params4bit) else None
@@ -49,7 +49,7 @@ def dequantize_into_scratch(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None, backward: bool = False) -> Tensor:
     """x W^T + b, (..., in) -> (..., out), or x W, (..., out) -> (..., in), for a frozen layer's W.
 
-    From W as it is stored where there is a kernel for that (kernels/gemm.py), else W is dequantized.
+    Uses the stored W if there is a kernel for it (kernels/gemm.py), else dequantizes W.
     """
     weight: Any = layer.weight
     rows, product = x.reshape(-1, x.shape[-1]), None
@@ -64,7 +64,7 @@ def multiply(x: Tensor, layer: nn.Module, bias: Tensor | None = None, backward: 
 
 
 def drop_scratch() -> None:
-    """Let go of this thread's buffer, where what follows needs a smaller one."""
+    """Free this thread's buffer, if what follows needs a smaller one."""
     _buffers.bytes = None
 
 
@@ -74,9 +74,8 @@ _buffers = threading.local()
 class Linear4bit(Divisible, bnb.nn.Linear4bit):
     """bitsandbytes' layer with a forward that never touches its weight.
 
-    The parent's forward repacks the weight in place when it evaluates on an AVX512-BF16 CPU; after that it
-    neither trains nor dequantizes (every gradient below is lost, silently). Ours runs `FrozenLinear` in
-    training and evaluation alike.
+    The parent's forward repacks the weight in place when it evaluates on an AVX512-BF16 CPU; after that it neither
+    trains nor dequantizes, and all gradients below are silently lost. Ours always runs `FrozenLinear`.
     """
 
     def __init__(self, weight: Params4bit, bias: Tensor | None) -> None:
@@ -97,8 +96,8 @@ class Linear4bit(Divisible, bnb.nn.Linear4bit):
 class Linear16bit(Divisible, nn.Linear):
     """A frozen dense layer stored in bf16 that computes in its input's dtype.
 
-    `nn.Linear` wants both dtypes equal; on a CPU without fast bf16 the activations are fp32 while the
-    weights (lm_head, or the whole base under `--no-4bit`) should stay at two bytes each.
+    `nn.Linear` requires equal dtypes; on a CPU without fast bf16 the activations are fp32 while the weights
+    (lm_head, or the whole base under `--no-4bit`) should stay at two bytes each.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -113,9 +112,9 @@ class Linear16bit(Divisible, nn.Linear):
 
 
 class FrozenMatrix(nn.Module):
-    """One bare matrix of an expert, (out, in), in 4 bits or 16; frozen, and no target of LoRA.
+    """One matrix of an expert, (out, in), in 4 or 16 bits; frozen, and never a LoRA target.
 
-    A checkpoint of many experts holds thousands of these; a token meets a few of them in each layer.
+    A checkpoint with many experts holds thousands of these; a token uses a few of them in each layer.
     """
 
     bias = None
@@ -147,7 +146,7 @@ def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The (out, in) weight of a frozen linear layer or Conv1D, in `dtype`; a view where it can be."""
+    """The (out, in) weight of a frozen linear layer or Conv1D, in `dtype`; a view if possible."""
     weight = layer.weight
     if isinstance(weight, Params4bit):
         return dequantize_weight(weight, dtype)
@@ -157,7 +156,7 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def logical_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear4bit, Linear or Conv1D, whatever its storage; of the whole where it is a part."""
+    """(out, in) of a Linear4bit, Linear or Conv1D, however stored; of the whole layer if it holds a part."""
     if isinstance(layer, nn.Linear):
         rows, columns = layer.out_features, layer.in_features
     else:
@@ -168,9 +167,9 @@ def logical_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def logical_sizes(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
-    """Every parameter at or below a module, tied ones once, with the number of weights it stands for.
+    """Every parameter of a module and its submodules, tied ones once, with the number of weights it holds.
 
-    A layer of which a part is here counts whole (`Divisible`).
+    A layer that holds a part counts whole (`Divisible`).
     """
     sizes: dict[int, tuple[nn.Parameter, int]] = {}
     for owner in module.modules():
@@ -183,7 +182,7 @@ def logical_sizes(module: nn.Module) -> list[tuple[nn.Parameter, int]]:
 
 
 def logical_numel(parameter: Tensor) -> int:
-    """Number of weights a parameter stands for: a packed 4-bit tensor holds two per byte, a part them all."""
+    """Number of weights in a parameter: a packed 4-bit tensor holds two per byte; a part counts whole."""
     if isinstance(parameter, Params4bit):
         state = parameter.quant_state
         return math.prod(state.shape) * (state.part.count if isinstance(state, PartState) else 1)
@@ -215,10 +214,10 @@ class FrozenLinear(torch.autograd.Function):
 def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """(..., in) -> (..., out) through a frozen layer, whose bias may train; no activation is saved.
 
-    Where the weight has to train after all, through an ordinary layer.
+    If the weight requires a gradient, an ordinary layer computes instead.
     """
     weight: Any = layer.weight
-    if weight.requires_grad:  # an adapter's copy, or a 16-bit base that was unfrozen
+    if weight.requires_grad:  # an adapter's copy, or an unfrozen 16-bit base
         weight = (weight if is_out_in(layer) else weight.T).to(x.dtype)
         return F.linear(x, weight, layer_bias(layer, x.dtype))
     return FrozenLinear.apply(x, layer.bias, layer)

@@ -1,6 +1,6 @@
 """bitsandbytes, imported once, without its compiler and without code from the hub (see system/startup.py).
 
-The rest of the room takes these names from here, so that one file says what is used of the library.
+The other files of qlora/quant import from here, so that one file lists what is used of the library.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 def wrap_codes(packed: Tensor, state: QuantState) -> Params4bit:
-    """Codes that are packed already, (bytes, 1) uint8, and their scales as a frozen 4-bit parameter."""
+    """Packed codes, (bytes, 1) uint8, and their scales as a frozen 4-bit parameter."""
     return Params4bit(
         packed,
         requires_grad=False,

@@ -1,4 +1,4 @@
-"""Parts of a 4-bit weight for tensor parallelism, and sharded tensors gathered."""
+"""Cut 4-bit weights into parts for tensor parallelism, and gather sharded tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlora.quant.library import Params4bit, QuantState, wrap_codes
 
 @dataclass(frozen=True)
 class Part:
-    """One of `count` equal parts of a weight (out, in): of its rows (dim 0) or of its columns (dim 1)."""
+    """One of `count` equal parts of a weight (out, in), by rows (dim 0) or columns (dim 1)."""
 
     dim: int
     index: int
@@ -27,27 +27,27 @@ class Part:
         return whole.narrow(self.dim, self.index * size, size)
 
     def among_zeros(self, part: Tensor) -> Tensor:
-        """The whole tensor with `part` in its place and zeros in that of the others."""
+        """The whole tensor with `part` in its place and zeros elsewhere."""
         whole = part.new_zeros(self.whole_shape(part.shape))
         self.of(whole).copy_(part)
         return whole
 
     def whole_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape of what a tensor of this shape is a part of."""
+        """Shape of the whole tensor of which a part has `shape`."""
         return tuple(size * self.count if dim == self.dim else size for dim, size in enumerate(shape))
 
 
 class Divisible:
-    """A layer of which a process may hold a part (parallel/tensor_parallel.py).
+    """A layer that may hold only a part of its weight (parallel/tensor_parallel.py).
 
     Attributes:
-        part: which one; None = the whole layer.
+        part: which part; None = the whole layer.
     """
 
     part: Part | None = None
 
     def count_weights(self, kind: str, parameter: Tensor) -> int:
-        """Number of weights of the whole layer that one of its parameters stands for.
+        """Number of weights of the whole layer that one of its parameters represents.
 
         Args:
             kind: the parameter's name in the layer.
@@ -59,15 +59,15 @@ class Divisible:
 
 
 def part_of(layer: nn.Module) -> Part | None:
-    """Which part of its weight a layer holds; None: all of it."""
+    """The part of its weight that a layer holds; None: all of it."""
     return layer.part if isinstance(layer, Divisible) else None
 
 
 class PartState(QuantState):
-    """Statistics of a part of a quantized weight: its own blocks' scales, in 8 bits where they were.
+    """State of a part of a quantized weight: its own blocks' scales, in 8 bits under double quantization.
 
-    Double quantization's groups of scales run over the whole weight, so their fp32 scales and the offset, two
-    thousandths of it, are kept whole, and the group of a block follows from its place there.
+    Double quantization groups scales over the whole weight, so the groups' fp32 scales and the offset (0.2 % of
+    the weight) are kept whole; a block's place in the whole weight gives its group.
     """
 
     def __init__(self, whole: QuantState, part: Part) -> None:
@@ -82,7 +82,7 @@ class PartState(QuantState):
         self.part = part
 
     def groups(self) -> Tensor:
-        """(blocks,) int32: in which group of scales each block's scale was quantized."""
+        """(blocks,) int32: the group in which each block's scale was quantized."""
         (rows, columns), part = self.shape, self.part
         kind: dict[str, Any] = {"dtype": torch.int32, "device": self.absmax.device}
         row, block = torch.arange(rows, **kind), torch.arange(columns // self.blocksize, **kind)
@@ -95,10 +95,10 @@ class PartState(QuantState):
 
 
 def cut_weight(weight: Params4bit, part: Part) -> Params4bit:
-    """A part of a quantized weight as one of its own, copied; it stands for the same numbers bit for bit.
+    """Copy a part of a quantized weight as a weight of its own; it dequantizes to the same numbers bit for bit.
 
     Raises:
-        ValueError: the parts are no whole numbers of blocks.
+        ValueError: the parts are not whole numbers of blocks.
     """
     rows, columns = weight.quant_state.shape
     block_size = weight.quant_state.blocksize
@@ -113,12 +113,12 @@ def cut_weight(weight: Params4bit, part: Part) -> Params4bit:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a sharded tensor; any other as it is."""
+    """This process's shard of a sharded tensor; other tensors unchanged."""
     part = getattr(tensor, "to_local", None)
     return tensor if part is None else part()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, in a collective; any other as it is."""
+    """Gather a sharded tensor (a collective); other tensors unchanged."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()

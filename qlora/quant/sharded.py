@@ -17,7 +17,7 @@ from qlora.system.errors import InputError
 
 
 class ShardedLinear4bit(Divisible, nn.Linear):
-    """A `Linear4bit` whose codes and scales are plain frozen parameters, which FSDP2 shards on their first axis.
+    """A `Linear4bit` whose codes and scales are plain frozen parameters, so that FSDP2 shards their first axis.
 
     With M = out * in weights in blocks of b:
 
@@ -25,17 +25,17 @@ class ShardedLinear4bit(Divisible, nn.Linear):
         scales          (M / b,)                      uint8 under double quantization, else fp32
         nested_scales   (ceil(M / b / 256),) fp32     under double quantization
 
-    Tables and the scales' mean are the same everywhere. While FSDP2 has the layer gathered, `weight` costs
-    nothing; at other times reading it is a collective.
+    Every process has the tables and the scales' mean. While FSDP2 has the layer gathered, `weight` costs nothing;
+    otherwise reading it is a collective.
 
     Args:
-        layer: on the meta device, and what is made of it as well.
+        layer: on the meta device, as is the new layer.
     """
 
     codes: nn.Parameter
     scales: nn.Parameter
     nested_scales: nn.Parameter | None
-    offset: Tensor | None  # mean of the scales, taken off before they were quantized
+    offset: Tensor | None  # mean of the scales, subtracted before they were quantized
 
     def __init__(self, layer: Linear4bit) -> None:
         nn.Module.__init__(self)
@@ -81,17 +81,17 @@ class ShardedLinear4bit(Divisible, nn.Linear):
         return wrap_codes(whole(self.codes).view(-1, 1), state)
 
     def count_weights(self, kind: str, parameter: Tensor) -> int:
-        """As of any divisible layer: the codes stand for all weights, the scales for none."""
+        """Number of weights of the whole layer in a parameter: all in the codes, none in the scales."""
         if kind == "codes":
             return self.out_features * self.in_features
         return 0 if kind in ("scales", "nested_scales") else parameter.numel()
 
     def take_codes(self, weight: Params4bit, blocks: slice, chunk: Callable[[int], slice]) -> Tensor:
-        """Fill this process' shards from a whole weight's, which may be a view of a file.
+        """Fill this process's shards from a whole weight, which may be a view of a file.
 
         Args:
-            blocks: those of this process.
-            chunk: the part of a first axis of some length that is this process'.
+            blocks: this process's blocks.
+            chunk: length of a first axis -> this process's part of it.
         Returns:
             the codes it took, (bytes,).
         """
@@ -104,10 +104,10 @@ class ShardedLinear4bit(Divisible, nn.Linear):
     def take_dense(
         self, flat: Tensor, blocks: slice, chunk: Callable[[int], slice], gather: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Quantize this process' blocks of a weight, (values,); arguments and result as `take_codes`.
+        """Quantize this process's blocks of a weight, (values,); blocks, chunk and result as in `take_codes`.
 
         Args:
-            gather: makes of each process' scales those of the whole weight, which have one mean.
+            gather: this process's scales -> those of the whole weight, which share one mean.
         """
         config, half = self.config, self.config.block_size // 2
         if flat.numel():

@@ -1,4 +1,4 @@
-"""A 4-bit weight as stored tensors, and back, with checks: the kernels trust the sizes."""
+"""Convert a 4-bit weight to stored tensors and back, with checks: the kernels trust the sizes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from qlora.quant.library import Params4bit, QuantState, wrap_codes
 from qlora.quant.weight import QuantConfig
 
-STATE_BYTES = 512  # of the quant_state of a 4-bit weight, in a file
+STATE_BYTES = 512  # of a 4-bit weight's quant_state in a file
 
 
 def quantization_config(quant: QuantConfig) -> dict[str, Any]:
-    """The entry of config.json by which transformers loads a bitsandbytes checkpoint in 4 bits."""
+    """The entry of config.json that makes transformers load a 4-bit bitsandbytes checkpoint."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -30,8 +30,8 @@ def quantization_config(quant: QuantConfig) -> dict[str, Any]:
 def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:
     """The tensors that store a 4-bit weight, named by bitsandbytes' suffixes ("" for the codes).
 
-    Their sizes do not depend on its values: its state is JSON with a number in it, whose digits vary, and spaces
-    bring it to STATE_BYTES. A weight on the meta device has the same tensors, for their dtypes and shapes.
+    Their sizes do not depend on its values: the state is JSON with a number of varying length, padded with spaces
+    to STATE_BYTES. A weight on the meta device gives tensors of the same dtypes and shapes.
     """
     state = weight.quant_state
     if weight.is_meta and state.nested:  # the offset goes into the JSON as a number
@@ -44,16 +44,16 @@ def packed_tensors(weight: Params4bit) -> dict[str, Tensor]:
 
 
 def packed_shape(quant_state: Tensor) -> tuple[int, ...]:
-    """Logical shape of a 4-bit weight from its stored `quant_state` tensor, the others unread.
+    """Logical shape of a 4-bit weight from its stored `quant_state` tensor alone.
 
     Raises:
-        ValueError: the tensor holds none.
+        ValueError: the tensor holds no shape.
     """
     from bitsandbytes.utils import unpack_tensor_to_dict
 
     try:
         return tuple(unpack_tensor_to_dict(quant_state)["shape"])
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # it is JSON in a tensor of bytes
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:  # JSON in a tensor of bytes
         raise ValueError(f"no shape in its quant_state: {error}") from error
 
 
@@ -61,12 +61,12 @@ def unpack_tensors(tensors: dict[str, Tensor], device: torch.device) -> Params4b
     """The inverse of `packed_tensors`, bit for bit.
 
     Raises:
-        ValueError: parts that do not belong together; the kernels trust their sizes and would read past them.
+        ValueError: the parts do not fit together; the kernels trust their sizes and would read past the end.
     """
     stats = {suffix[1:]: tensor for suffix, tensor in tensors.items() if suffix}
     try:
         state = QuantState.from_dict(stats, device=device)
-    # Its fields are JSON of any type, taken as they come; a foreign one is an AssertionError.
+    # Its fields are JSON of any type, used unchecked; an unknown one is an AssertionError.
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"its quant_state does not read: {error}") from error
     except AssertionError as error:
@@ -76,11 +76,11 @@ def unpack_tensors(tensors: dict[str, Tensor], device: torch.device) -> Params4b
 
 
 def _check_parts(codes: Tensor, state: QuantState) -> None:
-    """Type and size of every part of a 4-bit weight."""
+    """Check type and size of every part of a 4-bit weight."""
     shape, block_size = state.shape or (), state.blocksize
     if len(shape) != 2 or min(shape) < 1 or not isinstance(state.dtype, torch.dtype):
         raise ValueError(f"its shape is {tuple(shape)}, its dtype {state.dtype!r:.60}")
-    QuantConfig(state.quant_type, state.nested, block_size)  # names a type or block size that there is not
+    QuantConfig(state.quant_type, state.nested, block_size)  # raises for an unknown type or block size
     num_blocks = -(-math.prod(shape) // block_size)
     wanted = {
         "codes": (codes.numel() * codes.element_size(), -(-math.prod(shape) // 2)),

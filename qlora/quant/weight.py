@@ -36,7 +36,7 @@ from qlora.quant.parts import PartState
 from qlora.system.errors import InputError
 
 BLOCK_SIZES = (64, 128, 256, 512, 1024)
-PIECE = 1 << 20  # weights quantized at a time on a CPU: a multiple of every block size
+PIECE = 1 << 20  # weights quantized at once on a CPU: a multiple of every block size
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,10 @@ class QuantConfig:
 
 
 def quantize_weight(weight: Tensor, config: QuantConfig) -> Params4bit:
-    """Quantize one weight where it lies, the same bits as bitsandbytes' `quantize_4bit`.
+    """Quantize one weight on its device, with the same bits as bitsandbytes' `quantize_4bit`.
 
-    Blocks are independent, so a CPU weight is quantized in cache-sized pieces: 3 times as fast as in one
-    call, and the temporaries of that call (ten bytes per weight) never exist.
+    Blocks are independent, so a CPU weight is quantized in cache-sized pieces: 3 times as fast as one call, and
+    without its temporaries (ten bytes per weight).
 
     Args:
         weight: (out, in) bf16, fp16 or fp32; freed by the caller afterwards.
@@ -99,9 +99,9 @@ def quantize_blocks(flat: Tensor, config: QuantConfig) -> tuple[Tensor, Tensor]:
 
 
 def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, QuantState]:
-    """(mean, 8-bit scales less the mean, their own state) of all scales of a weight."""
+    """(mean, 8-bit scales minus the mean, their quantization state) of all scales of a weight."""
     offset = scales.mean()
-    # bitsandbytes would keep the table of its first call for all later ones, from the meta device too.
+    # bitsandbytes would reuse the table of its first call, even one on the meta device.
     table = torch.empty(256, device="meta") if scales.is_meta else None
     return offset, *quantize_blockwise(scales - offset, table, blocksize=256)
 
@@ -113,7 +113,7 @@ def quantization_of(weight: Params4bit) -> QuantConfig:
 
 
 def block_scales(state: QuantState) -> Tensor:
-    """(blocks,) fp32 absmax of each block, double quantization undone."""
+    """(blocks,) fp32 absmax of each block, after undoing double quantization."""
     if not state.nested:
         return state.absmax.float()
     if isinstance(state, PartState):
@@ -124,11 +124,11 @@ def block_scales(state: QuantState) -> Tensor:
 
 
 def dequantize_weight(weight: Params4bit, dtype: torch.dtype) -> Tensor:
-    """The (out, in) weight that the 4-bit codes stand for, in `dtype`.
+    """Dequantize a 4-bit weight to (out, in) in `dtype`.
 
-    bitsandbytes' CPU kernel assumes that a row is a whole number of blocks and is wrong by 10 to 40 % where
-    it is not (in_features 48, 80, 688, ...). Blocks run over the flattened weight, so asking for rows of
-    exactly one block is the same numbers for every shape; a ragged last block goes to the plain version.
+    bitsandbytes' CPU kernel assumes that a row is a whole number of blocks and is wrong by 10 to 40 % if it is not
+    (in_features 48, 80, 688, ...). Blocks run over the flattened weight, so rows of one block each give the same
+    numbers for every shape; a ragged last block uses the plain version.
     """
     state = weight.quant_state
     if math.prod(state.shape) % state.blocksize:
@@ -142,11 +142,11 @@ def dequantize_weight(weight: Params4bit, dtype: torch.dtype) -> Tensor:
 
 @cache
 def cpu_kernel(quant_type: str, dtype: torch.dtype) -> Callable[..., None] | None:
-    """bitsandbytes' (codes, scales, out, block size, rows, columns), which its torch operator calls too."""
+    """bitsandbytes' function (codes, scales, out, block size, rows, columns), which its torch operator calls."""
     from bitsandbytes.cextension import lib
 
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
-    functions = getattr(lib, "_lib", None)  # bitsandbytes' wrapper of it has a function that raises for any name
+    functions = getattr(lib, "_lib", None)  # bitsandbytes' wrapper has a function that raises for any name
     return getattr(functions, f"cdequantize_blockwise_cpu_{quant_type}_{short}", None)
 
 

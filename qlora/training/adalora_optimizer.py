@@ -1,4 +1,4 @@
-"""AdaLoRA's optimizer: importance of each triplet, and the budget that decides which of them stay."""
+"""AdaLoRA's optimizer: scores each triplet and keeps as many as the budget allows."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qlora.lora.trainable import lora_parameters
 from qlora.system.errors import InputError
 from qlora.training.optimizer import MakeOptimizer, MasterOptimizer, adamw_kind, build_optimizer
 
-PREFIX = "adalora."  # of the names of its state
+PREFIX = "adalora."  # of its state's names
 
 
 class AdaLoRAOptimizer(MasterOptimizer):
-    """AdamW over triplets: adds the penalty's gradient, updates, scores, and zeroes what the budget does not hold.
+    """AdamW over triplets: adds the penalty's gradient, updates, scores, and zeroes triplets beyond the budget.
 
-    Every rank has the same gradients when it steps, and so makes the same choices.
+    Every rank steps with the same gradients and so makes the same choices.
 
     Args:
         layers: the adapted layers' weights, in a fixed order.
@@ -67,7 +67,7 @@ class AdaLoRAOptimizer(MasterOptimizer):
         for layer in self.layers:
             for part in "AB":
                 parameter, master = layer[part]
-                rows = master if part == "A" else master.T  # (R, ...), to be orthonormal
+                rows = master if part == "A" else master.T  # (R, ...), should be orthonormal
                 excess = rows @ rows.T
                 excess.diagonal().sub_(1.0)
                 size = excess.norm().clamp_min(torch.finfo(torch.float32).tiny)
@@ -86,7 +86,7 @@ class AdaLoRAOptimizer(MasterOptimizer):
                 U.mul_(SMOOTHING).add_((importance - S).abs(), alpha=1 - SMOOTHING)
 
     def scores(self) -> list[Tensor]:
-        """(R,) of every layer: the importance of its triplets."""
+        """(R,) per layer: the importance of its triplets."""
         result = []
         for S, U in zip(self.sensitivity, self.uncertainty, strict=True):
             parts = {part: S[part] * U[part] for part in S}
@@ -115,7 +115,7 @@ class AdaLoRAOptimizer(MasterOptimizer):
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """As the parent's, with the importance of every triplet and the choice among them."""
+        """Restore the parent's state, the importance of every triplet, and which are kept."""
         theirs = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
         own = {**self._own_tensors(), f"{PREFIX}steps": torch.tensor(self.steps)}
         wrong = sorted(own.keys() ^ theirs.keys())
@@ -131,11 +131,11 @@ class AdaLoRAOptimizer(MasterOptimizer):
 def build_adapter_optimizer(
     model: nn.Module, config: LoRAConfig, name: str, weight_decay: float, total_steps: int
 ) -> MasterOptimizer:
-    """The optimizer that the active adapter of `model` wants: LoRA+'s rates, AdaLoRA's choices, or plain AdamW.
+    """The optimizer for the active adapter of `model`: with LoRA+'s rates, AdaLoRA's choices, or plain AdamW.
 
     Args:
         name: the kind of AdamW, as in `build_optimizer`.
-        total_steps: updates of the whole run, which AdaLoRA plans.
+        total_steps: updates of the whole run, for AdaLoRA's schedule.
     """
     parameters, layers = lora_parameters(model), [layer.weights for layer in lora_layers(model).values()]
     fast = [layer.lora_B for layer in layers]

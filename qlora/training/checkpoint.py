@@ -1,13 +1,13 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped.
+"""Checkpoints: everything a run needs to continue as if it had never stopped.
 
     checkpoints/step-000050/
         adapter_model.safetensors, adapter_config.json    usable as an adapter by itself
         optimizer.safetensors                             fp32 masters and moments
         state.json                                        progress, settings, versions, a checksum per file
 
-The step is the whole position: data order, learning rate and random numbers are functions of (seed, step).
-No pickle is written or read. A checkpoint is written aside, synced to disk and renamed: whatever is called
-step-N is whole, unless the disk damaged it later, which its checksums tell.
+The step defines the whole position: data order, learning rate and random numbers are functions of (seed, step).
+No pickle is written or read. A checkpoint is written under another name, synced to disk and renamed: a directory
+called step-N is complete. Checksums detect later damage by the disk.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from qlora.training.progress import Progress, badness
 
 FORMAT = 2
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
-FILES = (CONFIG, WEIGHTS, OPTIMIZER)  # a tokenizer or base shift may join them
+FILES = (CONFIG, WEIGHTS, OPTIMIZER)  # plus a tokenizer or base shift, if any
 
 
 def checkpoint_path(output_dir: Path, step: int) -> Path:
-    """Where the state after `step` optimizer steps is kept."""
+    """Path of the checkpoint after `step` optimizer steps."""
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """The step in a checkpoint's name; -1 where it is no checkpoint's."""
+    """The step in a checkpoint's name; -1 for other names."""
     number = path.name.removeprefix("step-")
     return int(number) if number.isdecimal() else -1
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """All checkpoints of a run, whole or not, oldest first."""
+    """All checkpoints of a run, complete or not, oldest first."""
     return sorted((p for p in (output_dir / "checkpoints").glob("step-*") if step_of(p) >= 0), key=step_of)
 
 
@@ -62,12 +62,12 @@ def save_checkpoint(
     settings: dict[str, Any],
     run: dict[str, Any] | None = None,
 ) -> None:
-    """Write one checkpoint, whole or not at all. Touches no model: it may run beside training.
+    """Write one checkpoint, completely or not at all. It touches no model, so it may run during training.
 
     Args:
         optimizer: copies of `MasterOptimizer.state_tensors()`.
-        settings: what a resumed run must share (`load_checkpoint` compares them).
-        run: every other setting, for whoever reads the file.
+        settings: must be the same when the run is resumed (`load_checkpoint` compares them).
+        run: all other settings, for readers of the file.
     """
     from safetensors.torch import save_file
 
@@ -83,19 +83,19 @@ def save_checkpoint(
             "sha256": {file.name: sha256_of(file) for file in sorted(staging.iterdir())},
         }
         (staging / STATE).write_text(json.dumps(state, indent=2) + "\n")
-        if path.exists():  # left by a run that was resumed from before it
+        if path.exists():  # left by a run that was resumed from an earlier step
             discard(path)
 
 
 def discard(path: Path) -> None:
-    """Remove a directory so that it is never seen half removed."""
+    """Remove a directory so that it never appears half removed."""
     doomed = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
 
 def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
-    """Keep the `keep_last` newest checkpoints and the best by its evaluation; 0 keeps all."""
+    """Delete all but the `keep_last` newest checkpoints and the best one by evaluation; 0 keeps all."""
     paths = list_checkpoints(output_dir)
     if keep_last == 0 or len(paths) <= keep_last:
         return
@@ -106,16 +106,16 @@ def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
 
 
 def best_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint whose own state was evaluated best (`Progress`), the earliest of equals; None if none was."""
+    """The checkpoint with the best evaluation (`Progress`), the earliest of equals; None if none was evaluated."""
     evaluated: list[tuple[Progress, Path]] = []
     for path in list_checkpoints(output_dir):
         try:
             progress = _read_progress(json.loads((path / STATE).read_text()))
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # damaged, or of another version: resuming will tell
+            continue  # damaged or from another version: resuming reports it
         if progress.eval_loss is not None:
             evaluated.append((progress, path))
-    # Where the metric changed on the way, by the newest's.
+    # If the metric changed during the run, compare by the newest.
     alike = [(p, path) for p, path in evaluated if (p.score is None) == (evaluated[-1][0].score is None)]
     return min(alike, key=lambda pair: badness(pair[0].eval_loss, pair[0].score))[1] if alike else None
 
@@ -124,10 +124,10 @@ def find_checkpoint(resume: str, output_dir: Path, say: Callable[[str], object] 
     """The checkpoint that --resume means.
 
     Args:
-        resume: a directory, or "auto" for the newest whole one in `output_dir` (None if there is none at all).
-        say: hears which damaged ones were passed over.
+        resume: a directory, or "auto" for the newest complete one in `output_dir` (None if there is none).
+        say: called with the damaged ones that were skipped.
     Raises:
-        InputError: no such checkpoint, a damaged one, or none but damaged ones.
+        InputError: no such checkpoint, or it (under "auto", every one) is damaged.
     """
     if resume != "auto":
         path = Path(resume)
@@ -155,7 +155,7 @@ def find_checkpoint(resume: str, output_dir: Path, say: Callable[[str], object] 
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The state.json of a checkpoint whose files are all as they were written.
+    """Read the state.json of a checkpoint and verify all its files.
 
     Returns:
         {"progress": Progress, "settings": ..., "versions": ...}.
@@ -183,7 +183,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _read_progress(state: dict[str, Any]) -> Progress:
-    """The progress in a state.json; one from before scores and samples were kept has none of them."""
+    """The progress in a state.json; old ones lack scores and samples."""
     always = ("step", "skipped", "eval_loss", "best_loss")
     names = Progress.__dataclass_fields__
     return Progress(**{name: state[name] for name in names if name in always or name in state})
@@ -202,12 +202,12 @@ def load_checkpoint(
     Args:
         model: with adapters in place.
         make_optimizer: builds the optimizer over the restored adapters.
-        settings: this run's; every one must equal the checkpoint's, but for total_steps.
-        force: go on although some differ; `say` names them.
+        settings: this run's; all except total_steps must equal the checkpoint's.
+        force: continue even if some differ; `say` names them.
     Returns:
         (where the run was, the optimizer).
     Raises:
-        InputError: a damaged file, or all the settings that differ.
+        InputError: a damaged file, or lists all settings that differ.
     """
     from safetensors.torch import load_file
 

@@ -1,4 +1,4 @@
-"""What a terminal shows of a run."""
+"""Show a run on a terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _TwoLines(Progress):
-    """A bar with its task's `status` below it: both fit a terminal of 80 columns."""
+    """A bar with its task's `status` below it, for a terminal of 80 columns."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -28,12 +28,12 @@ class _TwoLines(Progress):
 
 
 class Display(Observer):
-    """Loss, tokens/s, peak memory and time left: a live bar on a terminal, about twenty lines elsewhere.
+    """Shows loss, tokens/s, peak memory and time left: a live bar on a terminal, about twenty lines elsewhere.
 
     Args:
         start_step: steps done before this start of the run.
-        planned_gib: memory to set the peak against; 0 = no plan.
-        clock: seconds, never going back.
+        planned_gib: planned memory, shown with the peak; 0 = no plan.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Display(Observer):
         self.console = console or _make_console()
         self._every = max(1, round(total_steps / 20))
         self._losses: deque[float] = deque(maxlen=smoothing_width(total_steps))
-        self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time): evaluations and samples count too
+        self._marks = deque([(start_step, clock())], maxlen=50)  # (step, time), including evaluations and samples
         self._bar: Progress | None = None
         if self.console.is_terminal and not quiet:
             self._bar = _TwoLines(
@@ -78,7 +78,7 @@ class Display(Observer):
             return
         self._marks.append((step, self.clock()))
         if line["loss"] is None:
-            return  # a skipped step has been told of
+            return  # a skipped step was already reported
         self._losses.append(line["loss"])
         status = f"loss {line['loss']:.4f}"
         if self._losses.maxlen != 1:
@@ -91,7 +91,7 @@ class Display(Observer):
             self.console.print(f"step {step:>5}/{self.total_steps}  {status}  {left}".rstrip())
 
     def seconds_left(self, step: int) -> float:
-        """Time to the last step, by what the latest steps of this start took."""
+        """Time to the last step, estimated from the latest steps since this start."""
         (first, started), (last, now) = self._marks[0], self._marks[-1]
         return (now - started) / max(1, last - first) * (self.total_steps - step)
 
@@ -106,7 +106,7 @@ class Display(Observer):
         self._begin_again()
 
     def _begin_again(self) -> None:
-        """Leave what came before the first step of this start out of the time that a step takes."""
+        """Exclude the time before the first step of this start from the time per step."""
         if len(self._marks) == 1:
             self._marks[0] = (self._marks[0][0], self.clock())
 
@@ -120,10 +120,10 @@ class Display(Observer):
 
 
 def _make_console() -> Console:
-    """A console for what a model says, which may look like markup or an emoji's name.
+    """A console without markup or emoji codes, since a model's text may look like either.
 
-    A notebook gets plain lines: rich's live display needs a package of its own there, and ipykernel's FORCE_COLOR
-    would have it write a terminal's escape codes.
+    A notebook gets plain lines: rich's live display needs another package there, and ipykernel's FORCE_COLOR would
+    make it write escape codes.
     """
     plain: dict[str, Any] = dict(soft_wrap=True, highlight=False, markup=False, emoji=False)
     if Console().is_jupyter:
@@ -141,7 +141,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def one_line(text: str, limit: int = 200, keep_end: bool = False) -> str:
-    """Text on one line of at most `limit` characters, none of which a terminal would obey."""
+    """Text on one line of at most `limit` characters, without terminal control characters."""
     line = "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
     if len(line) <= limit:
         return line

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the one it continues: base, data, settings."""
+"""Base, data and settings that must be the same when a run is resumed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from qlora.model.fingerprint import sample_weight
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """Identity of the frozen weights: name, shape, dtype and 64 values of each, wherever they were read from.
+    """Identity of the frozen weights: name, shape, dtype and 64 values of each, whatever their source.
 
-    Of a base that is split, of the whole weights, as they were sampled while it was loaded.
+    For a split base, the whole weights were sampled while it was loaded.
     """
     info = find_base_info(model)
     samples = None if info is None else info.weight_samples
     if samples is None:
-        replaced = replaced_parameters(model)  # those of the base in whose place an adapter's copies train
+        replaced = replaced_parameters(model)  # the base's own, replaced by an adapter's copies that train
         named = {base_name(n): replaced.get(base_name(n), p) for n, p in model.named_parameters()}
         samples = {name: sample_weight(name, p) for name, p in named.items() if not p.requires_grad}
     digest = hashlib.sha256(repr(None if info is None else info.quantization).encode())
@@ -35,7 +35,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 
 def data_fingerprint(examples: Sequence[Example]) -> str:
-    """Identity of the tokenised training data, order included; in memory or mapped, it is the same."""
+    """Identity of the tokenized training data, including its order; the same in memory or mapped."""
     return hashlib.sha256(digests_of(examples).tobytes()).hexdigest()[:16]
 
 
@@ -49,12 +49,12 @@ def run_settings(
     optim: str,
     chat_template: str | None,
 ) -> dict[str, Any]:
-    """What a resumed run must share with the one it goes on with, but for total_steps.
+    """Settings that must be the same when a run is resumed, except total_steps.
 
     Args:
-        model: with adapters in place, its base as it was loaded.
+        model: with adapters in place, its base as loaded.
         window: examples of an optimizer step.
-        chat_template: what `config.data.chat_template` holds.
+        chat_template: content of `config.data.chat_template`.
     """
     data, own = config.data, dict[str, Any]()
     if set(data.data_weights) - {1.0}:

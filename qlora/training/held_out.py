@@ -1,4 +1,4 @@
-"""Loss on held-out data, and what an evaluation decides: which state is the best, and when it is enough."""
+"""Evaluate held-out data; choose the best state and stop early when patience runs out."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def evaluate(
     packing: bool = True,
     stop: AskStop = lambda: None,
 ) -> float | None:
-    """Mean loss per target token over `examples`, in nats; the model is left as it was found.
+    """Mean loss per target token over `examples`, in nats; the model's mode is restored.
 
     Args:
-        budget: tokens of a micro-batch; halved for as long as one does not fit in memory.
-        stop: asked after each micro-batch; once there is a reason on any device, the result is None.
+        budget: tokens of a micro-batch; halved until one fits in memory.
+        stop: called after each micro-batch; once any device has a reason, the result is None.
     """
     was_training = model.training
     model.eval()
@@ -68,16 +68,16 @@ def evaluate(
 
 
 class HeldOut(Observer):
-    """Evaluates the held-out data every so many steps and at the end, and ends the run when patience runs out.
+    """Evaluates the held-out data periodically and at the end, and ends the run when patience runs out.
 
-    An evaluation that a request to stop interrupts is made when the run is resumed.
+    An evaluation interrupted by a request to stop is made when the run is resumed.
 
     Args:
         every: optimizer steps between evaluations; 0 = never.
-        score: judges an evaluation instead of its loss, higher is better. It is called on every process with
-            `stop`, and returns None once that gave a reason.
-        patience: evaluations in a row without one better by more than `min_delta` that end the run; 0 = never.
-        stop: asked while evaluating.
+        score: replaces the loss as the metric; higher is better. Called on every process with `stop`, it returns
+            None once that gave a reason.
+        patience: evaluations in a row without an improvement above `min_delta` that end the run; 0 = never.
+        stop: called while evaluating.
     """
 
     def __init__(

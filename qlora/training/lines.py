@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: whole lines in the order of the steps."""
+"""Write metrics.jsonl and samples.jsonl: complete lines in step order."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 
 def _is_done(line: dict[str, Any], progress: Progress) -> bool:
-    """Whether the line is of a step, or an evaluation, that the run will not do again."""
+    """Whether the line's step or evaluation will not be repeated."""
     if "eval_loss" in line and line["step"] == progress.step:
         return progress.eval_loss is not None
     return bool(line["step"] <= progress.step)
 
 
 def is_sampled(line: dict[str, Any], progress: Progress) -> bool:
-    """Whether the line is a sample that the run will not take again."""
+    """Whether the line's sample will not be repeated."""
     return bool(line["step"] <= progress.sampled)
 
 
 class LinesFile:
-    """A .jsonl file of a run: whole lines in the order of the steps, none lost or twice after a resume.
+    """A .jsonl file of a run: complete lines in step order, none lost or duplicated by a resume.
 
     Args:
-        progress: lines of what will be done again are dropped.
-        is_done: whether a line is of what will not be done again.
-        is_lazy: a file that is absent is made with its first line.
+        progress: where the run resumes; lines of work to be repeated are dropped.
+        is_done: whether a line's work will not be repeated.
+        is_lazy: create the file only with its first line.
     """
 
     def __init__(
@@ -57,14 +57,14 @@ class LinesFile:
         return self._file
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; what a full disk does not take now goes before the next line."""
+        """Append a line; if the disk is full, it is kept and written before the next line."""
         if self._file is None:
             self._open([])
         self._pending += json.dumps(line).encode() + b"\n"
         self.flush()
 
     def flush(self) -> OSError | None:
-        """Write what waits; returns the error if some still does."""
+        """Write pending lines; returns the error if that fails."""
         try:
             while self._pending and self._file is not None:
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -73,12 +73,12 @@ class LinesFile:
         return None
 
     def sync(self) -> None:
-        """Bring what was written to the disk itself."""
+        """Sync written lines to disk."""
         if self._file is not None:
             os.fsync(self._file.fileno())
 
     def close(self) -> OSError | None:
-        """Returns the error if lines could not be written."""
+        """Close the file; returns the error if lines could not be written."""
         failure = self.flush()
         if self._file is not None:
             self._file.close()

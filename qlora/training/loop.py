@@ -4,17 +4,17 @@ One optimizer step consumes a window of examples, spread over devices and micro-
 
     sum over the window's target tokens of their cross-entropy / number of those tokens
 
-so 1 x 8, 2 x 4 and 8 x 1 examples, on one device or two, give one and the same gradient. Each micro-batch
-adds its sum; one all-reduce adds the devices' adapter gradients, a few megabytes in fp32 (there is no DDP
-wrapper: it would average over devices, and overlap what takes no time); then the whole is divided once.
+so 1 x 8, 2 x 4 and 8 x 1 examples, on one device or two, give the same gradient. Each micro-batch adds its sum;
+one all-reduce adds the devices' adapter gradients, a few megabytes in fp32 (a DDP wrapper would average over
+devices, and overlap communication that takes no time); then the sum is divided once.
 
-Random numbers (dropout) are seeded per step and device, evaluation draws none and leaves no trace in the
-model, and the data order is arithmetic: step k is the same however the run came to it.
+Random numbers (dropout) are seeded per step and device, evaluation draws none and leaves the model unchanged, and
+the data order is a function of the step: step k is the same however the run got there.
 
-What may go wrong in a step leaves the state before it whole: nothing but `optimizer.step` changes the model,
-and it comes last. Out of memory: smaller micro-batches, the same step again. A non-finite loss: the step is
-skipped and its batch kept, up to a limit. Another process died: save and stop. Devices agree on each of
-these before they act, or one would wait for ever in a collective that another never enters.
+A failure in a step leaves the state before it intact: only `optimizer.step` changes the model, and it comes last.
+Out of memory: repeat the step with smaller micro-batches. A non-finite loss: skip the step and keep its examples,
+up to a limit. Another process died: save and stop. Devices agree on each of these before they act; otherwise one
+would wait forever in a collective that another never enters.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from qlora.training.step import (
 
 @dataclass
 class StepMetrics:
-    """One line of metrics.jsonl; counts are those of all devices together."""
+    """One line of metrics.jsonl; counts are sums over devices."""
 
     step: int
     loss: float
@@ -71,14 +71,14 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Examples, and how they become windows and micro-batches.
+    """Examples, and how they are grouped into windows and micro-batches.
 
     Args:
-        batch_size: examples of a micro-batch on one device, at most `batch_size` x `max_length` tokens together.
+        batch_size: examples of a micro-batch on one device, at most `batch_size` x `max_length` tokens in all.
         grad_accum: micro-batches of a step on one device.
-        packing: rows of a micro-batch share one long row; False: they are padded.
-        seed: of the data order and of each step's random numbers.
-        held_out: examples to evaluate on.
+        packing: concatenate a micro-batch's examples into one row; False: pad them.
+        seed: for the data order and each step's random numbers.
+        held_out: examples for evaluation.
     """
 
     examples: Sequence[Example]
@@ -95,10 +95,10 @@ class Limits:
     """How far a run goes.
 
     Args:
-        total_steps: optimizer steps of the whole run, those before a resume included.
+        total_steps: optimizer steps of the whole run, including those before a resume.
         max_grad_norm: clip each step's gradient to this norm; 0 = never.
-        max_skipped: steps with a non-finite loss that are skipped before training stops.
-        skipped_dir: receives the examples of such steps, for inspection; None: they are not kept.
+        max_skipped: steps with a non-finite loss to skip before training stops.
+        skipped_dir: where examples of such steps are saved; None: nowhere.
     """
 
     total_steps: int
@@ -113,13 +113,13 @@ class Trainer:
 
     Args:
         schedule: learning rate of the optimizer step counted from 0.
-        accelerator: this process's device, and the other processes.
+        accelerator: this process's device and the connection to the other processes.
         observers: called in this order (`Observer`).
         say: receives sentences for the user.
     Attributes:
-        progress: where the run is; given to `fit`, which moves it along.
-        budget: tokens that a micro-batch may hold; smaller once memory ran out.
-        is_pending: an evaluation of this state is still to come, because a request to stop came first.
+        progress: where the run is; passed to `fit`, which updates it.
+        budget: tokens that a micro-batch may hold; reduced when memory runs out.
+        is_pending: the evaluation of this state is still due, because a request to stop came first.
         is_enough: the run ends here as if its last step were done.
     """
 
@@ -140,17 +140,17 @@ class Trainer:
         window = self.data.batch_size * self.data.grad_accum * self.ranks.data_size
         self.order = WindowOrder(sources_of(self.data.examples), window, self.data.seed)
         self.budget = self.data.batch_size * self.data.max_length
-        self._is_checked = False  # every adapter was seen to have a gradient
+        self._is_checked = False  # whether every adapter is known to get a gradient
         self._reason: str | None = None
         self._agreed: bool | None = None
 
     def fit(self, progress: Progress | None = None) -> None:
-        """Train from where `progress` stands up to the last step; `progress` moves along.
+        """Train from `progress` to the last step, updating `progress`.
 
         Raises:
             StoppedOnRequest: an observer gave a reason.
             TrainingStopped: too many non-finite steps, an example that does not fit in memory, adapters without a
-                gradient, another process that died. It says whether the state before it is saved.
+                gradient, or another process died. It says whether the state before it is saved.
         """
         self.progress = progress or Progress()
         self.model.train()
@@ -177,10 +177,10 @@ class Trainer:
             peers.leave(sys.exc_info()[1])
 
     def step(self) -> StepResult | None:
-        """One window; where memory runs out, again in smaller micro-batches. `progress` moves along.
+        """Train on one window, in smaller micro-batches if memory runs out, and update `progress`.
 
         Returns:
-            What it computed; None: its loss is not finite, and it is skipped.
+            The step's result; None: its loss is not finite, and it is skipped.
         Raises:
             TrainingStopped: a micro-batch of a single example does not fit; too many steps were skipped; an
                 adapter has no gradient.
@@ -207,13 +207,13 @@ class Trainer:
         return is_done and not self.is_pending
 
     def is_stopping(self) -> bool:
-        """Whether some process has a reason to stop here; to be called on all: the first call asks them."""
+        """Whether any process has a reason to stop here; call on all: the first call asks them."""
         if self._agreed is None:
             self._agreed = any_device(self._reason is not None or self.is_pending, self.accelerator)
         return self._agreed
 
     def _goes_on(self) -> bool:
-        """Ask the observers; whether there is another step to make."""
+        """Ask the observers; returns whether there is another step to make."""
         self._agreed = None
         for observer in self.observers:
             reason = observer.before_step(self)
@@ -226,7 +226,7 @@ class Trainer:
         return not self.is_last
 
     def _tell(self, result: StepResult | None, seconds: float) -> None:
-        """Pass a step's line of metrics.jsonl to the observers."""
+        """Send a step's line of metrics.jsonl to the observers."""
         step = self.progress.step
         rate = self.schedule(step - 1)
         line: dict[str, Any] = {
@@ -243,7 +243,7 @@ class Trainer:
             observer.after_step(self, line)
 
     def _end(self, error: BaseException | None) -> None:
-        """Tell the observers that the loop has ended; one that fails hides no error and keeps none uninformed."""
+        """Tell all observers that the loop has ended, even if one fails, without hiding an error."""
         failure: Exception | None = None
         for observer in self.observers:
             try:
@@ -261,7 +261,7 @@ class Trainer:
         return [part for batch in whole for part in split_batch(batch, self.budget)]
 
     def _update(self, window: Sequence[Example]) -> StepResult:
-        """`train_step`, again in smaller micro-batches for as long as memory runs out."""
+        """`train_step`, repeated with smaller micro-batches while memory runs out."""
         step, limit, batches = self.progress.step, None, self._micro_batches(window)
         while True:
             torch.manual_seed((self.data.seed * 1_000_003 + step) * 4096 + self.ranks.data_rank)
@@ -273,7 +273,7 @@ class Trainer:
                 self._is_checked = True
                 return replace(result, largest_micro_batch=limit)
             except StepOutOfMemory as error:
-                is_here = error.here  # and leave this block: the error holds the activations
+                is_here = error.here  # handled outside of this block: the error holds the activations
             if any_device(is_here and all(len(batch.examples) == 1 for batch in batches), self.accelerator):
                 raise TrainingStopped(
                     "even a micro-batch of one example does not fit in memory; lower --max-length, or pass "
@@ -290,7 +290,7 @@ class Trainer:
                 )
 
     def _skip(self, window: Sequence[Example], error: NonFiniteStep) -> None:
-        """Count a step with a non-finite loss and keep its examples, or stop where there were too many."""
+        """Count a step with a non-finite loss and keep its examples, or stop if there were too many."""
         progress, limit, is_main = self.progress, self.limits.max_skipped, self.accelerator.is_main_process
         where = keep_examples(self.limits.skipped_dir, progress.step + 1, window, is_main)
         if progress.skipped == limit:
@@ -300,11 +300,11 @@ class Trainer:
             self.say(f"step {progress.step + 1} skipped ({progress.skipped} of at most {limit}): {error}. {where}")
 
     def _explain(self, error: RuntimeError, peers: PeerWatch) -> StoppedAtStep | None:
-        """The error as what stopped the run, its memory given back; None: it is a fault of the program."""
+        """Free the error's memory and convert it to what stopped the run; None: it is a bug in the program."""
         is_lost = not isinstance(error, TrainingStopped)
         if is_lost and not (self.accelerator.num_processes > 1 and is_lost_peer(error)):
             return None
-        clear_frames(error.__traceback__)  # with what a step in need of memory held
+        clear_frames(error.__traceback__)  # frees what the failed step held
         self.optimizer.zero_grad()
         return StoppedAtStep(self.progress.step + 1, peers.describe(error) if is_lost else str(error))
 

@@ -1,4 +1,4 @@
-"""What watches a run. Everything that is not the step itself attaches to the loop through these four calls."""
+"""Observers of a run. Everything except the step itself attaches to the loop through these four calls."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 class Observer:
     """Override what you need; every call does nothing by default.
 
-    The trainer calls its observers in the order of its list, on every process, so a call may use collectives as
-    long as every process makes the same ones. `trainer.progress` says where the run is, `trainer.model` is the
-    model in training mode; leave both as they were found.
+    The trainer calls its observers in list order on every process, so a call may use collectives if every process
+    makes the same ones. `trainer.progress` says where the run is, `trainer.model` is the model in training mode;
+    leave both as they were found.
 
         class StopWhenGood(Observer):
             def after_step(self, trainer, line):
@@ -24,25 +24,25 @@ class Observer:
     """
 
     def before_step(self, trainer: Trainer) -> str | None:
-        """Between two steps, before the first and after the last.
+        """Called between two steps, before the first and after the last.
 
         Returns:
-            Why the run should be stopped here, to be resumed later; None: no reason. One process's reason is
-            enough. To end the run here as if its last step were done, set `trainer.is_enough`.
+            Why to stop the run here, to be resumed later; None: no reason. One process's reason is enough. To end
+            the run here as if its last step were done, set `trainer.is_enough`.
         """
 
     def after_step(self, trainer: Trainer, line: dict[str, Any]) -> None:
-        """A step was made, or skipped; `line` is its line of metrics.jsonl (a skipped step's loss is None)."""
+        """Called after a step; `line` is its line of metrics.jsonl (a skipped step's loss is None)."""
 
     def after_evaluation(self, trainer: Trainer, line: dict[str, Any], is_best: bool) -> None:
-        """The held-out data was evaluated between two steps; `line` is its line of metrics.jsonl."""
+        """Called after an evaluation of the held-out data; `line` is its line of metrics.jsonl."""
 
     def at_end(self, trainer: Trainer, error: BaseException | None) -> None:
-        """The loop has ended: by itself (None), on request (StoppedOnRequest) or by an error."""
+        """Called when the loop has ended: normally (None), on request (StoppedOnRequest) or by an error."""
 
 
 class Stop(Observer):
-    """Passes on a request to stop: a signal's, a time limit's (`StopRequest`), or any other.
+    """Forwards a request to stop: from a signal, a time limit (`StopRequest`), or elsewhere.
 
     Args:
         request: why the run should stop now, or None.

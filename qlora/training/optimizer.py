@@ -4,8 +4,8 @@ A bf16 number has 8 significant bits: adding an update smaller than 1/512 of it 
 therefore steps fp32 master copies, and the bf16 parameters are rounded from them; small updates add up in
 the master until the rounding sees them. fp32 adapters are their own masters.
 
-LoRA+ (arXiv 2402.12354): B learns at a multiple of A's rate, for with equal ones a wide layer's features do not
-move as they should (its section 3).
+LoRA+ (arXiv 2402.12354): B learns at a multiple of A's rate; with equal rates a wide layer does not learn features
+efficiently (its section 3).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class MasterOptimizer:
     """AdamW on fp32 masters of (possibly bf16) parameters.
 
     Args:
-        parameters: what trains; gradients are read from `.grad` in any dtype.
+        parameters: to train; gradients are read from `.grad` in any dtype.
         make: builds a torch optimizer over groups of masters.
-        fast: those of `parameters` whose learning rate is `ratio` times that of the others.
+        fast: the `parameters` whose learning rate is `ratio` times the others'.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """One AdamW update at this rate; parameters become their masters rounded."""
+        """Make one AdamW update at this rate; parameters become their rounded masters."""
         for group in self.inner.param_groups:
             group["lr"] = learning_rate * group["ratio"]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
@@ -68,7 +68,7 @@ class MasterOptimizer:
             parameter.grad = None
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters and moments as named tensors, to be stored without pickle: `<index>.<name>`."""
+        """Masters and moments as named tensors, to store without pickle: `<index>.<name>`."""
         tensors = {}
         for index, master in enumerate(self.masters):
             tensors[f"{index}.master"] = master.detach()
@@ -79,18 +79,18 @@ class MasterOptimizer:
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state_tensors` gave, into the buffers that this optimizer made (paged ones stay paged).
+        """Restore the result of `state_tensors` into this optimizer's buffers (paged ones stay paged).
 
         Raises:
-            InputError: lists every tensor that is missing, left over, or of another shape or dtype (another
-                adapter, or another kind of optimizer); nothing is restored then.
+            InputError: lists every missing or extra tensor, or wrong shape or dtype (another adapter, or another
+                kind of optimizer); nothing is restored.
         """
         if any(not key.endswith(".master") for key in tensors):  # saved after a first step
             for master in self.masters:
                 master.grad = torch.zeros_like(master)
             for group in self.inner.param_groups:
                 group["lr"] = 0.0
-            self.inner.step()  # a step of nothing, so that the buffers exist
+            self.inner.step()  # an empty step, to create the buffers
             for master in self.masters:
                 master.grad = None
         own = MasterOptimizer.state_tensors(self)
@@ -125,7 +125,7 @@ def build_optimizer(
     Args:
         name: adamw (torch, fused), paged_adamw_32bit or paged_adamw_8bit (bitsandbytes; moments of tensors
             below 4,096 values stay in 32 bits). Off CUDA the paged ones run, unpaged.
-        lora_plus_ratio: LoRA+'s; learning rate of `lora_B` over that of all others.
+        lora_plus_ratio: LoRA+'s ratio: learning rate of `lora_B` over that of the others.
     Raises:
         InputError: an unknown name.
     """
@@ -133,7 +133,7 @@ def build_optimizer(
 
 
 def adamw_kind(name: str, weight_decay: float = 0.0) -> MakeOptimizer:
-    """What builds one kind of AdamW over groups of masters; arguments and errors as `build_optimizer`."""
+    """A function that builds AdamW of kind `name` over groups of masters. Raises InputError: an unknown name."""
     if name == "adamw":
         return lambda groups: torch.optim.AdamW(
             groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True

@@ -1,4 +1,4 @@
-"""The pictures of a run: report.html while it goes on and at its end, loss.png at its end."""
+"""Draw report.html during a run and at its end, and loss.png at its end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Page(Observer):
-    """Refreshes report.html; as a context it makes the last page and the loss curve at its end.
+    """Refreshes report.html; as a context manager it draws the last page and the loss curve on exit.
 
     Args:
         say: receives a sentence about a page or curve that could not be made.
@@ -38,5 +38,5 @@ class Page(Observer):
         self.live.finish()
         try:
             plot_loss(self.directory / "metrics.jsonl", self.directory / "loss.png")
-        except Exception as error:  # no picture is worth hiding how the run ended
+        except Exception as error:  # must not hide how the run ended
             self.say(f"loss.png could not be drawn ({error}); all else is saved")

@@ -12,13 +12,13 @@ class Progress:
 
     Attributes:
         step: optimizer steps done, skipped ones included.
-        skipped: of these, steps left out because their loss was not finite.
-        eval_loss: of exactly this state, if it was evaluated.
-        score: share of held-out answers that came out as expected, at that evaluation, if they were asked for.
+        skipped: how many of these were skipped because their loss was not finite.
+        eval_loss: loss of exactly this state, if it was evaluated.
+        score: share of held-out answers that matched at that evaluation, if scored.
         best_loss, best_score: of the best evaluation so far: the highest score, and at equal scores, or without
             them, the lowest loss.
         reference: the score, or without one the loss below zero, from which patience counts (`judge`).
-        stale: evaluations since it was.
+        stale: evaluations since the reference.
         sampled: the last step whose samples are written; -1 = none.
     """
 
@@ -41,10 +41,10 @@ class Progress:
                 raise ValueError(f"{name} is {value!r}")
 
     def judge(self, eval_loss: float, score: float | None = None, min_delta: float = 0.0) -> bool:
-        """Take an evaluation of this state.
+        """Record an evaluation of this state.
 
         Args:
-            min_delta: patience begins anew where the score, or without one the loss, is better by more than this.
+            min_delta: patience restarts if the score, or without one the loss, improves by more than this.
         Returns:
             whether it is the best so far.
         """
@@ -63,5 +63,5 @@ class Progress:
 
 
 def badness(eval_loss: float | None, score: float | None) -> tuple[float, float]:
-    """Orders evaluations, the best first: by score where there are scores, then by loss."""
+    """Sort key of evaluations, best first: by score if there are scores, then by loss."""
     return (0.0 if score is None else -score), (math.inf if eval_loss is None else eval_loss)

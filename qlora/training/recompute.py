@@ -1,4 +1,4 @@
-"""Which decoder layers recompute their activations in the backward pass."""
+"""Choose which decoder layers recompute their activations in the backward pass."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def choose_recomputed_layers(
     say: Callable[[str], Any] = print,
     optim: str = "adamw",
 ) -> tuple[float, MemoryPlan]:
-    """Have the lowest layers recompute their activations, and say how many do, why, and what the run should take.
+    """Turn on recomputation for the lowest layers; say how many, why, and the planned memory of the run.
 
-    Non-reentrant: the reentrant kind finds no gradient at all behind frozen embeddings. A sharded base is gathered
-    for the backward pass no lower than it goes.
+    Recomputation is non-reentrant: the reentrant kind gets no gradient after frozen embeddings. A sharded base is
+    gathered for the backward pass only down to the first layer that trains.
 
     Args:
         mode: "on" all layers, "off" none, "auto" as few as make the plan fit the budget.
         num_tokens: the most that a micro-batch holds.
-        memory_budget: bytes for all that is planned; None = the base and half of the free memory.
-        accelerator: names the device that computes; its processes share a CPU's memory, and decide alike.
+        memory_budget: bytes for everything planned; None = the base and half of the free memory.
+        accelerator: gives the device; its processes share a CPU's memory and decide the same.
         optim: kind of optimizer.
     Returns:
         (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
@@ -58,7 +58,7 @@ def choose_recomputed_layers(
     plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
     if ranks.size > 1:
         census = measure_layout(model)
-        if ranks.cpu_offload:  # the shares are in main memory
+        if ranks.cpu_offload:  # the shards are in main memory
             plans = [replace(plan, base=census.replaced) for plan in plans]
         plans = add_communication(plans, census, layout_of(ranks), num_tokens)
     limit, source = memory_budget, "--memory-budget"
@@ -69,8 +69,8 @@ def choose_recomputed_layers(
     if ranks.shard_mesh is not None and layers:
         end_backward_at(layers[0])
     for index, layer in enumerate(layers):
-        # What transformers' own switch does, but for making the embeddings' output want a gradient: layers below
-        # the first adapted one would then be differentiated for nothing.
+        # As transformers' own switch, but without requiring a gradient of the embeddings' output: that would
+        # differentiate the layers below the first adapted one for nothing.
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = index < number
     if number and device.type == "cpu":  # memory is short
@@ -86,7 +86,7 @@ def choose_recomputed_layers(
 
 
 def _free_memory(device: torch.device, accelerator: Accelerator | None) -> int:
-    """Bytes free for this process: of a CPU's, a share; the least of all processes, so that they decide alike."""
+    """Free bytes per process (a share of a CPU's); the minimum over processes, so that all decide the same."""
     free = available_memory(device)
     if accelerator is None or accelerator.num_processes == 1:
         return free

@@ -1,15 +1,15 @@
-"""A run of training, from its settings to its adapter, in six chapters.
+"""A training run, from its settings to its adapter, in six stages.
 
     open          the processes, the output directory, the trackers
     read_data     rows -> token ids and targets, held-out rows, sample prompts
     load_base     the frozen base, quantized, on this process's device
-    add_adapter   LoRA on it (or an adapter to go on with), optimizer, and what a resumed run was at
-    fit           the loop, and all that watches it
-    save          waits for the last checkpoint, makes the last page and the curve
+    add_adapter   LoRA on it (or an adapter to continue with), optimizer, and a resumed run's state
+    fit           the loop and its observers
+    save          waits for the last checkpoint, draws the last page and the curve
 
-The command line and Python both come through here. Errors are `InputError` before the loop, `TrainingStopped` or
-`StoppedOnRequest` in it. Leaving the `with` block gives back whatever the run has taken: lock, threads, signal
-handlers, trackers. The process group of several processes stays the launcher's.
+The command line and the Python API both use it. Errors are `InputError` before the loop, `TrainingStopped` or
+`StoppedOnRequest` in it. Leaving the `with` block releases what the run holds: lock, threads, signal handlers,
+trackers. The launcher keeps the process group.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ from qlora.training.trackers import Trackers, start_accelerator, start_trackers
 
 
 class TrainingRun:
-    """One run of training; a context from `open` to its end.
+    """One training run, as a context manager.
 
         with TrainingRun.from_config(config, observers=[Mine()]) as run:
             run.train()
 
     Args:
-        config: its settings, which go together (`from_config` checks).
+        config: its settings; `from_config` checks that they fit together.
         call: the command line's arguments, or Python's call as text, for run.json.
-        observers: watch beside the run's own, called after evaluations and before anything is saved.
-        started: time.monotonic() at which --stop-after begins to count.
-        rows: what names among the data stand for, where they are neither file nor hub id.
+        observers: added to the run's own, called after evaluations and before saving.
+        started: time.monotonic() from which --stop-after counts.
+        rows: name -> rows, for names in the data that are neither files nor hub ids.
         ends_process: what a second signal does (`StopRequest`).
     Attributes:
-        model, tokenizer, examples, held_out, optimizer, progress, trainer: from the chapter on that makes them.
+        model, tokenizer, examples, held_out, optimizer, progress, trainer: set by the stage that makes them.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class TrainingRun:
         rows: Mapping[str, PythonRows] | None = None,
         ends_process: bool = True,
     ) -> TrainingRun:
-        """A run of these settings; arguments as the class has them.
+        """Check the settings and make a run of them; arguments as for the class.
 
         Raises:
-            InputError: something is missing, or settings do not go together.
+            InputError: a setting is missing, or settings conflict.
         """
         if config.model.model is None:
             raise InputError(
@@ -136,7 +136,7 @@ class TrainingRun:
             self._taken.close()
 
     def train(self) -> TrainingRun:
-        """All chapters in order."""
+        """Run all stages in order."""
         self.read_data()
         self.load_base()
         self.add_adapter()
@@ -144,10 +144,10 @@ class TrainingRun:
         self.save()
         return self
 
-    # ---- chapters -----------------------------------------------------------------------------------------
+    # ---- stages -------------------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Find the other processes, claim the output directory, start the trackers."""
+        """Connect to the other processes, claim the output directory, start the trackers."""
         w, s = self.config.watching, self.config.saving
         self.accelerator = start_accelerator(w.report_to, s.output_dir)
         self.say = self.accelerator.print
@@ -162,7 +162,7 @@ class TrainingRun:
         self._taken.callback(self.trackers.finish)
 
     def read_data(self) -> None:
-        """Tokenizer, examples, held-out examples, sample prompts."""
+        """Load the tokenizer, examples, held-out examples and sample prompts."""
         config, d, w = self.config, self.config.data, self.config.watching
         self.tokenizer = load_tokenizer(self._base, config.generate.adapter)
         add_tokens(self.tokenizer, config.lora.new_tokens)
@@ -179,19 +179,19 @@ class TrainingRun:
             sources, encoder_of(d, self.tokenizer), self.say, on_bad_row=d.on_bad_row,
             bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
         )  # fmt: skip
-        # One process alone cannot answer with a split base.
+        # A single process cannot answer with a split base.
         num_samples = 0 if self.ranks.is_split else w.num_samples
         rows = self.held_out or self.examples
         self.prompts = choose_prompts(rows, self.tokenizer, num_samples, w.sample_prompts, d.parse_special)
 
     def load_base(self) -> None:
-        """The frozen base."""
+        """Load the frozen base."""
         m = self.config.model
         quant, dtype = QuantConfig(m.quant_type, m.double_quant), self.directory.compute_dtype(m.compute_dtype)
         self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
 
     def add_adapter(self) -> None:
-        """LoRA, memory plan, optimizer; of a resumed run as its checkpoint has them."""
+        """Make LoRA, memory plan and optimizer, or restore them from a resumed run's checkpoint."""
         config, t, lora = self.config, self.config.loop, self.config.lora
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
@@ -230,13 +230,13 @@ class TrainingRun:
         self.trainer.fit(self.progress)
 
     def save(self) -> None:
-        """Wait for what is still being written."""
+        """Wait for pending writes."""
         self._writing.close()
         self.say = self.accelerator.print
         path = self.directory.path
         self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
 
-    # ---- their parts --------------------------------------------------------------------------------------
+    # ---- parts of the stages ------------------------------------------------------------------------------
 
     @property
     def _base(self) -> str:
@@ -269,7 +269,7 @@ class TrainingRun:
         return optimizer
 
     def _observers(self) -> list[Observer]:
-        """All that watches, in the order it is told. Every process judges and saves; the main one writes."""
+        """All observers, in calling order. Every process evaluates and saves; only the main one writes."""
         w, s = self.config.watching, self.config.saving
         directory, writing = self.directory, self._writing
         is_main, planned = directory.is_main, sum(vars(self.plan).values()) / GIB
@@ -277,7 +277,7 @@ class TrainingRun:
         self.stop = stop = writing.enter_context(StopRequest(deadline, self.ends_process))
         writing.callback(self.trackers.finish)
         display = Display(self.total_steps, self.progress.step, quiet=not is_main, planned_gib=planned)
-        writing.callback(display.close)  # whatever fails below
+        writing.callback(display.close)  # even if something below fails
         self.say = display.say
         page = [writing.enter_context(Page(directory.path, self.say))] if is_main else []
         directory.set_aside_later(self.progress.step)
@@ -286,7 +286,7 @@ class TrainingRun:
                 directory, self.state, self.settings, self.progress, s.keep_last, s.load_best, self.say
             )
         )
-        writing.callback(display.close)  # at the end it is the first to go
+        writing.callback(display.close)  # again, so that it closes first
         writer.lines = self._open_lines() if is_main else []
         return [
             HeldOut(w.eval_every, self._score(), w.early_stopping_patience, w.early_stopping_min_delta, stop),
@@ -301,7 +301,7 @@ class TrainingRun:
         ]
 
     def _open_lines(self) -> list[LinesFile]:
-        """run.json is written, and metrics.jsonl and samples.jsonl go on where the run does."""
+        """Write run.json, and open metrics.jsonl and samples.jsonl where the run continues."""
         path, examples = self.directory.path, self.examples
         self.directory.write_run(
             gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
@@ -310,7 +310,7 @@ class TrainingRun:
         return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
 
     def _sampler(self, display: Display, lines: list[LinesFile]) -> Sampler:
-        """Answers the sample prompts; the main process writes, shows and tracks the answers."""
+        """A sampler for the sample prompts; the main process writes, shows and tracks the answers."""
 
         def keep(samples: Sequence[dict[str, Any]]) -> None:
             for sample in samples:
@@ -324,7 +324,7 @@ class TrainingRun:
         )  # fmt: skip
 
     def _score(self) -> AnswerScore | None:
-        """Judges evaluations by exact match, if that is asked for."""
+        """The exact-match score for evaluations, if requested."""
         w = self.config.watching
         number = (w.score_examples or len(self.held_out)) if w.best_metric == "exact_match" else 0
         asked = choose_prompts(self.held_out, self.tokenizer, number)
@@ -335,7 +335,7 @@ class TrainingRun:
 
 
 def encoder_of(d: DataConfig, tokenizer: Any) -> Encoder:
-    """How rows become examples, by these settings."""
+    """The encoder from rows to examples for these settings."""
     return Encoder(
         tokenizer, d.max_length, d.train_on, d.on_long, d.parse_special, d.num_workers, d.columns, d.token_cache
     )

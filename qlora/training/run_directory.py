@@ -1,14 +1,14 @@
-"""The output directory of a run: whose it is, what lies there, and how a run finds its way back in.
+"""The output directory of a run: its lock, its files, and the checkpoint to resume from.
 
 OUTPUT_DIR/run.json                  every setting, to reproduce it, and facts of its latest start
            metrics.jsonl, loss.png   one line per optimizer step; the curve at the end
            samples.jsonl             completions of fixed prompts as they change
-           report.html               the whole run on one page, refreshed while it goes on
+           report.html               the whole run on one page, refreshed during the run
            adapter_model.safetensors, adapter_config.json
            checkpoints/step-N/       full state
            skipped/step-N.jsonl      the examples of a step whose loss was not finite
            bad_rows.jsonl            rows left out by --on-bad-row skip
-           .lock                     held while a run writes here
+           .lock                     held while a run writes to the directory
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from qlora.training.checkpoint import find_checkpoint, list_checkpoints, read_st
 
 
 class RunDirectory:
-    """A run's claim on its output directory, and the checkpoint it goes on from; on all of its processes.
+    """A run's claim on its output directory, and the checkpoint it resumes from; made on all processes.
 
     Only the main process locks and writes. `release` gives the directory back.
 
     Args:
-        output_dir: made if absent. A directory with metrics or an adapter of another run is refused unless
-            this run resumes in it, and so is one that a living run writes to.
+        output_dir: made if absent. A directory that a running run writes to is refused, and so is one with
+            another run's metrics or adapter unless this run resumes in it.
         resume: None, "auto" or a checkpoint directory.
-        settings: of the run, for run.json and checkpoints; secrets are taken out.
+        settings: of the run, for run.json and checkpoints; secrets are removed.
     Raises:
-        InputError: nothing can be written there, or another run's results lie there.
+        InputError: the directory is not writable, or it holds another run's results.
     """
 
     def __init__(
@@ -62,27 +62,27 @@ class RunDirectory:
         accelerator.wait_for_everyone()
 
     def release(self) -> None:
-        """Give up the lock."""
+        """Release the lock."""
         self._lock.release()
 
     @property
     def bad_rows(self) -> Path | None:
-        """Where the rows left out by --on-bad-row skip are listed; None on all but the main process."""
+        """File listing the rows skipped by --on-bad-row skip; None except on the main process."""
         return self.path / "bad_rows.jsonl" if self.is_main else None
 
     @property
     def done(self) -> int:
-        """Steps done before this start, as the name of the checkpoint has it."""
+        """Steps done before this start, from the checkpoint's name."""
         return 0 if self.checkpoint is None else max(0, step_of(self.checkpoint))
 
     def compute_dtype(self, asked: str) -> str:
-        """The compute dtype of a resumed run is the one it began with: measuring again could choose another."""
+        """The compute dtype; a resumed run keeps its first, since measuring again could choose another."""
         if self.checkpoint is None or asked != "auto":
             return asked
         return str(read_state(self.checkpoint)["settings"].get("compute_dtype", asked))
 
     def set_aside_later(self, step: int) -> None:
-        """Hide checkpoints later than the one resumed from: --resume auto must not go back to their past."""
+        """Move away checkpoints later than `step`, so that --resume auto does not use them."""
         for path in list_checkpoints(self.path) if self.is_main and self.checkpoint is not None else ():
             if step_of(path) > step:
                 aside = path.with_name(f"aside-{path.name}")
@@ -97,11 +97,11 @@ class RunDirectory:
             file.write_text(json.dumps(self.settings | known, indent=2) + "\n")
 
     def _claim(self) -> None:
-        """Take the directory: writable, locked, and swept of what a killed run left half written."""
+        """Check that the directory is writable, lock it, and delete partial files of a killed run."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
-                pass  # it can be written to
+                pass  # it is writable
             self._lock.acquire()
         except Timeout as error:
             raise InputError(

@@ -1,4 +1,4 @@
-"""What a run was: its command, versions, machine, sizes and data, for whoever reads run.json."""
+"""Facts of a run for run.json: its command, versions, machine, sizes and data."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def gather_facts(
 
     Args:
         call: the arguments of train.py, or Python's call as text.
-        plan: what memory should be taken, in bytes.
+        plan: planned memory in bytes.
     """
     lengths = [int(length) for length in lengths_of(examples)]
-    num_targets = getattr(examples, "num_targets", None)  # of a plain list it is counted
+    num_targets = getattr(examples, "num_targets", None)  # a plain list has no such attribute and is counted
     if num_targets is None:
         num_targets = sum(example.num_targets for example in examples)
     return {
@@ -58,7 +58,7 @@ def gather_facts(
 
 
 def describe_command(arguments: Sequence[str], num_processes: int = 1) -> str:
-    """The command line that starts such a run from the project's directory."""
+    """The command line that starts this run from the project's directory."""
     start = ["python", "train.py"]
     if num_processes > 1:
         start = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes), "train.py"]

@@ -1,7 +1,7 @@
-"""What the model says while it trains: completions of fixed prompts, and a score of its answers.
+"""Sample the model during training: completions of fixed prompts, and a score of its answers.
 
-Both decode greedily between two steps and leave no trace in the model or in the random numbers, so that a run
-computes the same losses with and without them.
+Both decode greedily between two steps and change neither the model nor the random numbers, so that a run's losses
+are the same with and without them.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from qlora.training.observer import Observer
 if TYPE_CHECKING:
     from qlora.training.loop import Trainer
 
-DECODED_TOGETHER = 16  # prompts of a batch
+DECODED_TOGETHER = 16  # prompts per batch
 
 
 class Sampler:
-    """Completes the prompts at a step: call it with the step, on every process.
+    """Completes the prompts at a step; call it with the step, on every process.
 
-    The main process generates while the others wait. A failure is a warning: no sample is worth a run.
+    The main process generates while the others wait. A failure is only a warning and does not stop the run.
 
     Args:
-        write: takes one {"step", "prompt", "completion", "expected"} per prompt.
-        warn: hears of a failure.
+        write: called with one {"step", "prompt", "completion", "expected"} per prompt.
+        warn: called with a failure's message.
     """
 
     def __init__(
@@ -60,12 +60,12 @@ class Sampler:
                 problem = redact(f"{type(error).__name__}: {error}")
                 self.warn(f"no samples at step {step} ({problem}); training goes on")
             if self.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()  # the memory goes back to steps of another shape
+                torch.cuda.empty_cache()  # frees memory for steps of another shape
         self.accelerator.wait_for_everyone()
 
 
 class Samples(Observer):
-    """Samples every so many steps and at the end, or (0) with each evaluation; each step once.
+    """Samples periodically and at the end, or (0) with each evaluation; once per step.
 
     Args:
         take: takes the samples of a step (`Sampler`).
@@ -77,7 +77,7 @@ class Samples(Observer):
     def before_step(self, trainer: Trainer) -> None:
         progress, is_last = trainer.progress, trainer.is_last
         if not is_last and trainer.is_stopping():
-            return  # a resumed run takes them
+            return  # the resumed run takes them
         step, is_evaluated = progress.step, progress.eval_loss is not None
         by_step = self.every and step and (step % self.every == 0 or is_last)
         with_evaluation = is_evaluated and (self.every == 0 or step == 0)
@@ -87,10 +87,10 @@ class Samples(Observer):
 
 
 class AnswerScore:
-    """Share of prompts that are answered as expected: call it with what asks for a stop, on every process.
+    """Share of prompts answered as expected; call it with a `stop` function, on every process.
 
     Args:
-        is_match: whether an expected and a given answer are the same.
+        is_match: whether an expected and a generated answer match.
     """
 
     def __init__(
@@ -107,10 +107,10 @@ class AnswerScore:
         self.mine = prompts[accelerator.process_index :: accelerator.num_processes]
 
     def __call__(self, stop: Callable[[], str | None] = lambda: None) -> float | None:
-        """The share over all processes; None where one of them has a reason to stop.
+        """The share over all processes; None if any has a reason to stop.
 
         Raises:
-            TrainingStopped: the answers could not be generated on some process.
+            TrainingStopped: a process could not generate its answers.
         """
         correct, size, start = 0, DECODED_TOGETHER, 0
         failure: Exception | None = None
@@ -137,8 +137,8 @@ class AnswerScore:
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
-    """What the model says after each prompt, greedily."""
-    from qlora.generation import generate  # a run without samples or scores does without it
+    """Answer each prompt greedily."""
+    from qlora.generation import generate  # not needed by runs without samples or scores
 
     return generate(
         model, tokenizer, [p.ids for p in prompts], Sampling(max_new_tokens), batch_size=DECODED_TOGETHER

@@ -1,7 +1,7 @@
-"""When a run is saved, and the thread that writes its checkpoints.
+"""Decide when a run is saved, and write its checkpoints in a thread.
 
-A thread writes from copies, so that training waits for the copies alone. A full disk costs no work: whole
-checkpoints stay, lines of metrics wait in memory, and the next save tries again.
+The thread writes copies, so training waits only for the copying. A full disk loses nothing: complete checkpoints
+stay, lines of metrics wait in memory, and the next save tries again.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ if TYPE_CHECKING:
 class Saver(Observer):
     """Saves each state worth keeping, once.
 
-    Every `every` steps; after the best evaluation so far, with `every` or `keep_best`; at the end; before a stop;
-    and the state before a step that failed.
+    Saves every `every` steps; after the best evaluation so far, with `every` or `keep_best`; at the end; before a
+    stop; and the state before a failed step.
 
     Args:
-        save: writes the state as it is; called on every process (`CheckpointWriter.save`).
-        progress: the state the run starts from, which is not saved again.
+        save: writes the current state; called on every process (`CheckpointWriter.save`).
+        progress: the state that the run starts from, which is not saved again.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Saver(Observer):
         try:
             self._save_if_new(trainer.progress)
             error.state = "the state before it is saved"
-        except Exception as failure:  # which must not hide why training stopped
+        except Exception as failure:  # must not hide why training stopped
             step = self._saved.step
             last = f"that after step {step} is the last saved" if step else "none was saved before"
             error.state = f"the state before it could not be saved ({explain(failure)}); {last}"
@@ -92,10 +92,10 @@ class Saver(Observer):
 
 @dataclass(frozen=True)
 class TrainedState:
-    """What a checkpoint holds, beside the progress.
+    """The content of a checkpoint besides the progress.
 
     Args:
-        base_model: recorded in the adapter; secrets in it are taken out.
+        base_model: recorded in the adapter; secrets in it are removed.
     """
 
     model: nn.Module
@@ -118,16 +118,16 @@ class TrainedState:
 class CheckpointWriter:
     """Writes checkpoints, and their adapters as the run's adapter.
 
-    All processes of a run hold one; only the main one writes. As a context it waits for the last checkpoint at its
-    end, closes the `lines`, and says where the best state is.
+    All processes of a run have one; only the main one writes. As a context manager it waits on exit for the last
+    checkpoint, closes the `lines`, and says where the best state is.
 
     Args:
-        settings: what a resumed run must share with the checkpoint.
-        progress: the run's, which moves along.
+        settings: must be the same when the run is resumed.
+        progress: the run's, updated as it trains.
         keep_last: checkpoints to keep, see `prune_checkpoints`.
-        load_best: at the end of a run that was not stopped its adapter is the best checkpoint's.
+        load_best: at the end of a run that was not stopped, make the best checkpoint's adapter the run's.
     Attributes:
-        lines: files whose lines must be on the disk before a checkpoint is: it must not outlive them.
+        lines: files whose lines are synced to disk before a checkpoint, which must not outlive them.
     """
 
     def __init__(
@@ -145,10 +145,10 @@ class CheckpointWriter:
         self.lines: list[LinesFile] = []
         self._writing: Future[Any] | None = None
         if directory.is_main:
-            prune_checkpoints(directory.path, keep_last)  # a kill may have come before
+            prune_checkpoints(directory.path, keep_last)  # an earlier run may have been killed before this
             self._thread = ThreadPoolExecutor(1)
-            # It starts now: later there may be no memory for it. A kill may have come after the checkpoint was
-            # written and before its adapter became the run's.
+            # Start it now: later there may be no memory for it. An earlier run may have been killed between
+            # writing the checkpoint and making its adapter the run's.
             self._writing = self._thread.submit(self._adopt, directory.checkpoint)
 
     def __enter__(self) -> CheckpointWriter:
@@ -162,16 +162,16 @@ class CheckpointWriter:
                 raise
             if isinstance(error, TrainingStopped):
                 raise TrainingStopped(f"{error} {explain(failure)}.") from failure
-            # Any other error says more of the end than what it brought about.
+            # Another error explains the end better than its consequences.
 
     def save(self, progress: Progress) -> None:
-        """Begin to write the state as a checkpoint, and its adapter as the run's adapter.
+        """Start to write the state as a checkpoint, and its adapter as the run's adapter.
 
-        Copies are taken before this returns; a thread writes them. A write that fails is said and left to the
-        next save, and to `close`.
+        Copies are taken before this returns; a thread writes them. A failed write is reported, and the next save
+        or `close` retries it.
 
         Raises:
-            TrainingStopped: steps were made, but no adapter's B has left zero: nothing was learned.
+            TrainingStopped: steps were made, but every adapter's B is still zero: nothing was learned.
         """
         made = progress.step - progress.skipped
         if made > 0 and self.state.is_untouched:
@@ -199,7 +199,7 @@ class CheckpointWriter:
             raise
 
     def wait(self) -> Exception | None:
-        """Wait for the write under way; an error of the disk is returned, any other raised."""
+        """Wait for the current write; returns a disk error, raises any other."""
         writing, self._writing = self._writing, None
         try:
             if writing is not None:
@@ -212,7 +212,7 @@ class CheckpointWriter:
         """Wait for the last checkpoint, close the lines, and say where the best state is.
 
         Args:
-            is_done: the run ended by itself, so that its adapter may become the best checkpoint's (`load_best`).
+            is_done: the run was not stopped, so the best checkpoint's adapter may become the run's (`load_best`).
         Raises:
             TrainingStopped: the last state could not be written.
         """
@@ -240,7 +240,7 @@ class CheckpointWriter:
             self.say(self._describe_best(best, is_adopted=is_done and self.load_best))
 
     def _find_best(self) -> Path | None:
-        """The best checkpoint, if it is whole."""
+        """The best checkpoint, if it is complete."""
         best = best_checkpoint(self.directory.path)
         try:
             return best if best is None or read_state(best) else None
@@ -250,13 +250,13 @@ class CheckpointWriter:
 
     def _adopt(self, checkpoint: Path | None) -> None:
         """Make a checkpoint's adapter the run's; None does nothing."""
-        with ExitStack() as files:  # all are copied, then all take their places
+        with ExitStack() as files:  # copy all, then rename all
             for path in checkpoint.iterdir() if checkpoint is not None else ():
                 if path.name not in (STATE, OPTIMIZER):
                     shutil.copyfile(path, files.enter_context(new_file(self.directory.path / path.name)))
 
     def _describe_best(self, best: Path, is_adopted: bool) -> str:
-        """One line: the best checkpoint, and whether the best evaluation was of another state."""
+        """One line: the best checkpoint, and whether another state had the best evaluation."""
         progress = read_state(best)["progress"]
         is_kept = (progress.eval_loss, progress.score) == (self.progress.best_loss, self.progress.best_score)
         score = "" if progress.score is None else f", exact match {progress.score:.1%}"

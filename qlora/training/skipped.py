@@ -1,4 +1,4 @@
-"""The examples of a skipped step, kept for whoever looks for the row that broke it."""
+"""Keep the examples of a skipped step, to find the row that broke it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def keep_examples(folder: Path | None, step: int, window: Sequence[Example], is_
     """Write a step's examples to FOLDER/step-N.jsonl; returns a sentence that says where.
 
     Args:
-        folder: made if absent; None: nothing is written.
+        folder: created if absent; None: nothing is written.
         step: counted from 1.
-        is_main: whether this process writes; the others say the same.
+        is_main: whether this process writes; others only return the sentence.
     """
     if folder is None:
         return f"Its examples: {', '.join(example.origin for example in window)}"

@@ -34,7 +34,7 @@ class StepOutOfMemory(TrainingStopped):
 
 
 class StoppedAtStep(TrainingStopped):
-    """A step failed for good. `state`: what became of the state before it; whoever saves it says so here."""
+    """A step failed for good. `state`: what became of the state before it, set by the code that saves it."""
 
     def __init__(self, step: int, cause: str) -> None:
         super().__init__(step, cause)
@@ -46,13 +46,13 @@ class StoppedAtStep(TrainingStopped):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step computed; losses in nats, counts of all devices together.
+    """The result of a step; losses in nats, counts summed over devices.
 
     Attributes:
         loss: per target token of the window.
         grad_norm: before clipping.
-        num_tokens, num_targets: tokens of the window, and those of them that have a target.
-        largest_micro_batch: tokens that a micro-batch may hold from here on, found where memory ran out in this
+        num_tokens, num_targets: tokens of the window, and how many have a target.
+        largest_micro_batch: tokens that a micro-batch may hold from now on, found because memory ran out in this
             step; None: it did not.
     """
 
@@ -72,11 +72,11 @@ def train_step(
     max_grad_norm: float = 0.0,
     check_adapters: bool = False,
 ) -> StepResult:
-    """One window, one update.
+    """Train on one window with one update.
 
     Args:
-        model: causal LM in training mode, whose LoRA parameters train.
-        batches: this device's micro-batches of the window; may be empty.
+        model: causal LM in training mode with trainable LoRA parameters.
+        batches: this device's micro-batches of the window, possibly none.
         max_grad_norm: clip the global gradient to this norm; 0 = never.
         check_adapters: stop if an adapter got no gradient (`check_adapters_learn`).
     Raises:
@@ -97,12 +97,12 @@ def train_step(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        if ranks.is_split:  # the others wait in the middle of a layer, and cannot be asked
+        if ranks.is_split:  # the others wait in the middle of a layer and cannot be asked
             raise TrainingStopped(
                 "a micro-batch does not fit in memory, and a split base takes no smaller ones; lower --max-length "
                 "or --batch-size, or pass --gradient-checkpointing on"
             ) from error
-        is_out = True  # and leave this block: the error holds the activations
+        is_out = True  # handled outside of this block: the error holds the activations
     if any_device(is_out, accelerator):
         raise StepOutOfMemory(here=is_out)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
@@ -118,7 +118,7 @@ def train_step(
         raise NonFiniteStep(f"loss {loss}, gradient norm {norm}, first in {where}")
     if check_adapters:
         check_adapters_learn(model)
-    # torch's clip_grads_with_norm_ divides by norm + 1e-6 instead: other bits in every clipped step.
+    # torch's clip_grads_with_norm_ divides by norm + 1e-6, which changes the bits of every clipped step.
     if 0 < max_grad_norm < norm:
         for parameter in optimizer.parameters:
             if parameter.grad is not None:
@@ -128,17 +128,16 @@ def train_step(
 
 
 def any_device(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is up on any device; the same answer on all."""
+    """Whether the flag is set on any device; the same answer on all."""
     if accelerator.num_processes == 1:
         return flag
     return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum").item())
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
-    """Add the processes' gradients as one flat fp32 all-reduce.
+    """Sum the processes' gradients in one flat fp32 all-reduce.
 
-    They are moved into a tensor that is summed in place, so that beside them there is one copy at most, and while
-    it is sent none.
+    They are moved into one tensor that is summed in place: at most one copy exists besides them, none while sent.
     """
     if ranks.size == 1:
         return
@@ -155,7 +154,7 @@ def _sum_gradients(parameters: Sequence[nn.Parameter], ranks: Ranks) -> None:
 
 
 def in_lockstep(batches: Sequence[Batch], ranks: Ranks, device: torch.device) -> Sequence[Batch]:
-    """As many micro-batches on every process where the base is split: empty ones, without a target, at the end."""
+    """If the base is split, append empty micro-batches without targets, so that all processes have as many."""
     if not ranks.is_split:
         return batches
     missing = ranks.max(len(batches), device) - len(batches)
@@ -164,10 +163,10 @@ def in_lockstep(batches: Sequence[Batch], ranks: Ranks, device: torch.device) ->
 
 
 def check_adapters_learn(model: nn.Module) -> None:
-    """After the first backward pass every adapter, and what trains beside it, must have a gradient.
+    """Check after the first backward pass that every adapter parameter has a gradient.
 
     Raises:
-        TrainingStopped: names the layers without one; what they would have learned is lost otherwise.
+        TrainingStopped: names the layers without one, which would learn nothing.
     """
     silent = [
         n
@@ -176,7 +175,7 @@ def check_adapters_learn(model: nn.Module) -> None:
     ]
     adapter = active_adapter(model)
     trained = {} if adapter is None else adapter.trained
-    # A bias may wait: that of an expert which no token has chosen yet.
+    # A bias may lack one: no token may have chosen its expert yet.
     silent += [n for n, parameter in trained.items() if parameter.grad is None and not n.endswith(".bias")]
     if silent:
         raise TrainingStopped(f"these adapters got no gradient: {', '.join(silent)}")

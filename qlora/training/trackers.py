@@ -1,6 +1,6 @@
-"""Experiment trackers (TensorBoard, wandb, trackio, ...), through accelerate's, which know their interfaces.
+"""Experiment trackers (TensorBoard, wandb, trackio, ...), through accelerate's wrappers.
 
-Training does not depend on them: one that fails is said once and left out.
+Training does not depend on them: one that fails is reported once, then disabled.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from qlora.training.observer import Observer
 if TYPE_CHECKING:
     from qlora.training.loop import Trainer
 
-# tracker -> its name in pip, where it is another, and -> what its start calls the name of a run
+# tracker -> its pip name, if different, and -> its argument for the name of a run
 PACKAGES = {"comet_ml": "comet-ml"}
 NAME_OF_RUN = {"wandb": "name", "trackio": "name", "swanlab": "experiment_name", "mlflow": "run_name"}
 
 
 def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
-    """The run's Accelerator, which will log to these trackers; those that keep files do so in OUTPUT_DIR/logs.
+    """Make the run's Accelerator, which logs to these trackers; tracker files go to OUTPUT_DIR/logs.
 
     Raises:
         InputError: as `check_trackers`.
@@ -37,8 +37,8 @@ def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
     project = ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
     # Without cpu=True, several processes on a machine without a GPU would each train alone.
     is_cpu = best_device().type == "cpu"
-    # The others wait while the main process reads, tokenises and quantizes: NCCL's ten minutes are too few for it.
-    # Deaths need no limit: qlora.peers notices them.
+    # The others wait while the main process reads, tokenizes and quantizes: NCCL's ten minutes are not enough.
+    # Dead processes are detected without this limit (parallel/watchdog.py).
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))
     return Accelerator(
         cpu=is_cpu, mixed_precision="no", log_with=list(trackers) or None, project_config=project,
@@ -47,7 +47,7 @@ def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Whether accelerate knows these trackers and their packages are installed.
+    """Check that accelerate knows these trackers and their packages are installed.
 
     Raises:
         InputError: it does not, or they are not.
@@ -70,14 +70,14 @@ def check_trackers(names: Sequence[str]) -> None:
 def start_trackers(
     accelerator: Any, project: str, run: str, settings: dict[str, dict[str, Any]], first_step: int = 0
 ) -> None:
-    """Begin a run in all trackers of the accelerator.
+    """Start a run in all trackers of the accelerator.
 
     Args:
-        project, run: names, as far as a tracker has them.
+        project, run: names, for trackers that have them.
         settings: section -> name -> value, free of secrets.
-        first_step: steps done already; TensorBoard hides what it has of later ones.
+        first_step: steps done already; TensorBoard hides its data of later ones.
     Raises:
-        InputError: one does not start, for want of a login for example.
+        InputError: a tracker does not start, for example without a login.
     """
     if not accelerator.log_with:
         return
@@ -93,7 +93,7 @@ def start_trackers(
 
 
 def flatten(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
-    """{"train": {"seed": 1}} as {"train.seed": 1}; what is no plain value as text, None left out."""
+    """{"train": {"seed": 1}} -> {"train.seed": 1}; drops None and converts values that are not plain to text."""
     flat: dict[str, int | float | str | bool] = {}
     for section, values in settings.items():
         for name, value in values.items() if isinstance(values, dict) else [("", values)]:
@@ -104,11 +104,11 @@ def flatten(settings: dict[str, Any]) -> dict[str, int | float | str | bool]:
 
 
 class Trackers(Observer):
-    """Passes on what a run logs, for as long as each tracker takes it.
+    """Logs to each tracker until it fails.
 
     Args:
         trackers: accelerate's `GeneralTracker`s, started.
-        say: hears, once, of each that fails.
+        say: called once for each that fails.
     """
 
     def __init__(self, trackers: Iterable[Any], say: Callable[[str], object] = print) -> None:
@@ -121,12 +121,12 @@ class Trackers(Observer):
         self.log(line)
 
     def log(self, line: dict[str, Any]) -> None:
-        """The numbers in one line of metrics.jsonl."""
+        """Log the numbers in one line of metrics.jsonl."""
         values = {k: v for k, v in line.items() if k != "step" and type(v) in (int, float)}
         self._each(lambda tracker: tracker.log(values, step=line["step"]))
 
     def log_samples(self, samples: Sequence[dict[str, Any]]) -> None:
-        """Samples of one step, as text or as a table, where a tracker takes either."""
+        """Log samples of one step, as text or as a table if a tracker supports either."""
         columns = ["prompt", "completion", "expected"]
         rows = [[sample[name] or "" for name in columns] for sample in samples]
 
@@ -156,5 +156,5 @@ class Trackers(Observer):
 
 
 def indent(text: str) -> str:
-    """Text as a block that Markdown leaves as it is."""
+    """Text as a preformatted Markdown block."""
     return "\n".join(f"    {line}" for line in text.splitlines())

@@ -106,7 +106,7 @@ def test_what_is_refused() -> None:
         (lambda: paired_test("x", [1.0], [1.0, 2.0]), "1 and 2 items; compare the same items"),
         (lambda: proportion("acc", [True], confidence=95), "confidence is 95; give --confidence"),
         (lambda: mean_score("x", [1.0, math.nan]), "x of item 2 is nan"),
-        (lambda: mean_score("x", [1.0, 2.0], weights=[0, 0]), "x counts nothing"),
+        (lambda: mean_score("x", [1.0, 2.0], weights=[0, 0]), "x has only empty items"),
     ):
         with pytest.raises(InputError, match=message):
             call()

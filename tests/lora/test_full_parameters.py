@@ -508,7 +508,7 @@ def test_new_tokens_are_ordinary_tokens() -> None:
     [
         ({"modules_to_save": "wte"}, "names 'wte', but no module .* it has .*embed_tokens.*lm_head"),
         ({"modules_to_save": "o_proj"}, "self_attn.o_proj to train whole, which is in 4 bits"),
-        ({"new_tokens": "<tool>"}, "new_tokens names '<tool>', which the tokenizer has not"),
+        ({"new_tokens": "<tool>"}, "new_tokens names '<tool>', which the tokenizer lacks"),
     ],
 )
 def test_what_cannot_train(bases: dict[str, Path], settings: dict[str, Any], message: str) -> None:
@@ -536,7 +536,7 @@ def test_a_layer_is_not_adapted_and_trained_whole_at_once(bases: dict[str, Path]
     ("tokens", "message"),
     [
         (["<tool>", "<tool>"], "new_tokens names '<tool>' twice"),
-        (["<new>", "he", "<s>"], "new_tokens names 'he, <s>', which the tokenizer has already"),
+        (["<new>", "he", "<s>"], "new_tokens names 'he, <s>', which the tokenizer already has"),
     ],
 )
 def test_tokens_that_cannot_be_added(tokens: list[str], message: str) -> None:

@@ -569,7 +569,7 @@ def test_whole_model_equals_peft(use_4bit: bool, targets: str, tmp_path: Path) -
     for key, layer in lora_layers(ours).items():
         for part in ("lora_A", "lora_B"):
             expected = peft_parameters[f"{key}.{part}.weight"].grad
-            assert relative_error(getattr(layer, part).grad, expected) < 1e-5, key
+            assert relative_error(getattr(layer.weights, part).grad, expected) < 1e-5, key
 
 
 # ---- DoRA -------------------------------------------------------------------------------------------------

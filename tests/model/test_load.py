@@ -443,7 +443,9 @@ def test_a_cache_that_cannot_be_written_is_named(
             lambda: metadata_directory(smollm2),
             lambda: cached_compute_dtype("auto", torch.device("cpu"), cache=True),
         ):
-            with pytest.raises(InputError, match=f"cache {path} cannot be written .*; set QLORA_CACHE to a dir"):
+            with pytest.raises(
+                InputError, match=f"cache {path} cannot be written .*; set QLORA_CACHE to a writable dir"
+            ):
                 action()
     load(llama, cache=False)
 
