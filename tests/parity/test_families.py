@@ -149,7 +149,7 @@ def write_out(model: Any, state: dict[str, Tensor]) -> list[nn.Parameter]:
             parent, _, child = name.rpartition(".")
             layer = WrittenOut(model.get_submodule(name), state[key], state[f"{name}.lora_B.weight"])
             setattr(model.get_submodule(parent), child, layer)
-            parameters += [layer.weights.lora_A, layer.weights.lora_B]
+            parameters += [layer.lora_A, layer.lora_B]
     return parameters
 
 
