@@ -54,6 +54,7 @@ from qlora.quant.weight import QuantConfig, dequantize_weight
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import JSON_LIMIT
+from qlora.system.wording import quote
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 
@@ -161,7 +162,7 @@ class State:
 
     @staticmethod
     def settings_of(model: nn.Module) -> list[Any]:
-        layers = lora_layers(model).items()
+        layers = ((name, layer.weights) for name, layer in lora_layers(model).items())
         own = [(name, w.alpha, w.dropout, w.rank, w.scaling) for name, w in layers]
         adapter = active_adapter(model)
         return [*own, id(adapter), None if adapter is None else copy.deepcopy(adapter.config)]
@@ -234,7 +235,7 @@ def test_fields_of_the_config(base: Any, adapted: Any, saved: Path, field: str, 
     """File, field, value, remedy."""
     edit_description(saved, **{field: value})
     assert_refused(
-        saved, [base, adapted], str(saved / CONFIG), f"{field} = ", repr(value)[:12], "save the adapter"
+        saved, [base, adapted], str(saved / CONFIG), f"{field} = ", quote(value)[:12], "save the adapter"
     )
 
 
