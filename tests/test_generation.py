@@ -162,7 +162,7 @@ def test_generating_between_steps_leaves_training_untouched(model: Any, tiny: st
     model.train()
     before = gradients()
     weights = {n: m.weight.data.clone() for n, m in model.named_modules() if isinstance(m, Linear4bit)}
-    generate(model, load_tokenizer(tiny), chats(PROMPTS), max_new_tokens=4)
+    generate(model, load_tokenizer(tiny), chats(PROMPTS), Sampling(4))
     assert model.training and weights
     assert all(torch.equal(weights[n], model.get_submodule(n).weight.data) for n in weights)
     assert all(m.decode is None for m in model.modules() if isinstance(m, Linear4bit))
@@ -386,7 +386,7 @@ def test_the_fixed_scale_ends_with_the_block(dora: Any, tiny: str) -> None:
         assert all(layer.fixed_scale is not None for layer in layers)
         raise KeyError
     assert all(layer.fixed_scale is None for layer in layers)
-    generate(dora, load_tokenizer(tiny), chats(PROMPTS), max_new_tokens=2)
+    generate(dora, load_tokenizer(tiny), chats(PROMPTS), Sampling(2))
     after = dora(ids).logits
     assert torch.equal(after, before)
     after.square().mean().backward()  # of norms that were made in inference mode

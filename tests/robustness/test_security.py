@@ -47,7 +47,7 @@ from tests.tiny import tiny_tokenizer
 REPOSITORY = Path(__file__).parents[2]
 SOURCES = [
     REPOSITORY / "train.py",
-    *(p for d in ("qlora", "eval", "examples") for p in (REPOSITORY / d).glob("*.py")),
+    *(p for d in ("qlora", "eval", "examples") for p in (REPOSITORY / d).rglob("*.py")),
 ]
 
 
@@ -177,7 +177,7 @@ def test_dangers_are_recognised(danger: str) -> None:
 def test_no_danger_in_the_source(source: Path) -> None:
     """A run may hand its own processes a pickle through a pipe, as multiprocessing does; a file it may not."""
     found = find_dangers(source.read_text())
-    if source.name == "workers.py":
+    if source.name == "processes.py":
         assert "open(" not in source.read_text()
         found = [danger for danger in found if danger != "pickle"]
     assert found == []
