@@ -16,11 +16,14 @@ from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import token_ids_of, tokenizer_files
 from qlora.lora.full_parameters import copy_trained, start_new_tokens, swap_parameters, trained_names
 from qlora.lora.layer import LoRALinear, LoRAWeights, draw_A
-from qlora.lora.slot import Adapter, slot_of
+from qlora.lora.slot import Adapter, network_of, slot_of
 from qlora.lora.targets import match_targets
 from qlora.lora.variants import variant_of
-from qlora.quant.layers import logical_shape
+from qlora.quant.layers import keep_unpacked, logical_shape
+from qlora.quant.library import Params4bit
+from qlora.quant.linear import explain_not_plain, is_plain
 from qlora.system.errors import InputError
+from qlora.system.wording import list_first
 
 
 def create_adapter(
@@ -35,10 +38,13 @@ def create_adapter(
     Args:
         trained: values of the parameters that train in full; None = the base's values of those `config` names.
     """
+    model = network_of(model)
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
     weights, variant = {}, variant_of(config)
-    for name, layer in match_targets(model, config.target_modules, config.layers or None).items():
+    layers = match_targets(model, config.target_modules, config.layers or None)
+    _check_layers(model, layers, config)
+    for name, layer in layers.items():
         (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
         rank = config.rank_of(name)
         A, scaling = draw_A(rank, columns, config.init, generator, device), config.scaling_of(name, rank)
@@ -55,13 +61,42 @@ def create_adapter(
     return Adapter(config, weights, copies, tokenizer_files(tokenizer))
 
 
+def _check_layers(model: nn.Module, layers: Mapping[str, nn.Module], config: LoRAConfig) -> None:
+    """Refuse layers, by name, that an adapter of this configuration would not compute right in."""
+    variant, problems = variant_of(config), list[str]()
+    for name, layer in layers.items():
+        weight: Any = getattr(layer, "weight", None)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name == "":
+            problems.append("the model is one linear layer itself; put it into nn.Sequential")
+        elif isinstance(weight, nn.parameter.UninitializedParameter):
+            problems.append(f"{name} has no shape yet; run the model once before adapting it")
+        elif isinstance(weight, Params4bit) and weight.quant_state is None:
+            problems.append(f"{name} is not quantized yet; move the model to its device first")
+        elif variant is not None and variant.needs_weight and not is_plain(layer):
+            problems.append(f"{name} {explain_not_plain(layer)}; adapt it without {variant.flag}")
+        elif isinstance(owner, nn.MultiheadAttention) and config.dropout:
+            problems.append(f"{name} is read by nn.MultiheadAttention, which skips dropout; set dropout to 0")
+    if problems:
+        raise InputError(f"These layers cannot be adapted: {list_first(problems)}.")
+
+
 def wrap_layers(model: nn.Module, names: Iterable[str]) -> None:
-    """Wrap the named layers of `model` in place unless they are wrapped; they compute as before."""
+    """Wrap the named layers of `model` in place, wherever it uses them, unless they are wrapped.
+
+    They compute as before.
+    """
+    model = network_of(model)
+    keep_unpacked(model)
+    wrapped: dict[int, LoRALinear] = {}
     for name in names:
         layer = model.get_submodule(name)
         if not isinstance(layer, LoRALinear):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(layer, rank=0).train(layer.training))
+            wrapped[id(layer)] = LoRALinear(layer, rank=0).train(layer.training)
+    for module in list(model.modules()) if wrapped else []:
+        for child, own in module._modules.items():  # every use of a shared layer
+            if id(own) in wrapped and not isinstance(module, LoRALinear):
+                module._modules[child] = wrapped[id(own)]
     slot_of(model).wrapped = _find_wrapped(model)
 
 
@@ -71,6 +106,7 @@ def activate(model: nn.Module, adapter: Adapter | None) -> None:
     Raises:
         RuntimeError: an adapter is merged.
     """
+    model = network_of(model)
     slot, layers = slot_of(model), wrapped_layers(model)
     if any(layer.merged_weight is not None for layer in layers.values()):
         raise RuntimeError("The adapter is merged; call unmerge before switching to another.")
@@ -103,6 +139,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: 
     Raises:
         InputError: a target matches nothing, or the model has adapters already.
     """
+    model = network_of(model)
     if wrapped_layers(model):
         raise InputError("The model has LoRA layers already; inject into a fresh base model.")
     adapter = create_adapter(model, config, seed, tokenizer)

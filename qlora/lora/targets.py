@@ -8,22 +8,21 @@ from typing import Any
 
 from torch import nn
 
+from qlora.quant.linear import is_linear
 from qlora.system.errors import InputError
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, except the output head.
+    """Qualified name -> layer that LoRA can wrap, except the output head: `is_linear`.
 
     A wrapped layer appears under its own name, as the layer inside.
     """
-    from transformers.pytorch_utils import Conv1D
-
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if is_linear(module) and module is not head
     }
 
 

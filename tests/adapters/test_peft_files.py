@@ -82,7 +82,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 def adapted(directory: Path, use_4bit: bool = True, **settings: Any) -> LoRAModel:
     config = LoRAConfig(**{"rank": 4, "alpha": 6.0, "adapter_dtype": "float32", **settings})
-    model = get_lora_model(base(directory, use_4bit), config, base_model=str(directory))
+    model = get_lora_model(base(directory, use_4bit), config, base_name=str(directory))
     randomize(model)
     return model.eval()
 

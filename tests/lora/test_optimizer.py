@@ -1,9 +1,8 @@
-"""Small updates are kept, state survives a restart bit for bit, golden values of the schedules."""
+"""Small updates are kept, and the state survives a restart bit for bit."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qlora.lora.optimizer import BETAS, EPS, MasterOptimizer, build_optimizer
 from qlora.system.device import choose_optimizer
 from qlora.system.errors import InputError
-from qlora.training.optimizer import BETAS, EPS, MasterOptimizer, build_optimizer
-from qlora.training.schedule import build_schedule
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
 
@@ -248,10 +246,10 @@ def test_lora_plus_groups_are_pefts(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora.config.lora import LoRAConfig
+    from qlora.lora.adalora_optimizer import build_adapter_optimizer
     from qlora.lora.adapter import inject_lora, lora_layers
     from qlora.lora.trainable import freeze_base
     from qlora.model.load import load_base_model
-    from qlora.training.adalora_optimizer import build_adapter_optimizer
 
     model = str(save_tiny_llama(tmp_path))
     network = load_base_model(model, use_4bit=False, compute_dtype="float32", cache=False)
@@ -273,35 +271,6 @@ def test_lora_plus_groups_are_pefts(tmp_path: Path) -> None:
     optimizer = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0)
     shapes = [tuple(p.shape) for group in optimizer.param_groups if group["lr"] == 16e-3 for p in group["params"]]
     assert sorted(shapes) == sorted(tuple(p.shape) for p in fast)
-
-
-# ---- schedules --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("constant", {3: 1.0, 8: 1.0, 12: 1.0, 13: 1.0, 50: 1.0}),
-        ("linear", {3: 1.0, 4: 0.9, 8: 0.5, 12: 0.1, 13: 0.0, 50: 0.0}),
-        ("cosine", {3: 1.0, 8: 0.5, 12: 0.5 * (1 - math.cos(math.pi / 10)), 13: 0.0, 50: 0.0}),
-    ],
-)
-def test_schedule_golden_values(name: str, expected: dict[int, float]) -> None:
-    """3 warm-up steps at 1/4, 1/2 and 3/4, then 10 more from the peak; zero just after the last."""
-    schedule = build_schedule(name, peak=2e-4, warmup_steps=3, total_steps=13)
-    for step, share in {0: 0.25, 1: 0.5, 2: 0.75, **expected}.items():
-        assert schedule(step) == pytest.approx(2e-4 * share, abs=1e-12), step
-    rates = [schedule(step) for step in range(13)]
-    assert max(rates) == 2e-4 and min(rates) > 0
-    assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True)
-
-
-def test_schedule_without_room() -> None:
-    """No warm-up starts at the peak; a warm-up as long as the run never falls."""
-    assert build_schedule("cosine", 1.0, 0, 4)(0) == 1.0
-    assert build_schedule("cosine", 1.0, 0, 1)(0) == 1.0
-    short = build_schedule("linear", 1.0, 10, 4)
-    assert [short(step) for step in range(4)] == pytest.approx([1 / 11, 2 / 11, 3 / 11, 4 / 11])
 
 
 # ---- on a GPU ---------------------------------------------------------------------------------------------
