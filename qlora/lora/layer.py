@@ -275,10 +275,10 @@ class LoRALinear(nn.Module):
         if self.lora is None:
             return self.base_layer.weight
         if self.merged_weight is not None:
-            return self.merged_weight if self._is_out_in else self.merged_weight.T
+            return self.merged_weight if is_out_in(self.base_layer) else self.merged_weight.T
         weight = self.base_layer.weight
         if weight.requires_grad:
-            dense = (weight if self._is_out_in else weight.T).float()
+            dense = (weight if is_out_in(self.base_layer) else weight.T).float()
         else:
             dense = dense_weight(self.base_layer, torch.float32)
         own_A, own_B = own_factors(self.lora.effective_A, self.lora.lora_B, self._part)
@@ -288,16 +288,12 @@ class LoRALinear(nn.Module):
         scale = self.output_scale()
         whole = whole if scale is None else whole * scale[:, None]
         dtype = weight.dtype if weight.is_floating_point() else weight.quant_state.dtype
-        return (whole if self._is_out_in else whole.T).to(dtype)
+        return (whole if is_out_in(self.base_layer) else whole.T).to(dtype)
 
     @property
     def bias(self) -> Tensor | None:
         """(out,) the base layer's bias."""
         return self.base_layer.bias
-
-    @property
-    def _is_out_in(self) -> bool:
-        return is_out_in(self.base_layer) or registered_shape(self.base_layer) is not None
 
     @property
     def _part(self) -> Part | None:

@@ -26,7 +26,9 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Train only the adapters."""
+    """Train only the adapters. Raises InputError: a lazy layer has no shape yet."""
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise InputError("The model has lazy layers without a shape yet; run it once before adapting it.")
     for parameter in base_parameters(model):
         parameter.requires_grad_(False)
     for parameter in lora_parameters(model):

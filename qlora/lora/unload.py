@@ -98,8 +98,7 @@ def _merged_layer(layer: LoRALinear, quantize: bool, compute_dtype: torch.dtype 
         state_dtype = old.quant_state.dtype if isinstance(old, Params4bit) else old.dtype
         return _dense(merged.to(compute_dtype or state_dtype), base.bias)
     else:
-        is_whole = is_out_in(base) or registered_shape(base) is not None
-        weight = (merged if is_whole else merged.T.contiguous()).to(old.dtype)
+        weight = (merged if is_out_in(base) else merged.T.contiguous()).to(old.dtype)
         base.weight = nn.Parameter(weight, requires_grad=False)  # a new one: the old may be tied
     return base
 

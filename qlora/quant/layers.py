@@ -271,4 +271,4 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 def is_out_in(layer: nn.Module) -> bool:
     """Whether a layer stores its weight as (out, in); Conv1D has (in, out)."""
-    return isinstance(layer, (nn.Linear, FrozenMatrix))
+    return isinstance(layer, (nn.Linear, FrozenMatrix)) or registered_shape(layer) is not None

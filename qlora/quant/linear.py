@@ -19,7 +19,7 @@ from qlora.quant.parts import Part
 from qlora.system.errors import InputError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_plain: set[type] = {nn.Linear}
+_plain: set[type] = {nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear}  # the latter adds nothing
 Layer = TypeVar("Layer", bound=type)
 
 
