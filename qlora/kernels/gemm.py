@@ -65,7 +65,9 @@ def multiply_4bit(
         return None
     every = scales(state).contiguous()
     if 2 * codes.numel() != rows * columns or every.numel() * size != rows * columns:
-        raise ValueError(f"A weight of {codes.numel()} bytes and {every.numel()} scales does not fit {state.shape}.")
+        raise ValueError(
+            f"A weight of {codes.numel()} bytes and {every.numel()} scales does not fit {state.shape}."
+        )
     weight = _Weight(
         codes.data_ptr(), None, every.data_ptr(), state.code.data_ptr(), rows, columns, size.bit_length() - 1
     )

@@ -18,7 +18,7 @@ def check_bounds(bounds: Tensor, num_tokens: int, window: int) -> None:
         raise ValueError(f"bounds {tuple(bounds.shape)} in {bounds.dtype} or window {window}: int32, 1 or more.")
     ends = bounds.tolist()
     if ends[:1] != [0] or ends[-1] != num_tokens or len(ends) < 2 or ends != sorted(ends):
-        raise IndexError(f"bounds {str(ends):.60} of sequences do not go from 0 up to {num_tokens} tokens.")
+        raise IndexError(f"bounds {ends!s:.60} of sequences do not go from 0 up to {num_tokens} tokens.")
 
 
 class PackedAttention(torch.autograd.Function):
@@ -62,7 +62,9 @@ class PackedAttention(torch.autograd.Function):
         run, out = kernel("attention", query), torch.empty_like(query)
         assert run is not None
         check_bounds(bounds, len(query), window)
-        shape = key.shape if key.shape[1:] == value.shape[1:] and query.shape[1] % max(1, key.shape[1]) == 0 else ()
+        shape = (
+            key.shape if key.shape[1:] == value.shape[1:] and query.shape[1] % max(1, key.shape[1]) == 0 else ()
+        )
         check_fits(query.dtype, key=(key, (len(query), *shape[1:])), value=(value, (len(query), *shape[1:])))
         check_fits(query.dtype, cosine=(cosine, (len(query), head_dim)), sine=(sine, (len(query), head_dim)))
         heads = (x.shape[1] // head_dim for x in (query, key))

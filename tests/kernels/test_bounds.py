@@ -39,7 +39,11 @@ def test_a_target_beyond_its_row_of_logits(dtype: torch.dtype, target: int) -> N
 
 def test_targets_of_another_kind_or_number() -> None:
     logits = torch.zeros(4, 300)
-    for targets in (torch.zeros(4, dtype=torch.int32), torch.zeros(3, dtype=torch.int64), torch.zeros(4, 1).long()):
+    for targets in (
+        torch.zeros(4, dtype=torch.int32),
+        torch.zeros(3, dtype=torch.int64),
+        torch.zeros(4, 1).long(),
+    ):
         with pytest.raises(ValueError, match="targets"):
             kernels.cross_entropy(logits, targets)
     assert kernels.cross_entropy(torch.zeros(0, 300), torch.zeros(0, dtype=torch.int64))[0].shape == (0,)
