@@ -151,7 +151,7 @@ def test_nothing_to_upload(hub: type[StandIn], tmp_path: Path) -> None:
         push_to_hub(tmp_path, REPOSITORY)
     directory = save_run(tmp_path / "out")
     (directory / "adapter_model.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match="is not a whole safetensors file"):
+    with pytest.raises(InputError, match="is not a complete safetensors file"):
         push_to_hub(directory, REPOSITORY)
     assert hub.made is None
 

@@ -1033,8 +1033,8 @@ def test_command_with_wrong_inputs(
     output = ["--output-dir", str(tmp_path / "merged")]
     for argv, message in [
         (["--adapter", str(nameless)], "names no base; pass --model"),
-        (["--adapter", str(truncated)], "is not a whole safetensors file"),
-        (["--adapter", str(truncated), "--model", str(llama)], "is not a whole safetensors file"),
+        (["--adapter", str(truncated)], "is not a complete safetensors file"),
+        (["--adapter", str(truncated), "--model", str(llama)], "is not a complete safetensors file"),
         (["--adapter", str(adapter), "--model", "/no/such/base"], "/no/such/base does not exist"),
         (["--adapter", str(tmp_path / "none"), "--model", str(llama)], "has no adapter_config.json"),
         (["--adapter", str(adapter), "--output-dir", str(nameless)], "exists already"),

@@ -335,7 +335,7 @@ def test_headers_of_the_weights(base: Any, adapted: Any, saved: Path, kind: str)
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32, 2**63, 2**64 - 1])
 def test_length_of_the_header(base: Any, saved: Path, length: int) -> None:
     write_safetensors(saved / WEIGHTS, "{}", length=length)
-    assert_refused(saved, [base], str(saved / WEIGHTS), "is not a whole safetensors file")
+    assert_refused(saved, [base], str(saved / WEIGHTS), "is not a complete safetensors file")
 
 
 def to(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
@@ -760,7 +760,7 @@ def test_metadata_of_a_gguf(tmp_path: Path, fields: dict[str, Any], reason: str)
     tiny_gguf(tmp_path / "model.gguf", **fields)
     with (
         limited(),
-        pytest.raises(InputError, match=rf"model\.gguf is not a whole GGUF file \(.*{reason}") as raised,
+        pytest.raises(InputError, match=rf"model\.gguf is not a complete GGUF file \(.*{reason}") as raised,
     ):
         GGUFSource(tmp_path / "model.gguf")
     assert_one_sentence(raised.value)
@@ -808,7 +808,7 @@ def test_a_list_longer_than_its_file(tmp_path: Path, length: int, kind: int) -> 
     place = content.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 4
     content[place : place + 12] = struct.pack("<IQ", kind, length)
     (tmp_path / "model.gguf").write_bytes(content)
-    with limited(5), pytest.raises(InputError, match="is not a whole GGUF file"):
+    with limited(5), pytest.raises(InputError, match="is not a complete GGUF file"):
         GGUFSource(tmp_path / "model.gguf")
 
 
