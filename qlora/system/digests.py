@@ -5,8 +5,8 @@ these files decides what is in them anyway. Pieces are digested in threads, and 
 
 A large file is digested again only if it may have changed. Path, size and modification time can all be those of
 another file (`cp -p`, an unpacked archive), but not its inode and the time at which its status last changed, which
-nobody can set. A change within the clock's resolution would be missed, so a file is remembered only if it has not
-changed in the last seconds.
+nobody can set. Two changes within one tick of a file system's clock look the same: reading begins only when the tick
+is over, and where the clock counts whole seconds nothing is remembered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qlora.system.wording import tell
 T = TypeVar("T")
 PIECE = 64 * 2**20  # bytes that a thread digests at a time
 REMEMBERED = 64 * 2**20  # bytes of a file from which on its digest is kept: a smaller one takes milliseconds
-SETTLED_SECONDS = 5
+TICK_SECONDS = 0.02  # Linux stamps files every 1 to 10 ms
 _known: dict[tuple[str, ...], str] = {}  # of this process
 DIGESTS = "digests.json"  # in a directory: file name -> digest
 
@@ -74,8 +74,9 @@ def _remembered_digest(path: Path, before: list[int]) -> str:
             return str(known["digest"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         pass
+    time.sleep(TICK_SECONDS)
     digest = content_digest(path)
-    if _state(path) == before and abs(time.time() - path.stat().st_ctime) > SETTLED_SECONDS:
+    if _state(path) == before and before[-1] % 10**9:
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             with new_file(memory) as staging:

@@ -418,7 +418,6 @@ def test_cache_is_keyed_by_the_content(
 ) -> None:
     """Other weights under the same path, size and modification time kept as by `cp -p`: the old were used."""
     monkeypatch.setattr(digests, "REMEMBERED", remembered)
-    monkeypatch.setattr(digests, "SETTLED_SECONDS", -1)
     before = packed_bytes(load(copied))
     status = (copied / "model.safetensors").stat()
     edit_weights(copied, lambda w: w["model.layers.0.mlp.up_proj.weight"].mul_(3))
