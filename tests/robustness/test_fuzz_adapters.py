@@ -35,7 +35,7 @@ import train
 from qlora.adapters.load import load_adapter
 from qlora.adapters.model import get_lora_model
 from qlora.adapters.peft_config import PREFIX
-from qlora.adapters.provenance import adapter_quantization
+from qlora.adapters.provenance import trained_base
 from qlora.cli.exits import run as run_main
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, active_adapter, lora_layers
@@ -602,7 +602,7 @@ def test_files_that_may_not_be_read(base: Any, saved: Path, monkeypatch: pytest.
 def test_quantization_of_the_base(saved: Path, recorded: str) -> None:
     save_file(load_file(saved / WEIGHTS), saved / WEIGHTS, metadata={"base_quantization": recorded})
     with pytest.raises(InputError, match=f"{WEIGHTS} has no base_quantization that reads") as raised:
-        adapter_quantization(str(saved))
+        trained_base(str(saved))
     assert_one_sentence(raised.value)
 
 
@@ -974,7 +974,7 @@ def try_adapter(directory: Path, base: Any, before: State) -> None:
             unwrap(base)
         before.assert_kept(base)
         try:
-            adapter_quantization(str(directory))
+            trained_base(str(directory))
         except InputError as error:
             assert_one_sentence(error)
 
