@@ -49,10 +49,14 @@ class _BaseForward:
 
     def __get__(self, owner: LoRAModel | None, kind: type) -> Any:
         if owner is None:
-            return self
+            return _call_base
         call = partial(nn.Module.__call__, owner.model)
         call.__signature__ = inspect.signature(owner.model.forward)  # type: ignore[attr-defined]
         return call
+
+
+def _call_base(model: LoRAModel, *args: Any, **options: Any) -> Any:
+    return model.model(*args, **options)
 
 
 class LoRAModel(Wrapper):
