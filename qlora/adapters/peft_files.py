@@ -120,6 +120,7 @@ def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in snapshot.tokenizer.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         with new_file(directory / name) as file:
             file.write_bytes(content)
     with new_file(directory / CONFIG) as config_file, new_file(directory / WEIGHTS) as weights_file:

@@ -344,37 +344,11 @@ def test_directory(tmp_path):
     assert "is a directory; name one" in error_of(read_records, str(tmp_path))
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    """datasets.load_dataset answers from a dict, and the calls are kept."""
-    import datasets
-
-    calls, known = [], {"owner/name": ROWS}
-
-    def load_dataset(name, split):
-        calls.append((name, split))
-        if name not in known:
-            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist\non the Hub.")
-        return datasets.Dataset.from_list(known[name])
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
 @pytest.mark.parametrize("source", ["data/train.jsonl", "train.parquet", "./train", "../a/b", "/no/such", "a/b/c"])
 def test_a_missing_file_is_not_asked_of_the_hub(hub, source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert f"{source} does not exist" in error_of(read_records, source)
-    assert hub == []
-
-
-def test_hub(hub):
-    records = read_records("owner/name", split="train[:2]")
-    assert [record.fields for record in records] == ROWS
-    assert records[1].origin == "owner/name row 2"
-    message = error_of(read_records, "nobody/nothing")
-    assert "No file 'nobody/nothing' exists" in message and "doesn't exist on the Hub" in message
-    assert hub == [("owner/name", "train[:2]"), ("nobody/nothing", "train")]
+    assert hub.asked == []
 
 
 def test_hub_offline(monkeypatch):

@@ -40,6 +40,7 @@ from qlora.model.weights import dequantized_weights
 from qlora.quant.layers import Linear4bit, Linear16bit
 from qlora.quant.storage import packed_tensors
 from qlora.quant.weight import QuantConfig, quantize_weight
+from qlora.system import digests
 from qlora.system.errors import InputError
 from tests import reference
 from tests.models import TINY, save_tiny_llama
@@ -411,16 +412,62 @@ def test_cache_is_keyed_by_the_options(llama: Path, fresh_cache: Path) -> None:
         assert_same_tensors(packed_bytes(cached), expected)
 
 
-def test_cache_is_keyed_by_the_source(copied: Path, fresh_cache: Path) -> None:
-    """Changed weights of the same size are noticed, and so is another directory."""
+@pytest.mark.parametrize("remembered", [0, 2**26])
+def test_cache_is_keyed_by_the_content(
+    copied: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, remembered: int
+) -> None:
+    """Other weights under the same path, size and modification time kept as by `cp -p`: the old were used."""
+    monkeypatch.setattr(digests, "REMEMBERED", remembered)
     before = packed_bytes(load(copied))
     status = (copied / "model.safetensors").stat()
     edit_weights(copied, lambda w: w["model.layers.0.mlp.up_proj.weight"].mul_(3))
-    os.utime(copied / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    os.utime(copied / "model.safetensors", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (copied / "model.safetensors").stat().st_size == status.st_size
     after = packed_bytes(load(copied))
-    assert len(list(fresh_cache.iterdir())) == 2
+    assert len(list(fresh_cache.glob("base-*"))) == 2
+    assert (fresh_cache / "digests").is_dir() == (remembered == 0)
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert_same_tensors(after, packed_bytes(load(copied, cache=False)))
+
+
+def test_the_same_weights_elsewhere_are_not_quantized_again(
+    llama: Path, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = packed_bytes(load(llama))
+    forbid_quantizing(monkeypatch)
+    assert_same_tensors(packed_bytes(load(copied)), first)
+
+
+def flip_bit(file: Path, place: int) -> None:
+    with open(file, "r+b") as handle:
+        handle.seek(place)
+        (byte,) = handle.read(1)
+        handle.seek(place)
+        handle.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "gone", "added", "no digests", "index"])
+def test_a_damaged_cached_base_is_made_again(
+    llama: Path, fresh_cache: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """One flipped bit of a weight was used in silence."""
+    expected = packed_bytes(load(llama))
+    (cached,) = fresh_cache.iterdir()
+    file = cached / "model.safetensors"
+    change = {
+        "flipped": lambda: flip_bit(file, file.stat().st_size - 1),
+        "truncated": lambda: os.truncate(file, file.stat().st_size - 1),
+        "gone": lambda: file.unlink(),
+        "added": lambda: (cached / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b"}}'),
+        "no digests": lambda: (cached / "digests.json").unlink(),
+        "index": lambda: (cached / "digests.json").write_text("[]"),
+    }
+    change[damage]()
+    capsys.readouterr()
+    assert_same_tensors(packed_bytes(load(llama)), expected)
+    assert f"{cached} in the cache is damaged" in capsys.readouterr().err
+    assert_same_tensors(packed_bytes(load(llama)), expected)
+    assert not capsys.readouterr().err
 
 
 def test_cache_follows_a_changed_config(copied: Path) -> None:
@@ -544,7 +591,12 @@ def test_cache_in_shards(llama: Path, fresh_cache: Path, monkeypatch: pytest.Mon
     shards = sorted(file.name for file in cached.glob("*.safetensors"))
     count = len(shards)
     assert count > 3 and shards == [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    assert {file.name for file in cached.iterdir()} == {*shards, "config.json", "model.safetensors.index.json"}
+    assert {file.name for file in cached.iterdir()} == {
+        *shards,
+        "config.json",
+        "digests.json",
+        "model.safetensors.index.json",
+    }
     for model in (first, load(llama)):
         assert_same_tensors(packed_bytes(model), packed_bytes(expected))
         assert_same_tensors(dict(model.named_parameters()), dict(expected.named_parameters()))
@@ -552,15 +604,6 @@ def test_cache_in_shards(llama: Path, fresh_cache: Path, monkeypatch: pytest.Mon
     for layer, name in ((layer, name) for layer in range(2) for name in LINEARS):
         path = f"model.layers.{layer}.{name}"
         assert torch.equal(theirs.get_submodule(path).weight.data, expected.get_submodule(path).weight.data)
-
-
-def test_damaged_cache_is_named(llama: Path, fresh_cache: Path) -> None:
-    """Not possible through us, but a disk may fail: the message must lead to the cache, not to the source."""
-    load(llama)
-    (file,) = fresh_cache.glob("*/model.safetensors")
-    os.truncate(file, file.stat().st_size - 100)
-    with pytest.raises(InputError, match=str(fresh_cache)):
-        load(llama)
 
 
 # ---- already quantized checkpoints ------------------------------------------------------------------------
@@ -709,7 +752,7 @@ def test_truncated_safetensors(copied: Path, keep: int) -> None:
     file = copied / "model.safetensors"
     os.truncate(file, keep if keep >= 0 else file.stat().st_size - 1)
     with pytest.raises(
-        InputError, match=r"model\.safetensors is not a whole safetensors file .*download it again"
+        InputError, match=r"model\.safetensors is not a complete safetensors file .*download it again"
     ):
         load(copied)
 
@@ -828,7 +871,7 @@ def test_generation_config_is_taken_over(copied: Path) -> None:
 def test_tokenizer(llama: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(llama)).chat_template == tiny_tokenizer().chat_template
     without = save_tiny_llama(tmp_path / "without")
-    with pytest.raises(InputError, match="has no tokenizer that loads"):
+    with pytest.raises(InputError, match="has no tokenizer that can be loaded"):
         load_tokenizer(str(without))
 
 
@@ -862,7 +905,7 @@ def test_dequantized_weights(kind: str, tied: bool, prequantized: Path, llama: P
 
 
 def test_no_original_of_a_prequantized_base(prequantized: Path) -> None:
-    with pytest.raises(InputError, match="stored in 4 bits, so there is no original"):
+    with pytest.raises(InputError, match="stored in 4 bits and has no original weights"):
         list(dequantized_weights(str(prequantized), QuantConfig(), original=True))
 
 
@@ -971,7 +1014,7 @@ def test_truncated_gguf(tmp_path: Path, share: float) -> None:
 
 def test_file_that_is_only_called_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"this is no model" * 100)
-    with pytest.raises(InputError, match=r"model\.gguf is not a whole GGUF file"):
+    with pytest.raises(InputError, match=r"model\.gguf is not a complete GGUF file"):
         load(tmp_path / "model.gguf")
 
 
@@ -1147,8 +1190,8 @@ def test_the_cache_is_mapped_and_never_written_to(tmp_path: Path, fresh_cache: P
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").is_file(), reason="reads /proc/self/io")
-def test_a_cold_start_reads_little_of_the_cache(tmp_path: Path, fresh_cache: Path) -> None:
-    """It read most of it: each tensor was looked into, each look brought in what the system reads ahead."""
+def test_a_cold_start_reads_the_cache_once(tmp_path: Path, fresh_cache: Path) -> None:
+    """Verifying reads all of it, and the first step then none: it waits for the disk no longer than without."""
     wide = save_tiny_llama(tmp_path / "llama", hidden_size=1024, intermediate_size=2816)
 
     def from_disk() -> tuple[int, int]:
@@ -1171,7 +1214,7 @@ def test_a_cold_start_reads_little_of_the_cache(tmp_path: Path, fresh_cache: Pat
     assert size > 12e6
     if start + rest < size / 2:
         pytest.skip("files stay in memory here")
-    assert start < 0.08 * size, f"{start / 1e6:.1f} MB of {size / 1e6:.1f}"
+    assert start + rest < 1.1 * size, f"{start / 1e6:.1f} and {rest / 1e6:.1f} MB of {size / 1e6:.1f}"
 
 
 def test_the_compute_dtype_is_measured_once(
