@@ -22,7 +22,7 @@ from qlora.adapters.mix import Method, adapter_factors, mix, mixed_config
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora_optimizer import optimizer_for
-from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.adapter import activate, active_adapter, create_adapter, say_targets, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift
 from qlora.lora.full_parameters import replaced_parameters
 from qlora.lora.optimizer import AdapterOptimizer, MakeOptimizer
@@ -72,7 +72,7 @@ class LoRAModel(Wrapper):
         config: of a first, active adapter; None: the base alone.
         base_name: name or path of the base, recorded in saved adapters.
         name: of that adapter.
-        tokenizer: for `config.new_tokens` only, as in `inject_lora`.
+        tokenizer, say: as in `inject_lora`.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class LoRAModel(Wrapper):
         base_name: str = "",
         name: str = "default",
         tokenizer: Any = None,
+        say: Callable[[str], Any] = print,
     ) -> None:
         super().__init__()
         if not isinstance(base_model, nn.Module):
@@ -95,6 +96,7 @@ class LoRAModel(Wrapper):
         keep_unpacked(base_model)
         if config is not None:
             self._add(name, lambda: create_adapter(base_model, config, seed, tokenizer))
+            say_targets(self._named(name), config, say)
             self.set_adapter(name)
             initialize_adapter(base_model, config)
 

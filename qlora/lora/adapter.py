@@ -6,7 +6,8 @@ one's parameters are in the model's modules and in `model.parameters()`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from qlora.data.tokenizer_files import token_ids_of, tokenizer_files
 from qlora.lora.full_parameters import copy_trained, start_new_tokens, swap_parameters, trained_names
 from qlora.lora.layer import LoRALinear, LoRAWeights, draw_A
 from qlora.lora.slot import Adapter, network_of, slot_of
-from qlora.lora.targets import match_targets
+from qlora.lora.targets import match_targets, resolve_targets
 from qlora.lora.variants import variant_of
 from qlora.quant.layers import keep_unpacked, logical_shape
 from qlora.quant.library import Params4bit
@@ -42,12 +43,17 @@ def create_adapter(
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
     weights, variant = {}, variant_of(config)
-    layers = match_targets(model, config.target_modules, config.layers or None)
+    targets = resolve_targets(model, config.target_modules)
+    layers = match_targets(model, targets, config.layers or None, config.exclude_modules)
+    if targets != config.target_modules:
+        config = replace(config, target_modules=targets)
     _check_layers(model, layers, config)
     for name, layer in layers.items():
         (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
         rank = config.rank_of(name)
-        A, scaling = draw_A(rank, columns, config.init, generator, device), config.scaling_of(name, rank)
+        spread = config.init_std if config.init == "gaussian" else config.kaiming_a
+        A = draw_A(rank, columns, config.init, generator, device, spread)
+        scaling = config.scaling_of(name, rank)
         own = LoRAWeights(A, rows, config.alpha_of(name), config.dropout, dtype, device, scaling)
         weights[name], own.variant = own, variant
         if variant is not None:
@@ -128,12 +134,19 @@ def active_adapter(model: nn.Module) -> Adapter | None:
     return slot_of(model).active
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> list[str]:
+def inject_lora(
+    model: nn.Module,
+    config: LoRAConfig,
+    seed: int = 0,
+    tokenizer: Any = None,
+    say: Callable[[str], Any] = print,
+) -> list[str]:
     """Replace the target layers of `model` by LoRALinear, in place. Call `freeze_base` to choose what trains.
 
     Args:
         seed: for A's initial values. The same seed gives the same adapter on every machine and rank.
         tokenizer: only for `config.new_tokens`, which `trained.add_tokens` has added to it.
+        say: called if the default targets go by other names in this model.
     Returns:
         The qualified names of the wrapped layers, in model order.
     Raises:
@@ -143,9 +156,17 @@ def inject_lora(model: nn.Module, config: LoRAConfig, seed: int = 0, tokenizer: 
     if wrapped_layers(model):
         raise InputError("The model has LoRA layers already; inject into a fresh base model.")
     adapter = create_adapter(model, config, seed, tokenizer)
+    say_targets(adapter, config, say)
     wrap_layers(model, adapter.layers)
     activate(model, adapter)
     return list(adapter.layers)
+
+
+def say_targets(adapter: Adapter, asked: LoRAConfig, say: Callable[[str], Any]) -> None:
+    """Say in one line which layers were adapted in the place of the default ones."""
+    if adapter.config.target_modules != asked.target_modules:
+        names = ", ".join(adapter.config.target_modules)
+        say(f"target_modules: {names}, since this model has no {' or '.join(asked.target_modules)}")
 
 
 def set_tokenizer(model: nn.Module, tokenizer: Any) -> None:

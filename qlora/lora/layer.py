@@ -144,18 +144,27 @@ def rescale(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(y, z, (scale - 1).to(y.dtype))
 
 
-def draw_A(rank: int, in_features: int, init: str, generator: torch.Generator | None, device: Any) -> Tensor:
+def draw_A(
+    rank: int,
+    in_features: int,
+    init: str,
+    generator: torch.Generator | None,
+    device: Any,
+    spread: float | None = None,
+) -> Tensor:
     """Initial A (rank, in) fp32, drawn on the CPU so that all devices start the same; empty on the meta device.
 
     Args:
-        init: "gaussian" (standard deviation 1 / rank), else uniform within 1 / sqrt(in), as nn.Linear.
+        init: "gaussian", else uniform.
         generator: CPU generator to draw from.
+        spread: the Gaussian's standard deviation (None = 1 / rank), or a in the bound sqrt(6 / ((1 + a^2) in))
+            (None = sqrt(5), which makes it 1 / sqrt(in), as in nn.Linear).
     """
     is_meta = device is not None and torch.device(device).type == "meta"
     start = torch.empty(rank, in_features, device="meta" if is_meta else "cpu")
     if init == "gaussian":
-        return start.normal_(0.0, 1.0 / rank, generator=generator)
-    bound = 1.0 / math.sqrt(in_features)
+        return start.normal_(0.0, 1.0 / rank if spread is None else spread, generator=generator)
+    bound = (1.0 if spread is None else math.sqrt(6 / (1 + spread**2))) / math.sqrt(in_features)
     return start.uniform_(-bound, bound, generator=generator)
 
 

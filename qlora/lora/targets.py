@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from qlora.config.fields import layer_number, names_layer
+from qlora.config.lora import DEFAULT_TARGETS
 from qlora.quant.linear import is_linear
 from qlora.system.errors import InputError
+
+# How architectures call what computes queries and values, if not q_proj and v_proj.
+ATTENTION_INPUTS = (
+    ("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("query", "value"), ("q_lin", "v_lin"),
+    ("q", "v"),
+)  # fmt: skip
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -26,27 +33,44 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """`targets`, or what stands for the default ones in a model that has neither of them."""
+    ends = {name.rpartition(".")[2] for name in linear_layers(model)}
+    if tuple(targets) != DEFAULT_TARGETS or ends & {*DEFAULT_TARGETS}:
+        return list(targets)
+    return next((list(names) for names in ATTENTION_INPUTS if ends.issuperset(names)), list(targets))
+
+
 def match_targets(
-    model: nn.Module, targets: Iterable[str], numbers: Iterable[int] | None = None
+    model: nn.Module, targets: Sequence[str], numbers: Iterable[int] | None = None, exclude: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The layers that `targets` name: a layer's last name(s), its full name, or "all-linear".
+    """The layers that `targets` name: a layer's last name(s), its full name, a pattern, or "all-linear".
+
+    The default targets stand for the attention's input layers: `resolve_targets`.
 
     Args:
+        exclude: names and patterns of layers to leave out.
         numbers: only these decoder layers, counted from 0; None = all.
     Raises:
         InputError: a target matches nothing (lists the names there are), or a decoder layer does not exist.
     """
     layers = linear_layers(model)
-    targets = list(targets)
+    targets = resolve_targets(model, targets)
     if targets != ["all-linear"]:
-        unmatched = [t for t in targets if not any(_named(name, t) for name in layers)]
+        unmatched = [t for t in targets if not any(names_layer(name, t) for name in layers)]
         if unmatched or not targets:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
             raise InputError(
                 f"target_modules {unmatched} match no linear layer. This model has: {available}. "
                 "Pass --target-modules with names from that list, or all-linear."
             )
-        layers = {name: layer for name, layer in layers.items() if any(_named(name, t) for t in targets)}
+        layers = {name: layer for name, layer in layers.items() if any(names_layer(name, t) for t in targets)}
+    unknown = [t for t in exclude if not any(names_layer(name, t) for name in layers)]
+    if unknown:
+        raise InputError(f"exclude_modules {unknown} name none of the layers to adapt; correct or drop them.")
+    layers = {name: layer for name, layer in layers.items() if not any(names_layer(name, t) for t in exclude)}
+    if not layers:
+        raise InputError("exclude_modules leaves no layer to adapt; name fewer.")
     if numbers is None:
         return layers
     present = {number for number in map(layer_number, layers) if number is not None}
@@ -58,13 +82,3 @@ def match_targets(
         )
     wanted = set(numbers)
     return {name: layer for name, layer in layers.items() if layer_number(name) in wanted}
-
-
-def _named(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def layer_number(name: str) -> int | None:
-    """The decoder layer that a layer is in, counted from 0: the first number in its name; None: in none."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else None

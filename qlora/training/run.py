@@ -200,7 +200,7 @@ class TrainingRun:
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
         else:
-            inject_lora(self.model, lora, t.seed, self.tokenizer)
+            inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
             freeze_base(self.model)
         if config.data.chat_template is not None:
             set_tokenizer(self.model, self.tokenizer)
