@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora.model.families import FAMILIES
@@ -45,7 +46,7 @@ class SafetensorsSource:
     def __init__(self, directory: Path, map_files: bool = False, remedy: str = "download it again") -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.remedy = directory, remedy
+        self.path, self.remedy, self.is_mapped = directory, remedy, map_files
         self.files = weight_files(directory)
         places = _weight_map(directory) or {}
         # name -> file, key in it, index in the tensor there
@@ -110,7 +111,10 @@ class SafetensorsSource:
         return self._read(name, safe_open(self._file_of[name], framework="pt", backend="mmap"), key, index)
 
     def read(self, name: str) -> Tensor:
-        return self._read(name, *self._places[name])
+        tensor = self._read(name, *self._places[name])
+        if not self.is_mapped:  # mapped files are ours, checked when they were written
+            check_finite(tensor, name, self.path, self.remedy)
+        return tensor
 
     def _read(self, name: str, file: Any, key: str, index: tuple[Any, ...]) -> Tensor:
         from safetensors import SafetensorError
@@ -222,6 +226,18 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
             f"{index} names a shard outside its directory, {elsewhere[0]!r:.60}; the file is not to be trusted."
         )
     return weight_map
+
+
+def check_finite(tensor: Tensor, name: str, path: Path, remedy: str) -> None:
+    """Refuse a weight with NaN or infinity, which every loss then has. Reads the tensor once.
+
+    Raises:
+        InputError: names it, and how many of its values.
+    """
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return
+    if not tensor.sum(dtype=torch.float32).isfinite() and (count := int((~tensor.isfinite()).sum())):
+        raise InputError(f"{path}: {name} has {count} of {tensor.numel()} values that are not finite; {remedy}.")
 
 
 def check_names(names: Iterable[str], path: Path) -> None:

@@ -780,7 +780,7 @@ def test_a_tensor_in_two_shards(tmp_path: Path, use_4bit: bool, place: int) -> N
     right = json.loads((copied / "model.safetensors.index.json").read_text())["weight_map"][name]
     assert right != other.name
     save_file({**load_file(other), name: torch.zeros(64)}, other, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=rf"'{name}' is in .*{right if place else other.name}.* {other.name}"):
+    with pytest.raises(InputError, match=rf"'{name}' is in .*{other.name}"):
         load(copied, use_4bit)
 
 
