@@ -38,7 +38,6 @@ def test_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = python_blocks(README)
     assert len(blocks) == 2 and "qlora.train(" in blocks[0] and "trainable_parameters" in blocks[1]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     save_tiny_llama(tmp_path / "path" / "to" / "llama", tokenizer=tiny_tokenizer())
     rows = [{"instruction": f"say {n}", "output": str(n)} for n in range(4)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
