@@ -31,6 +31,7 @@ _HOME = {
     "unmerge_lora": "lora.trainable",
     "merge_and_unload": "lora.unload",
     "unload": "lora.unload",
+    "LoRALinear": "lora.layer",
     "register_linear": "quant.linear",
     "LinearShape": "quant.linear",
     "Part": "quant.parts",
