@@ -49,6 +49,7 @@ from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_json, read_tensors
 from qlora.system.wording import explain, show_value
 
+BASE_WEIGHT = ".base_layer.weight"  # in PEFT's file, the frozen weight of an adapted head
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -152,6 +153,7 @@ class SavedAdapter:
         description: adapter_config.json.
         directory: where it was read from.
         base_shift: layer -> (A', B'), subtracted from its base's weights; empty for an ordinary base.
+        base_weights: parameter name -> the base's own value, which PEFT saves with an adapted head.
     """
 
     config: LoRAConfig
@@ -159,6 +161,7 @@ class SavedAdapter:
     description: dict[str, Any]
     directory: Path
     base_shift: BaseShift = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def adapted_layers(self) -> list[str]:
@@ -294,10 +297,11 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
         what = f"an adapter with {', '.join(used)}" if kind == "LORA" else f"a {show_value(kind)} adapter"
         raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
     config = read_settings(directory / CONFIG, description)
-    state = _read_tensors(directory / WEIGHTS, config)
+    state, base_weights = _read_tensors(directory / WEIGHTS, config)
     variant = variant_of(config)
     state = state if variant is None else variant.unpack(state, description, config, directory / CONFIG)
-    saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
+    shift = _read_base_shift(directory / BASE_SHIFT)
+    saved = SavedAdapter(config, state, description, directory, shift, base_weights)
     # PEFT saves embeddings of an extended vocabulary, and a tied head, without listing them.
     vocabulary = [name for name in saved.trained if is_vocabulary(name)]
     config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
@@ -333,9 +337,11 @@ def _check_files(directory: Path) -> None:
         raise InputError(f"The adapter directory {directory} has no {missing[0]}; check the path.")
 
 
-def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
-    """The tensors of a file, keyed as in `lora_state_dict`."""
+def _read_tensors(file: Path, config: LoRAConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a file, keyed as in `lora_state_dict`, and the weights of the base among them."""
     stored = read_tensors(file, "save the adapter again")
+    copies = [key for key in stored if key.endswith(BASE_WEIGHT) and _with_lora(key) in stored]
+    base_weights = {own_key(key): stored.pop(key) for key in copies}
     state = {own_key(key): tensor for key, tensor in stored.items()}
     if len(state) < len(stored):
         raise InputError(f"{file} holds a parameter under two names; save the adapter again.")
@@ -353,14 +359,19 @@ def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
         if tensor.dtype not in DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")
-    return state
+    return state, base_weights
+
+
+def _with_lora(key: str) -> str:
+    """The name of A beside a base layer's weight."""
+    return key.removesuffix(BASE_WEIGHT) + ".lora_A.weight"
 
 
 def _read_base_shift(file: Path) -> BaseShift:
     """The content of a base_shift.safetensors; empty if there is no file."""
     if not file.is_file():
         return {}
-    state = _read_tensors(file, LoRAConfig())
+    state, _ = _read_tensors(file, LoRAConfig())
     layers = sorted({key.rpartition(".lora_")[0] for key in state})
     shift = {}
     for layer in layers:
