@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.other_formats import recognise
+from qlora.adapters.other_formats import detect_tool
 from qlora.adapters.peft_config import (
     PREFIX,
     UNSUPPORTED,
@@ -282,7 +282,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
         InputError: a file is missing or damaged, a key is unknown, or the variant is unsupported.
     """
     directory = Path(directory)
-    tool = recognise(directory)
+    tool = detect_tool(directory)
     if tool is not None:
         raise InputError(
             f"{directory} holds an adapter in {tool}'s own format; turn it into PEFT's by python -m qlora import."
