@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qlora.adapters.files import recorded_quantization
 from qlora.adapters.load import check_adapter, with_base_shift
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
 from qlora.adapters.provenance import adapter_quantization
@@ -33,7 +34,6 @@ from qlora.model.skeleton import empty_model
 from qlora.model.weights import dequantized_weights
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
-from qlora.system.file_names import WEIGHTS
 from qlora.system.wording import list_first, show_value
 
 
@@ -207,11 +207,7 @@ def _compare(adapter: SavedAdapter, update: LayerUpdate, weight: Tensor) -> Laye
 
 def _quantization(directory: Path, quant: QuantConfig | None) -> str:
     """`adapter_quantization` in words."""
-    from safetensors import safe_open
-
     if quant is None:
         return "none, 16 bits"
     text = f"4 bits, {quant.quant_type}, scales {'quantized too' if quant.double_quant else 'in fp32'}"
-    with safe_open(directory / WEIGHTS, framework="pt") as file:
-        recorded = "base_quantization" in (file.metadata() or {})
-    return text if recorded else f"not recorded; taken for {text}"
+    return text if recorded_quantization(directory) is not None else f"not recorded; taken for {text}"
