@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.exact_match import exact_match
-from qlora.adapters.provenance import adapter_quantization
+from qlora.adapters.provenance import trained_base
 from qlora.cli.exits import run
 from qlora.config.merge import MergeOptions
 from qlora.data.readers import read_records
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
 
     tokenizer, mixture = load_tokenizer(options.model), read_mixture([options.adapter])
-    quant = adapter_quantization(options.adapter)
+    quant = trained_base(options.adapter, options.model).quantization
     records = read_records(options.data)[: options.max_examples]
 
     def score(network: Any) -> str:

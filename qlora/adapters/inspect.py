@@ -23,16 +23,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.files import recorded_quantization
 from qlora.adapters.load import check_adapter, with_base_shift
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
-from qlora.adapters.provenance import adapter_quantization
+from qlora.adapters.provenance import TrainedBase, trained_base
 from qlora.lora.linalg import low_rank_svd
 from qlora.lora.targets import linear_layers
 from qlora.lora.variants import variant_of
 from qlora.model.skeleton import empty_model
 from qlora.model.weights import dequantized_weights
-from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.wording import list_first, show_value
 
@@ -135,7 +133,7 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
     """
     adapter = read_adapter(directory)
     _check_layers(adapter)
-    quant = adapter_quantization(str(directory))
+    base = trained_base(str(directory), model)
     if model is None:
         updates = _measure(adapter)
     else:
@@ -144,12 +142,12 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
         check_adapter(adapter, network)
         updates = _measure(adapter)
         flipped = {name for name, layer in linear_layers(network).items() if not isinstance(layer, nn.Linear)}
-        for name, weight in dequantized_weights(model, quant, shift=adapter.base_shift):
+        for name, weight in dequantized_weights(model, base.quantization, shift=adapter.base_shift):
             layer = name.removesuffix(".weight")
             if layer in updates:
                 dense = weight.T if layer in flipped else weight  # Conv1D: (in, out)
                 updates[layer] = _compare(adapter, updates[layer], dense)
-    return Inspection(adapter, _quantization(Path(directory), quant), list(updates.values()), model is not None)
+    return Inspection(adapter, _quantization(base), list(updates.values()), model is not None)
 
 
 def _check_layers(adapter: SavedAdapter) -> None:
@@ -205,9 +203,9 @@ def _compare(adapter: SavedAdapter, update: LayerUpdate, weight: Tensor) -> Laye
     return replace(update, relative=update.norm / size if size else math.nan, magnitude_change=change)
 
 
-def _quantization(directory: Path, quant: QuantConfig | None) -> str:
-    """`adapter_quantization` in words."""
+def _quantization(base: TrainedBase) -> str:
+    """`trained_base` in words."""
+    quant = base.quantization
     if quant is None:
-        return "none, 16 bits"
-    text = f"4 bits, {quant.quant_type}, scales {'quantized too' if quant.double_quant else 'in fp32'}"
-    return text if recorded_quantization(directory) is not None else f"not recorded; taken for {text}"
+        return "none, 16 bits" if base.is_known else "not recorded; 16 bits assumed"
+    return f"4 bits, {quant.quant_type}, scales {'quantized too' if quant.double_quant else 'in fp32'}"

@@ -150,6 +150,7 @@ def _write_directory(snapshot: AdapterSnapshot, directory: Path) -> None:
 
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in snapshot.tokenizer.items():
+        (directory / name).parent.mkdir(exist_ok=True)
         with new_file(directory / name) as file:
             file.write_bytes(content)
     with new_file(directory / CONFIG) as config_file, new_file(directory / WEIGHTS) as weights_file:

@@ -4,36 +4,63 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora.adapters.files import is_one_file, recorded_quantization, weights_file
 from qlora.adapters.peft_files import read_adapter
+from qlora.model.hf_config import declared_quantization, load_config
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 
+NAMES_4BIT = re.compile(r"(?i)[-_.](bnb-?)?(4-?bit|nf4)\b")
 
-def adapter_quantization(adapter: str) -> QuantConfig | None:
-    """How the base was quantized when the adapter was trained; None for a 16-bit base.
 
-    Other tools' adapters do not say; then it is QLoRA's default, NF4 with double quantization.
+@dataclass(frozen=True)
+class TrainedBase:
+    """What is known of the base that an adapter was trained on.
+
+    Attributes:
+        quantization: how it was quantized; None = 16 bits.
+        is_known: False if nothing says so and 16 bits are assumed, as PEFT loads a base by its name.
+    """
+
+    quantization: QuantConfig | None
+    is_known: bool
+
+
+def trained_base(adapter: str, model: str | None = None) -> TrainedBase:
+    """The base of an adapter, by the first that tells: its weights file, the base's name, the base's own config.
+
+    This project records the quantization in the adapter's weights file. Other tools do not; a name such as
+    "...-bnb-4bit" or a base that is stored in 4 bits tells it for them.
+
+    Args:
+        model: the base that it is used with: directory, hub id or .gguf; None = unknown.
+    Raises:
+        InputError: a record that cannot be read.
     """
     weights = weights_file(Path(adapter))
     try:
         recorded = recorded_quantization(Path(adapter))
-        if recorded is None:
-            return QuantConfig()
-        fields = json.loads(recorded)
-        return None if fields is None else QuantConfig(**fields)
+        if recorded is not None:
+            fields = json.loads(recorded)
+            return TrainedBase(None if fields is None else QuantConfig(**fields), True)
     except (ValueError, TypeError, RecursionError, InputError) as error:
         raise InputError(
             f"{weights} has no base_quantization that reads ({explain(error)}); save it again."
         ) from error
+    if NAMES_4BIT.search(str(read_adapter(adapter).description.get("base_model_name_or_path"))):
+        return TrainedBase(QuantConfig(), True)
+    stored = None if model is None else declared_quantization(load_config(model), model)
+    return TrainedBase(stored, stored is not None)
 
 
 def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:

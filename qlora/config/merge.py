@@ -16,8 +16,8 @@ class MergeOptions(Settings):
 
     weights: Annotated[tuple[float, ...], Read(lambda _, values: tuple(map(float, values)))] = ()
     """Factor for each adapter's update; default: 1."""
-    base: Literal["dequantized", "original"] = "dequantized"
-    """Merge into the dequantized weights that the adapter was trained on, or into the original ones."""
+    base: Literal["auto", "dequantized", "original"] = "auto"
+    """Merge into the dequantized 4-bit weights, or into the original ones; auto: into those it was trained on."""
     save_4bit: bool = False
     """Write 4-bit weights, with codes chosen so that the update survives, instead of bf16."""
     calibration: str | None = None

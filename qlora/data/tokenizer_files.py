@@ -14,6 +14,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
     "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
 )  # fmt: skip
+NAMED_TEMPLATES = "additional_chat_templates/*.jinja"  # of a tokenizer with several, such as one for tools
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
@@ -64,8 +65,8 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
 
 
 def read_tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """The tokenizer's files in a directory, by name; empty if there is no tokenizer."""
+    """The tokenizer's files in a directory, by path within it; empty if there is no tokenizer."""
     if not (directory / "tokenizer_config.json").is_file():
         return {}
-    files = [directory / name for name in TOKENIZER_FILES]
-    return {file.name: file.read_bytes() for file in files if file.is_file()}
+    files = [*(directory / name for name in TOKENIZER_FILES), *sorted(directory.glob(NAMED_TEMPLATES))]
+    return {file.relative_to(directory).as_posix(): file.read_bytes() for file in files if file.is_file()}

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from qlora.adapters.load import check_adapter
 from qlora.adapters.peft_files import read_adapter
-from qlora.adapters.provenance import adapter_quantization
+from qlora.adapters.provenance import trained_base
 from qlora.data.chat_template import fallback_template
 from qlora.data.tokenizer_files import read_tokenizer_files
-from qlora.export.gguf_vocabulary import add_vocabulary
+from qlora.export.gguf_vocabulary import add_vocabulary, plain_templates
 from qlora.lora.targets import head_name
 from qlora.lora.variants import variant_of
 from qlora.model.attention import head_counts
@@ -57,8 +57,8 @@ def export_gguf(
 ) -> None:
     """Write a model, with an optional adapter merged into it, as one .gguf file.
 
-    Memory stays near one tensor in fp32. The adapter is merged into the weights it was trained on, the
-    dequantized base. Metadata of a .gguf base, with its tokenizer, is copied.
+    Memory stays near one tensor in fp32. The adapter is merged into the weights it was trained on
+    (`trained_base`). Metadata of a .gguf base, with its tokenizer, is copied.
 
     Args:
         model: a Hugging Face directory, a hub id or a .gguf file, of a family that has a GGUF form.
@@ -82,7 +82,7 @@ def export_gguf(
                 f"The adapter {adapter} changes the base or the vocabulary (PiSSA, LoftQ, new tokens); "
                 "merge it first, then export the merged model."
             )
-    quant = None if adapter is None else adapter_quantization(adapter)
+    quant = None if adapter is None else trained_base(adapter, model).quantization
     weights = dequantized_weights(model, quant)
     names = gguf_names(shapes, form.architecture, network.config.num_hidden_layers)
     with _new_gguf(output, form.architecture) as writer:
@@ -254,7 +254,7 @@ def _copy_vocabulary(writer: Any, file: Path, model: str, adapter: str | None) -
                 )
     if TEMPLATE not in fields:
         tokenizer = load_tokenizer(model, adapter)
-        writer.add_chat_template((has_own and tokenizer.chat_template) or fallback_template(tokenizer))
+        writer.add_chat_template(plain_templates(tokenizer) if has_own else fallback_template(tokenizer))
 
 
 def _add_file_type(writer: Any, encoding: Encoding) -> None:

@@ -87,7 +87,24 @@ def add_vocabulary(writer: Any, tokenizer: Any, num_rows: int, pre_tokenizer: st
         raise InputError(f"The tokenizer is a {model['type']} model; only BPE can be written as GGUF.")
     writer.add_token_types(types)
     _add_special_ids(writer, tokenizer)
-    writer.add_chat_template(tokenizer.chat_template or fallback_template(tokenizer))
+    writer.add_chat_template(plain_templates(tokenizer))
+
+
+def plain_templates(tokenizer: Any) -> str | list[dict[str, str]]:
+    """The tokenizer's chat template, or all of them by name, for engines with plain Jinja; else the fallback.
+
+    transformers' `{% generation %}` marks the answers and changes no text. Other engines refuse it, so it becomes
+    `{% if true %}`, which keeps the whitespace control of both tags.
+    """
+
+    def plain(template: str) -> str:
+        opened = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)
+        return re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", opened)
+
+    templates = tokenizer.chat_template or fallback_template(tokenizer)
+    if isinstance(templates, str):
+        return plain(templates)
+    return [{"name": name, "template": plain(template)} for name, template in templates.items()]
 
 
 def _tokens(tokenizer: Any, num_rows: int) -> tuple[list[str], list[int]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.adapters.peft_files import read_adapter
+from qlora.data.tokenizer_files import NAMED_TEMPLATES
 from qlora.export.model_card import make_card, public_name
 from qlora.system.errors import InputError
 from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
@@ -34,6 +35,7 @@ UPLOADED = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    NAMED_TEMPLATES,
     "*.gguf",
     "Modelfile",
     "drift.json",
@@ -73,11 +75,13 @@ def push_to_hub(
         card = directory / "README.md"
         text = redact(card.read_text()) if card.is_file() else make_card(directory, exact_match, address.repo_id)
         operations = [CommitOperationAdd("README.md", text.encode())]
-        operations += [CommitOperationAdd(file.name, _content(file)) for file in files]
+        operations += [
+            CommitOperationAdd(file.relative_to(directory).as_posix(), _content(file)) for file in files
+        ]
         api.create_commit(address.repo_id, operations, commit_message="Upload with qlora")
     except (HFValidationError, HTTPError, ConnectionError) as error:
         raise InputError(
-            f"The hub did not take {redact(repo):.100} ({redact(explain(error))}); check name, token and "
+            f"Uploading to {redact(repo):.100} failed ({redact(explain(error))}); check name, token and "
             "connection."
         ) from error
     return str(address)
@@ -97,11 +101,11 @@ def check_destination(repo: str, token: str | None = None) -> str:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InputError(
-            f"{redact(repo)!r:.100} is no repository's name ({redact(explain(error))}); give OWNER/NAME."
+            f"{redact(repo)!r:.100} is not a valid repository name ({redact(explain(error))}); give OWNER/NAME."
         ) from error
     token = token or get_token()
     if token is None:
-        raise InputError("There is no Hugging Face token; run `hf auth login`, or set HF_TOKEN.")
+        raise InputError("No Hugging Face token found; run `hf auth login`, or set HF_TOKEN.")
     return token
 
 
@@ -112,10 +116,8 @@ def files_to_upload(directory: Path) -> list[Path]:
         InputError: it holds neither an adapter nor a model, or an adapter that does not read.
     """
     if not directory.is_dir():
-        raise InputError(f"{directory} is no directory; give the output directory of a run, merge or export.")
-    found = sorted(
-        file for file in directory.iterdir() if file.is_file() and any(fnmatch(file.name, p) for p in UPLOADED)
-    )
+        raise InputError(f"{directory} is not a directory; give the output directory of a run, merge or export.")
+    found = sorted({file for pattern in UPLOADED for file in directory.glob(pattern) if file.is_file()})
     if not any(fnmatch(file.name, pattern) for file in found for pattern in MODELS):
         raise InputError(f"{directory} holds no adapter or model; give the output directory of a run.")
     if (directory / WEIGHTS).is_file():

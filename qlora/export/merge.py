@@ -2,9 +2,10 @@
 
     W_merged = bf16( W_hat + w (alpha / rank) B A )     added in fp32; several adapters are summed, each with its w
 
-W_hat is by default the *dequantized* base, the weights the adapter was trained on; `original` uses the weights
-before quantization, which the adapter was not trained on. Either way the saved model differs slightly from base +
-adapter (at least by bf16 rounding), so the drift is measured and recorded.
+W_hat is by default the base that the adapter was trained on: the *dequantized* 4-bit weights, or the original ones
+for an adapter of a 16-bit base (adapters/provenance.py says how that is known). Where nothing tells, 16 bits are
+assumed, this is said, and the drift is measured for both. The saved model differs slightly from base + adapter, at
+least by bf16 rounding, so the drift is measured and recorded.
 
 `save_4bit` writes 4-bit weights. Quantizing the merged weights again would not work: W_hat lies on the 4-bit grid,
 so an update below half a step is rounded away. qlora/quant/gptq.py chooses the codes instead.
@@ -16,31 +17,26 @@ continues there, and the output appears whole or not at all.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora.adapters.load import check_adapter, with_base_shift
 from qlora.config.merge import MergeOptions
-from qlora.data.chat_template import fallback_template
 from qlora.data.encode import encode_prompt
-from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.export.drift import Drift, DriftTexts, load_drift_texts, load_texts, measure_drift
 from qlora.export.merged_weights import GB, DenseWriter, PackedWriter, write_merged_shards
+from qlora.export.metadata import write_metadata
 from qlora.export.mixture import Mixture, read_mixture, untied_head
 from qlora.export.model_card import make_merged_card
 from qlora.export.staging import merge_fingerprint, staging_directory
 from qlora.export.texts import CALIBRATION_TEXTS
-from qlora.lora.full_parameters import vocabulary_names
-from qlora.model.hf_config import load_config, metadata_directory
 from qlora.model.load import load_base_model
 from qlora.model.skeleton import empty_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.layers import FrozenMatrix
+from qlora.quant.weight import QuantConfig
 from qlora.system.errors import CheckFailed, InputError
 
 CALIBRATION_LENGTH, CALIBRATION_TOKENS = 512, 8192  # tokens per text of a calibration file, and in total
@@ -74,11 +70,9 @@ def merge_adapter(
     o.check_bounds()
     if target.exists():
         raise InputError(f"--output-dir {target} exists already; remove it or choose another.")
-    mixture = read_mixture([adapter] if isinstance(adapter, str) else adapter, o.weights or None)
-    quant = mixture.quantization
-    if o.save_4bit and (o.base == "original" or quant is None):
-        why = "--base original was given" if quant is not None else "The adapter was trained on a 16-bit base"
-        raise InputError(f"{why}, so there are no 4-bit scales to reuse; leave out --save-4bit.")
+    mixture = _settle_base(
+        read_mixture([adapter] if isinstance(adapter, str) else adapter, o.weights or None, model), o, say
+    )
     network = empty_model(model)
     if o.save_4bit and any(isinstance(module, FrozenMatrix) for module in network.modules()):
         raise InputError("transformers cannot load a 4-bit mixture of experts; leave out --save-4bit.")
@@ -110,10 +104,14 @@ def merge_adapter(
         else:
             writer = DenseWriter(model, mixture, o.base == "original", network)
         write_merged_shards(writer, staging, max_bytes, say)
-        _write_metadata(model, mixture, staging, writer)
+        write_metadata(model, mixture, staging, writer)
         drift = None
         if o.drift:
             drift = measure_merged(model, mixture, staging, o.save_4bit, drift_texts)
+            if not mixture.is_base_known:
+                other = replace(mixture, quantization=None if mixture.quantization else QuantConfig())
+                drifts = measure_merged(model, other, staging, o.save_4bit, drift_texts)
+                say(f"Drift if the base was {'NF4' if other.quantization else '16 bits'} in training: {drifts}")
             (staging / "drift.json").write_text(json.dumps(asdict(drift), indent=2) + "\n")
             if o.max_drift is not None and not drift.mean_kl <= o.max_drift:
                 raise CheckFailed(
@@ -125,35 +123,25 @@ def merge_adapter(
     return drift
 
 
-def _write_metadata(model: str, mixture: Mixture, directory: Path, writer: DenseWriter | PackedWriter) -> None:
-    """Write config, generation config, tokenizer and chat template."""
-    from transformers import GenerationConfig
+def _settle_base(mixture: Mixture, o: MergeOptions, say: Callable[[str], Any]) -> Mixture:
+    """The mixture with the quantization of the base to merge into; an assumption is reported.
 
-    config = load_config(model)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if writer.quantization_config is not None:
-        config.quantization_config = writer.quantization_config
-    config.dtype = torch.bfloat16
-    config.tie_word_embeddings = config.tie_word_embeddings and not mixture.untied
-    config.vocab_size = writer.shapes[vocabulary_names(empty_model(model))[0]][0]
-    config.save_pretrained(directory)
-    # Copied unchanged: transformers refuses to save some configs that it loads (a temperature without sampling).
-    generation = metadata_directory(model) / "generation_config.json"
-    if generation.is_file():
-        shutil.copy(generation, directory / generation.name)
-    else:
-        GenerationConfig.from_model_config(config).save_pretrained(directory)
-    tokenizer = load_tokenizer(model)
-    own_files = read_tokenizer_files(mixture.adapters[0].directory) if mixture.is_plain else {}
-    if own_files:  # with new tokens
-        tokenizer.save_pretrained(directory)
-        for name, content in own_files.items():
-            (directory / name).write_bytes(content)
-        tokenizer = load_tokenizer(str(directory))
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = fallback_template(tokenizer)  # used in training
-    tokenizer.save_pretrained(directory)
+    Raises:
+        InputError: `save_4bit` without a 4-bit base.
+    """
+    if not mixture.is_base_known:
+        if o.base == "dequantized":
+            mixture = replace(mixture, quantization=QuantConfig())
+        elif o.base == "auto":
+            say(
+                "The adapter does not say whether its base had 4 or 16 bits in training. Merging into the 16-bit "
+                "weights; pass --base dequantized if it was trained on NF4."
+            )
+    if o.save_4bit and (o.base == "original" or mixture.quantization is None):
+        why = "The adapter was trained on a 16-bit base" if mixture.is_base_known else "No 4-bit base is recorded"
+        why = "--base original was given" if o.base == "original" and mixture.quantization is not None else why
+        raise InputError(f"{why}, so there are no 4-bit scales to reuse; leave out --save-4bit.")
+    return mixture
 
 
 def measure_merged(model: str, mixture: Mixture, merged: Path, is_4bit: bool, texts: DriftTexts) -> Drift:

@@ -1,4 +1,4 @@
-"""Write merged weights as safetensors shards, dense (16 bits) or packed (4 bits); an interrupted merge goes on."""
+"""Write merged weights as safetensors shards, dense (16 bits) or packed (4 bits), in resumable steps."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def write_merged_shards(
     finished = _finished_shards(directory)
     if finished:
         num_files = len(plan_shards(writer.layout, max_shard_size))
-        say(f"going on with a merge that was stopped: {len(finished)} of {num_files} files are there")
+        say(f"continuing an interrupted merge: {len(finished)} of {num_files} files are finished")
 
     def note(file: Path) -> None:
         finished[file.name] = sha256_of(file)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qlora.adapters.load import load_adapter
 from qlora.adapters.mix import mix
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
-from qlora.adapters.provenance import adapter_quantization
+from qlora.adapters.provenance import trained_base
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.lora.adapter import activate, wrap_layers
@@ -31,7 +31,8 @@ class Mixture:
 
     adapters: Sequence[SavedAdapter]
     weights: Sequence[float]
-    quantization: QuantConfig | None  # of the base they were trained on
+    quantization: QuantConfig | None  # of the base they were trained on; None = 16 bits
+    is_base_known: bool = True  # False: nothing says how it was quantized
     untied: frozenset[str] = frozenset()  # head that the base ties to its embedding and the adapters do not
 
     @property
@@ -103,10 +104,13 @@ class Mixture:
         network.requires_grad_(False)
 
 
-def read_mixture(directories: Sequence[str], weights: Sequence[float] | None = None) -> Mixture:
-    """Read adapters that were trained on the same base.
+def read_mixture(
+    directories: Sequence[str], weights: Sequence[float] | None = None, model: str | None = None
+) -> Mixture:
+    """Read adapters that were trained on the same base; one that does not tell its bits goes with the others.
 
     Args:
+        model: the base they are merged into, which may tell how it was quantized (`trained_base`).
         weights: one per adapter; None = all 1.
     Raises:
         InputError: no adapter, wrong number of weights, a weight that is not finite, or different bases.
@@ -117,14 +121,17 @@ def read_mixture(directories: Sequence[str], weights: Sequence[float] | None = N
             f"{len(directories)} adapters have the weights {weights}; give --weights one number per adapter."
         )
     adapters = [read_adapter(directory) for directory in directories]
-    bases = [adapter_quantization(directory) for directory in directories]
-    for directory, quant in zip(directories, bases, strict=True):
-        if quant != bases[0]:
+    bases = {directory: trained_base(directory, model) for directory in directories}
+    known = {directory: base.quantization for directory, base in bases.items() if base.is_known}
+    first = next(iter(known), directories[0])
+    quant = known.get(first)
+    for directory, other in known.items():
+        if other != quant:
             raise InputError(
-                f"{directories[0]} was trained on a base in {bases[0] or '16 bits'}, {directory} on one in "
-                f"{quant or '16 bits'}; merge them one at a time."
+                f"{first} was trained on a base in {quant or '16 bits'}, {directory} on one in "
+                f"{other or '16 bits'}; merge them one at a time."
             )
-    return Mixture(adapters, weights, bases[0])
+    return Mixture(adapters, weights, quant, bool(known))
 
 
 def untied_head(mixture: Mixture, network: Any) -> frozenset[str]:

@@ -108,7 +108,7 @@ def make_card(directory: str | Path, exact_match: str | Path | None = None, repo
         repo,
         is_adapter=is_adapter,
         title=name,
-        summary=f"{what} {_span(base) if base else 'a base that it does not name'}.",
+        summary=f"{what} {_span(base) if base else 'an unnamed base'}.",
         tables=tables,
         metadata={
             "datasets": [name for name in data.split(", ") if is_hub_id(name)] or None,
@@ -128,7 +128,8 @@ def make_merged_card(
 ) -> str:
     """README.md of a merge: what was merged into what, stored how, and how far it drifts."""
     quant, name = mixture.quantization, public_name(model)
-    weights = f"{base} ({quant.quant_type}, double quantization {quant.double_quant})" if quant else "16-bit"
+    kind = "original" if base == "original" else "dequantized"
+    weights = f"{kind} ({quant.quant_type}, double quantization {quant.double_quant})" if quant else "16-bit"
     adapters = " and ".join(
         f"{factor:g} x a LoRA adapter (rank {saved.config.rank}, alpha {saved.config.alpha:g})"
         for saved, factor in zip(mixture.adapters, mixture.weights, strict=True)
@@ -138,7 +139,7 @@ def make_merged_card(
     if save_4bit:
         source = "a few built-in texts" if calibration is None else _span(Path(calibration).name)
         storage = f"back in 4 bits: the codes chosen by GPTQ on the base's scales, calibrated on {source}"
-        advice = "It is a bitsandbytes checkpoint: transformers loads it in 4 bits by itself."
+        advice = "It is a bitsandbytes checkpoint: transformers loads it in 4 bits automatically."
     return _fill(
         name,
         "PATH",

@@ -64,6 +64,19 @@ def _as_c(argument: Any) -> Any:
     return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_long(argument)
 
 
+def check_fits(dtype: torch.dtype, **others: tuple[Tensor | None, tuple[int, ...]]) -> None:
+    """Check tensors that a kernel reads by address; None stands for no tensor.
+
+    Raises:
+        ValueError: names the first that does not fit; the kernel would read past its end.
+    """
+    for name, (tensor, shape) in others.items():
+        if tensor is not None and (tensor.shape != shape or tensor.dtype != dtype):
+            raise ValueError(
+                f"{name} {tuple(tensor.shape)} in {tensor.dtype} does not fit: it should be {shape} in {dtype}."
+            )
+
+
 @cache
 def _compiled(plain: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(plain, dynamic=True)
@@ -99,6 +112,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tup
     run = kernel("add_norm", x)
     if run is None:
         return tuple(_for_device(plain_add_norm, x)(x, delta, weight, eps))  # type: ignore[return-value]
+    check_fits(x.dtype, delta=(delta, x.shape), weight=(weight, x.shape[1:]))
     total = x if delta is None else torch.empty_like(x)
     y, r = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32)
     run(x, delta, weight, eps, total, y, r, *x.shape)
@@ -122,6 +136,8 @@ def norm_backward(dy: Tensor, dsum: Tensor | None, total: Tensor, weight: Tensor
     run = kernel("norm_backward", dy)
     if run is None:
         return _for_device(plain_norm_backward, dy)(dy, dsum, total, weight, r)
+    check_fits(dy.dtype, dsum=(dsum, dy.shape), sum=(total, dy.shape), weight=(weight, dy.shape[1:]))
+    check_fits(torch.float32, r=(r, dy.shape[:1]))
     dx = torch.empty_like(dy)
     run(dy, dsum, total, weight, r, dx, *dy.shape)
     return dx
@@ -140,6 +156,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     run = kernel("swiglu", gate)
     if run is None:
         return _for_device(plain_swiglu, gate)(gate, up)
+    check_fits(gate.dtype, up=(up, gate.shape))
     y = torch.empty_like(gate)
     run(gate, up, y, *gate.shape)
     return y
@@ -157,6 +174,7 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
     run = kernel("swiglu_backward", dy)
     if run is None:
         return tuple(_for_device(plain_swiglu_backward, dy)(dy, gate, up))  # type: ignore[return-value]
+    check_fits(dy.dtype, gate=(gate, dy.shape), up=(up, dy.shape))
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     run(dy, gate, up, dgate, dup, *gate.shape)
     return dgate, dup
@@ -178,13 +196,22 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (N, V); the CPU kernel writes the gradient into it.
-        targets: (N,) int64.
+        targets: (N,) int64, each below V.
     Returns:
         (N,) fp32 in nats; (N, V) in the logits' dtype.
+    Raises:
+        IndexError: a target that is not an index of a row (on a CPU; CUDA's own check ends the process).
+        ValueError: targets of another shape or dtype.
     """
     run = kernel("cross_entropy", logits)
     if run is None:
         return tuple(_for_device(plain_cross_entropy, logits)(logits, targets))  # type: ignore[return-value]
+    num_rows, size = logits.shape
+    if targets.shape != (num_rows,) or targets.dtype != torch.int64:
+        raise ValueError(f"targets {tuple(targets.shape)} in {targets.dtype} should be ({num_rows},) in int64.")
+    least, most = (bound.item() for bound in targets.aminmax()) if num_rows else (0, 0)
+    if least < 0 or most >= size:
+        raise IndexError(f"target {least if least < 0 else most} is outside a row of {size} logits.")
     loss = torch.empty(len(logits), dtype=torch.float32)
     run(logits, targets, loss, *logits.shape)
     return loss, logits

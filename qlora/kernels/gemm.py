@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qlora.kernels.compile import compile_c
+from qlora.kernels.fused import check_fits
 
 SOURCE = Path(__file__).parent / "csrc" / "gemm.c"
 WIDTH = 32  # columns of W decoded at a time
@@ -63,6 +64,10 @@ def multiply_4bit(
     if library(x) is None or columns % size or size & (size - 1):  # a row must be a whole number of blocks
         return None
     every = scales(state).contiguous()
+    if 2 * codes.numel() != rows * columns or every.numel() * size != rows * columns:
+        raise ValueError(
+            f"A weight of {codes.numel()} bytes and {every.numel()} scales does not fit {state.shape}."
+        )
     weight = _Weight(
         codes.data_ptr(), None, every.data_ptr(), state.code.data_ptr(), rows, columns, size.bit_length() - 1
     )
@@ -88,7 +93,8 @@ def _multiply(
     x = x.contiguous()
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     out = x.new_empty(len(x), outer) if out is None else out
-    assert x.shape == (len(out), inner) and out.shape[1] == outer and out.is_contiguous() and out.dtype == x.dtype
+    assert out.is_contiguous()
+    check_fits(x.dtype, x=(x, (len(out), inner)), out=(out, (len(x), outer)), bias=(bias, (outer,)))
     pointers = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, bias, out))
     if compiled.product(ctypes.byref(weight), *pointers, ctypes.c_long(len(x)), ctypes.c_long(backward)):
         raise MemoryError("out of memory in a product with a frozen weight")

@@ -49,6 +49,12 @@ def product_4bit(codes: Tensor, state: Any, bias: Tensor | None, dtype: torch.dt
         return None
     outer = state.state2 if state.nested else state
     tensors = [codes, state.code, state.absmax if state.nested else None, outer.code, outer.absmax]
+    blocks = rows * columns // state.blocksize
+    sizes_of = [(codes, rows * columns // 2), (state.code, 16), (state.absmax, blocks)]
+    if state.nested:
+        sizes_of += [(outer.code, 256), (outer.absmax, -(-blocks // outer.blocksize))]
+    if any(tensor.numel() != size for tensor, size in sizes_of):
+        raise ValueError(f"A 4-bit weight does not fit its shape {tuple(state.shape)}.")
     weight = _Weight4bit(
         *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         float(state.offset) if state.nested else 0.0,
@@ -57,6 +63,7 @@ def product_4bit(codes: Tensor, state: Any, bias: Tensor | None, dtype: torch.dt
     )
 
     def product(x: Tensor, tensors: Any = tensors) -> Tensor:  # keeps the tensors alive as long as their addresses
+        _check_width(x, columns)
         halves = x.reshape(-1, columns // 32, 16, 2).transpose(2, 3).float()
         return _call(library.linear_4bit, ctypes.byref(weight), x, halves, rows, bias)
 
@@ -71,9 +78,15 @@ def product_16bit(weight: Tensor, bias: Tensor | None) -> Product | None:
         return None
 
     def product(x: Tensor) -> Tensor:
+        _check_width(x, columns)
         return _call(library.linear_16bit, ctypes.c_void_p(weight.data_ptr()), x, x.float(), rows, bias)
 
     return product
+
+
+def _check_width(x: Tensor, columns: int) -> None:
+    if x.shape[-1] != columns:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a weight of {columns} columns.")
 
 
 def _call(function: Any, weight: Any, x: Tensor, prepared: Tensor, rows: int, bias: Tensor | None) -> Tensor:

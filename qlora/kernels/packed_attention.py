@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora.kernels.fused import kernel
+from qlora.kernels.fused import check_fits, kernel
 
 NO_SCRATCH = "out of memory in the attention kernel"
+
+
+def check_bounds(bounds: Tensor, num_tokens: int, window: int) -> None:
+    """Check what the kernel takes as indices; arguments and errors as `PackedAttention`."""
+    if bounds.dtype != torch.int32 or bounds.dim() != 1 or window < 1:
+        raise ValueError(f"bounds {tuple(bounds.shape)} in {bounds.dtype} or window {window}: int32, 1 or more.")
+    ends = bounds.tolist()
+    if ends[:1] != [0] or ends[-1] != num_tokens or len(ends) < 2 or ends != sorted(ends):
+        raise IndexError(f"bounds {ends!s:.60} of sequences do not go from 0 up to {num_tokens} tokens.")
 
 
 class PackedAttention(torch.autograd.Function):
@@ -32,6 +41,8 @@ class PackedAttention(torch.autograd.Function):
         bounds: (S + 1,) int32, start and end of each sequence.
         window: number of tokens, including itself, that a token sees.
     Raises:
+        IndexError: bounds that are not 0 .. N in ascending order.
+        ValueError: a tensor of another shape or dtype, or no window.
         MemoryError: no room for one head of the longest sequence and its scores per thread.
     """
 
@@ -50,6 +61,12 @@ class PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         run, out = kernel("attention", query), torch.empty_like(query)
         assert run is not None
+        check_bounds(bounds, len(query), window)
+        shape = (
+            key.shape if key.shape[1:] == value.shape[1:] and query.shape[1] % max(1, key.shape[1]) == 0 else ()
+        )
+        check_fits(query.dtype, key=(key, (len(query), *shape[1:])), value=(value, (len(query), *shape[1:])))
+        check_fits(query.dtype, cosine=(cosine, (len(query), head_dim)), sine=(sine, (len(query), head_dim)))
         heads = (x.shape[1] // head_dim for x in (query, key))
         settings = scaling, len(bounds) - 1, *heads, head_dim, window
         if run(query, key, value, cosine, sine, bounds, out, *settings):

@@ -39,7 +39,9 @@ class GGUFSource:
                 raise ValueError(f"general.architecture is {architecture!r:.60}")
         # A damaged length or type sends the reader into any of these.
         except (ValueError, LookupError, TypeError, ArithmeticError, OSError, RecursionError) as error:
-            raise InputError(f"{file} is not a whole GGUF file ({explain(error)}); download it again.") from error
+            raise InputError(
+                f"{file} is not a complete GGUF file ({explain(error)}); download it again."
+            ) from error
         forms = gguf_forms()
         if architecture not in forms:
             known = ", ".join(forms)
@@ -61,7 +63,9 @@ class GGUFSource:
             if not 0 < num_layers <= len(tensors) or min(self._heads.values()) < 1:
                 raise ValueError(f"{num_layers} blocks, {heads} heads, {len(tensors)} tensors")
         except ValueError as error:
-            raise InputError(f"{file} is not a whole GGUF file ({explain(error)}); download it again.") from error
+            raise InputError(
+                f"{file} is not a complete GGUF file ({explain(error)}); download it again."
+            ) from error
         arch = next(key for key, value in MODEL_ARCH_NAMES.items() if value == architecture)
         self._tensors: dict[str, Any] = {}
         name_map = get_tensor_name_map(arch, num_layers)

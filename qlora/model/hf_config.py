@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,11 @@ SIZE_LIMITS = {  # for values of a model's config: many times today's largest
     "num_experts": 2**14,
     "num_local_experts": 2**14,
     "n_routed_experts": 2**14,
+    "max_position_embeddings": 2**40,
+    "sliding_window": 2**40,
 }
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
+SHARES = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "partial_rotary_factor")
 
 
 def load_config(model: str) -> Any:
@@ -42,14 +47,73 @@ def load_config(model: str) -> Any:
     refuse_own_code(declared, file)
     if "configuration_files" in declared:  # transformers would read one of those instead of this file
         raise InputError(f"{file} names other configuration_files; remove that entry.")
-    with named_failure(f"{file} describes no model that loads", "download it again, or choose another model"):
+    with named_failure(
+        f"{file} describes a model that cannot be loaded", "download it again, or choose another model"
+    ):
+        # What transformers computes from a value out of its range, it may compute as it reads the file.
+        _check_values(declared)
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        # A config can declare modules of any size; making them takes time and, for buffers, memory.
-        for field, limit in SIZE_LIMITS.items():
-            value = getattr(config, field, None)
-            if isinstance(value, int) and value > limit:
-                raise ValueError(f"{field} is {value}, more than {limit}")
+        text = config.get_text_config()
+        names = (*SIZE_LIMITS, *EPSILONS, *SHARES, "pad_token_id", "num_experts_per_tok", "hidden_act")
+        _check_values({name: getattr(text, name, None) for name in names} | _rotary_values(text))
     return config
+
+
+def _rotary_values(config: Any) -> dict[str, Any]:
+    """Values that only matter, or are only there, for a model with rotary positions."""
+    rotary = getattr(config, "rope_parameters", None)
+    if not isinstance(rotary, dict):
+        return {}
+    each = [rotary, *(values for values in rotary.values() if isinstance(values, dict))]  # some have one per kind
+    thetas = [value for values in each if (value := values.get("rope_theta")) is not None]
+    return {"rope_theta": min(thetas, default=None), "rotary head_dim": getattr(config, "head_dim", None)}
+
+
+def _check_values(values: dict[str, Any]) -> None:
+    """Check numbers of a config that would fail, or compute nonsense, somewhere inside the model.
+
+    A config can also declare modules of any size; making them takes time and, for buffers, memory.
+
+    Raises:
+        ValueError: names the first that is out of its range.
+    """
+
+    def check(name: str, is_good: Any, wanted: str) -> None:
+        value = values.get(name)
+        if isinstance(value, (int, float)) and not is_good(value):  # a wrong type is transformers' to report
+            raise ValueError(f"{name.rpartition(' ')[2]} is {value}, but should be {wanted}")
+
+    for field, limit in SIZE_LIMITS.items():
+        least = 0 if field == "num_hidden_layers" else 1
+        check(field, lambda n, least=least, limit=limit: least <= n <= limit, f"{least} to {limit}")
+    for field in EPSILONS:
+        check(field, lambda x: 0 <= x < 1, "at least 0 and below 1")
+    for field in SHARES:
+        check(field, lambda x: 0 <= x <= 1, "0 to 1")
+    check("rope_theta", lambda x: 0 < x < math.inf, "above 0")
+    check("rotary head_dim", lambda n: n % 2 == 0, "even, since positions rotate pairs")
+    size, heads, kv_heads = (
+        values.get(name) for name in ("vocab_size", "num_attention_heads", "num_key_value_heads")
+    )
+    if isinstance(size, int):
+        check("pad_token_id", lambda n: -size <= n < size, f"below vocab_size, which is {size}")
+    if isinstance(heads, int) and isinstance(kv_heads, int):
+        check(
+            "num_key_value_heads", lambda n: heads % n == 0, f"a divisor of num_attention_heads, which is {heads}"
+        )
+    for field in ("num_experts", "num_local_experts", "n_routed_experts"):
+        most = values.get(field)
+        if isinstance(most, int):
+            check("num_experts_per_tok", lambda n, most=most: 1 <= n <= most, f"1 to {field}, which is {most}")
+    activation = values.get("hidden_act")
+    if activation is not None and not _is_activation(activation):
+        raise ValueError(f"hidden_act is {activation!r:.60}, which transformers does not know")
+
+
+def _is_activation(name: Any) -> bool:
+    from transformers.activations import ACT2FN
+
+    return isinstance(name, str) and name in ACT2FN
 
 
 def refuse_own_code(declared: dict[str, Any], file: Path) -> None:
@@ -92,7 +156,7 @@ def metadata_directory(model: str) -> Path:
         make_cache()
 
         GGUFSource(path)  # names a damaged file or an unknown architecture before transformers trips on it
-        failure = named_failure(f"{path} has no config or tokenizer that loads", "download it again")
+        failure = named_failure(f"{path} has no config or tokenizer that can be loaded", "download it again")
         with tempfile.TemporaryDirectory() as alone, failure:
             # In its own directory: transformers would use a tokenizer.json that happens to be next to it.
             Path(alone, "model.gguf").symlink_to(path.resolve())
@@ -123,7 +187,7 @@ def generation_config_of(network: Any, directory: Path) -> Any:
 
     file = directory / "generation_config.json"
     if file.is_file():
-        with named_failure(f"{file} is not valid", "mend or remove it"):
+        with named_failure(f"{file} is not valid", "fix or remove it"):
             config = GenerationConfig.from_pretrained(directory)
             stops = config.eos_token_id
             if not all(type(stop) is int for stop in (stops if isinstance(stops, list) else [stops or 0])):

@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from qlora.model.base import BaseInfo
 from qlora.model.block import decoder_layers, fuse_blocks
+from qlora.model.bounds import check_lookup
 from qlora.model.cache import cached_base, open_cache, write_cache
 from qlora.model.hf_config import declared_quantization, generation_config_of, load_config, metadata_directory
 from qlora.model.resolve import open_source, resolve_model
@@ -237,6 +238,7 @@ def _compute_in(network: nn.Module, dtype: torch.dtype) -> None:
 
     for module in network.modules():
         if isinstance(module, nn.Embedding):
+            module.register_forward_pre_hook(check_lookup)
             module.register_forward_hook(cast_output)
         elif isinstance(module, Conv1D):
             module.__class__ = cast(Any, frozen_conv1d())

@@ -56,7 +56,7 @@ class SafetensorsSource:
                 handle = safe_open(file, framework="pt", backend="mmap" if map_files else "pread")
             except (SafetensorError, OSError) as error:
                 raise InputError(
-                    f"{file} is not a whole safetensors file ({explain(error)}); {remedy}."
+                    f"{file} is not a complete safetensors file ({explain(error)}); {remedy}."
                 ) from error
             for key in handle.keys():  # noqa: SIM118
                 for name, index in _names_of(key, handle).items():

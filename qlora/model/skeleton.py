@@ -99,7 +99,7 @@ def empty_model(model: str) -> Any:
     config = load_config(model)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    failure = named_failure(f"--model {model} is no causal language model that loads", "choose another model")
+    failure = named_failure(f"--model {model} cannot be loaded as a causal language model", "choose another model")
     with init_empty_weights(include_buffers=False), failure:
         network = AutoModelForCausalLM.from_config(
             config, attn_implementation=ATTENTION_NAME, trust_remote_code=False

@@ -20,13 +20,16 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
+    config = load_config(model)  # transformers reads it too, and would blame the tokenizer for what is wrong in it
     path, where = metadata_directory(model), f"--model {model}"
     if adapter is not None and Path(adapter, "tokenizer_config.json").is_file():
         path, where = Path(adapter), f"The adapter {adapter}"
     ignored: dict[str, Any] = dict(_check_tokenizer_files(path))
-    with named_failure(f"{where} has no tokenizer that loads", "give a directory with its tokenizer's files"):
+    with named_failure(
+        f"{where} has no tokenizer that can be loaded", "give a directory with its tokenizer's files"
+    ):
         if not (path / "config.json").is_file():  # an adapter's: the class may depend on the kind of model
-            ignored["config"] = load_config(model)
+            ignored["config"] = config
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **ignored)
 
 
@@ -54,7 +57,7 @@ def _check_tokenizer_files(path: Path) -> dict[str, None]:
     tokens = read_json(special, REMEDY) if special.is_file() else {}
     others = [name for name in tokens if not name.endswith(("_token", "_tokens"))]
     if others:
-        raise InputError(f"{special} holds {others[0]!r:.60}, which is no special token; remove that entry.")
+        raise InputError(f"{special} holds {others[0]!r:.60}, which is not a special token; remove that entry.")
     return dict.fromkeys(key for key in declared if key.endswith("_file"))
 
 
@@ -73,4 +76,4 @@ def _check_tokenizer_class(name: Any, file: Path) -> None:
     # If an optional package is missing, transformers has a placeholder that says so when used.
     is_tokenizer = isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)
     if found is not None and not is_tokenizer and not hasattr(found, "_backends"):
-        raise InputError(f"{file} has the tokenizer_class {name!r:.60}, which is no tokenizer; correct it.")
+        raise InputError(f"{file} has the tokenizer_class {name!r:.60}, which is not a tokenizer; correct it.")

@@ -51,7 +51,7 @@ def dequantized_weights(
     for name in stored:
         packed = read_packed_weight(source, stored[name], torch.device("cpu"))
         if packed is not None and original:
-            raise InputError(f"--model {model} is stored in 4 bits, so there is no original to merge onto.")
+            raise InputError(f"--model {model} is stored in 4 bits and has no original weights to merge into.")
         layer = name.removesuffix(".weight")
         if shift and name != layer and layer in shift:
             tensor = source.read(stored[name]) if packed is None else dequantize_weight(packed, torch.float32)
@@ -120,7 +120,7 @@ def read_packed_weight(
         return unpack_tensors(tensors, device)
     except ValueError as error:
         raise InputError(
-            f"{source.path}: {key} is no 4-bit weight ({explain(error)}); {source.remedy}."
+            f"{source.path}: {key} is not a 4-bit weight ({explain(error)}); {source.remedy}."
         ) from error
 
 

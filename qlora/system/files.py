@@ -172,7 +172,7 @@ def read_tensors(path: Path, remedy: str) -> dict[str, Any]:
     except (SafetensorError, OSError, TypeError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{path} is not a whole safetensors file ({explain(error)}); {remedy}.") from error
+        raise InputError(f"{path} is not a complete safetensors file ({explain(error)}); {remedy}.") from error
 
 
 def is_file_name(name: object) -> bool:

@@ -57,6 +57,7 @@ from qlora.training.optimizer import MasterOptimizer
 from qlora.training.page import Page
 from qlora.training.progress import Progress
 from qlora.training.recompute import choose_recomputed_layers
+from qlora.training.rows import check_rows
 from qlora.training.run_directory import RunDirectory
 from qlora.training.run_facts import gather_facts
 from qlora.training.samples import AnswerScore, Sampler, Samples
@@ -179,6 +180,9 @@ class TrainingRun:
             sources, encoder_of(d, self.tokenizer), self.say, on_bad_row=d.on_bad_row,
             bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
         )  # fmt: skip
+        if config.generate.adapter is None:  # an adapter may bring a larger embedding
+            for examples in (self.examples, self.held_out):
+                check_rows(self._base, self.tokenizer, config.lora.new_tokens, examples)
         # A single process cannot answer with a split base.
         num_samples = 0 if self.ranks.is_split else w.num_samples
         rows = self.held_out or self.examples

@@ -15,7 +15,7 @@ from qlora.adapters.load import load_adapter
 from qlora.adapters.mix import mix_adapters
 from qlora.adapters.model import LoRAModel, get_lora_model
 from qlora.adapters.peft_files import read_adapter, save_adapter
-from qlora.adapters.provenance import adapter_quantization, base_model_of
+from qlora.adapters.provenance import TrainedBase, base_model_of, trained_base
 from qlora.config.lora import LoRAConfig
 from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
@@ -55,7 +55,7 @@ def test_one_file_is_the_directory(llama: Path, saved: tuple[Path, Path, torch.T
     assert [path.name for path in file.parent.iterdir()] == [file.name]
     whole, one = read_adapter(directory), read_adapter(file)
     assert one.config == whole.config and one.description == whole.description
-    assert adapter_quantization(str(file)) == adapter_quantization(str(directory)) == QuantConfig()
+    assert trained_base(str(file)) == trained_base(str(directory)) == TrainedBase(QuantConfig(), True)
     assert base_model_of(str(file), lambda line: None) == str(llama)
     model = base(llama)
     load_adapter(model, file)
@@ -100,7 +100,7 @@ def test_a_file_without_settings(saved: tuple[Path, Path, torch.Tensor], tmp_pat
         read_adapter(tmp_path / "none.safetensors")
     for settings in ("{", "[]", '{"r": 4, "lora_alpha": 8}'):
         save_file(load_file(file), file, {"adapter_config": settings})
-        with pytest.raises(InputError, match="save|a None adapter"):
+        with pytest.raises(InputError, match=r"save|a None adapter"):
             read_adapter(file)
 
 

@@ -296,7 +296,7 @@ def test_everything_about_an_adapter_is_printed(tmp_path: Path) -> None:
     ("quantization", "expected"),
     [
         (None, "none, 16 bits"),
-        ("absent", "not recorded; taken for 4 bits, nf4, scales quantized too"),
+        ("absent", "not recorded; 16 bits assumed"),
         ({"quant_type": "nf4", "double_quant": True}, "4 bits, nf4, scales quantized too"),
     ],
 )

@@ -363,7 +363,7 @@ BAD_MLX = {
     "terminal codes": (put("\x1b[2J.lora_a", torch.ones(64, 4)), "the file is not to be trusted"),
     "truncated": (
         lambda d: (d / MLX_WEIGHTS).write_bytes((d / MLX_WEIGHTS).read_bytes()[:-9]),
-        "is not a whole safetensors file",
+        "is not a complete safetensors file",
     ),
     "other base": (
         edit_state(lambda s: [s.update({k.replace("layers.0", "layers.7"): s.pop(k)}) for k in list(s)]),

@@ -506,7 +506,7 @@ def test_path_of_nothing(tmp_path: Path) -> None:
 def test_truncated_weights(saved: Path, keep: int) -> None:
     file = saved / WEIGHTS
     os.truncate(file, keep if keep >= 0 else file.stat().st_size - 1)
-    with pytest.raises(InputError, match=r"is not a whole safetensors file .*save the adapter again"):
+    with pytest.raises(InputError, match=r"is not a complete safetensors file .*save the adapter again"):
         read_adapter(saved)
 
 

@@ -144,28 +144,28 @@ def test_command(hub: type[StandIn], tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_nothing_to_upload(hub: type[StandIn], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no directory; give the output directory"):
+    with pytest.raises(InputError, match="is not a directory; give the output directory"):
         push_to_hub(tmp_path / "absent", REPOSITORY)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="holds no adapter or model"):
         push_to_hub(tmp_path, REPOSITORY)
     directory = save_run(tmp_path / "out")
     (directory / "adapter_model.safetensors").write_bytes(b"half")
-    with pytest.raises(InputError, match="is not a whole safetensors file"):
+    with pytest.raises(InputError, match="is not a complete safetensors file"):
         push_to_hub(directory, REPOSITORY)
     assert hub.made is None
 
 
 def test_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    with pytest.raises(InputError, match=r"no Hugging Face token; run `hf auth login`, or set HF_TOKEN\."):
+    with pytest.raises(InputError, match=r"No Hugging Face token found; run `hf auth login`, or set HF_TOKEN\."):
         push_to_hub(save_run(tmp_path / "out"), REPOSITORY)
 
 
 def test_the_real_client(tmp_path: Path) -> None:
     """huggingface_hub itself, offline as all tests are."""
     directory = save_run(tmp_path / "out")
-    with pytest.raises(InputError, match=r"The hub did not take .*[Oo]ffline.*; check name, token"):
+    with pytest.raises(InputError, match=r"Uploading to .* failed .*[Oo]ffline.*; check name, token"):
         push_to_hub(directory, REPOSITORY, token=SECRET)
     assert not (directory / "README.md").exists()
 
@@ -176,9 +176,9 @@ def test_a_run_with_a_bad_destination_does_not_begin(tmp_path: Path, monkeypatch
 
     arguments = ["--model", "nowhere", "--data", "x.jsonl", "--output-dir", str(tmp_path / "out"), "--push-to-hub"]
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(InputError, match=r"'a//b c' is no repository's name \(Repo id must"):
+    with pytest.raises(InputError, match=r"'a//b c' is not a valid repository name \(Repo id must"):
         train.main([*arguments, "a//b c"])
-    with pytest.raises(InputError, match="There is no Hugging Face token"):
+    with pytest.raises(InputError, match="No Hugging Face token found"):
         train.main([*arguments, REPOSITORY])
     assert not (tmp_path / "out").exists()
 
@@ -246,7 +246,7 @@ def test_card_of_bare_files(tmp_path: Path) -> None:
         (directory / name).unlink()
     text = make_card(directory)
     assert "model-index" not in metadata_of(text) and "## Training" not in text and "## Results" not in text
-    assert "a base that it does not name" in text
+    assert "an unnamed base" in text
 
 
 def test_card_keeps_secrets(tmp_path: Path) -> None:

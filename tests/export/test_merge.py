@@ -25,7 +25,6 @@ import qlora.export.merged_weights
 import qlora.export.mixture
 import qlora.model.shards
 from qlora.adapters.model import get_lora_model
-from qlora.adapters.provenance import adapter_quantization
 from qlora.cli import main as command_line
 from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
@@ -175,24 +174,82 @@ def test_merged_model_computes_what_the_adapter_does(llama: Path, adapter: Path,
     assert relative_error(plain, expected) > 0.1
 
 
-def test_adapter_of_peft(llama: Path, tmp_path: Path) -> None:
-    """It does not say how its base was quantized; NF4 with double quantization is taken."""
-    adapter = make_adapter(llama, tmp_path / "adapter")
+def foreign_adapter(base: Path, directory: Path, quant: QuantConfig | None = None, name: str = "") -> Path:
+    """An adapter as other tools save it: without a word on the bits of its base."""
+    adapter = make_adapter(base, directory, quant)
     save_file(load_file(adapter / WEIGHTS), adapter / WEIGHTS)  # drops our metadata
-    assert adapter_quantization(str(adapter)) == QuantConfig()
-    merge(llama, adapter, tmp_path / "merged")
+    if name:
+        file = adapter / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("name", "base", "expected"),
+    [
+        ("", "auto", None),
+        ("", "dequantized", QuantConfig()),
+        ("", "original", None),
+        ("someone/llama-3-8b-bnb-4bit", "auto", QuantConfig()),
+        ("someone/llama-3-8b-bnb-4bit", "original", None),
+        ("someone/llama-4bits-of-wisdom", "auto", None),
+    ],
+)
+def test_base_of_another_tools_adapter(
+    llama: Path, tmp_path: Path, name: str, base: str, expected: QuantConfig | None
+) -> None:
+    """The name of its base tells; otherwise 16 bits are assumed, and that is said once."""
+    adapter = foreign_adapter(llama, tmp_path / "adapter", name=name)
+    said: list[str] = []
+    merge(llama, adapter, tmp_path / "merged", base=base, say=said.append)
+    assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(llama, adapter, expected))
+    is_assumed = base == "auto" and expected is None
+    assert [("--base dequantized" in line) for line in said] == [True] * is_assumed
+
+
+def test_drift_from_both_bases(llama: Path, tmp_path: Path) -> None:
+    """Where the base is assumed, the drift from the other is measured too, and is that of the other's adapter."""
+    said: list[str] = []
+    adapter = foreign_adapter(llama, tmp_path / "adapter")
+    drift = merge(llama, adapter, tmp_path / "merged", drift=True, say=said.append)
+    own = make_adapter(llama, tmp_path / "own")  # the same values, recorded as trained on NF4
+    other = merge(llama, own, tmp_path / "other", base="original", drift=True)
+    assert drift is not None and other is not None and drift.mean_kl < other.mean_kl / 100
+    assert said[-1] == f"Drift if the base was NF4 in training: {other}"
+
+
+def test_stored_bits_of_the_base_tell(llama: Path, prequantized: Path, tmp_path: Path) -> None:
+    adapter = foreign_adapter(llama, tmp_path / "adapter")
+    said: list[str] = []
+    merge(prequantized, adapter, tmp_path / "merged", say=said.append)
     assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(llama, adapter, QuantConfig()))
+    assert not said
 
 
-def test_prequantized_base(llama: Path, adapter: Path, tmp_path: Path) -> None:
-    """A bitsandbytes checkpoint merges to the same weights, and nothing of its quantization stays."""
+def test_the_known_base_of_others(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """An adapter that does not tell goes with one that does."""
+    foreign = foreign_adapter(llama, tmp_path / "foreign")
+    for adapters in ([foreign, adapter], [adapter, foreign]):
+        mixture = qlora.export.mixture.read_mixture(list(map(str, adapters)))
+        assert (mixture.quantization, mixture.is_base_known) == (QuantConfig(), True)
+
+
+@pytest.fixture(scope="module")
+def prequantized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a bitsandbytes checkpoint of transformers."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    directory = tmp_path_factory.mktemp("models") / "prequantized"
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     source = AutoModelForCausalLM.from_pretrained(llama, quantization_config=options, dtype=torch.float32)
-    source.save_pretrained(tmp_path / "prequantized")
-    tiny_tokenizer().save_pretrained(tmp_path / "prequantized")
-    merge(tmp_path / "prequantized", adapter, tmp_path / "merged")
+    source.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def test_prequantized_base(llama: Path, adapter: Path, prequantized: Path, tmp_path: Path) -> None:
+    """A bitsandbytes checkpoint merges to the same weights, and nothing of its quantization stays."""
+    merge(prequantized, adapter, tmp_path / "merged")
     assert_rounded(merged_tensors(tmp_path / "merged"), plain_merge(llama, adapter, QuantConfig()))
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
@@ -578,7 +635,9 @@ def test_tokenizer_without_template_gets_the_one_trained_with(tmp_path: Path) ->
 def test_invalid_generation_config_travels(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """A temperature without sampling, as LLaMA-2's own, which transformers may refuse to save: copied."""
     base = Path(shutil.copytree(llama, tmp_path / "base"))
-    text = json.dumps({"temperature": 0.6, "do_sample": False, "eos_token_id": [2, 5], "max_new_tokens": 9})
+    text = json.dumps(
+        {"temperature": 0.6, "do_sample": False, "eos_token_id": [2, 5], "max_new_tokens": 9}
+    )  # 2 is the tokenizer's own
     (base / "generation_config.json").write_text(text)
     merge(base, adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "generation_config.json").read_text() == text
@@ -725,9 +784,11 @@ def test_output_that_exists(llama: Path, adapter: Path, tmp_path: Path) -> None:
 
 
 def damage_adapter(directory: Path, change: Any) -> None:
+    with safe_open(directory / WEIGHTS, framework="pt") as file:
+        metadata = file.metadata()
     state = load_file(directory / WEIGHTS)
     change(state)
-    save_file(state, directory / WEIGHTS)
+    save_file(state, directory / WEIGHTS, metadata)
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -780,7 +841,7 @@ def test_failing_disk(llama: Path, adapter: Path, tmp_path: Path, monkeypatch: p
     merging, shards = qlora.export.merge, qlora.model.shards
     for module, part, left in (
         (shards, "_write_file", 0),
-        (merging, "_write_metadata", 1),
+        (merging, "write_metadata", 1),
         (merging, "make_merged_card", 1),
     ):
 
@@ -853,9 +914,7 @@ def assert_resumes(llama: Path, adapter: Path, tmp_path: Path, **options: Any) -
     heard: list[str] = []
     merge(llama, adapter, tmp_path / "merged", say=heard.append, max_shard_gb=60_000 / 1e9, **options)
     num_files = len(list((tmp_path / "whole").glob("*.safetensors")))
-    assert (
-        heard == [f"going on with a merge that was stopped: 2 of {num_files} files are there"] and num_files >= 3
-    )
+    assert heard == [f"continuing an interrupted merge: 2 of {num_files} files are finished"] and num_files >= 3
     kept = (tmp_path / "merged" / first.name).stat()
     assert (kept.st_mtime_ns, kept.st_ino) == written
     assert file_bytes(tmp_path / "merged") == file_bytes(tmp_path / "whole")
@@ -913,14 +972,14 @@ def test_other_inputs_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -
 
 def test_two_merges_at_once(llama: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of the same inputs and output is refused, and the first goes on."""
-    finish = qlora.export.merge._write_metadata
+    finish = qlora.export.merge.write_metadata
 
     def meanwhile(*args: Any) -> None:
         with pytest.raises(InputError, match="Another merge is writing"):
             merge(llama, adapter, tmp_path / "merged")
         finish(*args)
 
-    monkeypatch.setattr(qlora.export.merge, "_write_metadata", meanwhile)
+    monkeypatch.setattr(qlora.export.merge, "write_metadata", meanwhile)
     merge(llama, adapter, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"merged"}
 
@@ -974,8 +1033,8 @@ def test_command_with_wrong_inputs(
     output = ["--output-dir", str(tmp_path / "merged")]
     for argv, message in [
         (["--adapter", str(nameless)], "names no base; pass --model"),
-        (["--adapter", str(truncated)], "is not a whole safetensors file"),
-        (["--adapter", str(truncated), "--model", str(llama)], "is not a whole safetensors file"),
+        (["--adapter", str(truncated)], "is not a complete safetensors file"),
+        (["--adapter", str(truncated), "--model", str(llama)], "is not a complete safetensors file"),
         (["--adapter", str(adapter), "--model", "/no/such/base"], "/no/such/base does not exist"),
         (["--adapter", str(tmp_path / "none"), "--model", str(llama)], "has no adapter_config.json"),
         (["--adapter", str(adapter), "--output-dir", str(nameless)], "exists already"),
@@ -1025,7 +1084,8 @@ def test_memory_stays_near_one_tensor(llama: Path, adapter: Path, tmp_path: Path
     shutil.copytree(adapter, large_adapter)
     layer = "base_model.model.model.layers.2.mlp.up_proj"
     A, B = 0.1 * torch.randn(4, 1024), 0.1 * torch.randn(2816, 4)
-    save_file({f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}, large_adapter / WEIGHTS)
+    factors = {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
+    save_file(factors, large_adapter / WEIGHTS, {"base_quantization": json.dumps(asdict(QuantConfig()))})
 
     paths = [str(path) for path in (llama, adapter, large, large_adapter, tmp_path / "merged")]
     result = subprocess.run(

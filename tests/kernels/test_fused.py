@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from qlora.kernels import fused as kernels
+from qlora.kernels import packed_attention
 from qlora.kernels.packed_attention import PackedAttention
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -145,11 +146,12 @@ def test_packed_attention_is_rotation_and_sdpa(case: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_without_memory_is_an_error(dtype: torch.dtype) -> None:
+def test_attention_without_memory_is_an_error(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads wrote to a null pointer where calloc gave them none: about one run in thirty near a memory limit.
 
     A head of 2^31 tokens and 65,536 features takes a petabyte, more than any address space.
     """
+    monkeypatch.setattr(packed_attention, "check_bounds", lambda *_: None)  # such bounds take as large a tensor
     d, most = 2**16, 2**31 - 1
     bounds, x = torch.tensor([0, most], dtype=torch.int32), torch.zeros(1, d, dtype=dtype, requires_grad=True)
     settings = (1.0, 1, 1, 1, d, most)

@@ -689,5 +689,5 @@ def test_the_tokenizer_of_an_adapter_is_checked(run: tuple[Path, Path, list[str]
         load_tokenizer(str(model), tmp_path / "bad")
     (tmp_path / "bad" / "tokenizer_config.json").write_text(json.dumps(settings))
     (tmp_path / "bad" / "tokenizer.json").write_text("{}")
-    with pytest.raises(InputError, match="bad has no tokenizer that loads"):
+    with pytest.raises(InputError, match="bad has no tokenizer that can be loaded"):
         load_tokenizer(str(model), tmp_path / "bad")

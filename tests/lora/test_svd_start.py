@@ -396,7 +396,7 @@ def test_a_damaged_base_shift_is_refused(llama: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             load_adapter(fresh, tmp_path)
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(InputError, match="not a whole safetensors file"):
+    with pytest.raises(InputError, match="not a complete safetensors file"):
         load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh), before) and not lora_layers(fresh)
 

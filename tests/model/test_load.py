@@ -709,7 +709,7 @@ def test_truncated_safetensors(copied: Path, keep: int) -> None:
     file = copied / "model.safetensors"
     os.truncate(file, keep if keep >= 0 else file.stat().st_size - 1)
     with pytest.raises(
-        InputError, match=r"model\.safetensors is not a whole safetensors file .*download it again"
+        InputError, match=r"model\.safetensors is not a complete safetensors file .*download it again"
     ):
         load(copied)
 
@@ -828,7 +828,7 @@ def test_generation_config_is_taken_over(copied: Path) -> None:
 def test_tokenizer(llama: Path, tmp_path: Path) -> None:
     assert load_tokenizer(str(llama)).chat_template == tiny_tokenizer().chat_template
     without = save_tiny_llama(tmp_path / "without")
-    with pytest.raises(InputError, match="has no tokenizer that loads"):
+    with pytest.raises(InputError, match="has no tokenizer that can be loaded"):
         load_tokenizer(str(without))
 
 
@@ -862,7 +862,7 @@ def test_dequantized_weights(kind: str, tied: bool, prequantized: Path, llama: P
 
 
 def test_no_original_of_a_prequantized_base(prequantized: Path) -> None:
-    with pytest.raises(InputError, match="stored in 4 bits, so there is no original"):
+    with pytest.raises(InputError, match="stored in 4 bits and has no original weights"):
         list(dequantized_weights(str(prequantized), QuantConfig(), original=True))
 
 
@@ -971,7 +971,7 @@ def test_truncated_gguf(tmp_path: Path, share: float) -> None:
 
 def test_file_that_is_only_called_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"this is no model" * 100)
-    with pytest.raises(InputError, match=r"model\.gguf is not a whole GGUF file"):
+    with pytest.raises(InputError, match=r"model\.gguf is not a complete GGUF file"):
         load(tmp_path / "model.gguf")
 
 

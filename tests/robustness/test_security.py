@@ -123,7 +123,7 @@ def test_a_pickled_adapter_is_not_loaded(llama: Path, saved: Path, tmp_path: Pat
 def test_a_pickle_by_another_name(copied: Path, saved: Path, tmp_path: Path, file: str) -> None:
     directory = saved if file == WEIGHTS else copied
     (directory / file).write_bytes(pickle.dumps(Bomb(tmp_path / "marker")))
-    with pytest.raises(InputError, match=rf"{file} is not a whole safetensors file"):
+    with pytest.raises(InputError, match=rf"{file} is not a complete safetensors file"):
         read_adapter(saved) if file == WEIGHTS else load_base_model(str(copied))
     assert not (tmp_path / "marker").exists()
 
