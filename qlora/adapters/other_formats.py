@@ -99,9 +99,11 @@ def _tensor_file(path: Path) -> Path | None:
         for name in (MLX_WEIGHTS, WEIGHTS):
             if (path / name).is_file():
                 return path / name
-        found = [*path.glob("*.safetensors")] or [*path.glob("adapter_*.pt"), *path.glob("*.pth*")]
+        tensors = [file for file in path.glob("*.safetensors") if file.is_file()]  # not a pipe, which would wait
+        pickles = [file for kind in ("adapter_*.pt", "*.pth", "*.pth.lora") for file in path.glob(kind)]
     except OSError:
         return None
+    found = tensors or pickles
     return found[0] if len(found) == 1 else None
 
 
