@@ -17,6 +17,9 @@ import pytest
 from tests.models import smollm2_path
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.loopback_hub import LoopbackHub
     from tools.proof import Proof
 
 
@@ -60,6 +63,29 @@ def proof(tmp_path_factory: pytest.TempPathFactory) -> Proof:
             proof.run_apart()
             done.touch()
     return proof
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A hub on loopback in the place of huggingface.co, an empty cache, and a token in HF_TOKEN."""
+    import datasets
+    import huggingface_hub
+
+    from tests.loopback_hub import LoopbackHub
+
+    token = "hf_" + "A1b2C3d4E5" * 4
+    with LoopbackHub(token).running() as server:
+        constants = huggingface_hub.constants
+        form = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + form)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", server.url)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+        monkeypatch.setenv("HF_TOKEN", token)
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora.data.check import DataCheck, length_histogram
+from qlora.data.keys import describe_notes
 from qlora.system.wording import list_first
 
 NUM_ROWS = 20  # bad rows to print
@@ -25,6 +26,8 @@ def print_check(check: DataCheck, console: Console | None = None) -> None:
     if check.report:
         masked = check.report.num_tokens - check.report.num_targets
         console.print(f"{check.report}; the other {masked:,} are masked: context only, no loss")
+    for line in describe_notes(check.notes):
+        console.print(line)
     if check.sample:
         console.print(f"\nthe first row as the model sees it, {check.sample}\n")
     if check.bad_rows:

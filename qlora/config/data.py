@@ -23,8 +23,8 @@ class RowsConfig(Settings):
     """Longest example, in tokens."""
     on_long: Literal["truncate", "drop"] = "truncate"
     """A longer example keeps its first --max-length tokens, or is dropped."""
-    train_on: Literal["completion", "all"] = "completion"
-    """Learn the assistant's turns only, or every token."""
+    train_on: Literal["completion", "last", "all"] = "completion"
+    """Learn all of the assistant's turns, the last of them only, or every token."""
     parse_special: bool = False
     """Let text that spells a special token inside a message be that token instead of plain text."""
 

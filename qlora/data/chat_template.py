@@ -2,6 +2,7 @@
 
     prompt    everything before the first answer
     part      an answer and what follows it, up to the next answer
+    opened    a thought that the start of an answer opens, such as "<think>\n"; the answer goes on inside it
 
 The end of a plain answer is found in its part: its content, then a special token. A tool call has no content to
 search for, so the conversation that ends with it is rendered separately. The last special token there ends the
@@ -9,7 +10,7 @@ turn, and its position in the part is where the two texts stop agreeing.
 
 A template may also drop what it does not know. So conversations with tools are tested once per order of turns:
 any change (a tool, a call's name or arguments, a result, the content next to a call) must change the text;
-otherwise it would be lost silently.
+otherwise it would be lost silently. A thought or a name that changes nothing is noted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from datetime import date
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from qlora.data.keys import NOT_PRINTED, TURN, Note
 from qlora.data.rows import BadRow
 
 if TYPE_CHECKING:
@@ -57,6 +61,13 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: str | None, special: re.Pattern[str]) -> None:
         self.tokenizer, self.own, self.special = tokenizer, own, special
+        texts = " ".join(template_texts(tokenizer.chat_template))
+        self.thought_key = next(
+            (key for key in TURN["thought"] if re.search(rf"\b{key}\b", texts)), "reasoning_content"
+        )
+        self.date: date | None = getattr(tokenizer, "template_date", None)
+        self._opened: tuple[str, str] | None = None
+        self._not_printed: dict[Any, list[str]] = {}
         self._lost: dict[Any, str | None] = {}
         self._blank: list[str | None] = []
 
@@ -88,7 +99,13 @@ class ChatTemplate:
             turn | {"content": blank} if "tool_calls" in turn and turn["content"] == "" else turn
             for turn in messages
         ]
+        if self.thought_key != "reasoning_content":
+            turns = [
+                {self.thought_key if key == "reasoning_content" else key: value for key, value in turn.items()}
+                for turn in turns
+            ]
         shown: Any = tools or None
+        clock: dict[str, Any] = {} if self.date is None else {"strftime_now": self.date.strftime}
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 turns,
@@ -96,6 +113,7 @@ class ChatTemplate:
                 chat_template=self.own,
                 tokenize=False,
                 add_generation_prompt=opens_turn,
+                **clock,
             )
         except Exception as error:  # a template is a program that can fail in any way
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
@@ -115,19 +133,76 @@ class ChatTemplate:
         if tools or any("tool_calls" in turn for turn in messages):
             self.try_tools(messages, tools, origin)
         cuts = [(index, True) for index, message in enumerate(messages) if message["role"] == "assistant"]
+        ends = [*cuts, (len(messages), opens_turn)]
+        texts = [self.render(messages[:end], tools, opens, origin) for end, opens in ends]
         parts: list[str] = []
-        before = ""
-        for end, opens in [*cuts, (len(messages), opens_turn)]:
-            text = self.render(messages[:end], tools, opens, origin)
-            if not text.startswith(before):
-                raise BadRow(
-                    origin,
-                    f"the chat template rewrites the text before answer {len(parts)} when more turns follow; "
-                    "split the record so that it has one answer, or use a template that only appends.",
-                )
-            parts.append(text[len(before) :])
-            before = text
-        return parts
+        start = ""
+        for number, (before, after) in enumerate(pairwise(texts)):
+            if not after.startswith(before):
+                tag, space = self._settle_opened()
+                base = before.removesuffix(tag + space)
+                if not tag or not before.endswith(tag + space) or not after.startswith(base):
+                    raise BadRow(
+                        origin,
+                        f"the chat template rewrites the text before answer {number + 1} when more turns follow; "
+                        "split the record so that it has one answer, or use a template that only appends.",
+                    )
+                if number + 2 == len(texts) and not opens_turn:
+                    texts[-1] = before + _close_thought(after[len(base) :], messages[-1], tag, space)
+                else:  # of an earlier answer the template keeps no thought
+                    before = base
+            parts.append(before[len(start) :])
+            start = before
+        return [*parts, texts[-1][len(start) :]]
+
+    def _settle_opened(self) -> tuple[str, str]:
+        """The tag that the start of an answer ends with, and the white space after it; "" without one."""
+        if self._opened is None:
+            self._opened = ("", "")
+            hello = _PROBE[:1]
+            try:
+                closed, opened = (self.render(hello, [], opens, "") for opens in (False, True))
+            except BadRow:
+                return self._opened
+            found = re.search(r"(<[^<>|｜/\s]+>)(\s*)$", opened[_common_start(closed, opened) :])
+            self._opened = (found[1], found[2]) if found else ("", "")
+        return self._opened
+
+    def take_thoughts(self, messages: Messages) -> Messages:
+        """Move the thought that an answer's content begins with to its own key, if the template opens thoughts."""
+        tag, _ = self._settle_opened() if any(turn["role"] == "assistant" for turn in messages) else ("", "")
+        end = _closing(tag)
+        taken = []
+        for turn in messages:
+            content = turn["content"].lstrip()
+            if tag and turn["role"] == "assistant" and content.startswith(tag) and end in content:
+                thought, _, answer = content.removeprefix(tag).partition(end)
+                own = {"reasoning_content": thought.strip()} if thought.strip() else {}
+                turn = own | turn | {"content": answer.lstrip()}
+            taken.append(turn)
+        return taken
+
+    def note_not_printed(self, messages: Messages, tools: list[dict[str, Any]], note: Note, origin: str) -> None:
+        """Note the thoughts and names that the template does not print; tried once per order of turns."""
+        if not any("reasoning_content" in turn or _has_own_name(turn) for turn in messages):
+            return
+        keys = [(turn["role"], bool(turn["content"]), "weight" in turn, *sorted(turn)) for turn in messages]
+        order = (tuple(keys), bool(tools))
+        if order not in self._not_printed:
+            lost, whole = [], self.render_parts(messages, tools, False, origin)
+            last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
+            for index, turn in enumerate(messages):
+                of = "thoughts" if index == last else "thoughts of earlier answers"
+                for key, name in (("reasoning_content", of), ("name", "name")):
+                    if key not in turn or (key == "name" and not _has_own_name(turn)):
+                        continue
+                    other = {name: value for name, value in turn.items() if name != key}
+                    varied = [*messages[:index], other, *messages[index + 1 :]]
+                    if self.render_parts(varied, tools, False, origin) == whole:
+                        lost.append(name)
+            self._not_printed[order] = lost
+        for name in self._not_printed[order]:
+            note(NOT_PRINTED, name)
 
     def find_end_of_call(
         self, messages: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
@@ -140,8 +215,9 @@ class ChatTemplate:
         Returns:
             None if the template writes no such token.
         """
-        own = self.render(messages, tools, False, origin)[len(before) :]
-        other = self.render(_with_other_call(messages), tools, False, origin)[len(before) :]
+        own = self.render(messages, tools, False, origin)
+        start = _common_start(before, own)  # the whole of it, but for a thought that the start of an answer opens
+        own, other = own[start:], self.render(_with_other_call(messages), tools, False, origin)[start:]
         same_after = _common_end(own, other)  # what the template writes after the call
         ends = [match.start() for match in self.special.finditer(own) if match.start() >= len(own) - same_after]
         if not ends:
@@ -182,6 +258,32 @@ class ChatTemplate:
             return self.render(messages, tools, False, "") == text
         except BadRow:  # it reads the changed value
             return False
+
+
+def _has_own_name(turn: dict[str, Any]) -> bool:
+    """Whether a turn has a name that stands nowhere else: a result's is that of its call."""
+    return "name" in turn and turn["role"] != "tool"
+
+
+def _closing(tag: str) -> str:
+    return tag.replace("<", "</", 1)
+
+
+def _close_thought(rest: str, answer: dict[str, Any], tag: str, space: str) -> str:
+    """What follows an opened thought: the answer's thought, its end, and the answer as the template writes it."""
+    if rest.startswith(tag):
+        return rest.removeprefix(tag).lstrip()
+    return f"{answer.get('reasoning_content', '').strip()}{space}{_closing(tag)}{2 * space}{rest}"
+
+
+def template_texts(templates: Any) -> list[str]:
+    """The text of each chat template of a tokenizer, which may have one, several by name, or none."""
+    return [] if templates is None else list(templates.values()) if isinstance(templates, dict) else [templates]
+
+
+def prints_date(tokenizer: Any) -> bool:
+    """Whether a chat template of the tokenizer prints the day on which it is rendered."""
+    return any("strftime_now" in text for text in template_texts(tokenizer.chat_template))
 
 
 def _common_start(first: str, second: str) -> int:

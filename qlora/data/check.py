@@ -17,6 +17,7 @@ from typing import Any
 
 from qlora.data.conversations import to_messages
 from qlora.data.example import EncodeReport, format_sample, shift_targets
+from qlora.data.keys import Notes, count_notes
 from qlora.data.readers import detect_format, stream_records
 from qlora.data.row_encoder import RowEncoder
 from qlora.data.rows import BadRow, collect_bad_row, sort_by_place
@@ -39,6 +40,8 @@ class DataCheck:
     bad_rows: list[BadRow] = field(default_factory=list)
     suspicious: dict[str, list[str]] = field(default_factory=dict)
     """Problem -> the rows that show it."""
+    notes: Notes = field(default_factory=dict)
+    """What is not used, and in how many rows."""
     report: EncodeReport | None = None
     """What a run would keep; like `sample`, set only with a tokenizer."""
     sample: str | None = None
@@ -67,19 +70,24 @@ def check_data(
     check = DataCheck(source, "characters" if tokenizer is None else "tokens")
     encoder = None
     if tokenizer is not None:
-        encoder, check.report = RowEncoder(tokenizer, parse_special), EncodeReport()
+        encoder, check.report = RowEncoder(tokenizer, parse_special), EncodeReport(notes=check.notes)
     first_places: dict[bytes, str] = {}
     for record in stream_records(source, columns=columns):
         if isinstance(record, BadRow):
             check.bad_rows.append(record)
             continue
-        origin = record.origin
+        origin, notes = record.origin, set[tuple[str, str]]()
+
+        def note(what: str, name: str, notes: set[tuple[str, str]] = notes) -> None:
+            notes.add((what, name))
+
         try:
-            messages = to_messages(record)
-            ids, is_target = encoder.encode_row(messages, train_on, origin) if encoder else ([], [])
+            messages = to_messages(record, note)
+            ids, is_target = encoder.encode_row(messages, train_on, origin, note) if encoder else ([], [])
         except BadRow as error:
             collect_bad_row(error, check.bad_rows)
             continue
+        count_notes(check.notes, notes)
         check.formats[detect_format(record.fields, origin)] += 1
         num_characters = sum(len(message["content"]) for message in messages)
         check.lengths.append(num_characters)

@@ -5,76 +5,100 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from qlora.data.keys import (
+    PART_KEYS,
+    ROLES,
+    TURN,
+    TURN_KEYS,
+    Note,
+    check_turn_keys,
+    ignore,
+    is_empty,
+    match_shape,
+    pick,
+    used_columns,
+)  # fmt: skip
 from qlora.data.rows import BadRow, Record
 from qlora.data.tool_calls import read_tool_calls, read_tools
-from qlora.system.wording import describe, quote, shorten
+from qlora.system.wording import describe, quote
 
 # Limit for a line of JSONL in bytes, and for a text in characters. A million characters take about a second to
 # tokenize, only to be cut at --max-length tokens; and an endless line is often not JSONL at all.
 MAX_TEXT = 16 * 2**20
-# (format, columns, optional column joined to the prompt); the first whose columns are all present wins.
-SHAPES = (
-    ("messages", ("messages",), None),
-    ("sharegpt", ("conversations",), None),
-    ("alpaca", ("instruction", "output"), "input"),
-    ("alpaca", ("instruction", "response"), "context"),
-    ("prompt_completion", ("prompt", "completion"), None),
-    ("prompt_completion", ("prompt", "response"), None),
-    ("question_answer", ("question", "answer"), None),
-    ("text", ("text",), None),
-    ("tokenized", ("input_ids",), None),
-)
-# Optional columns that belong to another one.
-COMPANIONS = {"messages": "tools", "conversations": "tools", "prompt": "tools"}
-COMPANIONS |= {"input_ids": "labels attention_mask"}
-_ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user"}
-_ROLES |= {"assistant": "assistant", "gpt": "assistant", "tool": "tool"}
 
 
-def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ...], str | None]:
-    filled = {name for name, value in fields.items() if value is not None}
-    for columns in (filled, set(fields)):  # the second pass is for the error that names the null column
-        for shape in SHAPES:
-            if columns.issuperset(shape[1]):
-                return shape
-    known = "; ".join(" + ".join(columns) for _, columns, _ in SHAPES)
-    names = shorten(", ".join(sorted(map(quote, fields))), 200)
-    raise BadRow(origin, f"unknown columns [{names}]; rename them to one of: {known}.")
-
-
-def to_messages(record: Record) -> list[dict[str, Any]]:
+def to_messages(record: Record, note: Note = ignore) -> list[dict[str, Any]]:
     """One record as a conversation: an optional system message, then user and assistant in turn.
 
     Turns after the last answer have no target and are dropped. Answers that are context only ("weight": 0, or
     inside a prompt that is a list of messages) keep the key "weight" with value 0. An answer may have
-    "tool_calls", followed by "tool" turns. Three roles are not turns and always come first:
+    "tool_calls", followed by "tool" turns, and a thought, "reasoning_content". Three roles are not turns and
+    always come first:
 
         document   a `text` record, alone: no template, every token a target
         tokens     a tokenized record, alone, with empty content: "input_ids", and "is_target" for each
         tools      empty content, before the turns: "tools", for the template
 
+    Args:
+        note: takes each column and key that is not used.
     Raises:
-        BadRow: a text is missing, too long or has an invalid character; a role is unknown or out of turn; or
-            there is no answer.
+        BadRow: a text is missing, too long or has an invalid character; a role is unknown or out of turn; a column
+            or key is refused; or there is no answer.
     """
-    origin = record.origin
-    _, columns, extra_column = match_shape(record.fields, origin)
-    values = [record.fields[column] for column in columns]
-    if columns == ("text",):
+    origin, fields = record.origin, record.fields
+    shape, columns, optional = match_shape(fields, origin)
+    used = used_columns(record, note)
+    values = [fields[column] for column in columns]
+    if shape == "text":
         return [{"role": "document", "content": _check_text(values[0], "text", origin)}]
-    if columns == ("input_ids",):
-        return [{"role": "tokens", "content": ""} | _read_tokens(record.fields, origin)]
-    tools: list[dict[str, Any]] = []
-    if isinstance(values[0], list) and record.fields.get("tools"):
-        tools = [{"role": "tools", "content": "", "tools": read_tools(record.fields["tools"], origin)}]
+    if shape == "tokenized":
+        return [{"role": "tokens", "content": ""} | _read_tokens(fields, origin)]
     if len(columns) == 1:
-        return tools + _check_order(_read_turns(values[0], columns[0], origin), origin)
-    if extra_column and record.fields.get(extra_column) not in (None, ""):
-        extra = _check_text(record.fields[extra_column], extra_column, origin)
-        values[0] = _check_text(values[0], columns[0], origin) + "\n\n" + extra
-    prompt = _read_side(values[0], columns[0], "user", origin)
-    prompt = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
-    return tools + _check_order(prompt + _read_side(values[1], columns[1], "assistant", origin), origin)
+        turns = _read_turns(values[0], columns[0], origin, note)
+    else:
+        if "input" in optional:
+            values[0] = _join_input(fields, columns[0], origin)
+        prompt = _read_side(values[0], columns[0], "user", origin, note)
+        prompt = [turn | {"weight": 0} if turn["role"] == "assistant" else turn for turn in prompt]
+        turns = prompt + _read_side(values[1], columns[1], "assistant", origin, note)
+    if "history" in optional and not is_empty(fields.get("history")):
+        start = 1 if turns[0]["role"] == "system" else 0
+        turns[start:start] = _read_history(fields["history"], origin)
+    turns = _read_system(fields, origin) + turns
+    if len(turns) > 1 and turns[0]["role"] == turns[1]["role"] == "system":
+        if turns[0]["content"] != turns[1]["content"]:
+            raise BadRow(origin, "the system column and the first message disagree; keep one of them.")
+        del turns[0]
+    tools = [] if "tools" not in used or is_empty(fields["tools"]) else read_tools(fields["tools"], origin)
+    first = [{"role": "tools", "content": "", "tools": tools}] if tools else []
+    return first + _check_order(turns, origin)
+
+
+def _read_system(fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
+    """The system message of a column of its own, if it is filled in."""
+    text = pick(fields, ("system", "system_prompt"), "the row", origin)
+    return [] if is_empty(text) else [{"role": "system", "content": _check_text(text, "system", origin)}]
+
+
+def _join_input(fields: dict[str, Any], instruction: str, origin: str) -> Any:
+    """Alpaca's instruction, and its input under it if there is one."""
+    extra = pick(fields, ("input", "context"), "the row", origin)
+    if is_empty(extra):
+        return fields[instruction]
+    texts = _check_text(fields[instruction], instruction, origin), _check_text(extra, "input", origin)
+    return "\n\n".join(text for text in texts if text)
+
+
+def _read_history(value: Any, origin: str) -> list[dict[str, Any]]:
+    """Earlier turns of Alpaca's `history`, a list of [question, answer]; answers are trained like the last one."""
+    turns = []
+    for number, pair in enumerate(value if isinstance(value, list) else [None], start=1):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            shown = describe(value if not isinstance(value, list) else pair)
+            raise BadRow(origin, f"history holds {shown}; write a list of [question, answer].")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": _check_text(text, f"pair {number} of history", origin)})
+    return turns
 
 
 def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
@@ -92,7 +116,7 @@ def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
             raise BadRow(
                 origin, f"{name} has {len(values)} numbers where input_ids has {len(ids)}; make them equal."
             )
-    labels = ids if labels is None else labels
+    labels = _labels_of_masks(fields, ids, origin) if labels is None else labels
     for place, (token, label) in enumerate(zip(ids, labels, strict=True), start=1):
         if label not in (-100, token):
             raise BadRow(
@@ -104,6 +128,19 @@ def _read_tokens(fields: dict[str, Any], origin: str) -> dict[str, list[Any]]:
     if not kept:
         raise BadRow(origin, "input_ids is empty; fill it in or remove the record.")
     return {"input_ids": [ids[place] for place in kept], "is_target": [labels[place] != -100 for place in kept]}
+
+
+def _labels_of_masks(fields: dict[str, Any], ids: list[int], origin: str) -> list[int]:
+    """Labels by TRL's masks, in which 1 stands for a token to train; all ids without any."""
+    labels = ids
+    for name in ("completion_mask", "assistant_masks"):
+        mask = fields.get(name)
+        if mask is None:
+            continue
+        if not isinstance(mask, list) or len(mask) != len(ids) or not {*mask} <= {0, 1}:
+            raise BadRow(origin, f"{name} is {describe(mask)}; write a list of {len(ids)} zeros and ones.")
+        labels = [label if kept else -100 for label, kept in zip(labels, mask, strict=True)]
+    return labels
 
 
 def _check_text(value: Any, name: str, origin: str) -> str:
@@ -119,13 +156,13 @@ def _check_text(value: Any, name: str, origin: str) -> str:
     return value
 
 
-def _read_side(value: Any, column: str, role: str, origin: str) -> list[dict[str, Any]]:
+def _read_side(value: Any, column: str, role: str, origin: str, note: Note) -> list[dict[str, Any]]:
     if isinstance(value, list):
-        return _read_turns(value, column, origin)
+        return _read_turns(value, column, origin, note)
     return [{"role": role, "content": _check_text(value, column, origin)}]
 
 
-def _read_turns(value: Any, column: str, origin: str) -> list[dict[str, Any]]:
+def _read_turns(value: Any, column: str, origin: str, note: Note) -> list[dict[str, Any]]:
     wanted = "messages, each with a role and a content"
     if not isinstance(value, list):
         raise BadRow(origin, f"{column} is {describe(value)}; write a list of {wanted}.")
@@ -134,30 +171,82 @@ def _read_turns(value: Any, column: str, origin: str) -> list[dict[str, Any]]:
         name = f"message {number} of {column}"
         if not isinstance(turn, dict):
             raise BadRow(origin, f"{name} is {describe(turn)}; write a list of {wanted}.")
-        role = turn.get("role", turn.get("from"))
-        if not isinstance(role, str) or role not in _ROLES:
-            raise BadRow(origin, f"{name} has the role {quote(role)}; use {', '.join(_ROLES)}.")
-        turns.append(_read_turn(turn, _ROLES[role], name, origin))
+        role = pick(turn, TURN["role"], name, origin)
+        if not isinstance(role, str) or role not in ROLES:
+            raise BadRow(origin, f"{name} has the role {quote(role)}; use {', '.join(ROLES)}.")
+        check_turn_keys(turn, name, origin, note)
+        results = _results_of(turn, name, origin)
+        turns += results or [_read_turn(turn, role, name, origin, note)]
     return turns
 
 
-def _read_turn(turn: dict[str, Any], role: str, name: str, origin: str) -> dict[str, Any]:
-    if turn.get("function_call"):
-        problem = f"{name} has the function_call {quote(turn['function_call'])}"
-        raise BadRow(origin, f"{problem}; write it as one of its tool_calls.")
+def _results_of(turn: dict[str, Any], name: str, origin: str) -> list[dict[str, Any]]:
+    """The tool turns of a turn that holds Anthropic's tool_result parts; empty for any other."""
+    content = turn.get("content")
+    if not isinstance(content, list):
+        return []
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "tool_result"]
+    if parts and len(parts) < len(content):
+        raise BadRow(
+            origin, f"{name} holds tool_result parts and others; write the others as a message of their own."
+        )
+    return [
+        {"role": "tool", "content": _read_content(part.get("content", ""), name, origin, ignore)[0]}
+        | ({"tool_call_id": part["tool_use_id"]} if isinstance(part.get("tool_use_id"), str) else {})
+        for part in parts
+    ]
+
+
+def _read_turn(turn: dict[str, Any], said_role: str, name: str, origin: str, note: Note) -> dict[str, Any]:
+    role = ROLES[said_role]
     read: dict[str, Any] = {"role": role}
-    content = turn.get("content", turn.get("value"))
-    if turn.get("tool_calls"):
+    content, thought, parts = _read_content(pick(turn, TURN["content"], name, origin), name, origin, note)
+    calls = pick(turn, TURN["calls"], name, origin) or parts
+    if said_role == "function_call":  # ShareGPT's: the text is the call
+        content, calls = None, calls or content
+    if calls:
         if role != "assistant":
             raise BadRow(origin, f"{name} has tool_calls, but is from the {role}; only the assistant calls tools.")
-        read["tool_calls"] = read_tool_calls(turn["tool_calls"], name, origin)
+        read["tool_calls"] = read_tool_calls(calls, name, origin)
         content = "" if content is None else content
     read["content"] = _check_text(content, f"the content of {name}", origin)
-    if role == "tool":
-        for key in ("name", "tool_call_id"):
-            if turn.get(key) is not None:
-                read[key] = _check_text(turn[key], f"the {key} of {name}", origin)
+    thought = pick(turn, TURN["thought"], name, origin) or thought
+    if thought and role == "assistant":
+        read["reasoning_content"] = _check_text(thought, f"the thought of {name}", origin)
+    elif thought:
+        note(TURN_KEYS, "a thought that is not the assistant's")
+    for key in ("name", "tool_call_id"):
+        if not is_empty(turn.get(key)):
+            read[key] = _check_text(turn[key], f"the {key} of {name}", origin)
     return read | ({} if _is_trained(turn, role, name, origin) else {"weight": 0})
+
+
+def _read_content(value: Any, name: str, origin: str, note: Note) -> tuple[Any, str, list[Any]]:
+    """(content, thought, tool calls): those of a list of typed parts, or the content as it is."""
+    if not isinstance(value, list):
+        return value, "", []
+    texts, thoughts, calls = list[str](), list[str](), list[Any]()
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else "text"
+        known = {"text": "text", "thinking": "thinking", "tool_use": "id name input"}.get(str(kind))
+        if known is None:
+            raise BadRow(
+                origin,
+                f"{name} holds a part of the type {quote(kind)}; this project trains on text alone: write parts "
+                "of the type text, or remove the row.",
+            )
+        if not isinstance(part, dict):
+            texts.append(_check_text(part, f"a part of {name}", origin))
+            continue
+        for key, item in part.items():
+            if key not in ("type", *known.split()) and not is_empty(item):
+                note(PART_KEYS, key)
+        if kind == "tool_use":
+            calls.append(part)
+        else:
+            text = _check_text(part.get(known), f"the {known} of a part of {name}", origin)
+            (texts if kind == "text" else thoughts).append(text)
+    return None if calls and not texts else "".join(texts), "\n\n".join(thoughts), calls
 
 
 def _is_trained(turn: dict[str, Any], role: str, name: str, origin: str) -> bool:

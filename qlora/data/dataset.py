@@ -22,6 +22,7 @@ import torch
 
 from qlora.data.encode import stream_examples
 from qlora.data.example import EncodeReport, Example, finish_report, format_sample
+from qlora.data.keys import describe_notes
 from qlora.data.order import rows_per_epoch
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import identify_source, stream_records
@@ -41,6 +42,7 @@ class Examples(Sequence[Example]):
 
     Args:
         parts: (store, row indices, weight) of each source.
+        notes: what was said of the sources, such as columns that are not used.
     Attributes:
         sources: (number of rows, weight) of each source, for WindowOrder.
         lengths: tokens of each row.
@@ -48,8 +50,8 @@ class Examples(Sequence[Example]):
         digests: (rows,) uint64, identity of each row's tokens.
     """
 
-    def __init__(self, parts: Sequence[SourceRows]) -> None:
-        self._parts = parts
+    def __init__(self, parts: Sequence[SourceRows], notes: Sequence[str] = ()) -> None:
+        self._parts, self.notes = parts, list(notes)
         self.sources = [(len(rows), weight) for _, rows, weight in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
 
@@ -232,6 +234,7 @@ def load_examples(
         raise InputError(f"on_bad_row is '{on_bad_row}'; use 'stop' or 'skip'.")
     found = find_sources(sources.training, sources.weights)
     skipped: list[BadRow] = []
+    notes: list[str] = []
 
     def load(name: Source) -> TokenStore:
         started, bad_rows = time.perf_counter(), list[BadRow]()
@@ -241,6 +244,10 @@ def load_examples(
             skipped.extend(bad_rows)
         listed = f"; bad rows are listed in {bad_rows_file}" if bad_rows and bad_rows_file else ""
         say(f"{name}: {store.report}; {how} in {time.perf_counter() - started:.1f} s{listed}")
+        lines = [f"{name}: {line}" for line in describe_notes(store.report.notes)]
+        notes.extend(lines)
+        for line in lines:
+            say(line)
         return store
 
     try:
@@ -261,7 +268,7 @@ def load_examples(
         say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
     if len(found) > 1 or found[0][1] != 1:
         say(describe_mix([str(name) for name, _ in found], parts))
-    return Examples(parts), Examples(held) if held else []
+    return Examples(parts, notes), Examples(held) if held else []
 
 
 def _split(parts: Sequence[SourceRows], share: float, seed: int) -> tuple[list[SourceRows], list[SourceRows]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora.data.conversations import to_messages
 from qlora.data.example import EncodeReport, Example, finish_report, shift_targets
+from qlora.data.keys import count_notes
 from qlora.data.row_encoder import RowEncoder
 from qlora.data.rows import BadRow, Record, collect_bad_row
 from qlora.system.errors import InputError
@@ -92,22 +93,25 @@ def stream_examples(
             if isinstance(result, BadRow):
                 yield result
                 continue
-            ids, is_target, origin = result
+            ids, is_target, origin, notes = result
+            count_notes(report.notes, notes)
             row = shift_targets(ids, is_target, max_length + 1, origin)
             example = report.admit(row, max_length, on_long)
             if example is not None:
                 yield example
 
 
-_Task = tuple[list[dict[str, Any]], str] | BadRow  # messages and origin
-_Result = tuple[list[int], list[bool], str] | BadRow  # t_0 .. t_T, whether each is predicted, origin
+_Notes = set[tuple[str, str]]
+_Task = tuple[list[dict[str, Any]], str, _Notes] | BadRow  # messages, origin, what was noted
+_Result = tuple[list[int], list[bool], str, _Notes] | BadRow  # t_0 .. t_T, whether each is predicted, ...
 
 
 def _read_task(record: Record | BadRow) -> _Task:
     if isinstance(record, BadRow):
         return record
     try:
-        return to_messages(record), record.origin
+        notes: _Notes = set()
+        return to_messages(record, lambda *note: notes.add(note)), record.origin, notes
     except BadRow as error:
         return error
 
@@ -119,10 +123,10 @@ def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: li
         if isinstance(task, BadRow):
             results.append(task)
             continue
-        messages, origin = task
+        messages, origin, notes = task
         try:
-            ids, is_target = encoder.encode_row(messages, train_on, origin)
-            results.append((ids[: max_length + 2], is_target[: max_length + 2], origin))
+            ids, is_target = encoder.encode_row(messages, train_on, origin, lambda *note: notes.add(note))  # noqa: B023
+            results.append((ids[: max_length + 2], is_target[: max_length + 2], origin, notes))
         except BadRow as error:
             results.append(BadRow(error.where, error.problem))
     return results
@@ -131,7 +135,7 @@ def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: li
 def _check_options(max_length: int, train_on: str, on_long: str) -> None:
     if max_length < 1:
         raise InputError(f"max_length is {max_length}; give at least 1.")
-    if train_on not in ("completion", "all"):
-        raise InputError(f"train_on is '{train_on}'; use 'completion' or 'all'.")
+    if train_on not in ("completion", "last", "all"):
+        raise InputError(f"train_on is '{train_on}'; use 'completion', 'last' or 'all'.")
     if on_long not in ("truncate", "drop"):
         raise InputError(f"on_long is '{on_long}'; use 'truncate' or 'drop'.")

@@ -5,12 +5,13 @@ T tokens of one example.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora.data.keys import Notes
 from qlora.data.rows import BadRow, sort_by_place
 from qlora.system.errors import InputError
 from qlora.system.wording import show_controls
@@ -51,6 +52,7 @@ class EncodeReport:
     num_bad_rows: int = 0
     num_tokens: int = 0
     num_targets: int = 0
+    notes: Notes = field(default_factory=dict)
 
     def __str__(self) -> str:
         num_kept = self.num_records - self.num_dropped_long - self.num_dropped_no_target - self.num_bad_rows

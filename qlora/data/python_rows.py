@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from qlora.data.rows import BadRow, Record, as_row, find_doubled
+from qlora.data.rows import BadRow, Record, arrow_record, as_row, find_doubled
 from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote
 
@@ -51,7 +51,11 @@ class PythonRows:
         for number, row in enumerate(self._dicts()):
             origin = f"{self.name}[{number}]"
             try:
-                yield as_row(row if self.is_dataset else plain(row), origin, may_have_flaw=not self.is_dataset)
+                yield (
+                    arrow_record(row, origin)
+                    if self.is_dataset
+                    else as_row(plain(row), origin, may_have_flaw=True)
+                )
             except (TypeError, RecursionError) as error:
                 problem = "the row is nested too deeply" if isinstance(error, RecursionError) else error
                 yield BadRow(origin, f"{problem}.")

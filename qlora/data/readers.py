@@ -11,9 +11,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from qlora.data.conversations import COMPANIONS, MAX_TEXT, SHAPES, match_shape
+from qlora.data.conversations import MAX_TEXT
+from qlora.data.keys import SHAPES, is_empty, match_shape
 from qlora.data.python_rows import PythonRows
-from qlora.data.rows import BadRow, Record, as_row, collect_bad_row, explain_json, find_doubled, load_json
+from qlora.data.rows import (
+    BadRow,
+    Record,
+    arrow_record,
+    as_row,
+    collect_bad_row,
+    explain_json,
+    find_doubled,
+    load_json,
+)  # fmt: skip
 from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote, shorten
 
@@ -108,8 +118,7 @@ def identify_source(source: str | PythonRows, split: str = "train") -> list[Any]
 
 def check_columns(columns: Mapping[str, str]) -> None:
     """InputError if a key is not a column in SHAPES; it lists the valid names."""
-    known = {name for _, names, extra in SHAPES for name in (*names, extra) if name}
-    known |= {name for names in COMPANIONS.values() for name in names.split()}
+    known = {name for _, names, optional in SHAPES for name in (*names, *optional)}
     unknown = [name for name in columns if name not in known]
     if unknown:
         raise InputError(
@@ -119,18 +128,19 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 
 def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
-    """Rename the record's columns by `columns`; of the others, keep those that belong to these."""
+    """Rename the record's columns by `columns`; of the others, keep those of a shape that has all of these."""
     absent = [column for column in columns.values() if column not in record.fields]
     if absent:
         there = shorten(", ".join(sorted(map(quote, record.fields))), 200)
         return BadRow(record.origin, f"--columns names {quote(absent[0])}, but the columns are [{there}].")
-    shapes = [{*names, extra} for _, names, extra in SHAPES if {*names, extra} & columns.keys()]
-    partners = {name for shape in shapes for name in shape if name}
-    partners |= {name for main in partners for name in COMPANIONS.get(main, "").split()}
+    shapes = [{*names, *optional} for _, names, optional in SHAPES if columns.keys() & {*names, *optional}]
+    whole = [shape for shape in shapes if shape >= columns.keys()]
+    partners = set[str]().union(*(whole or shapes))
     taken = set(columns.values())
-    kept = {name for name in record.fields if name not in taken and (not shapes or name in partners)}
-    fields = {name: record.fields[name] for name in record.fields if name in kept}
-    return Record(fields | {name: record.fields[column] for name, column in columns.items()}, record.origin)
+    fields = {name: value for name, value in record.fields.items() if name not in taken and name in partners}
+    unused = [name for name in record.fields if name not in taken and name not in fields]
+    fields |= {name: record.fields[column] for name, column in columns.items()}
+    return Record(fields, record.origin, tuple(name for name in unused if not is_empty(record.fields[name])))
 
 
 def _refuse_utf16(source: str) -> None:
@@ -283,7 +293,7 @@ def _read_parquet(source: str) -> Rows:
                 for index, row in enumerate(rows):
                     number += 1
                     origin = f"{source} row {number}"
-                    yield _read_parquet_row(batch, index, origin) if row is None else Record(row, origin)
+                    yield _read_parquet_row(batch, index, origin) if row is None else arrow_record(row, origin)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, InputError) or getattr(error, "errno", None) is not None:
             raise  # our own, or an error of the disk rather than of the content
@@ -298,7 +308,7 @@ def _read_parquet_row(batch: Any, index: int, origin: str) -> Record | BadRow:
             fields[name] = column[index].as_py()
         except UnicodeDecodeError as error:
             return BadRow(origin, f"{quote(name)}, {_bad_utf8(error)}.")
-    return Record(fields, origin)
+    return arrow_record(fields, origin)
 
 
 def _load_hub(name: str, split: str) -> Any:
@@ -320,7 +330,7 @@ def _load_hub(name: str, split: str) -> Any:
 
 def _read_hub(name: str, split: str) -> Rows:
     for number, row in enumerate(_load_hub(name, split), start=1):
-        yield Record(dict(row), f"{name} row {number}")
+        yield arrow_record(dict(row), f"{name} row {number}")
 
 
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.data.chat_template import ChatTemplate, Messages, bos_ids, fallback_template, split_tools
+from qlora.data.keys import Note, ignore
 from qlora.data.rows import BadRow
 from qlora.system.errors import InputError
 from qlora.system.wording import quote
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+SPELLED_OUT = "special tokens that answers spell out, trained as plain text"
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -63,55 +67,102 @@ class RowEncoder:
         self.end_of_turn = re.compile(rf"\s*({longest_first})")
         own = None if tokenizer.chat_template else fallback_template(tokenizer)
         self.template = ChatTemplate(tokenizer, own, self.special)
+        self._end: str | None = None  # the token that ends a turn, once asked for
         # Tokens that strip the white space before or after them.
         self.strips_left = {token.content for token in added if token.lstrip}
         self.strips_right = {token.content for token in added if token.rstrip}
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         if messages[0]["role"] == "document":
-            return bos_ids(self.tokenizer) + _token_ids(messages[0]["content"], self.tokenizer)
+            ids, bos = _token_ids(messages[0]["content"], self.tokenizer), bos_ids(self.tokenizer)
+            return ids if bos and ids[:1] == bos else bos + ids
         if messages[0]["role"] == "tokens":
             return self._check_vocabulary(messages[0]["input_ids"], "the prompt")
-        messages, hidden = self._hide_special_text(messages)
+        messages, hidden = self._hide_special_text(self.template.take_thoughts(messages))
         turns, tools = split_tools(messages)
         parts = self.template.render_parts(turns, tools, True, "the prompt")
         return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
 
-    def encode_row(self, messages: Messages, train_on: str, origin: str) -> tuple[list[int], list[bool]]:
-        """The whole row: ids t_0 .. t_T, and for each whether it is a target."""
+    def encode_row(
+        self, messages: Messages, train_on: str, origin: str, note: Note = ignore
+    ) -> tuple[list[int], list[bool]]:
+        """The whole row: ids t_0 .. t_T, and for each whether it is a target.
+
+        `note` takes what the template does not print, and special tokens that answers spell out.
+        """
         if messages[0]["role"] == "document":
-            if self.tokenizer.eos_token_id is None:
-                raise BadRow(origin, "the tokenizer has no eos_token to end a document; set one.")
-            ids = [*self.encode_prompt(messages), self.tokenizer.eos_token_id]
-            is_blank = not messages[0]["content"].strip()  # would only teach BOS -> EOS
-            return ids, [not is_blank] * len(ids)
+            return self._encode_document(messages, origin)
         if messages[0]["role"] == "tokens":
             ids = self._check_vocabulary(messages[0]["input_ids"], origin)
             return ids, [True] * len(ids) if train_on == "all" else messages[0]["is_target"]
+        messages = self.template.take_thoughts(messages)
+        if self.parse_special:
+            messages = self._without_end(messages)
         messages, hidden = self._hide_special_text(messages)
         turns, tools = split_tools(messages)
         prompt, *parts = self.template.render_parts(turns, tools, False, origin)
+        self.template.note_not_printed(turns, tools, note, origin)
         ids = self._part_ids(prompt, hidden, origin)
         is_target = [False] * len(ids)
         before = prompt
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         for index, part in zip(answers, parts, strict=True):
             part_ids, num_trained = self._part_ids(part, hidden, origin), 0
-            if turns[index].get("weight") != 0:
-                token_id, num_before = self._find_end_of_turn(turns[: index + 1], tools, before, part, origin)
-                places = [place for place, id_ in enumerate(part_ids) if id_ == token_id]
-                if num_before >= len(places):
-                    content = quote(turns[index]["content"].translate(hidden))
-                    raise BadRow(
-                        origin,
-                        f"the chat template writes no special token after the answer {content}, so the model "
-                        "could not learn to stop; use one that writes each answer unchanged, then eos_token.",
-                    )
-                num_trained = places[num_before] + 1
+            if turns[index].get("weight") != 0 and (train_on != "last" or index == answers[-1]):
+                num_trained = self._num_trained(turns[: index + 1], tools, before, part, part_ids, hidden, origin)
+                for code, token in hidden.items():
+                    if chr(code) in turns[index]["content"]:
+                        note(SPELLED_OUT, token)
             ids += part_ids
             is_target += [place < num_trained for place in range(len(part_ids))]
             before += part
         return ids, [True] * len(ids) if train_on == "all" else is_target
+
+    def _encode_document(self, messages: Messages, origin: str) -> tuple[list[int], list[bool]]:
+        """BOS, the text and EOS; one each, whether the text has them or not."""
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise BadRow(origin, "the tokenizer has no eos_token to end a document; set one.")
+        ids = self.encode_prompt(messages)
+        ids = ids if ids[-1:] == [eos] and len(ids) > 1 else [*ids, eos]
+        is_blank = not messages[0]["content"].strip()  # would only teach BOS -> EOS
+        return ids, [not is_blank] * len(ids)
+
+    def _without_end(self, messages: Messages) -> Messages:
+        """Answers without the token that ends a turn at their end: the template writes it."""
+        if self._end is None:
+            self._end = str(self.tokenizer.convert_ids_to_tokens(end_of_turn_id(self.tokenizer)))
+        end = self._end
+        return [
+            turn | {"content": turn["content"].rstrip().removesuffix(end)}
+            if turn["role"] == "assistant" and turn["content"].rstrip().endswith(end)
+            else turn
+            for turn in messages
+        ]
+
+    def _num_trained(
+        self, turns: Messages, tools: list[dict[str, Any]], before: str, part: str, ids: list[int],
+        hidden: dict[int, str], origin: str,
+    ) -> int:  # fmt: skip
+        """How many of a part's ids are the last answer of `turns` and the token that ends it."""
+        token_id, num_before = self._find_end_of_turn(turns, tools, before, part, origin)
+        places = [place for place, id_ in enumerate(ids) if id_ == token_id]
+        if num_before < len(places):
+            return places[num_before] + 1
+        content = turns[-1]["content"].strip()
+        shown = quote(content.translate(hidden))
+        if content not in part:
+            raise BadRow(
+                origin,
+                f"the chat template does not write the answer {shown} unchanged: it strips or moves a part of it, "
+                "such as a thought; write the thought as reasoning_content, split the record so that this answer "
+                "is its last, or use a template that writes each answer unchanged.",
+            )
+        raise BadRow(
+            origin,
+            f"the chat template writes no special token after the answer {shown}, so the model "
+            "could not learn to stop; use one that writes each answer unchanged, then eos_token.",
+        )
 
     def _check_vocabulary(self, ids: list[int], origin: str) -> list[int]:
         """The ids, if all are in the vocabulary; else BadRow."""

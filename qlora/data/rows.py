@@ -15,10 +15,11 @@ from qlora.system.wording import describe, quote, shorten
 
 @dataclass(frozen=True)
 class Record:
-    """One row as found in its source, and where, such as `train.jsonl:17`."""
+    """One row as found in its source, and where, such as `train.jsonl:17`; `unused`: left out by --columns."""
 
     fields: dict[str, Any]
     origin: str
+    unused: tuple[str, ...] = ()
 
 
 class BadRow(InputError):
@@ -105,6 +106,20 @@ def as_row(value: Any, origin: str, may_have_flaw: bool) -> Record | BadRow:
         return BadRow(origin, f'the row is {describe(value)}; write an object such as {{"text": "..."}}.')
     flaw = find_flaw(value) if may_have_flaw else None
     return BadRow(origin, f"{flaw}.") if flaw else Record(value, origin)
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of Arrow without keys that hold null: Arrow gives every struct of a column the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def arrow_record(fields: dict[str, Any], origin: str) -> Record:
+    """A row of Arrow, as a file of JSON would give it; its columns stay, since a null one is named in errors."""
+    return Record({name: without_nulls(value) for name, value in fields.items()}, origin)
 
 
 def explain_json(error: ValueError, text: str) -> str:

@@ -43,7 +43,7 @@ from qlora.system.cache import cache_directory
 from qlora.system.files import new_directory, remove_leftovers
 from qlora.system.versions import versions
 
-FORMAT = 2  # increase it when the same rows, tokenizer, template and options give different tokens
+FORMAT = 3  # increase it when the same rows, tokenizer, template and options give different tokens
 MAX_CACHE = 20 * 10**9  # bytes
 ROW = np.dtype(
     [

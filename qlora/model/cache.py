@@ -17,8 +17,7 @@ from qlora.model.weights import stored_weights
 from qlora.quant.storage import quantization_config
 from qlora.quant.weight import QuantConfig
 from qlora.system.cache import cache_directory
-from qlora.system.errors import InputError
-from qlora.system.files import new_directory
+from qlora.system.digests import damaged_file
 
 
 def write_cache(network: Any, source: Source, quant: QuantConfig, device: torch.device, target: Path) -> None:
@@ -27,15 +26,15 @@ def write_cache(network: Any, source: Source, quant: QuantConfig, device: torch.
     Args:
         network: an `empty_model`.
         source: of its weights, which are read, quantized on `device` and written one at a time.
+        target: an empty directory.
     """
     planned = stored_weights(network, EmptySource(network), quant, torch.device("meta"))
     layout = {name: layout_of(stored_parts(name, weight)) for name, weight in planned}
     weights = stored_weights(network, source, quant, device)
-    with new_directory(target) as staging:
-        write_shards(staging, layout, lambda wanted: ((name, stored_parts(name, w)) for name, w in weights))
-        description = network.config.to_dict()
-        description["quantization_config"] = quantization_config(quant)
-        (staging / "config.json").write_text(json.dumps(description, indent=2, default=str))
+    write_shards(target, layout, lambda wanted: ((name, stored_parts(name, w)) for name, w in weights))
+    description = network.config.to_dict()
+    description["quantization_config"] = quantization_config(quant)
+    (target / "config.json").write_text(json.dumps(description, indent=2, default=str))
 
 
 def cached_base(path: Path, quant: QuantConfig) -> Path:
@@ -44,10 +43,8 @@ def cached_base(path: Path, quant: QuantConfig) -> Path:
 
 
 def open_cache(cached: Path) -> SafetensorsSource:
-    try:
-        return SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
-    except InputError as error:
-        raise InputError(f"The cached model {cached} is damaged; delete it and it is made again.") from error
+    """The weights in a directory of the cache that has been verified (`damaged_file`)."""
+    return SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
 
 
 def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> Source:
@@ -58,4 +55,5 @@ def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> So
     """
     path = resolve_model(model)
     cached = cached_base(path, quant) if quant is not None and cache else None
-    return open_cache(cached) if cached is not None and cached.is_dir() else open_source(path)
+    is_good = cached is not None and cached.is_dir() and damaged_file(cached) is None
+    return open_cache(cached) if cached is not None and is_good else open_source(path)

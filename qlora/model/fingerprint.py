@@ -1,4 +1,4 @@
-"""Identity of weights: files by path, size and modification time; tensors by a sample of their values."""
+"""Identity of weights: files by their content; tensors by a sample of their values."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from qlora.system.digests import digest_of
 
 
 def sample_weight(name: str, weight: Tensor) -> bytes:
@@ -29,13 +31,12 @@ def as_bytes(values: Tensor) -> bytes:
     return bytes(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
 
-CACHE_FORMAT = 1  # part of the cache key: raise it when the stored layout changes
+CACHE_FORMAT = 2  # part of the cache key: raise it when the stored layout changes
 
 
 def fingerprint_files(files: Iterable[Path], *parts: object) -> str:
-    """Identity of source files (path, size, modification time) and of what is done with them."""
+    """Identity of source files (name and content, wherever they are) and of what is done with them."""
     digest = hashlib.sha256(repr((CACHE_FORMAT, *parts)).encode())
     for file in files:
-        status = file.resolve().stat()
-        digest.update(f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode())
+        digest.update(f"{file.name}|{digest_of(file)}".encode())
     return digest.hexdigest()[:24]

@@ -15,8 +15,9 @@ from qlora.model.resolve import resolve_model
 from qlora.model.safetensors_source import REMEDY
 from qlora.quant.weight import QuantConfig
 from qlora.system.cache import cache_directory, make_cache
+from qlora.system.digests import damaged_file, make_verified
 from qlora.system.errors import InputError
-from qlora.system.files import new_directory, read_json
+from qlora.system.files import read_json
 from qlora.system.wording import explain
 
 SIZE_LIMITS = {  # for values of a model's config: many times today's largest
@@ -150,11 +151,10 @@ def metadata_directory(model: str) -> Path:
     if path.suffix != ".gguf":
         return path
     target = cache_directory() / f"gguf-{fingerprint_files([path])}"
-    if not target.is_dir():
+    if damaged_file(target) is not None:
         from transformers import AutoConfig, AutoTokenizer
 
         make_cache()
-
         GGUFSource(path)  # names a damaged file or an unknown architecture before transformers trips on it
         failure = named_failure(f"{path} has no config or tokenizer that can be loaded", "download it again")
         with tempfile.TemporaryDirectory() as alone, failure:
@@ -162,9 +162,9 @@ def metadata_directory(model: str) -> Path:
             Path(alone, "model.gguf").symlink_to(path.resolve())
             config = AutoConfig.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
-        with new_directory(target) as staging:
-            config.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+        make_verified(
+            target, lambda staging: (config.save_pretrained(staging), tokenizer.save_pretrained(staging))
+        )
     return target
 
 

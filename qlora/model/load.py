@@ -1,7 +1,7 @@
 """Load a frozen base model: empty modules first, then one tensor at a time in its final form.
 
     source (directory, hub id or .gguf)  ->  read one tensor  ->  quantize it  ->  into the cache  ->  next
-    cache  ->  memory-mapped, every start, the first one too
+    cache  ->  memory-mapped, every start, the first one too; verified in a thread while the modules are made
 
 Only the current tensor is in memory in full precision and, while the cache is written, one shard of the quantized
 model. A mapped weight is read from disk on first use; as it is never written to, the OS can evict and reload it.
@@ -40,8 +40,9 @@ from qlora.quant.library import Params4bit
 from qlora.quant.weight import QuantConfig, quantization_of
 from qlora.system.cache import cache_directory, make_cache
 from qlora.system.device import choose_compute_dtype
+from qlora.system.digests import build_verified, make_verified
 from qlora.system.errors import InputError
-from qlora.system.files import new_file, only_writer
+from qlora.system.files import new_file
 
 MEASURED_WIDTH = 1024  # of the matrix product timed to decide between fp32 and bf16
 Cut: TypeAlias = Callable[[str, Tensor], Tensor]
@@ -76,25 +77,24 @@ def load_base_model(
     device = torch.device(device)
     path = resolve_model(model)
     cached = cached_base(path, quant) if use_4bit and cache else None
-    network = empty_model(model)
-    source: Source
-    if cached is None or not cached.is_dir():
-        source = open_source(path)
-        if source.packed:  # it is what a cache would hold
-            cached = None
-            if not use_4bit:
-                raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
-        elif cached is not None:
-            make_cache()
-            with only_writer(cached) as is_first:
-                if is_first:
-                    write_cache(network, source, quant, device, cached)
-    if cached is not None:
-        source = open_cache(cached)
     dtype = cached_compute_dtype(compute_dtype, device, cache)
-    _finish(network, source, model, quant if use_4bit else None, dtype, device, cut)
-    network.generation_config = generation_config_of(network, metadata_directory(model))
-    return network.eval()
+
+    def build(source: Source) -> Any:
+        network = empty_model(model)
+        _finish(network, source, model, quant if use_4bit else None, dtype, device, cut)
+        network.generation_config = generation_config_of(network, metadata_directory(model))
+        return network.eval()
+
+    found = None if cached is None else build_verified(cached, lambda: build(open_cache(cached)))
+    if found is not None:
+        return found
+    source = open_source(path)
+    if source.packed and not use_4bit:
+        raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
+    if cached is None or source.packed:  # 4-bit codes are what a cache would hold
+        return build(source)
+    make_verified(cached, lambda staging: write_cache(empty_model(model), source, quant, device, staging))
+    return build(open_cache(cached))
 
 
 def load_first_block(
@@ -174,13 +174,14 @@ def cached_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.
         return choose_compute_dtype(name, device, MEASURED_WIDTH)
     machine = f"{platform.node()}-{platform.machine()}-{torch.__version__}-{torch.get_num_threads()}"
     remembered = cache_directory() / f"compute-dtype-{machine}"
-    if not remembered.is_file():
-        if not cache:
-            return choose_compute_dtype(name, device, MEASURED_WIDTH)
-        make_cache()
-        with new_file(remembered) as file:
-            file.write_text(str(choose_compute_dtype(name, device, MEASURED_WIDTH)).removeprefix("torch."))
-    return choose_compute_dtype(remembered.read_text(), device, MEASURED_WIDTH)
+    known = remembered.read_text("utf-8", "replace") if remembered.is_file() else ""
+    if known not in ("float32", "bfloat16"):  # absent, or damaged
+        known = str(choose_compute_dtype(name, device, MEASURED_WIDTH)).removeprefix("torch.")
+        if cache:
+            make_cache()
+            with new_file(remembered) as file:
+                file.write_text(known)
+    return choose_compute_dtype(known, device, MEASURED_WIDTH)
 
 
 def _fill(network: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:

@@ -42,7 +42,7 @@ def _download(model: str, weights: bool) -> Path:
 
     revision = _download(model, False).name if weights else None  # a snapshot's directory is named by its commit
     patterns = ["*.json", "*.txt", "*.jinja", "tokenizer.model", *(["*.safetensors"] if weights else [])]
-    others = ["consolidated*", "*/*"]
+    others = ["consolidated*", "*/*.json", "*/*.txt", "*/*.safetensors"]  # not */*.jinja: a second chat template
     try:
         found = snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns=others)
         return Path(found)

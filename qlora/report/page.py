@@ -250,6 +250,9 @@ def describe_origin(run: Run) -> list[tuple[str, str]]:
     rows += [(name, show(facts[key])) for key, name in ORIGIN.items() if key in facts]
     counts = {name: run.fact("examples", key) for key, name in EXAMPLES.items()}
     rows += [(name, f"{count:,}") for name, count in counts.items() if count is not None]
+    examples = facts.get("examples")
+    notes = examples.get("notes") if isinstance(examples, dict) else None
+    rows += [("data", cut(show(note))) for note in notes[:MOST_ROWS]] if isinstance(notes, list) else []
     return rows + (
         [(name, show(version)) for name, version in versions.items()] if isinstance(versions, dict) else []
     )

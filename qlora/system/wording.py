@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,11 @@ def explain(error: BaseException) -> str:
     lines = [" ".join(line.split()) for line in str(error).strip().splitlines()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return "".join(letter if letter.isprintable() else "?" for letter in text.rstrip("."))[:300]
+
+
+def tell(text: str) -> None:
+    """A sentence for the user on standard error, from code that does not know where its caller's lines go."""
+    print(redact(text), file=sys.stderr)
 
 
 NUM_LISTED = 50  # mismatches that one error names

@@ -53,6 +53,7 @@ def gather_facts(
             "num_tokens": sum(lengths),
             "num_targets": int(num_targets),
             "lengths": count_lengths(lengths),
+            "notes": list(getattr(examples, "notes", ())),
         },
     }
 

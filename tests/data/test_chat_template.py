@@ -417,9 +417,20 @@ def test_each_order_of_turns_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> N
         ({"tool_calls": [call("f", {"a": json.loads("[" * 99 + "]" * 99)})]}, "nested more than 64 levels deep"),
         ({"role": "user", "tool_calls": [PARIS]}, "message 2 of messages has tool_calls, but is from the user"),
         (
-            {"function_call": {"name": "f"}},
-            "has the function_call {'name': 'f'}; write it as one of its tool_calls",
+            {"tool_calls": [{"name": "f", "params": {"a": 1}}]},
+            "call 1 in message 2 of messages has the key 'params'",
         ),
+        (
+            {"tool_calls": [call("f", {}) | {"parameters": {"a": 1}}]},
+            "messages has the key 'parameters', which no",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "args": {}, "input": {}}]},
+            "call 1 in message 2 of messages has args and i",
+        ),
+        ({"tool_calls": [call("f", 0)]}, "call 1 in message 2 of messages are 0 (int); write a JSON object"),
+        ({"tool_calls": [call("f", False)]}, "call 1 in message 2 of messages are False (bool); write a JSON"),
+        ({"tool_calls": [call("f", {}) | {"id": 7}]}, "the id of call 1 in message 2 of messages is 7 (int)"),
     ],
 )
 def test_a_bad_call_is_named(turn: dict[str, Any], expected: str) -> None:

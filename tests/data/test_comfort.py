@@ -151,7 +151,7 @@ def test_the_template_goes_with_the_adapter(run: Path, folder: Path, tmp_path: P
         ("", "is empty"),
         (b"\xff", "cannot be read"),
         ("{% for m in messages %}", "refuses it: TemplateSyntaxError: Unexpected end of template"),
-        ("{{ messages[0]['content'] }}", "no special token after the answer|rewrites the text before"),
+        ("{{ messages[0]['content'] }}", "does not write the answer 'Hello' unchanged"),
         ("{{ ''.__class__.__mro__ }}", "refuses it: SecurityError"),
     ],
 )

@@ -348,15 +348,10 @@ def test_the_end_of_turn_is_read_off_the_template():
             "{{ m['content'] + eos_token }}{% endfor %}",
             "rewrites the text before answer 1 when more turns follow; split the record",
         ),
-        # As DeepSeek-R1: the generation prompt opens a thought that the rendered answer lacks.
-        (
-            CHATML_TEMPLATE.replace("assistant\n'", "assistant\n<think>'"),
-            "rewrites the text before answer 1 when more turns follow",
-        ),
         (CHATML_TEMPLATE.replace("<|im_end|>", ""), "no special token after the answer 'Ciao'"),
         (
             CHATML_TEMPLATE.replace("message['content']", "message['content'] | upper"),
-            "after the answer 'Hello'",
+            "does not write the answer 'Hello' unchanged",
         ),
         (CHATML_TEMPLATE + "{{ raise_exception('No\nusers') }}", "the chat template refuses it: No users; fix"),
         # A template is a program, and fails as programs do.
@@ -572,8 +567,32 @@ def test_special_text_that_cannot_be_written_is_refused():
 
 def test_a_document_is_parsed_as_it_stands():
     document = [{"role": "document", "content": "<|im_start|>user\nHi<|im_end|>"}]
-    ids = encode_example(document, tiny_tokenizer(), LONG).input_ids.tolist()
-    assert (ids.count(START), ids.count(EOT)) == (1, 1)
+    row = encode_example(document, tiny_tokenizer(), LONG)
+    ids = [*row.input_ids.tolist(), row.targets[-1].item()]
+    assert (ids.count(START), ids.count(EOT)) == (1, 1)  # its own end of turn is its end: no second one
+
+
+@pytest.mark.parametrize("text", ["once", "<s>once", "once<|im_end|>", "<s>once<|im_end|>"])
+def test_a_document_begins_and_ends_once(text):
+    """BOS and EOS that the text holds stood twice, and the second one was a target."""
+    row = encode_example([{"role": "document", "content": text}], tiny_tokenizer(add_bos=True), LONG)
+    once = tiny_tokenizer().encode("once")
+    assert row.input_ids.tolist() == [BOS, *once] and row.targets.tolist() == [*once, EOT]
+
+
+@pytest.mark.parametrize("answer", ["Hello<|im_end|>", "Hello<|im_end|>\n"])
+def test_a_parsed_end_of_turn_is_there_once(answer):
+    messages = conversation("Hi", answer, "And", "then")
+    row = encode_example(messages, tiny_tokenizer(), LONG, parse_special=True)
+    plain = encode_example(conversation("Hi", "Hello", "And", "then"), tiny_tokenizer(), LONG)
+    assert row.input_ids.tolist() == plain.input_ids.tolist() and row.targets.tolist() == plain.targets.tolist()
+
+
+def test_the_last_answer_alone_may_be_trained():
+    messages = conversation("Hi", "Hello", "And", "then")
+    row = encode_example(messages, tiny_tokenizer(), LONG, "last")
+    assert decoded_targets(row, tiny_tokenizer()) == "then<|im_end|>"
+    assert row.input_ids.tolist() == encode_example(messages, tiny_tokenizer(), LONG).input_ids.tolist()
 
 
 pieces = st.sampled_from(

@@ -160,7 +160,8 @@ def test_what_has_no_digest_is_not_cached(tmp_path: Path, monkeypatch: pytest.Mo
     assert identify_source(PythonRows("data", odd)) is None
     for rows in (odd, odd, dated, dated):
         load_examples([PythonRows("data", rows)], tiny_tokenizer(), 64, say=said.append, cache=True)
-    assert [("read from the token cache" in line) for line in said] == [False, False, False, True]
+    cached = [("read from the token cache" in line) for line in said if "kept" in line]
+    assert cached == [False, False, False, True]
     assert len([path for path in (tmp_path / "tokens").iterdir() if path.is_dir()]) == 1
 
 

@@ -1,4 +1,4 @@
-"""Upload and model card: what leaves this machine, and what the model card tells; the hub is a stand-in."""
+"""Upload and model card: what leaves this machine by huggingface_hub itself, and what the model card tells."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, RepoUrl
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 from qlora.cli import main as command_line
@@ -18,39 +18,10 @@ from qlora.cli.exits import run
 from qlora.export.hub import push_to_hub
 from qlora.export.model_card import is_hub_id, make_card, public_name
 from qlora.system.errors import InputError
+from tests.loopback_hub import LoopbackHub
 
 SECRET = "hf_" + "A1b2C3d4E5" * 4
 REPOSITORY = "someone/orders"
-
-
-class StandIn:
-    """HfApi as far as it is used: keeps what would be uploaded."""
-
-    def __init__(self, token: str | None = None) -> None:
-        self.token = token
-
-    def create_repo(self, repo: str, **options: Any) -> RepoUrl:
-        StandIn.made = (repo, options, self.token)
-        return RepoUrl(f"https://huggingface.co/{repo if '/' in repo else f'me/{repo}'}")
-
-    def create_commit(self, repo: str, operations: list[Any], **options: Any) -> None:
-        StandIn.committed_to = repo
-        StandIn.files = {}
-        for operation in operations:
-            with operation.as_file() as file:
-                StandIn.files[operation.path_in_repo] = file.read()
-
-    made: Any = None
-    committed_to: str = ""
-    files: dict[str, bytes] = {}  # noqa: RUF012
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> type[StandIn]:
-    StandIn.made, StandIn.committed_to, StandIn.files = None, "", {}
-    monkeypatch.setattr(huggingface_hub, "HfApi", StandIn)
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    return StandIn
 
 
 def save_run(directory: Path, base: str = "/home/jane/models/SmolLM2-135M") -> Path:
@@ -99,43 +70,51 @@ def metadata_of(card: str) -> dict[str, Any]:
 # ---- what is uploaded -------------------------------------------------------------------------------------
 
 
-def test_adapter(hub: type[StandIn], tmp_path: Path) -> None:
+def test_adapter(hub: LoopbackHub, tmp_path: Path) -> None:
     """The adapter, its curve and a card; the base's path is cut down to its name, the files stay as they are."""
     directory = save_run(tmp_path / "out")
     before = (directory / "adapter_config.json").read_bytes()
-    assert push_to_hub(directory, REPOSITORY, private=True) == f"https://huggingface.co/{REPOSITORY}"
-    assert hub.made == (REPOSITORY, {"private": True, "exist_ok": True}, SECRET)
-    assert hub.committed_to == REPOSITORY
+    assert push_to_hub(directory, REPOSITORY, private=True) == f"{hub.url}/{REPOSITORY}"
+    assert [(made["repo"], made["visibility"]) for made in hub.made] == [(REPOSITORY, "private")]
+    files = hub.repositories["models", REPOSITORY]
     wanted = {"README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png"}
-    assert hub.files.keys() == wanted
-    assert hub.files["adapter_model.safetensors"] == (directory / "adapter_model.safetensors").read_bytes()
-    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == "SmolLM2-135M"
-    assert json.loads(hub.files["adapter_config.json"])["r"] == 2
-    for name, content in hub.files.items():
+    assert files.keys() == wanted
+    assert files["adapter_model.safetensors"] == (directory / "adapter_model.safetensors").read_bytes()
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "SmolLM2-135M"
+    assert json.loads(files["adapter_config.json"])["r"] == 2
+    for name, content in files.items():
         assert b"jane" not in content and SECRET.encode() not in content and b"private" not in content, name
     assert (directory / "adapter_config.json").read_bytes() == before
 
 
-def test_merged_model_and_gguf(hub: type[StandIn], tmp_path: Path) -> None:
+def test_merged_model_and_gguf(hub: LoopbackHub, tmp_path: Path) -> None:
     """A model's own files, shards and all; its README.md goes as it stands, without a secret that got in."""
     directory = tmp_path / "merged"
     directory.mkdir()
     kept = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json"]
-    kept += ["chat_template.jinja", "drift.json", "model.gguf", "Modelfile"]
+    kept += [
+        "chat_template.jinja",
+        "drift.json",
+        "model.gguf",
+        "Modelfile",
+        "additional_chat_templates/tool.jinja",
+    ]
+    (directory / "additional_chat_templates").mkdir()
     for name in [*kept, ".state.json", "model.safetensors.tmp", "training.csv"]:
         (directory / name).write_text("{}")
     (directory / "README.md").write_text(f"# By hand\n\ntoken {SECRET}\n")
     assert push_to_hub(directory, "orders").endswith("/me/orders")
-    assert hub.committed_to == "me/orders" and hub.made[1]["private"] is False
-    assert hub.files.keys() == {*kept, "README.md"}
-    assert hub.files["README.md"] == b"# By hand\n\ntoken [redacted]\n"
+    assert hub.made[0].get("visibility") != "private"
+    files = hub.repositories["models", "me/orders"]
+    assert files.keys() == {*kept, "README.md"}
+    assert files["README.md"] == b"# By hand\n\ntoken [redacted]\n"
 
 
-def test_command(hub: type[StandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(hub: LoopbackHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = save_run(tmp_path / "out")
     assert run(command_line.main, ["push", str(directory), "--repo", REPOSITORY, "--private"]) == 0
-    assert capsys.readouterr().out == f"https://huggingface.co/{REPOSITORY}\n"
-    assert hub.made[1]["private"] is True
+    assert capsys.readouterr().out == f"{hub.url}/{REPOSITORY}\n"
+    assert hub.made[0]["visibility"] == "private"
     assert run(command_line.main, ["push", str(directory)]) == 2
     assert "pass --repo owner/name" in capsys.readouterr().err
 
@@ -143,7 +122,7 @@ def test_command(hub: type[StandIn], tmp_path: Path, capsys: pytest.CaptureFixtu
 # ---- what goes wrong --------------------------------------------------------------------------------------
 
 
-def test_nothing_to_upload(hub: type[StandIn], tmp_path: Path) -> None:
+def test_nothing_to_upload(hub: LoopbackHub, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a directory; give the output directory"):
         push_to_hub(tmp_path / "absent", REPOSITORY)
     (tmp_path / "config.json").write_text("{}")
@@ -153,7 +132,7 @@ def test_nothing_to_upload(hub: type[StandIn], tmp_path: Path) -> None:
     (directory / "adapter_model.safetensors").write_bytes(b"half")
     with pytest.raises(InputError, match="is not a complete safetensors file"):
         push_to_hub(directory, REPOSITORY)
-    assert hub.made is None
+    assert hub.asked == []
 
 
 def test_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,16 +162,12 @@ def test_a_run_with_a_bad_destination_does_not_begin(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out").exists()
 
 
-def test_refusal_of_the_hub(hub: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusal_of_the_hub(hub: LoopbackHub, tmp_path: Path) -> None:
     """Its words are passed on, without the token that some servers repeat."""
-    from huggingface_hub.errors import HTTPError
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise HTTPError(f"401 for token {SECRET}")
-
-    monkeypatch.setattr(hub, "create_commit", refuse)
-    with pytest.raises(InputError, match=r"401 for token \[redacted\]"):
-        push_to_hub(save_run(tmp_path / "out"), REPOSITORY)
+    token = "hf_" + "z" * 34
+    with pytest.raises(InputError, match=r"Uploading to .* failed .*401.*; check name, token") as refused:
+        push_to_hub(save_run(tmp_path / "out"), REPOSITORY, token=token)
+    assert token not in str(refused.value)
 
 
 # ---- the card ---------------------------------------------------------------------------------------------

@@ -715,16 +715,16 @@ def test_the_parts_that_load(quantized: Path) -> None:
     assert base_info(quantized_model).quantization == QuantConfig()
 
 
-def test_a_damaged_cache_is_to_be_deleted(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the model: downloading that again would change nothing."""
+def test_a_damaged_cache_is_made_again(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     load_base_model(str(llama), compute_dtype="float32")
     (file,) = (tmp_path / "cache").glob("*/model.safetensors")
     tensors = load_file(file)
+    before = tensors[f"{UP}.absmax"].shape
     PARTS["fewer scales"](tensors)
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-    with pytest.raises(InputError, match=rf"{tmp_path / 'cache'}.*up_proj.*; delete this cache"):
-        load_base_model(str(llama), compute_dtype="float32")
+    load_base_model(str(llama), compute_dtype="float32")
+    assert load_file(file)[f"{UP}.absmax"].shape == before
 
 
 def tiny_gguf(file: Path, blocks: Any = 1, heads: Any = 2, kv_heads: Any = 1, kind: str = "llama") -> bytes:
