@@ -9,6 +9,7 @@ from torch import nn
 
 from qlora.config.fields import layer_number, names_layer
 from qlora.config.lora import DEFAULT_TARGETS
+from qlora.model.base import find_base_info
 from qlora.quant.linear import is_linear
 from qlora.system.errors import InputError
 
@@ -20,17 +21,20 @@ ATTENTION_INPUTS = (
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> layer that LoRA can wrap, except the output head: `is_linear`.
+    """Qualified name -> layer that LoRA can wrap (`is_linear`), the output head among them.
 
     A wrapped layer appears under its own name, as the layer inside.
     """
+    return {
+        name.removesuffix(".base_layer"): module for name, module in model.named_modules() if is_linear(module)
+    }
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Qualified name of the output head; None: the model has none."""
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     head = get_head()
-    return {
-        name.removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if is_linear(module) and module is not head
-    }
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
@@ -48,15 +52,20 @@ def match_targets(
 
     The default targets stand for the attention's input layers: `resolve_targets`.
 
+    "all-linear" leaves out the output head, as in PEFT; its name adapts it.
+
     Args:
         exclude: names and patterns of layers to leave out.
         numbers: only these decoder layers, counted from 0; None = all.
     Raises:
-        InputError: a target matches nothing (lists the names there are), or a decoder layer does not exist.
+        InputError: a target matches nothing (lists the names there are), a decoder layer does not exist, or the
+            head is named on a base that processes split.
     """
-    layers = linear_layers(model)
+    layers, head = linear_layers(model), head_name(model)
     targets = resolve_targets(model, targets)
-    if targets != ["all-linear"]:
+    if targets == ["all-linear"]:
+        layers = {name: layer for name, layer in layers.items() if name != head}
+    else:
         unmatched = [t for t in targets if not any(names_layer(name, t) for name in layers)]
         if unmatched or not targets:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
@@ -71,6 +80,9 @@ def match_targets(
     layers = {name: layer for name, layer in layers.items() if not any(names_layer(name, t) for t in exclude)}
     if not layers:
         raise InputError("exclude_modules leaves no layer to adapt; name fewer.")
+    info = find_base_info(model)
+    if head in layers and info is not None and info.ranks is not None:
+        raise InputError(f"{head} cannot be adapted on a base that processes split; leave out one of the two.")
     if numbers is None:
         return layers
     present = {number for number in map(layer_number, layers) if number is not None}
@@ -79,6 +91,12 @@ def match_targets(
         raise InputError(
             f"layers names decoder layer {absent[0]}, where this model has none to adapt; its layers are "
             f"{min(present, default=0)} to {max(present, default=0)}."
+        )
+    outside = [t for t in targets if all(layer_number(name) is None for name in layers if names_layer(name, t))]
+    if outside and targets != ["all-linear"]:
+        raise InputError(
+            f"target_modules {outside} are outside of the decoder layers, so layers leaves them out; drop one of "
+            "the two settings."
         )
     wanted = set(numbers)
     return {name: layer for name, layer in layers.items() if layer_number(name) in wanted}
