@@ -80,8 +80,8 @@ def match_targets(
     layers = {name: layer for name, layer in layers.items() if not any(names_layer(name, t) for t in exclude)}
     if not layers:
         raise InputError("exclude_modules leaves no layer to adapt; name fewer.")
-    info = find_base_info(model)
-    if head in layers and info is not None and info.ranks is not None:
+    info = find_base_info(model) if head in layers else None
+    if info is not None and info.ranks is not None:
         raise InputError(f"{head} cannot be adapted on a base that processes split; leave out one of the two.")
     if numbers is None:
         return layers
