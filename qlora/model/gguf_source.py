@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora.model.families import gguf_forms
 from qlora.model.rotary import to_halves
-from qlora.model.safetensors_source import check_names
+from qlora.model.safetensors_source import check_finite, check_names
 from qlora.system.errors import InputError
 from qlora.system.memory import is_out_of_memory
 from qlora.system.wording import explain
@@ -110,6 +110,7 @@ class GGUFSource:
             raise InputError(
                 f"{self.path}: {name} cannot be read ({explain(error)}); download it again."
             ) from error
+        check_finite(tensor, name, self.path, self.remedy)
         return tensor
 
 

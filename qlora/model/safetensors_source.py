@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora.model.families import FAMILIES
@@ -24,6 +25,7 @@ from qlora.system.files import is_file_name, read_json
 from qlora.system.memory import is_out_of_memory
 from qlora.system.wording import explain
 
+INDEX = "model.safetensors.index.json"
 REMEDY = "download the model again"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # narrower ones need scales, which plain weights lack
 MAX_STACKED = 2**14  # experts in one tensor
@@ -44,8 +46,9 @@ class SafetensorsSource:
     def __init__(self, directory: Path, map_files: bool = False, remedy: str = "download it again") -> None:
         from safetensors import SafetensorError, safe_open
 
-        self.path, self.remedy = directory, remedy
+        self.path, self.remedy, self.is_mapped = directory, remedy, map_files
         self.files = weight_files(directory)
+        places = _weight_map(directory) or {}
         # name -> file, key in it, index in the tensor there
         self._places: dict[str, tuple[Any, str, tuple[Any, ...]]] = {}
         self._file_of: dict[str, Path] = {}
@@ -60,8 +63,16 @@ class SafetensorsSource:
                 ) from error
             for key in handle.keys():  # noqa: SIM118
                 for name, index in _names_of(key, handle).items():
+                    if name in self._places:
+                        both = f"{self._file_of[name].name} and {file.name}"
+                        raise InputError(f"{directory}: {name[:200]!r:.202} is in both {both}; {remedy}.")
                     self._places[name] = (handle, key, index)
                     self._file_of[name] = file
+                if key in places and places[key] != file.name:
+                    raise InputError(
+                        f"{directory / INDEX} says that {key[:200]!r:.202} is in {places[key]}, but it is in "
+                        f"{file.name}; {remedy}."
+                    )
         self.names = set(self._places)
         check_names(self.names, directory)
         marker = ".quant_state.bitsandbytes__"
@@ -100,7 +111,10 @@ class SafetensorsSource:
         return self._read(name, safe_open(self._file_of[name], framework="pt", backend="mmap"), key, index)
 
     def read(self, name: str) -> Tensor:
-        return self._read(name, *self._places[name])
+        tensor = self._read(name, *self._places[name])
+        if not self.is_mapped:  # mapped files are ours, checked when they were written
+            check_finite(tensor, name, self.path, self.remedy)
+        return tensor
 
     def _read(self, name: str, file: Any, key: str, index: tuple[Any, ...]) -> Tensor:
         from safetensors import SafetensorError
@@ -183,8 +197,8 @@ def weight_files(path: Path) -> list[Path]:
     """The files that hold a model's weights; all exist."""
     if path.suffix == ".gguf":
         return [path]
-    index = path / "model.safetensors.index.json"
-    files = _indexed_files(index) if index.is_file() else [path / "model.safetensors"]
+    index, places = path / INDEX, _weight_map(path)
+    files = [path / "model.safetensors"] if places is None else [path / s for s in sorted(set(places.values()))]
     for file in files:
         if file.is_file():
             continue
@@ -198,7 +212,11 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
-def _indexed_files(index: Path) -> list[Path]:
+def _weight_map(directory: Path) -> dict[str, str] | None:
+    """Tensor -> file, from a directory's index; None: it has none. A tensor may be listed and nowhere."""
+    index = directory / INDEX
+    if not index.is_file():
+        return None
     weight_map = read_json(index, REMEDY).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map from tensors to files; download the model again.")
@@ -207,7 +225,19 @@ def _indexed_files(index: Path) -> list[Path]:
         raise InputError(
             f"{index} names a shard outside its directory, {elsewhere[0]!r:.60}; the file is not to be trusted."
         )
-    return [index.parent / shard for shard in sorted(set(weight_map.values()))]
+    return weight_map
+
+
+def check_finite(tensor: Tensor, name: str, path: Path, remedy: str) -> None:
+    """Refuse a weight with NaN or infinity, which every loss then has. Reads the tensor once.
+
+    Raises:
+        InputError: names it, and how many of its values.
+    """
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        return
+    if not tensor.sum(dtype=torch.float32).isfinite() and (count := int((~tensor.isfinite()).sum())):
+        raise InputError(f"{path}: {name} has {count} of {tensor.numel()} values that are not finite; {remedy}.")
 
 
 def check_names(names: Iterable[str], path: Path) -> None:

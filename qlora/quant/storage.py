@@ -94,6 +94,8 @@ def _check_parts(codes: Tensor, state: QuantState) -> None:
             raise ValueError(f"nested block size {nested_size!r:.60}, scales in {state.absmax.dtype}")
         wanted["nested scales"] = (state.state2.absmax.numel(), -(-num_blocks // nested_size))
         wanted["nested table"] = (state.state2.code.numel(), 256)
+        if not math.isfinite(state.offset):
+            raise ValueError(f"its offset is {float(state.offset)}")
         floats += [state.state2.absmax, state.state2.code]
     else:
         floats += [state.absmax]

@@ -5,8 +5,8 @@ these files decides what is in them anyway. Pieces are digested in threads, and 
 
 A large file is digested again only if it may have changed. Path, size and modification time can all be those of
 another file (`cp -p`, an unpacked archive), but not its inode and the time at which its status last changed, which
-nobody can set. Two changes within one tick of a file system's clock look the same: reading begins only when the tick
-is over, and where the clock counts whole seconds nothing is remembered.
+nobody can set. Two changes within one tick of a file system's clock look the same: reading begins only when the
+tick is over, and where the clock counts whole seconds nothing is remembered.
 """
 
 from __future__ import annotations

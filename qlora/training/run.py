@@ -45,6 +45,7 @@ from qlora.planning.memory import MemoryPlan
 from qlora.quant.weight import QuantConfig
 from qlora.system.device import choose_optimizer
 from qlora.system.errors import InputError
+from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
 from qlora.training.adalora_optimizer import build_adapter_optimizer
@@ -56,6 +57,7 @@ from qlora.training.lines import LinesFile, Metrics, is_sampled
 from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.observer import Observer, Stop
 from qlora.training.optimizer import MasterOptimizer
+from qlora.training.outcome import check_outcome, doubts
 from qlora.training.page import Page
 from qlora.training.progress import Progress
 from qlora.training.recompute import choose_recomputed_layers
@@ -66,6 +68,8 @@ from qlora.training.samples import AnswerScore, Sampler, Samples
 from qlora.training.saver import CheckpointWriter, Saver, TrainedState
 from qlora.training.schedule import build_schedule
 from qlora.training.trackers import Trackers, start_accelerator, start_trackers
+
+MANY_ROWS = 1000  # their answers are not all empty
 
 
 class TrainingRun:
@@ -239,12 +243,19 @@ class TrainingRun:
             Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
         )  # fmt: skip
         self.trainer.fit(self.progress)
+        check_outcome(self.progress)
 
     def save(self) -> None:
         """Wait for pending writes."""
         self._writing.close()
         self.say = self.accelerator.print
         path = self.directory.path
+        if self.directory.is_main:
+            losses = [line["loss"] for line in whole_lines(path / "metrics.jsonl") if line.get("loss") is not None]
+            counts = [example.num_targets for example in self.examples] if len(self.examples) < MANY_ROWS else []
+            warmup = self.config.optimizer.warmup_steps
+            for doubt in doubts(losses, counts, self.model.config.get_text_config().vocab_size, warmup):
+                self.say(doubt)
         self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
 
     # ---- parts of the stages ------------------------------------------------------------------------------

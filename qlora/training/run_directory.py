@@ -56,6 +56,8 @@ class RunDirectory:
             self.checkpoint = find_checkpoint(resume, self.path, accelerator.print) if resume else None
             if self.is_main:
                 self._check_other_runs(resume)
+            if resume == "auto" and self.checkpoint is None:
+                accelerator.print(f"--resume auto: {self.path} has no checkpoint; the run starts at step 1")
         except BaseException:
             self.release()
             raise

@@ -771,6 +771,36 @@ def test_pickled_weights_are_not_read(copied: Path) -> None:
         load(copied)
 
 
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("use_4bit", [True, False])
+def test_a_tensor_in_two_shards(tmp_path: Path, use_4bit: bool, place: int) -> None:
+    """With two values; the last one won, whichever the index names."""
+    copied, name = save_tiny_llama(tmp_path / "sharded", max_shard_size="100KB"), "model.norm.weight"
+    other = sorted(copied.glob("*.safetensors"))[place]
+    right = json.loads((copied / "model.safetensors.index.json").read_text())["weight_map"][name]
+    assert right != other.name
+    save_file({**load_file(other), name: torch.zeros(64)}, other, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=rf"'{name}' is in .*{other.name}"):
+        load(copied, use_4bit)
+
+
+def test_an_index_that_names_the_wrong_shard(tmp_path: Path) -> None:
+    copied = save_tiny_llama(tmp_path / "sharded", max_shard_size="100KB")
+    index = copied / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    (first, *_), name = sorted(copied.glob("*.safetensors")), "model.norm.weight"
+    right = content["weight_map"][name]
+    content["weight_map"][name] = first.name
+    index.write_text(json.dumps(content))
+    with pytest.raises(
+        InputError, match=rf"index.json says that '{name}' is in {first.name}, but it is in {right}"
+    ):
+        load(copied)
+    content["weight_map"] |= {name: right, "a.stale.entry": right}
+    index.write_text(json.dumps(content))
+    load(copied)  # transformers would, too
+
+
 def test_missing_shard(tmp_path: Path) -> None:
     sharded = save_tiny_llama(tmp_path / "sharded", max_shard_size="100KB")
     shard = sorted(sharded.glob("*.safetensors"))[1]
