@@ -209,7 +209,7 @@ def test_a_run_keeps_the_date_of_its_template(
     dated = tmp_path / "dated.jinja"
     dated.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML_TEMPLATE)
     flags = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--on-bad-row", "skip"]
-    flags += ["--chat-template", str(dated), "--compute-dtype", "float32", "--no-token-cache", "--num-samples", "0"]
+    flags += ["--chat-template", str(dated), "--compute-dtype", "float32", "--no-token-cache"]
     flags += ["--output-dir", str(tmp_path / "out"), "--max-steps"]
     for day, options in ((1, ["1"]), (2, ["2", "--resume", "auto"])):
         monkeypatch.setattr("qlora.training.run.today", lambda day=day: date(2026, 3, day))
