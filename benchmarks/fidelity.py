@@ -329,11 +329,11 @@ def weight_error(network: Any, source: str) -> float:
     """Mean over the blocks' linear layers of |W_hat - W| / |W| (Frobenius); W: the weight in the files."""
     import torch
 
-    from qlora.lora.targets import linear_layers
+    from qlora.lora.targets import match_targets
     from qlora.model.weights import read_weights
     from qlora.quant.layers import dense_weight
 
-    layers = linear_layers(network)
+    layers = match_targets(network, ["all-linear"])
     errors = []
     for name, weight in read_weights(source, layers):
         used = dense_weight(layers[name], torch.float32)

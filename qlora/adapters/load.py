@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shift, shift_base
-from qlora.lora.full_parameters import base_shapes, trained_names, trained_problems
+from qlora.lora.full_parameters import base_shapes, named_base_parameters, trained_names, trained_problems
 from qlora.lora.slot import Adapter
 from qlora.lora.state import adapter_state, load_lora_state_dict
 from qlora.lora.targets import linear_layers
@@ -27,6 +27,8 @@ from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
 from qlora.system.redact import redact
 from qlora.system.wording import explain, list_first, show_value
+
+SAME_WEIGHT = 0.2  # relative difference of a weight in 16 bits from the same one in 4
 
 
 def load_adapter(
@@ -141,7 +143,7 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for layer in saved.adapted_layers:
         if layer not in layers:
-            problems.append(f"{layer} is no linear layer of this model")
+            problems.append(f"{layer} is not a linear layer of this model")
             continue
         (rows, columns), rank = layers[layer], saved.config.rank_of(layer)
         wanted[f"{layer}.lora_A.weight"], wanted[f"{layer}.lora_B.weight"] = (rank, columns), (rows, rank)
@@ -168,6 +170,7 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
         if layers.get(layer) != (len(B), A.shape[1]):
             here = layers.get(layer, "no layer")
             problems.append(f"the base shift of {layer} is {(len(B), A.shape[1])}, but here it is {here}")
+    problems += _base_weight_problems(saved, parameters, model)
     for key, shape in wanted.items():
         tensor = saved.state.get(key)
         if tensor is None:
@@ -179,3 +182,23 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
     if problems:
         listed = list_first(problems)
         raise InputError(f"The adapter in {saved.directory} is damaged or was made for another base: {listed}.")
+
+
+def _base_weight_problems(
+    saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]], model: nn.Module
+) -> list[str]:
+    """Why the base's weights in an adapter's file are not this base's; a base in fewer bits differs a little."""
+    problems = []
+    here = dict(named_base_parameters(model))
+    for name, theirs in saved.base_weights.items():
+        if tuple(theirs.shape) != shapes.get(name):
+            problems.append(
+                f"its base has {name} of {tuple(theirs.shape)}, this one of {shapes.get(name, 'none')}"
+            )
+            continue
+        ours = here[name].detach()
+        if not ours.is_meta:
+            error = (ours.float() - theirs.to(ours.device).float()).norm() / ours.float().norm()
+            if not error < SAME_WEIGHT:
+                problems.append(f"its base has other values of {name} (relative difference {error:.2g})")
+    return problems

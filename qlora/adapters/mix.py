@@ -31,6 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from qlora.adapters.files import recorded_quantization
 from qlora.adapters.peft_config import PREFIX, describe_adapter
 from qlora.adapters.peft_files import AdapterSnapshot, SavedAdapter, read_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
@@ -38,7 +39,6 @@ from qlora.lora.linalg import low_rank_svd
 from qlora.lora.slot import Adapter
 from qlora.lora.variants import variant_of
 from qlora.system.errors import InputError
-from qlora.system.file_names import WEIGHTS
 from qlora.system.wording import list_first
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R); the update is B A
@@ -250,7 +250,4 @@ def _common(saved: Sequence[SavedAdapter], values: Sequence[str], what: str) -> 
 
 def _base_quantization(saved: SavedAdapter) -> str:
     """The weights file's entry for it, unparsed; other tools' adapters have none."""
-    from safetensors import safe_open
-
-    with safe_open(saved.directory / WEIGHTS, framework="pt") as file:
-        return (file.metadata() or {}).get("base_quantization", "")
+    return recorded_quantization(saved.directory) or ""

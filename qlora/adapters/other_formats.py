@@ -1,15 +1,15 @@
-"""Read adapters of MLX-LM and torchtune into PEFT's names and shapes.
+"""Read adapters of other tools into PEFT's names and shapes.
 
-Both compute the same as PEFT, y = W x + s B A x (DoRA: each row of W + s B A scaled to length m), but store it
-differently. I inputs, O outputs, R rank:
+They compute the same as PEFT, y = W x + s B A x (DoRA: each row of W + s B A scaled to length m), but store it
+differently. LitGPT, Megatron and minimind are in fused_formats.py; the others here. I inputs, O outputs, R rank:
 
     PEFT        <layer>.lora_A.weight (R, I)   .lora_B.weight (O, R)   .lora_magnitude_vector (O,)   s = alpha / R
     MLX-LM      <layer>.lora_a (I, R)          .lora_b (R, O)          .m (O,)                       s as "scale"
     torchtune   .lora_a.weight (R, I)          .lora_b.weight (O, R)   .magnitude (O,)               s = alpha / R
 
 MLX-LM names layers as Hugging Face does. torchtune has its own names, and if its rotary embedding rotates
-neighboring outputs of a head (2i, 2i + 1) instead of Hugging Face's (i, i + half), q's and k's rows are in that
-order in B and m. Its own format is a pickle, which is never loaded.
+adjacent outputs of a head (2i, 2i + 1) instead of Hugging Face's (i, i + half), q's and k's rows are in that
+order in B and m. Pickles (.pt, .pth) are never loaded; the error says how to convert them.
 
 Formats: MLX-LM 0.32, mlx_lm/tuner/{lora,dora,trainer}.py; torchtune 0.6.1, modules/peft/{lora,dora}.py and
 models/convert_weights.py.
@@ -23,8 +23,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qlora.adapters.fused_formats import (
+    LITGPT_KEY,
+    LITGPT_PARTS,
+    MAGNITUDE,
+    MEGATRON_KEY,
+    MINIMIND_KEY,
+    QKV,
+    A,
+    B,
+    Layers,
+    common_rank,
+    split_litgpt,
+    split_megatron,
+    split_minimind,
+)
 from qlora.model.attention import head_counts
 from qlora.model.families import FAMILIES, family_of
 from qlora.model.rotary import to_halves
@@ -32,11 +48,10 @@ from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import read_json, read_tensors
 from qlora.system.redact import redact
-from qlora.system.wording import list_first, quote
+from qlora.system.wording import explain, list_first, quote
 
-MLX_WEIGHTS = "adapters.safetensors"
+MLX_WEIGHTS, LITGPT_SETTINGS = "adapters.safetensors", "hyperparameters.yaml"
 MAX_SCALE = 1e30  # values near it overflow
-A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 MLX_PARTS = {"lora_a": A, "lora_b": B, "m": MAGNITUDE}
 MLX_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")  # shaped like linear layers, but transposed
 TORCHTUNE_PARTS = {"lora_a.weight": A, "lora_b.weight": B, "magnitude": MAGNITUDE}
@@ -53,60 +68,91 @@ TORCHTUNE_KEY = re.compile(
     rf"layers\.(?P<index>0|[1-9][0-9]{{0,5}})\.(?P<module>{'|'.join(TORCHTUNE_LAYERS)})"
     rf"\.(?P<part>{'|'.join(TORCHTUNE_PARTS)})"
 )
-Tool = Literal["MLX-LM", "torchtune"]
-Layers = dict[str, dict[str, Tensor]]  # layer -> A, B, MAGNITUDE -> tensor
+Tool = Literal["MLX-LM", "torchtune", "LitGPT", "Megatron", "minimind"]
+KEYS: dict[Tool, re.Pattern[str]] = {
+    "torchtune": TORCHTUNE_KEY,
+    "LitGPT": LITGPT_KEY,
+    "Megatron": MEGATRON_KEY,
+    "minimind": MINIMIND_KEY,
+}
 
 
-def recognise(directory: str | Path) -> Tool | None:
-    """The tool whose own format a directory holds; None for PEFT's and anything else.
+def detect_tool(path: str | Path) -> Tool | None:
+    """The tool whose own format a directory or file holds; None for PEFT's and anything else.
 
-    torchtune's file has the same name as PEFT's; its tensor names differ.
+    Some files have the same name as PEFT's; their tensor names differ.
     """
-    from safetensors import SafetensorError, safe_open
-
-    directory = Path(directory)
+    file = _tensor_file(Path(path))
     try:
-        if (directory / MLX_WEIGHTS).is_file():
-            return "MLX-LM"
-        if (directory / WEIGHTS).is_file():
-            with safe_open(directory / WEIGHTS, framework="pt") as file:
-                return "torchtune" if any(map(TORCHTUNE_KEY.fullmatch, file.keys())) else None
-        return "torchtune" if any(directory.glob("adapter_*.pt")) else None
+        if file is None or file.suffix != ".safetensors":
+            return None if file is None else _tool_of_pickle(file)
+        return "MLX-LM" if file.name == MLX_WEIGHTS else _tool_of(file)
     except (OSError, SafetensorError):
         return None
 
 
+def _tensor_file(path: Path) -> Path | None:
+    """The file with an adapter's tensors: `path`, or the one in this directory."""
+    try:
+        if path.is_file():
+            return path
+        for name in (MLX_WEIGHTS, WEIGHTS):
+            if (path / name).is_file():
+                return path / name
+        tensors = [file for file in path.glob("*.safetensors") if file.is_file()]  # not a pipe, which would wait
+        pickles = [file for kind in ("adapter_*.pt", "*.pth", "*.pth.lora") for file in path.glob(kind)]
+    except OSError:
+        return None
+    found = tensors or pickles
+    return found[0] if len(found) == 1 else None
+
+
+def _tool_of(file: Path) -> Tool | None:
+    """The tool that names its tensors as this safetensors file does."""
+    with safe_open(file, framework="pt") as opened:
+        keys = list(opened.keys())
+    return next((tool for tool, pattern in KEYS.items() if any(map(pattern.fullmatch, keys))), None)
+
+
+def _tool_of_pickle(file: Path) -> Tool | None:
+    """The tool that gives its pickles such a name."""
+    if file.name.endswith(".pth.lora"):
+        return "LitGPT"
+    return {".pt": "torchtune", ".pth": "minimind"}.get(file.suffix)  # type: ignore[return-value]
+
+
 def read_foreign_adapter(
-    directory: str | Path, base_model: str | None = None, model_config: Any = None
+    path: str | Path, base_model: str | None = None, model_config: Any = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read an adapter that MLX-LM or torchtune has written.
+    """Read an adapter that another tool has written in a format of its own.
 
     Args:
+        path: directory or tensor file.
         base_model: name or path of the base to record; by default the one that the adapter names.
-        model_config: transformers config of the base, which torchtune's formats need.
+        model_config: transformers config of the base, which every format but MLX-LM's and minimind's needs.
     Returns:
         (state, description): finite tensors in PEFT's names without its prefix, and PEFT's adapter_config.json.
     Raises:
-        InputError: neither tool's adapter, damaged, or not expressible in PEFT's format.
+        InputError: no such adapter, damaged, or not expressible in PEFT's format.
     """
-    directory = Path(directory)
-    tool = recognise(directory)
-    if tool is None:
+    path = Path(path)
+    tool, file = detect_tool(path), _tensor_file(path)
+    if tool is None or file is None:
         raise InputError(
-            f"{directory} holds no adapter of MLX-LM ({MLX_WEIGHTS}) or torchtune (layers.0.attn... in "
-            f"{WEIGHTS}); check the path, and give one in PEFT's format to --adapter as it is."
+            f"{path} holds no adapter of {', '.join(READERS)} by its tensors' names; check the path, and give one "
+            "in PEFT's format to --adapter as it is."
         )
-    if tool == "torchtune" and not (directory / WEIGHTS).is_file():
+    if file.suffix != ".safetensors":
         raise InputError(
-            f"{directory} has only torchtune's pickle (.pt), which can run code and is never loaded; if you "
-            f"trust it, write torch.load(FILE, weights_only=True) to {WEIGHTS} by safetensors."
+            f"{file} is a pickle, which can run code and is never loaded here. If you trust it, convert it with "
+            "torch's weights-only loader, which makes nothing but tensors, in a Python of its own, and import the "
+            f"result: import torch, safetensors.torch as s; t = torch.load({str(file)!r}, weights_only=True); "
+            "s.save_file({k: v.clone() for k, v in t.get('model', t).items()}, "
+            f"{str(file.parent / WEIGHTS)!r})"
         )
-    if not (directory / CONFIG).is_file():
-        fields = '"r" and "lora_alpha"' if tool == "torchtune" else "the run's settings"
-        raise InputError(f"{directory} has no {CONFIG}; put it beside the tensors, with {fields}.")
-    description = read_json(directory / CONFIG, "save the adapter again", unique_keys=True)
-    read = _read_mlx if tool == "MLX-LM" else _read_torchtune
-    layers, rank, alpha, dropout, named = read(directory, description, model_config)
+    if tool not in ("MLX-LM", "minimind") and model_config is None:
+        raise InputError(f"{path} holds a {tool} adapter, whose layout depends on its base; pass --model.")
+    layers, rank, alpha, dropout, named = READERS[tool](file, model_config)
     name = base_model if base_model is not None else named
     state = {f"{layer}.{part}": tensor for layer, parts in layers.items() for part, tensor in parts.items()}
     return state, {
@@ -126,10 +172,19 @@ def read_foreign_adapter(
     }
 
 
-def _read_mlx(
-    directory: Path, description: dict[str, Any], model_config: Any
-) -> tuple[Layers, int, float, float, Any]:
-    """(layers, rank, alpha, dropout, base) of an MLX-LM adapter; `model_config` is unused."""
+# Each reader: (tensor file, transformers config of the base) -> (layers, rank, alpha, dropout, name of the base).
+Read = tuple[Layers, int, float, float, Any]
+
+
+def _settings(file: Path, fields: str) -> dict[str, Any]:
+    """The adapter_config.json next to a tensor file."""
+    if not (file.parent / CONFIG).is_file():
+        raise InputError(f"{file.parent} has no {CONFIG}; put it next to the tensors, with {fields}.")
+    return read_json(file.parent / CONFIG, "save the adapter again", unique_keys=True)
+
+
+def _read_mlx(file: Path, model_config: Any) -> Read:
+    directory, description = file.parent, _settings(file, "the run's settings")
     kind = description.get("fine_tune_type", "lora")
     if kind == "full":
         raise InputError(f"{directory} holds a full fine-tune, not an adapter; use it as a model of its own.")
@@ -145,23 +200,20 @@ def _read_mlx(
     dropout = _setting(directory / CONFIG, {"dropout": 0.0, **settings}, "dropout", share, lambda n: 0 <= n < 1)
     layers: Layers = {}
     unknown = []
-    for key, tensor in _read_tensors(directory / MLX_WEIGHTS).items():
+    for key, tensor in _read_tensors(file).items():
         layer, _, part = key.rpartition(".")
         if part not in MLX_PARTS or not layer or layer.rpartition(".")[2] in MLX_EMBEDDINGS:
             unknown.append(key)
         else:
             matrix = tensor.T.contiguous() if tensor.dim() == 2 else tensor
             layers.setdefault(layer, {})[MLX_PARTS[part]] = matrix
-    _check(directory / MLX_WEIGHTS, layers, unknown, rank, dora=kind == "dora")
+    _check(file, layers, unknown, rank, dora=kind == "dora")
     return layers, rank, scale * rank, float(dropout), description.get("model")
 
 
-def _read_torchtune(
-    directory: Path, description: dict[str, Any], model_config: Any
-) -> tuple[Layers, int, float, float, Any]:
-    """(layers, rank, alpha, dropout, base) of a torchtune adapter; the dropout is not stored."""
-    if model_config is None:
-        raise InputError(f"{directory} holds a torchtune adapter, whose layout depends on its base; pass --model.")
+def _read_torchtune(file: Path, model_config: Any) -> Read:
+    """The dropout is not stored."""
+    directory, description = file.parent, _settings(file, '"r" and "lora_alpha"')
     family = family_of(model_config)
     if family.torchtune_rotary is None:
         known = ", ".join(kind for kind, other in FAMILIES.items() if other.torchtune_rotary)
@@ -170,7 +222,7 @@ def _read_torchtune(
     alpha = _scale(directory / CONFIG, description, "lora_alpha")
     layers: Layers = {}
     unknown = []
-    for key, tensor in _read_tensors(directory / WEIGHTS).items():
+    for key, tensor in _read_tensors(file).items():
         match = TORCHTUNE_KEY.fullmatch(key)
         if match is None:
             unknown.append(key)
@@ -178,7 +230,7 @@ def _read_torchtune(
         layer = f"model.layers.{int(match['index'])}.{TORCHTUNE_LAYERS[match['module']]}"
         layers.setdefault(layer, {})[TORCHTUNE_PARTS[match["part"]]] = tensor
     dora = any(MAGNITUDE in parts for parts in layers.values())
-    _check(directory / WEIGHTS, layers, unknown, rank, dora)
+    _check(file, layers, unknown, rank, dora)
     for layer, parts in layers.items():
         module = layer.rpartition(".")[2]
         has_bias = family.qkv_bias or getattr(model_config, "attention_bias", False)
@@ -193,8 +245,57 @@ def _read_torchtune(
     return layers, rank, alpha, 0.0, description.get("base_model_name_or_path")
 
 
+def _read_minimind(file: Path, model_config: Any) -> Read:
+    """Nothing but the tensors is stored; B A is added as it is."""
+    layers, unknown = split_minimind(_read_tensors(file))
+    rank = common_rank(layers)
+    _check(file, layers, unknown, rank, dora=False)
+    return layers, rank, float(rank), 0.0, None
+
+
+def _read_litgpt(file: Path, model_config: Any) -> Read:
+    import yaml
+
+    settings_file = file.parent / LITGPT_SETTINGS
+    try:
+        settings = yaml.safe_load(settings_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{settings_file} cannot be read ({explain(error)}); put LitGPT's next to the tensors, which come "
+            "without rank and alpha."
+        ) from error
+    if not isinstance(settings, dict):
+        raise InputError(f"{settings_file} holds no settings; put LitGPT's next to the tensors.")
+    rank, alpha = _rank(settings_file, settings, "lora_r"), _scale(settings_file, settings, "lora_alpha")
+    share = "a number from 0 up to, not including, 1"
+    dropout = _setting(
+        settings_file, {"lora_dropout": 0.0, **settings}, "lora_dropout", share, lambda n: 0 <= n < 1
+    )
+    parts = [name for name, flag in zip(QKV, LITGPT_PARTS, strict=True) if settings.get(flag) is True]
+    layers, unknown = split_litgpt(_read_tensors(file), model_config, rank, parts)
+    _check(file, layers, unknown, rank, dora=False)
+    return layers, rank, alpha, float(dropout), settings.get("checkpoint_dir")
+
+
+def _read_megatron(file: Path, model_config: Any) -> Read:
+    settings = _settings(file, '"r" and "lora_alpha" (dim and alpha of the run)')
+    rank, alpha = _rank(file.parent / CONFIG, settings, "r"), _scale(file.parent / CONFIG, settings, "lora_alpha")
+    layers, unknown = split_megatron(_read_tensors(file), model_config)
+    _check(file, layers, unknown, rank, dora=False)
+    return layers, rank, alpha, 0.0, settings.get("base_model_name_or_path")
+
+
+READERS: dict[Tool, Callable[[Path, Any], Read]] = {
+    "MLX-LM": _read_mlx,
+    "torchtune": _read_torchtune,
+    "LitGPT": _read_litgpt,
+    "Megatron": _read_megatron,
+    "minimind": _read_minimind,
+}
+
+
 def _unpermute(rows: Tensor, layer: str, config: Any) -> Tensor:
-    """Put the rows (O, ...) of q or k from neighbors (2i, 2i + 1) into Hugging Face's halves (i, i + half)."""
+    """Put the rows (O, ...) of q or k from adjacent rows (2i, 2i + 1) into Hugging Face's halves (i, i + half)."""
     heads, kv_heads, head_dim = head_counts(config)
     if layer.endswith(".k_proj"):
         heads = kv_heads
@@ -221,7 +322,7 @@ def _check(file: Path, layers: Layers, unknown: list[str], rank: int, dora: bool
     Raises:
         InputError: lists every tensor that does not fit.
     """
-    problems = [f"{key} is no LoRA tensor of a linear layer in a block" for key in unknown]
+    problems = [f"{key} is not a LoRA tensor of a block's linear layer" for key in unknown]
     problems += [] if layers or unknown else ["nothing"]
     for layer, parts in layers.items():
         missing = [part for part in (A, B, *([MAGNITUDE] if dora else [])) if part not in parts]

@@ -8,6 +8,8 @@
                                 before they were quantized (lora/svd_start.py), ...lora_A.weight and
                                 ...lora_B.weight
 
+One .safetensors file may hold tensors and settings (files.py).
+
 AdaLoRA's tensors (lora/adalora.py) are called ...lora_A (rank, in), ...lora_B (out, rank), ...lora_E (rank, 1);
 zeroed triplets are omitted, and rank_pattern in the config says which.
 
@@ -25,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.other_formats import recognise
+from qlora.adapters.files import is_one_file, metadata_of_one_file, read_description, weights_file
+from qlora.adapters.other_formats import detect_tool
 from qlora.adapters.peft_config import (
     PREFIX,
     UNSUPPORTED,
@@ -46,9 +49,10 @@ from qlora.lora.variants import PEFT_TYPES, variant_of
 from qlora.model.base import find_base_info
 from qlora.system.errors import InputError
 from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
-from qlora.system.files import new_file, read_json, read_tensors
+from qlora.system.files import new_file, read_tensors
 from qlora.system.wording import explain, show_value
 
+BASE_WEIGHT = ".base_layer.weight"  # in PEFT's file, the frozen weight of an adapted head
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -107,17 +111,43 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     return AdapterSnapshot(state, description, metadata, {} if adapter is None else adapter.tokenizer, shift)
 
 
-def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
+def write_adapter(snapshot: AdapterSnapshot, path: str | Path) -> None:
     """Write an adapter's files, including its tokenizer if it has one, and read the tensors back.
 
     Each file is written under another name and renamed: an existing adapter is replaced completely or not at all.
 
+    Args:
+        path: a directory; or a .safetensors file, which then holds tensors and settings.
     Raises:
+        InputError: one file cannot hold all of this adapter.
         RuntimeError: the tensors read back differ.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
-    directory = Path(directory)
+    path = Path(path)
+    if is_one_file(path):
+        if snapshot.tokenizer or snapshot.base_shift:
+            what = "a tokenizer of its own" if snapshot.tokenizer else "a changed base (PiSSA, LoftQ)"
+            raise InputError(f"An adapter with {what} needs several files; give a directory instead of {path}.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
+            save_file(snapshot.state, file, metadata_of_one_file(snapshot.description, snapshot.metadata))
+    else:
+        _write_directory(snapshot, path)
+    _compare_written(weights_file(path), snapshot.state)
+
+
+def _compare_written(file: Path, state: dict[str, Tensor]) -> None:
+    from safetensors.torch import load_file
+
+    written = load_file(file)
+    if written.keys() != state.keys() or not all(torch.equal(written[k], t) for k, t in state.items()):
+        raise RuntimeError(f"{file} does not hold what was written; the disk may be failing.")
+
+
+def _write_directory(snapshot: AdapterSnapshot, directory: Path) -> None:
+    from safetensors.torch import save_file
+
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in snapshot.tokenizer.items():
         (directory / name).parent.mkdir(exist_ok=True)
@@ -131,16 +161,11 @@ def write_adapter(snapshot: AdapterSnapshot, directory: str | Path) -> None:
                 save_file(snapshot.base_shift, shift_file)
         else:
             (directory / BASE_SHIFT).unlink(missing_ok=True)
-    written = load_file(directory / WEIGHTS)
-    if written.keys() != snapshot.state.keys() or not all(
-        torch.equal(written[k], t) for k, t in snapshot.state.items()
-    ):
-        raise RuntimeError(f"{directory / WEIGHTS} does not hold what was written; the disk may be failing.")
 
 
-def save_adapter(model: nn.Module, directory: str | Path, config: LoRAConfig, base_model: str = "") -> None:
-    """Write the active adapter of `model`: `snapshot_adapter`, then `write_adapter`."""
-    write_adapter(snapshot_adapter(model, config, base_model), directory)
+def save_adapter(model: nn.Module, path: str | Path, config: LoRAConfig, base_model: str = "") -> None:
+    """Write the active adapter of `model` into a directory or one .safetensors file."""
+    write_adapter(snapshot_adapter(model, config, base_model), path)
 
 
 @dataclass(frozen=True)
@@ -153,6 +178,7 @@ class SavedAdapter:
         description: adapter_config.json.
         directory: where it was read from.
         base_shift: layer -> (A', B'), subtracted from its base's weights; empty for an ordinary base.
+        base_weights: parameter name -> the base's own value, which PEFT saves with an adapted head.
     """
 
     config: LoRAConfig
@@ -160,6 +186,7 @@ class SavedAdapter:
     description: dict[str, Any]
     directory: Path
     base_shift: BaseShift = field(default_factory=dict)
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def adapted_layers(self) -> list[str]:
@@ -273,20 +300,21 @@ class SavedAdapter:
         return merged if variant is None else variant.merge(merged, self.extras(layer))
 
 
-def read_adapter(directory: str | Path) -> SavedAdapter:
-    """Read an adapter directory.
+def read_adapter(path: str | Path) -> SavedAdapter:
+    """Read an adapter from a directory or one .safetensors file.
 
     Raises:
         InputError: a file is missing or damaged, a key is unknown, or the variant is unsupported.
     """
-    directory = Path(directory)
-    tool = recognise(directory)
+    directory = Path(path)
+    settings = directory if is_one_file(directory) else directory / CONFIG
+    tool = detect_tool(directory)
     if tool is not None:
         raise InputError(
             f"{directory} holds an adapter in {tool}'s own format; turn it into PEFT's by python -m qlora import."
         )
     _check_files(directory)
-    description = read_json(directory / CONFIG, "save the adapter again", unique_keys=True)
+    description = read_description(directory)
     kind = description.get("peft_type")
     used = [k for k, neutral in UNSUPPORTED.items() if description.get(k) not in neutral]
     if description.get("init_lora_weights") == "loftq" and (directory / BASE_SHIFT).is_file():
@@ -294,18 +322,19 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     if kind not in PEFT_TYPES or used:
         what = f"an adapter with {', '.join(used)}" if kind == "LORA" else f"a {show_value(kind)} adapter"
         raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
-    config = read_settings(directory / CONFIG, description)
-    state = _read_tensors(directory / WEIGHTS, config)
+    config = read_settings(settings, description)
+    state, base_weights = _read_tensors(weights_file(directory), config)
     variant = variant_of(config)
-    state = state if variant is None else variant.unpack(state, description, config, directory / CONFIG)
-    saved = SavedAdapter(config, state, description, directory, _read_base_shift(directory / BASE_SHIFT))
+    state = state if variant is None else variant.unpack(state, description, config, settings)
+    shift = _read_base_shift(directory / BASE_SHIFT)
+    saved = SavedAdapter(config, state, description, directory, shift, base_weights)
     # PEFT saves embeddings of an extended vocabulary, and a tied head, without listing them.
     vocabulary = [name for name in saved.trained if is_vocabulary(name)]
     config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
     if ranks and not config.rank_pattern and config.rank not in ranks:
         raise InputError(
-            f"{directory / CONFIG} has r = {config.rank}, but the tensors in {WEIGHTS} have rank "
+            f"{settings} has r = {config.rank}, but the tensors in {WEIGHTS} have rank "
             f"{', '.join(map(str, sorted(ranks)[:5]))}; save the adapter again."
         )
     # The exact layers: the meaning of the file's patterns depends on the base.
@@ -317,7 +346,11 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
 
 
 def _check_files(directory: Path) -> None:
-    """Check that both files exist; if there is only a pickle, say why it is refused."""
+    """Check that the files exist; if there is only a pickle, say why it is refused."""
+    if is_one_file(directory):
+        if not directory.is_file():
+            raise InputError(f"The adapter file {directory} does not exist; check the path.")
+        return
     try:
         missing = [name for name in (CONFIG, WEIGHTS) if not (directory / name).is_file()]
         pickle = directory / "adapter_model.bin"
@@ -334,9 +367,11 @@ def _check_files(directory: Path) -> None:
         raise InputError(f"The adapter directory {directory} has no {missing[0]}; check the path.")
 
 
-def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
-    """The tensors of a file, keyed as in `lora_state_dict`."""
+def _read_tensors(file: Path, config: LoRAConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a file, keyed as in `lora_state_dict`, and the weights of the base among them."""
     stored = read_tensors(file, "save the adapter again")
+    copies = [key for key in stored if key.endswith(BASE_WEIGHT) and _with_lora(key) in stored]
+    base_weights = {own_key(key): stored.pop(key) for key in copies}
     state = {own_key(key): tensor for key, tensor in stored.items()}
     if len(state) < len(stored):
         raise InputError(f"{file} holds a parameter under two names; save the adapter again.")
@@ -354,14 +389,19 @@ def _read_tensors(file: Path, config: LoRAConfig) -> dict[str, Tensor]:
         if tensor.dtype not in DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")
-    return state
+    return state, base_weights
+
+
+def _with_lora(key: str) -> str:
+    """The name of A beside a base layer's weight."""
+    return key.removesuffix(BASE_WEIGHT) + ".lora_A.weight"
 
 
 def _read_base_shift(file: Path) -> BaseShift:
     """The content of a base_shift.safetensors; empty if there is no file."""
     if not file.is_file():
         return {}
-    state = _read_tensors(file, LoRAConfig())
+    state, _ = _read_tensors(file, LoRAConfig())
     layers = sorted({key.rpartition(".lora_")[0] for key in state})
     shift = {}
     for layer in layers:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.adapters.files import is_one_file, recorded_quantization, weights_file
 from qlora.adapters.peft_files import read_adapter
 from qlora.model.hf_config import declared_quantization, load_config
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
-from qlora.system.file_names import CONFIG, WEIGHTS
+from qlora.system.file_names import CONFIG
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 
@@ -46,16 +47,13 @@ def trained_base(adapter: str, model: str | None = None) -> TrainedBase:
     Raises:
         InputError: a record that cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
-    weights = Path(adapter) / WEIGHTS
+    weights = weights_file(Path(adapter))
     try:
-        with safe_open(weights, framework="pt") as file:
-            recorded = (file.metadata() or {}).get("base_quantization")
+        recorded = recorded_quantization(Path(adapter))
         if recorded is not None:
             fields = json.loads(recorded)
             return TrainedBase(None if fields is None else QuantConfig(**fields), True)
-    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError, InputError) as error:
         raise InputError(
             f"{weights} has no base_quantization that reads ({explain(error)}); save it again."
         ) from error
@@ -80,7 +78,7 @@ def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
     from huggingface_hub.errors import HFValidationError
 
     name = read_adapter(adapter).description.get("base_model_name_or_path")
-    source = Path(adapter) / CONFIG
+    source = Path(adapter) if is_one_file(Path(adapter)) else Path(adapter) / CONFIG
     if not isinstance(name, str) or not name:
         raise InputError(f"The adapter {adapter} names no base; pass --model.")
     shown = redact(name) if name.isprintable() else repr(name)

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qlora.adapters.files import weights_file
 from qlora.adapters.inspect import Inspection
 from qlora.system.errors import InputError
-from qlora.system.file_names import WEIGHTS
 from qlora.system.files import new_file
 from qlora.system.wording import list_first, show_value
 
@@ -29,7 +29,7 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
     base = adapter.description.get("base_model_name_or_path")
     dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in adapter.state.values())
     num_parameters = sum(tensor.numel() for tensor in adapter.state.values())
-    size = (adapter.directory / WEIGHTS).stat().st_size
+    size = weights_file(adapter.directory).stat().st_size
     alphas = Counter(config.alpha_of(u.layer) for u in found.updates)
     rows = {u.layer: len(adapter.state[f"{u.layer}.lora_A.weight"]) for u in found.updates}
     scalings = Counter(config.scaling_of(layer, rank) for layer, rank in rows.items())

@@ -93,6 +93,7 @@ class RunConfig(Settings):
         parallel, lora = self.parallel, self.lora
         is_tensor = parallel.tensor_parallel > 1
         unable = {
+            "--target-modules lm_head": any(t.rpartition(".")[2] == "lm_head" for t in lora.target_modules),
             "--modules-to-save": bool(lora.modules_to_save),
             "--new-tokens": bool(lora.new_tokens),
             f"--bias {lora.bias}": lora.bias != "none",

@@ -31,6 +31,7 @@ from qlora.adapters.provenance import trained_base
 from qlora.data.chat_template import fallback_template
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.export.gguf_vocabulary import add_vocabulary, plain_templates
+from qlora.lora.targets import head_name
 from qlora.lora.variants import variant_of
 from qlora.model.attention import head_counts
 from qlora.model.families import FAMILIES, GGUFForm, family_of
@@ -128,6 +129,11 @@ def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encod
         raise InputError(
             f"The adapter {adapter} has {extra}, which a LoRA .gguf cannot hold; export the merged model instead "
             "(without --adapter-only)."
+        )
+    if config.tie_word_embeddings and head_name(network) in lora.adapted_layers:
+        raise InputError(
+            f"The adapter {adapter} adapts the head, which this base has tied to its embedding: its .gguf has no "
+            "such matrix. Export the merged model instead (without --adapter-only)."
         )
     adapted = [f"{layer}.weight" for layer in lora.adapted_layers]
     names = gguf_names(adapted, architecture, config.num_hidden_layers)

@@ -135,11 +135,13 @@ def read_mixture(
 
 
 def untied_head(mixture: Mixture, network: Any) -> frozenset[str]:
-    """The name of the head if the base ties it to the embedding and an adapter trained them separately."""
+    """The head's weight, by name, if the base ties it to the embedding and an adapter changed one of the two."""
     if not network.config.tie_word_embeddings:
         return frozenset()
     embedding, head = vocabulary_names(network)
     for saved in mixture.adapters:
+        if head.removesuffix(".weight") in saved.adapted_layers:
+            return frozenset([head])
         one, other = saved.trained.get(embedding), saved.trained.get(head)
         if (one is None) != (other is None) or (
             one is not None and other is not None and not torch.equal(one, other)

@@ -94,6 +94,9 @@ def trained_names(model: nn.Module, config: LoRAConfig, adapted: Collection[str]
     if tied:
         uses = {id(parameters[name]) for name in chosen}
         chosen |= {name for name, parameter in parameters.items() if id(parameter) in uses}
+    both = [layer for layer in adapted if f"{layer}.weight" in chosen]
+    if both:  # the head, by new tokens or a tied embedding; others are refused above
+        raise InputError(f"{both[0]} would train whole and with LoRA; leave it out of target_modules.")
     return [name for name in parameters if name in chosen]
 
 

@@ -27,6 +27,7 @@ from qlora.lora.adapter import lora_layers
 from qlora.lora.base_shift import ANOTHERS_BASE, base_shift, original_weights, store_weight
 from qlora.lora.linalg import split_svd
 from qlora.lora.slot import slot_of
+from qlora.lora.targets import head_name
 from qlora.model.base import find_base_info
 from qlora.model.weights import is_stored_in_4bit, shifted_weight
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantization_of, quantize_weight
@@ -78,6 +79,10 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
             "with the one that was quantized, or --init pissa."
         )
     layers, shift = lora_layers(model), {}
+    if (head := head_name(model)) in layers:
+        raise InputError(
+            f"init {config.init} changes the weights it starts from; leave {head} out of the targets."
+        )
     for name, layer in layers.items():
         most = min(layer.out_features, layer.in_features)
         if layer.weights.rank > most:

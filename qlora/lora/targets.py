@@ -8,23 +8,29 @@ from typing import Any
 
 from torch import nn
 
+from qlora.model.base import find_base_info
 from qlora.system.errors import InputError
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, except the output head.
+    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, the output head among them.
 
     A wrapped layer appears under its own name, as the layer inside.
     """
     from transformers.pytorch_utils import Conv1D
 
-    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
-    head = get_head()
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+        if isinstance(module, (nn.Linear, Conv1D))
     }
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Qualified name of the output head; None: the model has none."""
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    head = get_head()
+    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def match_targets(
@@ -32,14 +38,19 @@ def match_targets(
 ) -> dict[str, Any]:
     """The layers that `targets` name: a layer's last name(s), its full name, or "all-linear".
 
+    "all-linear" leaves out the output head, as in PEFT; its name adapts it.
+
     Args:
         numbers: only these decoder layers, counted from 0; None = all.
     Raises:
-        InputError: a target matches nothing (lists the names there are), or a decoder layer does not exist.
+        InputError: a target matches nothing (lists the names there are), a decoder layer does not exist, or the
+            head is named on a base that processes split.
     """
-    layers = linear_layers(model)
+    layers, head = linear_layers(model), head_name(model)
     targets = list(targets)
-    if targets != ["all-linear"]:
+    if targets == ["all-linear"]:
+        layers = {name: layer for name, layer in layers.items() if name != head}
+    else:
         unmatched = [t for t in targets if not any(_named(name, t) for name in layers)]
         if unmatched or not targets:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
@@ -48,6 +59,9 @@ def match_targets(
                 "Pass --target-modules with names from that list, or all-linear."
             )
         layers = {name: layer for name, layer in layers.items() if any(_named(name, t) for t in targets)}
+    info = find_base_info(model)
+    if head in layers and info is not None and info.ranks is not None:
+        raise InputError(f"{head} cannot be adapted on a base that processes split; leave out one of the two.")
     if numbers is None:
         return layers
     present = {number for number in map(layer_number, layers) if number is not None}
@@ -56,6 +70,12 @@ def match_targets(
         raise InputError(
             f"layers names decoder layer {absent[0]}, where this model has none to adapt; its layers are "
             f"{min(present, default=0)} to {max(present, default=0)}."
+        )
+    outside = [t for t in targets if all(layer_number(name) is None for name in layers if _named(name, t))]
+    if outside and targets != ["all-linear"]:
+        raise InputError(
+            f"target_modules {outside} are outside of the decoder layers, so layers leaves them out; drop one of "
+            "the two settings."
         )
     wanted = set(numbers)
     return {name: layer for name, layer in layers.items() if layer_number(name) in wanted}

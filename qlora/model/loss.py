@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from qlora.data.batches import Batch
 from qlora.data.example import IGNORE_INDEX
@@ -139,6 +141,28 @@ def linear_cross_entropy(
     return loss, positions.numel()
 
 
+def head_cross_entropy(
+    hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE
+) -> tuple[Tensor, int]:
+    """`linear_cross_entropy` of a model's head, which may have an adapter: then W h is the layer's own product.
+
+    The logits of a chunk are computed again for its gradients, so that again only one chunk's exist.
+    """
+    if not head.is_adapted:
+        return linear_cross_entropy(hidden, head.weight, targets, chunk_size, head.scale, head.softcap)
+
+    def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head.logits(states), wanted, reduction="sum")
+
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    states, wanted = hidden[positions], targets[positions]
+    loss = states.sum(dtype=torch.float32) * 0  # keeps the graph when every target is masked
+    for start in range(0, len(wanted), chunk_size):
+        rows = slice(start, start + chunk_size)
+        loss = loss + checkpoint(chunk_loss, states[rows], wanted[rows], use_reentrant=False)
+    return loss, positions.numel()
+
+
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
     """E sum of f_e P_e over all layers together; formula in the module docstring.
 
@@ -158,11 +182,31 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tenso
 
 @dataclass(frozen=True)
 class OutputHead:
-    """Turns hidden states into logits: z = softcap * tanh(scale * W h / softcap), or scale * W h."""
+    """Turns hidden states into logits: z = softcap * tanh(scale * W h / softcap), or scale * W h.
 
-    weight: Tensor  # (V, D)
+    Attributes:
+        weight: (V, D) W, without an adapter's update.
+        layer: computes W h; with an adapter W is W + s B A.
+        is_adapted: whether it has an adapter, so that `weight` alone is not the head.
+    """
+
+    weight: Tensor
     scale: float
     softcap: float | None
+    layer: Any
+    is_adapted: bool = False
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(n, D) -> (n, V) fp32."""
+        product = self.layer(hidden) if self.is_adapted else hidden @ self.weight.to(hidden.dtype).T
+        logits = product.float() * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def head_layer(model: Any) -> Any:
+    """The layer with the head's weight, inside of an adapter's wrapper; None: the model has no head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return getattr(head, "base_layer", head)
 
 
 def output_head(model: Any) -> OutputHead:
@@ -171,17 +215,19 @@ def output_head(model: Any) -> OutputHead:
     Raises:
         InputError: it has a bias, which the chunked loss would ignore.
     """
-    config, head = model.config, model.get_output_embeddings()
+    config, layer = model.config, model.get_output_embeddings()
+    head = head_layer(model)
     if getattr(head, "bias", None) is not None:
         raise InputError(f"A {config.model_type} model's output head has a bias; that is not supported.")
     scale = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
-    return OutputHead(head.weight, scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return OutputHead(head.weight, scale, softcap, layer, is_adapted=getattr(layer, "lora", None) is not None)
 
 
 @contextmanager
 def gathered_head(model: Any) -> Iterator[OutputHead]:
     """`output_head`, gathered within the `with` block if the base is sharded (parallel/fsdp.py)."""
-    owner = model.get_input_embeddings() if model.config.tie_word_embeddings else model.get_output_embeddings()
+    owner = model.get_input_embeddings() if model.config.tie_word_embeddings else head_layer(model)
     if not hasattr(owner, "unshard"):
         yield output_head(model)
         return
@@ -203,14 +249,12 @@ def target_log_likelihoods(
     Returns:
         ((n,) fp32 in nats, (n,) bool: whether the target is the likeliest token, the first of equals).
     """
-    weight = head.weight.to(hidden.dtype)
+    head = replace(head, weight=head.weight.to(hidden.dtype))
     log_p = torch.empty(len(targets), device=hidden.device)
     is_greedy = torch.empty(len(targets), dtype=torch.bool, device=hidden.device)
     for start in range(0, len(targets), chunk_size):
         rows = slice(start, start + chunk_size)
-        logits = (hidden[rows] @ weight.T).float() * head.scale
-        if head.softcap is not None:
-            logits = head.softcap * torch.tanh(logits / head.softcap)
+        logits = head.logits(hidden[rows])
         is_greedy[rows] = logits.argmax(dim=1) == targets[rows]
         log_p[rows] = logits.gather(1, targets[rows, None])[:, 0] - logits.logsumexp(dim=1)
     return log_p, is_greedy
@@ -255,9 +299,7 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
     )
     hidden, targets = output.last_hidden_state.flatten(0, 1), batch.targets.flatten()
     with gathered_head(model) as head:
-        loss, num_targets = linear_cross_entropy(
-            hidden, head.weight, targets, chunk_size, head.scale, head.softcap
-        )
+        loss, num_targets = head_cross_entropy(hidden, head, targets, chunk_size)
     if coefficient and getattr(output, "router_logits", None):
         lengths = torch.tensor([len(example) for example in batch.examples], device=batch.input_ids.device)
         if batch.cu_seqlens is not None:  # one row, no padding

@@ -44,6 +44,7 @@ from qlora.config.parallel import ParallelConfig
 from qlora.lora.full_parameters import replaced_parameters
 from qlora.model.base import base_info
 from qlora.model.block import decoder_layers
+from qlora.model.loss import head_layer
 from qlora.parallel.divisibility import split_axis
 from qlora.planning.memory import MemoryPlan, differentiated_layers
 from qlora.system.errors import InputError
@@ -188,7 +189,7 @@ def split_units(model: Any, first_trained: int) -> list[Unit]:
         first_trained: number of decoder layers below the first trained one.
     """
     embeddings = model.get_input_embeddings()
-    head = model.get_output_embeddings()
+    head = head_layer(model)
     tied = head is None or head.weight is embeddings.weight
     layers = decoder_layers(model)
     seen: set[int] = set()

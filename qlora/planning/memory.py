@@ -41,10 +41,11 @@ from torch import Tensor, nn
 
 from qlora.lora.adapter import lora_layers
 from qlora.lora.full_parameters import replaced_parameters
+from qlora.lora.targets import head_name
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
 from qlora.model.families import family_of, known_layers
-from qlora.model.loss import CHUNK_SIZE
+from qlora.model.loss import CHUNK_SIZE, head_layer
 from qlora.parallel.divisibility import split_axis
 from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
@@ -123,9 +124,14 @@ def layer_bytes(
 
 
 def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1) -> int:
-    """Bytes that all adapted layers save per token in addition to their inputs: h, dropout mask and DoRA's z."""
-    kept = 0
+    """Bytes that adapted layers save per token in addition to their inputs: h, dropout mask and DoRA's z.
+
+    The output head saves nothing: its chunks are computed again.
+    """
+    kept, head = 0, head_name(model)
     for name, layer in lora_layers(model).items():
+        if name == head:
+            continue
         ranks = tensor_parallel if split_axis(name) == 1 else 1
         weights = layer.weights
         kept += weights.rank * dtype.itemsize + layer.in_features // ranks * (weights.dropout > 0)
@@ -202,7 +208,7 @@ def plan_recomputing(
     trainable = [p for p in model.parameters() if p.requires_grad]
     replaced = {id(p): p for p in replaced_parameters(model).values()}
     frozen = [p for p in model.parameters() if not p.requires_grad] + list(replaced.values())
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_layer(model)
     head_size = head.weight.numel() if head is not None and head.weight.requires_grad else 0
     states = [p.quant_state for p in frozen if hasattr(p, "quant_state")]
     statistics = sum(s.absmax.numel() * s.absmax.itemsize for s in states)
@@ -215,6 +221,7 @@ def plan_recomputing(
     layer = layer_bytes(config, dtype, adapted, fused, tensor_parallel, sequence_parallel)
     layer += -(-adapter_bytes(model, dtype, tensor_parallel) // max(1, len(layers)))
     layer_input = dtype.itemsize * config.hidden_size // (tensor_parallel if sequence_parallel else 1)
+    logit_bytes = (4 if head_name(model) not in lora_layers(model) else 16) + dtype.itemsize
     head_copy = 0 if head is None or head.weight.dtype == dtype else head.weight.numel() * dtype.itemsize
     largest = max((size for block in layers for _, size in logical_sizes(block)), default=0)
     plan = MemoryPlan(
@@ -223,7 +230,7 @@ def plan_recomputing(
         gradients=4 * (count + head_size),
         optimizer=masters + sum(moment_bytes(p, optim) for p in trainable),
         activations=0,
-        logits=min(chunk_size, num_tokens) * config.vocab_size * (4 + dtype.itemsize) + head_copy,
+        logits=min(chunk_size, num_tokens) * config.vocab_size * logit_bytes + head_copy,
         workspace=num_tokens * layer + largest // tensor_parallel * dtype.itemsize,
     )
     kept = [activation_bytes(layer, layer_input, num_tokens, len(layers), n) for n in range(len(layers) + 1)]

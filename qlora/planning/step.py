@@ -50,6 +50,7 @@ from torch import nn
 
 from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers
+from qlora.model.loss import head_layer
 from qlora.planning.devices import Census, DeviceLayout
 from qlora.quant.layers import logical_numel
 
@@ -134,7 +135,7 @@ def step_flops(model: Any, work: Work, layout: DeviceLayout) -> int:
         backward = (2 * w + 5 * scores) // ranks + 4 * a
         above = number - work.first_trained
         total += forward * (2 if 0 <= above < work.recomputed else 1) + (backward if above >= 0 else 0)
-    head = model.get_output_embeddings()
+    head = head_layer(model)
     if head is not None:
         total += (6 if head.weight.requires_grad else 4) * head.weight.numel()
     return work.tokens * total

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import date
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
@@ -27,6 +28,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
 from qlora.data.batches import largest_micro_batch, lengths_of
+from qlora.data.chat_template import prints_date, today
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.order import WindowOrder
 from qlora.data.prompts import choose_prompts
@@ -173,6 +175,9 @@ class TrainingRun:
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
+        if prints_date(self.tokenizer):
+            day = self.tokenizer.template_date = date.fromisoformat(self.directory.kept("date") or str(today()))
+            self.say(f"the chat template prints the date; this run keeps {day:%d %B %Y}, also when it is resumed")
         sources = Sources(
             [self.rows.get(name, name) for name in d.data],
             d.data_weights,
@@ -217,6 +222,8 @@ class TrainingRun:
         self.settings = run_settings(
             self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
+        if prints_date(self.tokenizer):
+            self.settings["date"] = str(self.tokenizer.template_date)
         if config.generate.adapter is None and self.directory.checkpoint is None:
             initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
         self.optimizer = self._optimizer(lora, optim)

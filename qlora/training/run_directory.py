@@ -82,9 +82,11 @@ class RunDirectory:
 
     def compute_dtype(self, asked: str) -> str:
         """The compute dtype; a resumed run keeps its first, since measuring again could choose another."""
-        if self.checkpoint is None or asked != "auto":
-            return asked
-        return str(read_state(self.checkpoint)["settings"].get("compute_dtype", asked))
+        return asked if asked != "auto" else str(self.kept("compute_dtype") or asked)
+
+    def kept(self, name: str) -> Any:
+        """A setting of the run that is resumed; None for a new run."""
+        return None if self.checkpoint is None else read_state(self.checkpoint)["settings"].get(name)
 
     def set_aside_later(self, step: int) -> None:
         """Move away checkpoints later than `step`, so that --resume auto does not use them."""

@@ -379,7 +379,9 @@ def test_another_base_is_refused(llama: Path, tmp_path: Path) -> None:
     }
     directory = save_adapter(tmp_path / "adapter", extra=other)
     assert len(inspect_adapter(directory).updates) == 7
-    with pytest.raises(InputError, match=r"model\.layers\.7\.self_attn\.q_proj is no linear layer of this model"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.7\.self_attn\.q_proj is not a linear layer of this model"
+    ):
         inspect_adapter(directory, str(llama))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qlora.adapters.load import load_adapter
-from qlora.adapters.other_formats import MLX_WEIGHTS, read_foreign_adapter, recognise
+from qlora.adapters.other_formats import MLX_WEIGHTS, detect_tool, read_foreign_adapter
 from qlora.adapters.peft_files import read_adapter
 from qlora.cli.exits import run
 from qlora.cli.main import main
@@ -279,18 +279,18 @@ def test_torchtune_leaves_the_rows_of_qwen2(qwen2: Path, tmp_path: Path) -> None
 # ---- whose it is ------------------------------------------------------------------------------------------
 
 
-def test_each_format_is_recognised(llama: Path, tmp_path: Path) -> None:
+def test_each_format_is_detected(llama: Path, tmp_path: Path) -> None:
     factors = random_factors(hf_model(llama), LAYERS[:1])
     mlx = write_mlx(tmp_path / "mlx", factors, dora=False)
     tune = write_torchtune(tmp_path / "tune", factors, dora=False)
     main(["import", str(mlx), "--output-dir", str(tmp_path / "peft")])
-    assert (recognise(mlx), recognise(tune), recognise(tmp_path / "peft")) == ("MLX-LM", "torchtune", None)
+    assert (detect_tool(mlx), detect_tool(tune), detect_tool(tmp_path / "peft")) == ("MLX-LM", "torchtune", None)
     (tmp_path / "pickle").mkdir()
-    assert recognise(tmp_path / "pickle") is None and recognise(tmp_path / "nowhere") is None
+    assert detect_tool(tmp_path / "pickle") is None and detect_tool(tmp_path / "nowhere") is None
     (tmp_path / "pickle" / "adapter_model.pt").touch()
-    assert recognise(tmp_path / "pickle") == "torchtune"
+    assert detect_tool(tmp_path / "pickle") == "torchtune"
     (tmp_path / "pickle" / WEIGHTS).write_bytes(b"no safetensors")
-    assert recognise(tmp_path / "pickle") is None
+    assert detect_tool(tmp_path / "pickle") is None
 
 
 # ---- bad input --------------------------------------------------------------------------------------------
@@ -355,8 +355,8 @@ BAD_MLX = {
     "half": (edit_state(lambda s: s.pop(f"{V}.lora_b")), f"{V} lacks its lora_B"),
     "magnitude too many": (put(f"{V}.m", torch.ones(32)), f"{V} has a magnitude, as only DoRA does"),
     "magnitude missing": (edit_settings(lambda s: s.update(fine_tune_type="dora")), "lacks its lora_magnitude"),
-    "whole weight": (put(f"{V}.weight", torch.ones(32, 64)), f"{V}.weight is no LoRA tensor"),
-    "embedding": (put("model.embed_tokens.lora_a", torch.ones(9, 4)), "model.embed_tokens.lora_a is no LoRA"),
+    "whole weight": (put(f"{V}.weight", torch.ones(32, 64)), f"{V}.weight is not a LoRA tensor"),
+    "embedding": (put("model.embed_tokens.lora_a", torch.ones(9, 4)), "model.embed_tokens.lora_a is not a LoRA"),
     "experts": (put(f"{V}.lora_a", torch.ones(3, 4, 64)), "has the shape (3, 4, 64), which a linear layer's"),
     "empty": (put(f"{V}.lora_a", torch.ones(0, 4)), "which a linear layer's cannot have"),
     "nothing": (edit_state(lambda s: s.clear()), "does not hold a LoRA adapter of rank 4: nothing"),
@@ -367,7 +367,7 @@ BAD_MLX = {
     ),
     "other base": (
         edit_state(lambda s: [s.update({k.replace("layers.0", "layers.7"): s.pop(k)}) for k in list(s)]),
-        "model.layers.7.self_attn.q_proj is no linear layer of this model",
+        "model.layers.7.self_attn.q_proj is not a linear layer of this model",
     ),
 }  # fmt: skip
 
@@ -388,14 +388,14 @@ BAD_TORCHTUNE = {
     "no rank": (edit_settings(lambda s: s.pop("r")), "has r = no value, not a whole number"),
     "alpha of text": (edit_settings(lambda s: s.update(lora_alpha="6")), "has lora_alpha = '6'"),
     "unknown layer": (put("layers.0.attn.w9.lora_a.weight", torch.ones(4, 64)), "attn.w9.lora_a.weight is no"),
-    "output head": (put("output.lora_a.weight", torch.ones(4, 64)), "output.lora_a.weight is no LoRA tensor"),
+    "output head": (put("output.lora_a.weight", torch.ones(4, 64)), "output.lora_a.weight is not a LoRA tensor"),
     "NaN": (put(f"{TUNE_V}.lora_b.weight", torch.full((32, 4), float("inf"))), "holds NaN or infinity"),
     "one magnitude": (put(f"{TUNE_V}.magnitude", torch.ones(32)), f"{Q} lacks its lora_magnitude_vector"),
     "other heads": (put("layers.0.attn.q_proj.lora_b.weight", torch.ones(48, 4)), "has 48 rows for"),
     "other width": (put(f"{TUNE_V}.lora_a.weight", torch.ones(4, 48)), "was made for another base"),
     "pickle": (
         lambda d: (d / WEIGHTS).rename(d / "adapter_model.pt"),
-        "only torchtune's pickle (.pt), which can run code and is never loaded",
+        "is a pickle, which can run code and is never loaded here",
     ),
     "PEFT's": (
         edit_state(lambda s: [s.update({f"base_model.model.{k}": s.pop(k)}) for k in list(s)]),

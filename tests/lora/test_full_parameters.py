@@ -406,7 +406,8 @@ def test_a_base_that_an_adapter_unties_is_merged_untied(bases: dict[str, Path], 
     """PEFT trained the embedding alone; the base's own is the head."""
     from transformers import AutoModelForCausalLM
 
-    theirs = peft_model(dense_twin(base(bases["tied"])), modules_to_save=["embed_tokens"]).eval()
+    twin = dense_twin(base(bases["tied"], use_4bit=False))
+    theirs = peft_model(twin, modules_to_save=["embed_tokens"]).eval()
     with torch.no_grad(), warnings.catch_warnings():
         theirs.get_input_embeddings().modules_to_save["default"].weight.mul_(1.5)
         warnings.simplefilter("ignore")

@@ -262,8 +262,8 @@ def test_same_seed_same_adapter() -> None:
 
 def test_targets_by_suffix_full_name_and_all_linear(tiny_4bit: Any) -> None:
     layers = linear_layers(tiny_4bit)
-    assert len(layers) == 14 and "lm_head" not in layers
-    assert list(match_targets(tiny_4bit, ["all-linear"])) == list(layers)
+    assert len(layers) == 15
+    assert list(match_targets(tiny_4bit, ["all-linear"])) == [name for name in layers if name != "lm_head"]
     assert len(match_targets(tiny_4bit, ["q_proj", "v_proj"])) == 4
     assert list(match_targets(tiny_4bit, ["model.layers.1.self_attn.k_proj"])) == [
         "model.layers.1.self_attn.k_proj"
@@ -286,10 +286,10 @@ def test_grouped_query_and_mlp_targets_learn(tiny_4bit: Any) -> None:
     assert all(parameter.grad is None for parameter in base_parameters(tiny_4bit))
 
 
-@pytest.mark.parametrize("targets", ["wq", "q_proj,wq", "proj", "lm_head", ""])
+@pytest.mark.parametrize("targets", ["wq", "q_proj,wq", "proj", ""])
 def test_target_that_matches_nothing_names_what_there_is(targets: str) -> None:
     model = tiny_dense()
-    names = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+    names = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(InputError, match=names) as caught:
         inject_lora(model, LoRAConfig(target_modules=targets))
     assert "'q_proj'" not in str(caught.value)

@@ -361,17 +361,17 @@ TENSORS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], tuple[str, ...]]] =
     "missing B": (lambda s: s.pop(B), ("missing model.layers.0.self_attn.q_proj.lora_B.weight",)),
     "extra layer": (lambda s: s.update({A.replace("0", "9"): s[A] + 1}), ("layers.9.self_attn.q_proj",)),
     "extra tensor": (lambda s: s.update({"x": torch.ones(1)}), ("x among 9 tensors", "save the adapter again")),
-    "no name": (rename(A, f"{PREFIX}.lora_A.weight"), ("is no linear layer",)),
+    "no name": (rename(A, f"{PREFIX}.lora_A.weight"), ("is not a linear layer",)),
     "line break": (rename(A, f"{Q0}\n.lora_A.weight"), ("not LoRA tensors in PEFT's names",)),
     "escape": (rename(A, f"{Q0}\x1b[2J.lora_A.weight"), ("not LoRA tensors in PEFT's names",)),
-    "comma": (rename(A, f"{Q0},{V1}.lora_A.weight"), ("is no linear layer",)),
+    "comma": (rename(A, f"{Q0},{V1}.lora_A.weight"), ("is not a linear layer",)),
     "no dimension": (lambda s: s.update({A: torch.tensor(1.0)}), ("q_proj.lora_A.weight is ()",)),
     "three": (lambda s: s.update({A: s[A][None]}), ("q_proj.lora_A.weight is (1, 4, 32)",)),
     "no rows": (lambda s: s.update({A: s[A][:0]}), ("q_proj.lora_A.weight is (0, 32)",)),
     "nothing": (lambda s: s.clear(), ("holds nothing",)),
     "10,000 foreign layers": (
         lambda s: s.update({f"{PREFIX}x{i}.lora_A.weight": torch.ones(4, 1) for i in range(10**4)}),
-        ("is no linear layer", "more"),
+        ("is not a linear layer", "more"),
     ),
 }
 
@@ -533,7 +533,7 @@ def test_an_adapter_of_another_base(base: Any, saved: Path, tmp_path: Path) -> N
     other = save_tiny_llama(tmp_path / "other", hidden_size=64, num_hidden_layers=1)
     model = load_base_model(str(other), compute_dtype="float32", cache=False)
     assert_refused(
-        saved, [model], "made for another base", "layers.1.self_attn.q_proj is no linear layer", "(4, 32)"
+        saved, [model], "made for another base", "layers.1.self_attn.q_proj is not a linear layer", "(4, 32)"
     )
 
 

@@ -263,7 +263,7 @@ def test_what_is_said_of_the_memory(tiny: str) -> None:
 
 
 def test_a_cpu_cuts_a_window_into_short_micro_batches(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as the tokens ask for, in training and evaluation alike; no loss changes but by rounding."""
+    """As many as the tokens ask for, in training and in evaluation; no loss changes but by rounding."""
     sizes: list[int] = []
     whole_loss = step_module.causal_lm_loss
 

@@ -16,14 +16,14 @@ from qlora.system.errors import InputError
 
 @dataclass
 class ImportConfig:
-    """Convert an adapter from MLX-LM or torchtune to PEFT's format, which qlora and others load."""
+    """Convert an adapter of MLX-LM, torchtune, LitGPT, Megatron or minimind to PEFT's format."""
 
-    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIRECTORY")]
-    """Adapter directory written by MLX-LM or torchtune."""
+    adapter: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
+    """Directory or .safetensors file written by one of these tools."""
     output_dir: str | None = None
     """Output directory; must be empty or not exist."""
     model: str | None = None
-    """The base, to check names and shapes; required for torchtune."""
+    """The base, to check names and shapes; required for torchtune, LitGPT and Megatron."""
     debug: bool = False
     """Show the traceback of an error."""
 
