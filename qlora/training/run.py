@@ -44,7 +44,7 @@ from qlora.parallel.load import load_for_ranks
 from qlora.planning.memory import MemoryPlan
 from qlora.quant.weight import QuantConfig
 from qlora.system.device import choose_optimizer
-from qlora.system.errors import InputError
+from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
@@ -256,7 +256,15 @@ class TrainingRun:
             warmup = self.config.optimizer.warmup_steps
             for doubt in doubts(losses, counts, self.model.config.get_text_config().vocab_size, warmup):
                 self.say(doubt)
-        self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
+            missing = self.directory.missing_files()
+            if missing:
+                raise TrainingStopped(
+                    f"{', '.join(missing)} of this run is missing in {path}: something deleted or moved it during "
+                    "the run. --resume auto goes on from a checkpoint that is left."
+                )
+        drawn = {"Loss curve": path / "loss.png", "Full report": path / "report.html"}
+        listed = [f" {name}: {file}." for name, file in drawn.items() if file.is_file()]
+        self.say(f"Adapter saved to {path}/.{''.join(listed)}".removesuffix("."))
 
     # ---- parts of the stages ------------------------------------------------------------------------------
 
@@ -328,8 +336,10 @@ class TrainingRun:
         self.directory.write_run(
             gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
         )
-        metrics = LinesFile(path / "metrics.jsonl", self.progress)
-        return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
+        restore = self.directory.restore
+        metrics = LinesFile(path / "metrics.jsonl", self.progress, restore=restore)
+        samples = LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True, restore=restore)
+        return [metrics, samples]
 
     def _sampler(self, display: Display, lines: list[LinesFile]) -> Sampler:
         """A sampler for the sample prompts; the main process writes, shows and tracks the answers."""
