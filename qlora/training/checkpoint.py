@@ -35,6 +35,12 @@ from qlora.training.progress import Progress, badness
 
 FORMAT = 2
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+# Settings that are digests, which say nothing to a reader.
+_HASHED = {
+    "data": "the training data (its rows, or how they become tokens) differs",
+    "base": "the base differs",
+    "chat_template": "the chat template differs",
+}
 FILES = (CONFIG, WEIGHTS, OPTIMIZER)  # plus a tokenizer or base shift, if any
 
 
@@ -215,7 +221,7 @@ def load_checkpoint(
     saved, settings = canonical(state["settings"]), dict(settings)
     planned, plan = saved.pop("total_steps", None), settings.pop("total_steps", None)
     differing = [
-        f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
+        _HASHED.get(key) or f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
         for key in sorted({*saved, *settings})
         if saved.get(key) != settings.get(key)
     ]
@@ -227,7 +233,7 @@ def load_checkpoint(
     if planned != plan:
         say(f"the run was planned for {planned} steps, now for {plan}; the learning rate follows the new plan")
     if differing:
-        say(f"--force-resume overrides {'; '.join(differing)}")
+        say(f"--force-resume overrides: {'; '.join(differing)}")
     current = versions(*NUMERIC)
     moved = [
         f"{name} {old} -> {current.get(name)}"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from datetime import date
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
@@ -27,6 +28,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
 from qlora.data.batches import largest_micro_batch, lengths_of
+from qlora.data.chat_template import prints_date, today
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.order import WindowOrder
 from qlora.data.prompts import choose_prompts
@@ -44,7 +46,7 @@ from qlora.parallel.load import load_for_ranks
 from qlora.planning.memory import MemoryPlan
 from qlora.quant.weight import QuantConfig
 from qlora.system.device import choose_optimizer
-from qlora.system.errors import InputError
+from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
@@ -173,6 +175,9 @@ class TrainingRun:
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
+        if prints_date(self.tokenizer):
+            day = self.tokenizer.template_date = date.fromisoformat(self.directory.kept("date") or str(today()))
+            self.say(f"the chat template prints the date; this run keeps {day:%d %B %Y}, also when it is resumed")
         sources = Sources(
             [self.rows.get(name, name) for name in d.data],
             d.data_weights,
@@ -217,6 +222,8 @@ class TrainingRun:
         self.settings = run_settings(
             self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
+        if prints_date(self.tokenizer):
+            self.settings["date"] = str(self.tokenizer.template_date)
         if config.generate.adapter is None and self.directory.checkpoint is None:
             initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
         self.optimizer = self._optimizer(lora, optim)
@@ -249,7 +256,15 @@ class TrainingRun:
             warmup = self.config.optimizer.warmup_steps
             for doubt in doubts(losses, counts, self.model.config.get_text_config().vocab_size, warmup):
                 self.say(doubt)
-        self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
+            missing = self.directory.missing_files()
+            if missing:
+                raise TrainingStopped(
+                    f"{', '.join(missing)} of this run is missing in {path}: something deleted or moved it during "
+                    "the run. --resume auto goes on from a checkpoint that is left."
+                )
+        drawn = {"Loss curve": path / "loss.png", "Full report": path / "report.html"}
+        listed = [f" {name}: {file}." for name, file in drawn.items() if file.is_file()]
+        self.say(f"Adapter saved to {path}/.{''.join(listed)}".removesuffix("."))
 
     # ---- parts of the stages ------------------------------------------------------------------------------
 
@@ -321,8 +336,10 @@ class TrainingRun:
         self.directory.write_run(
             gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
         )
-        metrics = LinesFile(path / "metrics.jsonl", self.progress)
-        return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
+        restore = self.directory.restore
+        metrics = LinesFile(path / "metrics.jsonl", self.progress, restore=restore)
+        samples = LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True, restore=restore)
+        return [metrics, samples]
 
     def _sampler(self, display: Display, lines: list[LinesFile]) -> Sampler:
         """A sampler for the sample prompts; the main process writes, shows and tracks the answers."""

@@ -189,6 +189,7 @@ class CheckpointWriter:
         try:
             if unwritten is not None:
                 raise unwritten
+            self.directory.restore()
             for file in self.lines:
                 file.sync()
             save_checkpoint(path, progress, adapter, moments, self.settings, self.directory.settings)

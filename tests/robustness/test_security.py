@@ -599,8 +599,8 @@ def test_outputs_have_ordinary_permissions(whole_run: tuple[Path, dict[str, Any]
     names = {path.name for path in written}
     assert {WEIGHTS, CONFIG, "metrics.jsonl", "loss.png", "run.json", "model.safetensors", "README.md"} <= names
     for path in written:
-        wanted = 0o777 if path.is_dir() else 0o666
-        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~0o027, path.relative_to(work)
+        wanted, hidden = 0o777 if path.is_dir() else 0o666, 0o077 if path.is_relative_to(work / "cache") else 0o027
+        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~hidden, path
 
 
 def test_no_token_is_kept_or_shown(whole_run: tuple[Path, dict[str, Any], str]) -> None:
@@ -630,8 +630,8 @@ def test_permissions_follow_the_umask(
     written = list(tmp_path.rglob("*"))
     assert {"new", "deep", "adapter", "merged", WEIGHTS, "config.json"} <= {path.name for path in written}
     for path in written:
-        wanted = 0o777 if path.is_dir() else 0o666
-        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~umask, path.relative_to(tmp_path)
+        wanted, is_private = 0o777 if path.is_dir() else 0o666, path.is_relative_to(tmp_path / "new" / "cache")
+        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~(0o077 if is_private else umask), path
     assert os.umask(umask) == umask
 
 

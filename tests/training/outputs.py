@@ -117,5 +117,8 @@ class FullDisk:
         self.room -= written
         return written
 
+    def fileno(self) -> int:
+        return self.file.fileno()
+
     def close(self) -> None:
         self.file.close()

@@ -181,7 +181,7 @@ def test_a_missing_file_is_found(saved: tuple[Path, Any, MasterOptimizer]) -> No
 def test_all_differing_settings_are_listed(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
     model = adapted(tiny, seed=77)
     before = {k: v.clone() for k, v in lora_state_dict(model).items()}
-    with pytest.raises(InputError, match=r"data was 'abc', is 'xyz'; window was 8, is 4"):
+    with pytest.raises(InputError, match=r"the training data \(its rows, .*\) differs; window was 8, is 4"):
         load_checkpoint(
             saved[0],
             model,
@@ -198,7 +198,7 @@ def test_forcing_names_what_it_overrides(saved: tuple[Path, Any, MasterOptimizer
         force=True, say=said.append,
     )  # fmt: skip
     assert progress == PROGRESS
-    assert said == ["--force-resume overrides window was 8, is 4"]
+    assert said == ["--force-resume overrides: window was 8, is 4"]
     assert all(torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(saved[1]).items())
 
 
