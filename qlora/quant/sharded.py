@@ -48,7 +48,7 @@ class ShardedLinear4bit(Divisible, nn.Linear):
         blocks = state.absmax.numel()
         if blocks * self.config.block_size != math.prod(state.shape):
             raise InputError(
-                f"A weight of {tuple(state.shape)} is not a whole number of blocks of {self.config.block_size}, and "
+                f"A weight of {tuple(state.shape)} does not have whole blocks of {self.config.block_size}, and "
                 "cannot be split; leave out --shard."
             )
         self._add("codes", (blocks, self.config.block_size // 2), torch.uint8)
