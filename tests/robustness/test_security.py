@@ -63,9 +63,7 @@ def copied(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(llama: Path, tmp_path: Path) -> Path:
-    model = get_lora_model(
-        load_base_model(str(llama), compute_dtype="float32", cache=False), base_model=str(llama)
-    )
+    model = get_lora_model(load_base_model(str(llama), compute_dtype="float32", cache=False), base_name=str(llama))
     model.save(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -681,7 +679,7 @@ def test_values_of_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch,
 def test_no_secret_in_adapter_and_card(llama: Path, tmp_path: Path) -> None:
     secret = "hf_" + "a1B2" * 9
     base = shutil.copytree(llama, tmp_path / secret)
-    model = get_lora_model(load_base_model(str(base), cache=False), base_model=f"https://me:{secret}@host/model")
+    model = get_lora_model(load_base_model(str(base), cache=False), base_name=f"https://me:{secret}@host/model")
     model.save(tmp_path / "adapter")
     assert (
         read_adapter(tmp_path / "adapter").description["base_model_name_or_path"]
