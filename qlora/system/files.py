@@ -28,12 +28,29 @@ def new_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it replaces `target`, on an error nothing changes."""
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield staging
-        _settle(staging)
+        with _named(target):
+            yield staging
+            _settle(staging)
         os.replace(staging, target)
         _sync(target.parent)
     finally:
         staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name `target` in the error of a full disk: a write names no file, and safetensors' error is no OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(target)
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error).__name__ != "SafetensorError" or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
 
 
 def make_directories(path: Path) -> None:
@@ -53,9 +70,10 @@ def new_directory(target: Path) -> Iterator[Path]:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(mode=0o700 if is_in_cache(target) else 0o777)
     try:
-        yield staging
-        for file in staging.rglob("*"):
-            _settle(file)
+        with _named(target):
+            yield staging
+            for file in staging.rglob("*"):
+                _settle(file)
         try:
             os.rename(staging, target)
         except OSError:
