@@ -64,9 +64,7 @@ def copied(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(llama: Path, tmp_path: Path) -> Path:
-    model = get_lora_model(
-        load_base_model(str(llama), compute_dtype="float32", cache=False), base_model=str(llama)
-    )
+    model = get_lora_model(load_base_model(str(llama), compute_dtype="float32", cache=False), base_name=str(llama))
     model.save(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -717,7 +715,7 @@ def test_other_values_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch, n
 def test_no_secret_in_adapter_and_card(llama: Path, tmp_path: Path) -> None:
     secret = "hf_" + "a1B2" * 9
     base = shutil.copytree(llama, tmp_path / secret)
-    model = get_lora_model(load_base_model(str(base), cache=False), base_model=f"https://me:{secret}@host/model")
+    model = get_lora_model(load_base_model(str(base), cache=False), base_name=f"https://me:{secret}@host/model")
     model.save(tmp_path / "adapter")
     assert (
         read_adapter(tmp_path / "adapter").description["base_model_name_or_path"]
