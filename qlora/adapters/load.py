@@ -16,7 +16,7 @@ from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shift, shift_base
 from qlora.lora.full_parameters import base_shapes, named_base_parameters, trained_names, trained_problems
-from qlora.lora.slot import Adapter
+from qlora.lora.slot import Adapter, network_of
 from qlora.lora.state import adapter_state, load_lora_state_dict
 from qlora.lora.targets import linear_layers
 from qlora.lora.trainable import freeze_base
@@ -45,6 +45,7 @@ def load_adapter(
     Raises:
         InputError: lists every mismatch; the model is unchanged.
     """
+    model = network_of(model)
     if any(layer.merged_weight is not None for layer in wrapped_layers(model).values()):
         raise RuntimeError("The adapter is merged; call unmerge before loading another.")
     active = active_adapter(model)

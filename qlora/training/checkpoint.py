@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from qlora.adapters.peft_files import AdapterSnapshot, read_adapter, write_adapter
 from qlora.config.lora import canonical
 from qlora.lora.base_shift import shift_base
+from qlora.lora.optimizer import MasterOptimizer
 from qlora.lora.state import load_lora_state_dict
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import is_file_name, new_directory, sha256_of
 from qlora.system.versions import NUMERIC, versions
-from qlora.training.optimizer import MasterOptimizer
 from qlora.training.progress import Progress, badness
 
 FORMAT = 2

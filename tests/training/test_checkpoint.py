@@ -12,6 +12,7 @@ import torch
 from qlora.adapters.peft_files import snapshot_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora
+from qlora.lora.optimizer import MasterOptimizer, build_optimizer
 from qlora.lora.state import lora_state_dict
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
@@ -26,7 +27,6 @@ from qlora.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from tests.models import save_tiny_llama
 
