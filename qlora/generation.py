@@ -75,8 +75,8 @@ def generate(
         streamer: transformers streamer that prints as tokens come; one conversation only.
         raw: continue texts as they are, without a chat template.
     Returns:
-        Texts in the order of `conversations`, without special tokens; with `raw` what comes after each text, with its
-        white space.
+        Texts in the order of `conversations`, without special tokens; with `raw` what comes after each text, with
+        its white space.
     Raises:
         InputError: messages with `raw`, or a text that is empty.
     """
