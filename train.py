@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     with start_run(config, argv) as training:  # qlora/parallel, training/run_directory.py
         training.read_data()  # qlora/data: rows -> token ids and targets
         training.load_base()  # qlora/model, qlora/quant: the frozen base, in 4 bits
-        training.add_adapter()  # qlora/lora, training/optimizer.py: what trains, and how
+        training.add_adapter()  # qlora/lora: what trains, and how
         training.fit()  # qlora/training/loop.py: the steps; observers evaluate, sample, save and show
         training.save()  # training/saver.py, qlora/report: adapter, last page, loss curve
     publish(training)  # qlora/export/hub.py

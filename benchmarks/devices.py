@@ -123,6 +123,7 @@ def work(part: Part, model_folder: Path) -> Result:
 
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
+    from qlora.lora.optimizer import build_optimizer
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.parallel.check import check_split
     from qlora.parallel.launch import arrange_ranks
@@ -130,7 +131,6 @@ def work(part: Part, model_folder: Path) -> Result:
     from qlora.planning.memory import plan_recomputing
     from qlora.training.loop import Limits, Trainer, TrainingData
     from qlora.training.observer import Observer
-    from qlora.training.optimizer import build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
 
     accelerator, config = Accelerator(cpu=True), part.config(model_folder)

@@ -253,12 +253,12 @@ class Bench:
     def train_cell(self, cell: Cell, seed: int, directory: Path) -> dict[str, Any]:
         """Train one adapter, save it in `directory` and measure it; leaves the base unchanged."""
         from qlora.data.batches import largest_micro_batch
+        from qlora.lora.optimizer import build_optimizer
         from qlora.lora.trainable import count_trainable_parameters
         from qlora.system.device import choose_optimizer
         from qlora.training.held_out import evaluate
         from qlora.training.loop import Limits, Trainer, TrainingData
         from qlora.training.observer import Observer
-        from qlora.training.optimizer import build_optimizer
         from qlora.training.schedule import build_schedule
 
         c, kind = self.config, self.accelerator.device.type

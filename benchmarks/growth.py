@@ -55,13 +55,13 @@ def measure_point(name: str, dtype: str, point: Point) -> dict[str, float]:
     from qlora.data.batches import collate_packed
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
+    from qlora.lora.optimizer import build_optimizer
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.model.base import base_info
     from qlora.model.load import load_base_model
     from qlora.planning.memory import plan_recomputing
     from qlora.system.device import best_device
     from qlora.system.memory import GIB, peak_memory_gib
-    from qlora.training.optimizer import build_optimizer
     from qlora.training.step import train_step
 
     device = best_device()

@@ -104,11 +104,11 @@ def train_ours(job: dict[str, Any]) -> Run:
     from accelerate import Accelerator
 
     from qlora.adapters.load import load_adapter
+    from qlora.lora.adalora_optimizer import build_adapter_optimizer
     from qlora.model.base import base_info
     from qlora.model.load import load_base_model
     from qlora.system.device import best_device, choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
-    from qlora.training.adalora_optimizer import build_adapter_optimizer
     from qlora.training.loop import Limits, Trainer, TrainingData
     from qlora.training.observer import Observer
     from qlora.training.recompute import choose_recomputed_layers

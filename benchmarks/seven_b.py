@@ -115,13 +115,13 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     from qlora.config.lora import LoRAConfig
     from qlora.data.example import Example
     from qlora.lora.adapter import inject_lora
+    from qlora.lora.optimizer import build_optimizer
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.model.base import base_info
     from qlora.system.device import choose_optimizer
     from qlora.system.memory import GIB, peak_memory_gib
     from qlora.training.loop import Limits, Trainer, TrainingData
     from qlora.training.observer import Observer
-    from qlora.training.optimizer import build_optimizer
     from qlora.training.schedule import build_schedule
 
     model, _ = start(folder)

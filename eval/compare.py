@@ -118,7 +118,7 @@ def _measure_on_one_base(config: CompareConfig, sides: Sequence[Side], record: C
     from qlora.model.tokenizer import load_tokenizer
 
     model, tokenizer, accelerator = load_evaluated(_loading(config))
-    switching = LoRAModel(model, base_model=config.model or "")
+    switching = LoRAModel(model, base_name=config.model or "")
     adapters = [side for side in sides if side.kind == "adapter"]
     for side in adapters:  # load all first, to find one that does not fit before any measurement
         switching.load_adapter(side.path, side.name)

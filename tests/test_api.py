@@ -218,7 +218,7 @@ def test_an_observer_watches_and_stops_a_run_that_goes_on_later(train: Any, by_f
     again = train(resume="auto")
     assert again.stopped is None and adapter(again.adapter_dir) == adapter(by_flags)
     changed = [ROWS[0] | {"completion": "2"}, *ROWS[1:]]
-    with pytest.raises(qlora.InputError, match="data was"):
+    with pytest.raises(qlora.InputError, match="the training data "):
         train(resume="auto", data=changed)
 
 

@@ -46,6 +46,7 @@ with collection_paused(), importing_transformers():
     from qlora.config.parallel import ParallelConfig
     from qlora.data.example import IGNORE_INDEX, Example
     from qlora.lora.adapter import activate, inject_lora, lora_layers
+    from qlora.lora.optimizer import MasterOptimizer, build_optimizer
     from qlora.lora.trainable import base_parameters, freeze_base, lora_parameters, parameter_summary
     from qlora.model.base import ranks_of
     from qlora.model.block import decoder_layers
@@ -62,7 +63,6 @@ with collection_paused(), importing_transformers():
     from qlora.training.held_out import HeldOut, evaluate
     from qlora.training.loop import Limits, Trainer, TrainingData
     from qlora.training.observer import Observer
-    from qlora.training.optimizer import MasterOptimizer, build_optimizer
     from qlora.training.recompute import choose_recomputed_layers
     from tests.models import save_tiny_llama, smollm2_path, tiny_llama_config
     from tests.processes import run_processes

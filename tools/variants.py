@@ -29,15 +29,16 @@ from qlora.data.example import Example
 from qlora.data.tokenizer_files import add_tokens
 from qlora.export.merge import merge_adapter
 from qlora.generation import generate
+from qlora.lora.adalora_optimizer import build_adapter_optimizer
 from qlora.lora.adapter import active_adapter, inject_lora, lora_layers
 from qlora.lora.full_parameters import named_base_parameters
+from qlora.lora.optimizer import take_gradients
 from qlora.lora.state import adapter_state, lora_state_dict
 from qlora.lora.svd_start import initialize_adapter
-from qlora.lora.trainable import base_parameters, freeze_base, merge_lora, unmerge_lora
+from qlora.lora.trainable import base_parameters, freeze_base, lora_parameters, merge_lora, unmerge_lora
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.file_names import CONFIG, WEIGHTS
-from qlora.training.adalora_optimizer import build_adapter_optimizer
 from qlora.training.step import train_step
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
@@ -318,6 +319,7 @@ def has_stage(name: str, stage: str) -> bool:
 
 def logits_and_gradients(model: Any, key_of: Callable[[str], str]) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits of IDS, and the gradients of a next-token loss by our keys."""
+    take_gradients(lora_parameters(model), torch.float32)  # no parameter where the model is PEFT's
     output = model(input_ids=IDS).logits
     torch.nn.functional.cross_entropy(output[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
     gradients = {key_of(n): p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}

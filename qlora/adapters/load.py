@@ -18,7 +18,7 @@ from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shift, shift_base
 from qlora.lora.full_parameters import base_shapes, named_base_parameters, trained_names, trained_problems
-from qlora.lora.slot import Adapter
+from qlora.lora.slot import Adapter, network_of
 from qlora.lora.state import adapter_state, load_lora_state_dict
 from qlora.lora.targets import head_name, layer_number, linear_layers, match_targets
 from qlora.lora.trainable import freeze_base
@@ -48,6 +48,7 @@ def load_adapter(
     Raises:
         InputError: lists every mismatch; the model is unchanged.
     """
+    model = network_of(model)
     if any(layer.merged_weight is not None for layer in wrapped_layers(model).values()):
         raise RuntimeError("The adapter is merged; call unmerge before loading another.")
     active = active_adapter(model)
@@ -78,7 +79,8 @@ def continued_config(asked: LoRAConfig, saved: SavedAdapter, base: str) -> LoRAC
     """
     own, default = written_config(saved), vars(LoRAConfig())
     theirs = {**vars(own), "lora_plus_ratio": asked.lora_plus_ratio}
-    skipped = ("target_modules", "layers", "new_tokens")
+    which = ("target_modules", "layers", "exclude_modules")
+    skipped = (*which, "new_tokens")
     different = [
         name
         for name, value in vars(asked).items()
@@ -91,8 +93,9 @@ def continued_config(asked: LoRAConfig, saved: SavedAdapter, base: str) -> LoRAC
             f"{given} would change nothing: --adapter {saved.directory} goes on with its own {has}; leave it out, "
             "or begin a new adapter."
         )
-    if any(getattr(asked, name) != default[name] for name in ("target_modules", "layers")):
-        named = match_targets(empty_model(base), asked.target_modules, asked.layers or None)
+    if any(getattr(asked, name) != default[name] for name in which):
+        network = empty_model(base)
+        named = match_targets(network, asked.target_modules, asked.layers or None, asked.exclude_modules)
         if sorted(named) != saved.adapted_layers:
             raise InputError(
                 f"--target-modules {to_text(asked.target_modules)} with --layers names {len(named)} layers, but "

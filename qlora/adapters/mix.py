@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qlora.adapters.files import recorded_quantization
+from qlora.adapters.files import is_one_file, recorded_quantization
 from qlora.adapters.peft_config import PREFIX, describe_adapter
 from qlora.adapters.peft_files import AdapterSnapshot, SavedAdapter, read_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
@@ -39,6 +39,7 @@ from qlora.lora.linalg import low_rank_svd
 from qlora.lora.slot import Adapter
 from qlora.lora.variants import variant_of
 from qlora.system.errors import InputError
+from qlora.system.files import new_directory
 from qlora.system.wording import list_first
 
 Factors = dict[str, tuple[Tensor, Tensor]]  # layer -> A (R, I), B (O, R); the update is B A
@@ -227,7 +228,12 @@ def mix_adapters(
         for part, factor in zip("AB", factors, strict=True)
     }
     metadata = {"base_quantization": quantization} if quantization else {}
-    write_adapter(AdapterSnapshot(state, description, metadata), output_dir)
+    snapshot = AdapterSnapshot(state, description, metadata)
+    if is_one_file(Path(output_dir)):
+        write_adapter(snapshot, output_dir)
+    else:
+        with new_directory(Path(output_dir)) as staging:  # a failure leaves nothing
+            write_adapter(snapshot, staging)
     return distance(mixed, mix(adapters, weights))
 
 

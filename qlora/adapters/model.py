@@ -7,8 +7,10 @@ adapters/mix.py makes sums and stacks of adapters.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from qlora.adapters.load import build_adapter, compare_base, load_adapter, settl
 from qlora.adapters.mix import Method, adapter_factors, mix, mixed_config
 from qlora.adapters.peft_files import read_adapter, save_adapter
 from qlora.config.lora import LoRAConfig
-from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
+from qlora.lora.adalora_optimizer import optimizer_for
+from qlora.lora.adapter import activate, active_adapter, create_adapter, say_targets, wrap_layers, wrapped_layers
 from qlora.lora.base_shift import base_shift
 from qlora.lora.full_parameters import replaced_parameters
-from qlora.lora.slot import Adapter
+from qlora.lora.optimizer import AdapterOptimizer, MakeOptimizer
+from qlora.lora.slot import Adapter, Wrapper
 from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import (
     ParameterSummary,
@@ -32,44 +36,85 @@ from qlora.lora.trainable import (
     parameter_summary,
     unmerge_lora,
 )
+from qlora.lora.unload import merge_and_unload, unload
+from qlora.quant.layers import keep_unpacked
 from qlora.system.errors import InputError
 
 
-class LoRAModel(nn.Module):
+class _BaseForward:
+    """`LoRAModel.forward`: the base's call, with the signature of the base's forward.
+
+    transformers' Trainer keeps the columns of a dataset that this signature names.
+    """
+
+    def __get__(self, owner: LoRAModel | None, kind: type) -> Any:
+        if owner is None:
+            return _call_base
+        call = partial(nn.Module.__call__, owner.model)
+        call.__signature__ = inspect.signature(owner.model.forward)  # type: ignore[attr-defined]
+        return call
+
+
+def _call_base(model: LoRAModel, *args: Any, **options: Any) -> Any:
+    return model.model(*args, **options)
+
+
+class LoRAModel(Wrapper):
     """A base model with its adapters: trains, saves, loads, switches, mixes, merges.
+
+    Any torch model will do. Attributes and methods that it does not have itself are the base model's.
 
     The active adapter trains; inactive ones stay on the base's device, outside of the module tree, and get no
     gradient. Each may have its own layers, rank and variant.
 
     Args:
-        model: a causal LM; adapted layers are wrapped in place and everything else is frozen.
+        base_model: adapted layers are wrapped in place and everything else is frozen.
         config: of a first, active adapter; None: the base alone.
+        base_name: name or path of the base, recorded in saved adapters.
         name: of that adapter.
-        tokenizer: for `config.new_tokens` only, as in `inject_lora`.
+        tokenizer, say: as in `inject_lora`.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        base_model: nn.Module,
         config: LoRAConfig | None = None,
         seed: int = 0,
-        base_model: str = "",
+        base_name: str = "",
         name: str = "default",
         tokenizer: Any = None,
+        say: Callable[[str], Any] = print,
     ) -> None:
         super().__init__()
-        if wrapped_layers(model):
+        if not isinstance(base_model, nn.Module):
+            raise InputError(f"base_model is {base_model!r:.80}; give LoRAModel a torch module (load_base_model).")
+        if wrapped_layers(base_model):
             raise InputError("The model has LoRA layers already; give LoRAModel a fresh base model.")
         self._adapters: dict[str, Adapter] = {}
-        self.model, self.base_model = model, base_model
-        freeze_base(model)
+        self.model, self.base_name = base_model, base_name
+        freeze_base(base_model)
+        keep_unpacked(base_model)
         if config is not None:
-            self._add(name, lambda: create_adapter(model, config, seed, tokenizer))
+            self._add(name, lambda: create_adapter(base_model, config, seed, tokenizer))
+            say_targets(self._named(name), config, say)
             self.set_adapter(name)
-            initialize_adapter(model, config)
+            initialize_adapter(base_model, config)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+    forward: Any = _BaseForward()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if model is None or name.startswith("__"):
+                raise
+            return getattr(model, name)
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The base model, with its adapted layers."""
+        return self.model
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate on the adapted model."""
@@ -89,9 +134,14 @@ class LoRAModel(nn.Module):
         return next((name for name, adapter in self._adapters.items() if adapter is active), None)
 
     @property
+    def config(self) -> LoRAConfig:
+        """Configuration of the active adapter; the base model's own is `base_model.config`."""
+        return self._active().config
+
+    @property
     def lora_config(self) -> LoRAConfig:
-        """Configuration of the active adapter."""
-        return self._active("configuration").config
+        """The same as `config`."""
+        return self.config
 
     def add_adapter(self, name: str, config: LoRAConfig, seed: int = 0, tokenizer: Any = None) -> None:
         """Make a fresh, inactive adapter; `set_adapter` activates it for training.
@@ -109,13 +159,13 @@ class LoRAModel(nn.Module):
         """Load a saved adapter, inactive; one that changes its base (PiSSA) must be the only one and is activated.
 
         Args:
-            say: called if the adapter names a base other than this model's `base_model`.
+            say: called if the adapter names a base other than this model's `base_name`.
         Raises:
             InputError: every mismatch at once; the model is then unchanged.
         """
         saved = read_adapter(directory)
         self._add(name, lambda: build_adapter(settle_base(saved, self.model), self.model))
-        compare_base(saved, self.base_model, say)
+        compare_base(saved, self.base_name, say)
         if base_shift(self.model):
             self.set_adapter(name)
 
@@ -171,15 +221,13 @@ class LoRAModel(nn.Module):
 
     def _named(self, name: str) -> Adapter:
         if name not in self._adapters:
-            raise InputError(
-                f"There is no adapter {name!r}; this model has {', '.join(self._adapters) or 'none'}."
-            )
+            raise InputError(f"Unknown adapter {name!r}; this model has {', '.join(self._adapters) or 'none'}.")
         return self._adapters[name]
 
-    def _active(self, wanted: str) -> Adapter:
+    def _active(self) -> Adapter:
         adapter = active_adapter(self.model)
         if adapter is None:
-            raise InputError(f"No adapter is active, so there is no {wanted}; call set_adapter with a name first.")
+            raise InputError("No adapter is active; call set_adapter(name) first.")
         return adapter
 
     @contextmanager
@@ -218,9 +266,26 @@ class LoRAModel(nn.Module):
 
     # ---- the active adapter ---------------------------------------------------------------------------------
 
-    def trainable_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters for an optimizer."""
-        return (p for p in self.model.parameters() if p.requires_grad)
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters for an optimizer. `optimizer` loses no small update to their rounding."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def optimizer(
+        self,
+        lr: float,
+        kind: str | MakeOptimizer = "adamw",
+        weight_decay: float = 0.0,
+        total_steps: int | None = None,
+    ) -> AdapterOptimizer:
+        """A torch optimizer that steps fp32 masters of what trains, with the adapter's LoRA+ rates and AdaLoRA.
+
+        Args:
+            kind: adamw, paged_adamw_32bit, paged_adamw_8bit, or any torch optimizer's class (torch.optim.SGD).
+            total_steps: optimizer steps of the whole training; only AdaLoRA's schedule needs it.
+        Raises:
+            InputError: no adapter is active, an unknown kind, or AdaLoRA without total_steps.
+        """
+        return optimizer_for(self.model, lr, kind, weight_decay, total_steps)
 
     def lora_parameters(self) -> list[nn.Parameter]:
         """All parameters of the active adapter: A and B of every adapted layer, and those trained in full."""
@@ -228,9 +293,13 @@ class LoRAModel(nn.Module):
 
     def save(self, directory: str | Path, name: str | None = None) -> None:
         """Write adapter_model.safetensors and adapter_config.json of an adapter, by default the active one."""
-        adapter = self._active("adapter to save") if name is None else self._named(name)
+        adapter = self._active() if name is None else self._named(name)
         with self._using(adapter):
-            save_adapter(self.model, directory, adapter.config, self.base_model)
+            save_adapter(self.model, directory, adapter.config, self.base_name)
+
+    def save_pretrained(self, directory: str | Path, **_: Any) -> None:
+        """The same as `save`: the adapter alone, as PEFT's method of this name."""
+        self.save(directory)
 
     def load(self, directory: str | Path) -> None:
         """Load values and settings of a saved adapter with the same layers into the active one.
@@ -238,7 +307,7 @@ class LoRAModel(nn.Module):
         Raises:
             InputError: every mismatch at once; the model is then unchanged.
         """
-        self._active("adapter to load into; use load_adapter")
+        self._active()
         load_adapter(self.model, directory)
 
     def merge(self) -> None:
@@ -249,6 +318,25 @@ class LoRAModel(nn.Module):
         """Return to base and adapter, bit for bit."""
         unmerge_lora(self.model)
 
+    def merge_and_unload(self, quantize: bool = False) -> nn.Module:
+        """The base model with the active adapter in its weights, in place, and no trace of LoRA.
+
+        This wrapper has no adapters afterwards. Layers, dtypes, `quantize` and errors are `lora.unload`'s.
+        """
+        model = merge_and_unload(self.model, quantize)
+        self._adapters.clear()
+        return model
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, in place, without LoRA; this wrapper has no adapters afterwards.
+
+        Raises:
+            InputError: the base was changed for a PiSSA or LoftQ adapter.
+        """
+        model = unload(self.model)
+        self._adapters.clear()
+        return model
+
     @property
     def is_merged(self) -> bool:
         return any(layer.merged_weight is not None for layer in wrapped_layers(self.model).values())
@@ -256,6 +344,10 @@ class LoRAModel(nn.Module):
     def summary(self) -> ParameterSummary:
         """Logical parameter counts; print it."""
         return parameter_summary(self.model)
+
+    def print_summary(self) -> None:
+        """Print the numbers of total, trainable and frozen parameters, and of adapted layers."""
+        print(self.summary().table())
 
 
 def _let_train(adapter: Adapter | None, train: bool) -> None:
@@ -269,7 +361,19 @@ def _let_train(adapter: Adapter | None, train: bool) -> None:
 
 
 def get_lora_model(
-    model: nn.Module, config: LoRAConfig | None = None, seed: int = 0, base_model: str = ""
+    base_model: nn.Module, config: LoRAConfig | None = None, seed: int = 0, base_name: str = ""
 ) -> LoRAModel:
-    """Adapt `model` in place with q_proj and v_proj adapters by default, everything else frozen."""
-    return LoRAModel(model, config or LoRAConfig(), seed, base_model)
+    """Adapt a model in place with q_proj and v_proj adapters by default, everything else frozen."""
+    return LoRAModel(base_model, config or LoRAConfig(), seed, base_name)
+
+
+def create_lora_model(
+    cls: Callable[[Any], nn.Module], model_config: Any, lora_config: LoRAConfig | None = None, seed: int = 0
+) -> LoRAModel:
+    """Build a fresh model, `cls(model_config)`, and adapt it.
+
+    Args:
+        cls: a class of torch modules, such as transformers' LlamaForCausalLM, or a function that builds one.
+        seed: for A's initial values.
+    """
+    return get_lora_model(cls(model_config), lora_config, seed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from qlora.config.fields import is_pattern
 from qlora.config.lora import BASE_STARTS, LoRAConfig
 from qlora.lora.variant import PeftFields, Variant
 from qlora.lora.variants import VARIANTS, variant_of
@@ -66,10 +67,11 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
 
 
 def _saved_targets(config: LoRAConfig, names: list[str]) -> list[str]:
-    """The targets as PEFT's list of name endings; "all-linear" is expanded."""
-    if config.target_modules != ["all-linear"]:
-        return config.target_modules
-    return sorted({name.rpartition(".")[2] for name in names})
+    """The targets as PEFT's list of name endings; "all-linear" and other choices are expanded."""
+    targets = config.target_modules
+    if config.exclude_modules or any(map(is_pattern, targets)) or not all(map(config.should_adapt, names)):
+        return sorted(names)
+    return sorted({name.rpartition(".")[2] for name in names}) if targets == ["all-linear"] else targets
 
 
 def file_key(key: str, layers: Collection[str], variant: Variant | None = None) -> str:

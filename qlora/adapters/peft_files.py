@@ -44,7 +44,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import active_adapter, lora_layers
 from qlora.lora.base_shift import base_shift
 from qlora.lora.full_parameters import saved_modules
-from qlora.lora.slot import BaseShift
+from qlora.lora.slot import BaseShift, network_of
 from qlora.lora.state import lora_state_dict
 from qlora.lora.variants import PEFT_TYPES, variant_of
 from qlora.model.base import find_base_info
@@ -76,14 +76,17 @@ class AdapterSnapshot:
 
 
 def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "") -> AdapterSnapshot:
-    """Copy the current state of the active adapter of `model`.
+    """Copy the current state of the active adapter of `model`, or of the network that it wraps.
 
     Args:
         base_model: name or path of the base, recorded in the adapter.
+    Raises:
+        InputError: no adapter is active.
     """
+    model = network_of(model)
     layers = lora_layers(model)
     if not layers:
-        raise RuntimeError("The model has no LoRA layers to save.")
+        raise InputError("No adapter is active, so nothing can be saved; call set_adapter or inject_lora first.")
     state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
     transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
     info = find_base_info(model)

@@ -37,6 +37,42 @@ def read_names(field: str, value: Any) -> list[str]:
     return [os.fspath(name) for name in value]
 
 
+def read_targets(field: str, value: Any) -> list[str]:
+    """As `read_names`, of layers: a name, or a regular expression (text with a special character, or re.Pattern).
+
+    Raises:
+        InputError: a pattern that is none, that holds a comma, or that can take forever to fail.
+    """
+    if isinstance(value, re.Pattern):
+        value = [value]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        value = type(value)(name.pattern if isinstance(name, re.Pattern) else name for name in value)
+    names = read_names(field, value)
+    for name in filter(is_pattern, names):
+        try:
+            check_pattern(name)
+            if "," in name:
+                raise ValueError
+        except (ValueError, RecursionError, re.error) as error:
+            raise InputError(
+                f"{field} holds {name[:60]!r}; give {flag_of(field)} names, or regular expressions without a "
+                "comma and with at most 4 repeats."
+            ) from error
+    return names
+
+
+def is_pattern(target: str) -> bool:
+    """Whether the name of a layer is meant as a regular expression."""
+    return re.search(r"[*+?()\[\]{}|^$\\]", target) is not None
+
+
+def names_layer(layer: str, target: str) -> bool:
+    """Whether `target` means this layer: its full name, its last name(s), or a pattern for either."""
+    if is_pattern(target):
+        return fits_pattern(layer, target)
+    return layer == target or layer.endswith("." + target)
+
+
 def read_sources(field: str, value: Any) -> list[str]:
     """As `read_names`; the name of a file may hold a comma. None: no source."""
     if isinstance(value, (str, os.PathLike)) and os.path.exists(value):
@@ -160,6 +196,12 @@ def _compile_pattern(pattern: str) -> re.Pattern[str]:
 def fits_pattern(layer: str, pattern: str) -> bool:
     """Whether a layer's name, or its end after a dot, is `pattern`, read as a regular expression (PEFT's rule)."""
     return _compile_pattern(pattern).fullmatch(layer) is not None
+
+
+def layer_number(name: str) -> int | None:
+    """The decoder layer that a layer is in, counted from 0: the first number in its name; None: in none."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def size_in_bytes(text: str) -> int | None:

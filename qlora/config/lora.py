@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from qlora.config.fields import fits_pattern, to_text
+from qlora.config.fields import fits_pattern, layer_number, names_layer, to_text
 from qlora.config.settings import (
     ABOVE_ZERO,
     Alphas,
@@ -17,6 +17,7 @@ from qlora.config.settings import (
     Positive,
     Ranks,
     Settings,
+    Targets,
     at_least,
     between,
     hints_of,
@@ -28,6 +29,7 @@ BASE_STARTS = ("pissa", "loftq")  # may change the base; lora/svd_start.py
 STARTS = ("kaiming", "gaussian", *BASE_STARTS)
 # Flags of variants and their names in the field; the objects behind the flags are in lora/variants.py.
 VARIANTS = {"use_adalora": "AdaLoRA", "use_dora": "DoRA", "use_rslora": "rsLoRA"}
+DEFAULT_TARGETS = ("q_proj", "v_proj")
 WHOLE_LAYERS = ("use_dora", "use_adalora")  # variants that tensor parallelism does not support
 
 
@@ -41,8 +43,11 @@ class LoRAConfig(Settings):
     """Scale of the update, as alpha / rank."""
     dropout: Annotated[float, between(0, 1, "a number from 0 up to, not including, 1")] = 0.0
     """Probability of dropping an input of A while training."""
-    target_modules: Names = field(default_factory=lambda: ["q_proj", "v_proj"])
-    """Linear layers to adapt: names separated by commas, or all-linear."""
+    target_modules: Targets = field(default_factory=lambda: list(DEFAULT_TARGETS))
+    """Linear layers to adapt: names or patterns separated by commas, or all-linear. The default means c_attn in
+    GPT-2, and the attention's input layers in other models without q_proj and v_proj."""
+    exclude_modules: Targets = field(default_factory=list)
+    """Of these layers, those to leave alone: names or patterns separated by commas."""
     layers: Layers = field(default_factory=list)
     """Adapt only these decoder layers, counted from 0: 8-15, or 0,2,4-7; all if empty."""
     rank_pattern: Ranks = field(default_factory=dict)
@@ -54,6 +59,11 @@ class LoRAConfig(Settings):
     init: Literal["kaiming", "gaussian", "pissa", "loftq"] = "kaiming"
     """How A and B start: with B at zero, or (pissa) from the weight's largest singular values, or (loftq) from its
     quantization error."""
+    init_std: Annotated[float | None, ABOVE_ZERO] = None
+    """Standard deviation of A under --init gaussian; 1 / rank if not given."""
+    kaiming_a: Annotated[float | None, at_least(0)] = None
+    """Slope a under --init kaiming: A is uniform within sqrt(6 / ((1 + a^2) inputs)); sqrt(5) if not given, as in
+    nn.Linear."""
     loftq_iterations: Positive = 1
     """Rounds of quantizing and refitting under --init loftq; with one the base stays as it is."""
     use_rslora: bool = False
@@ -90,6 +100,9 @@ class LoRAConfig(Settings):
                 f"adalora_start is {self.adalora_start} and adalora_end {self.adalora_end}; give shares of "
                 "the steps from 0 to 1, the start first."
             )
+        for name, init in (("init_std", "gaussian"), ("kaiming_a", "kaiming")):
+            if getattr(self, name) is not None and self.init != init:
+                raise InputError(f"{name} is for init {init}, but init is {self.init}; leave out one of them.")
         others = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern")
         if self.use_adalora and (self.init != "kaiming" or any(getattr(self, name) for name in others)):
             raise InputError(f"use_adalora sets start, ranks and scale; leave out init, {', '.join(others)}.")
@@ -121,6 +134,20 @@ class LoRAConfig(Settings):
     def alpha_of(self, layer: str) -> float:
         """The alpha of a layer, by its qualified name."""
         return next((a for key, a in self.alpha_pattern.items() if fits_pattern(layer, key)), self.alpha)
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by, where no pattern gives a layer another rank or alpha."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def should_adapt(self, layer: str) -> bool:
+        """Whether this configuration names a linear layer, by its qualified name, which is not the output head."""
+        targets = self.target_modules
+        if targets != ["all-linear"] and not any(names_layer(layer, target) for target in targets):
+            return False
+        if any(names_layer(layer, target) for target in self.exclude_modules):
+            return False
+        return not self.layers or layer_number(layer) in self.layers
 
     def scaling_of(self, layer: str, rank: int) -> float:
         """What B A is multiplied by in a layer of this rank (AdaLoRA: by the rank it began with)."""

@@ -35,6 +35,7 @@ def parse_args(config_class: type[T], prog: str, argv: Sequence[str] | None = No
 
     args = [_NEGATIONS.get(arg, arg) for arg in (sys.argv[1:] if argv is None else argv)]
     args, file = _take_config_flag(args)
+    _check_aliases(args, _field_names(config_class))
     if file is not None:
         args = config_file_flags(file, _field_names(config_class)) + args
     with _lists_as_text():
@@ -73,6 +74,58 @@ def _lists_as_text() -> Any:
 _NEGATIONS = {"--no-4bit": "--no-use-4bit", "--use_4bit": "--use-4bit"}
 
 
+# What other tools call a setting -> the flag here.
+ALIASES = {
+    "rank": "r lora_r lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target lora_target_modules lora_target_linear",
+    "model": "base_model model_name model_name_or_path",
+    "adapter": "adapter_name_or_path adapter_path",
+    "data": "dataset dataset_name train_file datasets",
+    "batch_size": "per_device_train_batch_size micro_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs num_epochs",
+    "max_steps": "iters",
+    "learning_rate": "lr",
+    "schedule": "lr_scheduler_type lr_scheduler",
+    "optim": "optimizer",
+    "max_length": "max_seq_length max_seq_len cutoff_len sequence_len",
+    "eval_every": "eval_steps steps_per_eval",
+    "eval_split": "val_set_size val_size",
+    "save_every": "save_steps",
+    "keep_last": "save_total_limit",
+    "resume": "resume_from_checkpoint",
+    "train_on": "mask_history mask_prompt train_on_inputs train_on_prompt assistant_only_loss",
+    "gradient_checkpointing": "use_gradient_checkpointing grad_checkpoint",
+    "use_4bit": "load_in_4bit quantization_bit",
+    "compute_dtype": "bf16 fp16 bnb_4bit_compute_dtype torch_dtype",
+    "modules_to_save": "additional_target lora_modules_to_save",
+}
+_OURS = {alias: name for name, aliases in ALIASES.items() for alias in aliases.split()}
+# The same for values.
+_VALUES = {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_hf": "adamw", "bf16": "bfloat16"}
+_VALUES |= {"adamw_8bit": "paged_adamw_8bit", "adamw_bnb_8bit": "paged_adamw_8bit", "fp32": "float32"}
+_VALUES |= {"paged_adamw": "paged_adamw_32bit"}
+
+
+def _check_aliases(args: Sequence[str], names: Mapping[str, Any]) -> None:
+    """InputError, with the flag here, for a flag or value by which other tools go, and a value after a switch."""
+    for arg, after in zip(args, [*args[1:], ""], strict=False):
+        if not arg.startswith("--"):
+            continue
+        flag, _, given = arg.partition("=")
+        name, value = flag[2:].replace("-", "_"), given or after
+        if name in names or name.removeprefix("no_") in names:
+            if names.get(name) is bool and value.lower() in ("true", "false"):
+                switch = flag if value.lower() == "true" else f"--no-{flag[2:]}"
+                raise InputError(f"{flag} takes no value; write {switch}.")
+            if name in ("optim", "compute_dtype") and value in _VALUES:
+                raise InputError(f"{flag} {value} is called {_VALUES[value]} here; write {flag} {_VALUES[value]}.")
+        elif (ours := _OURS.get(name)) in names:
+            raise InputError(f"{flag} is called --{str(ours).replace('_', '-')} here; see --help for its values.")
+
+
 def _take_config_flag(args: list[str]) -> tuple[list[str], str | None]:
     for position, arg in enumerate(args):
         if arg == "--config":
@@ -100,6 +153,9 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
     for key, value, line in _read_yaml(file):
         name, where = str(key).replace("-", "_"), f"{file}:{line}"
         if name not in names:
+            if isinstance(value, dict):
+                inner = f"write its settings at the left margin, as `{next(iter(value), 'name')}: ...`"
+                raise InputError(f"{where}: {reprlib.repr(key)} is a section, and there are none here; {inner}.")
             raise InputError(f"{where}: unknown key {reprlib.repr(key)}; {_nearest(name, names)}")
         if name in lines:
             raise InputError(f"{where}: {name} was given in line {lines[name]} already; remove one of them.")
@@ -124,6 +180,9 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     """What may have been meant, as the end of a sentence."""
+    names = list(names)
+    if _OURS.get(name) in names:
+        return f"it is called {_OURS[name]} here."
     close = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {close[0]}?" if close else f"known keys: {', '.join(sorted(names))}."
 

@@ -30,6 +30,7 @@ from qlora.config.fields import (
     read_numbers,
     read_ranks,
     read_sources,
+    read_targets,
 )
 from qlora.system.errors import InputError
 
@@ -63,6 +64,7 @@ class Read:
 
 
 Names = Annotated[list[str], Read(read_names)]
+Targets = Annotated[list[str], Read(read_targets)]
 Sources = Annotated[list[str], Read(read_sources)]
 Numbers = Annotated[list[float], Read(read_numbers)]
 Layers = Annotated[list[int], Read(read_layers)]

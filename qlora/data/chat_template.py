@@ -105,21 +105,29 @@ class ChatTemplate:
                 for turn in turns
             ]
         shown: Any = tools or None
-        clock: dict[str, Any] = {} if self.date is None else {"strftime_now": self.date.strftime}
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 turns,
                 tools=shown,
-                chat_template=self.own,
+                chat_template=self._dated(shown),
                 tokenize=False,
                 add_generation_prompt=opens_turn,
-                **clock,
             )
         except Exception as error:  # a template is a program that can fail in any way
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
             raise BadRow(origin, f"the chat template refuses it: {reason}; fix the record.") from error
         return text
+
+    def _dated(self, tools: Any) -> str | None:
+        """The template to render, None for the tokenizer's; with a fixed date, `strftime_now` is a macro in it."""
+        if self.date is None:
+            return self.own
+        own: Any = self.tokenizer.get_chat_template(self.own, tools)
+        steps = "".join(
+            f".replace('%{code}', {self.date.strftime(f'%{code}')!r})" for code in "aAwdbBmyYjUWcxHIpMSf"
+        )
+        return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}{{{{ '' }}}}{own}"
 
     def render_parts(
         self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str
@@ -279,6 +287,15 @@ def _close_thought(rest: str, answer: dict[str, Any], tag: str, space: str) -> s
 def template_texts(templates: Any) -> list[str]:
     """The text of each chat template of a tokenizer, which may have one, several by name, or none."""
     return [] if templates is None else list(templates.values()) if isinstance(templates, dict) else [templates]
+
+
+def today() -> date:
+    return date.today()
+
+
+def date_of(tokenizer: Any) -> str:
+    """The day that a template of this tokenizer prints: its `template_date`, which a run sets, or today."""
+    return str(getattr(tokenizer, "template_date", None) or today())
 
 
 def prints_date(tokenizer: Any) -> bool:

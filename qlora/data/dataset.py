@@ -20,6 +20,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from qlora.data.chat_template import date_of, prints_date
 from qlora.data.encode import stream_examples
 from qlora.data.example import EncodeReport, Example, finish_report, format_sample
 from qlora.data.keys import describe_notes
@@ -149,7 +150,8 @@ class Encoder:
         digest = hashlib.sha256()
         for name, content in sorted(tokenizer_files(self.tokenizer).items()):
             digest.update(f"{name} {len(content)} ".encode() + content)
-        options = [self.max_length, self.train_on, self.on_long, self.parse_special]
+        options: list[Any] = [date_of(self.tokenizer)] if prints_date(self.tokenizer) else []
+        options += [self.max_length, self.train_on, self.on_long, self.parse_special]
         return [digest.hexdigest(), sorted((self.columns or {}).items()), *options]
 
     def load(
@@ -263,8 +265,11 @@ def load_examples(
     if held_out is None and sources.split:
         parts, held = _split(parts, sources.split, sources.seed)
         if not held:
-            few = f"{', '.join(str(name) for name, _ in found)}: {sum(map(len, stores))} examples"
-            raise InputError(f"{few} are too few to hold some out; pass --eval-data.")
+            few, count = ", ".join(str(name) for name, _ in found), sum(map(len, stores))
+            if count > len(stores):
+                problem = f"--eval-split {sources.split:g} of {few} holds out all {count} examples"
+                raise InputError(f"{problem} and leaves none to train on; pass a smaller share.")
+            raise InputError(f"{few}: {count} examples are too few to hold some out; pass --eval-data.")
         say(f"held out {sum(len(rows) for _, rows, _ in held)} of them for evaluation")
     if len(found) > 1 or found[0][1] != 1:
         say(describe_mix([str(name) for name, _ in found], parts))

@@ -130,8 +130,9 @@ def used_columns(record: Record, note: Note) -> set[str]:
         if column in REFUSED and (reason := _refusal(name, column, value)):
             raise BadRow(record.origin, f"the column {quote(column)} {reason}.")
         note(COLUMNS, column)
-    for column in record.unused:
-        note(COLUMNS, column)
+    for what, column in record.notes:
+        if column in used or column not in record.fields:
+            note(what, column)
     return used
 
 

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from qlora.data.rows import BadRow, Record, arrow_record, as_row, find_doubled
+from qlora.data.rows import BadRow, Record, arrow_record, as_row, find_doubled, find_mixed
 from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote
 
@@ -48,14 +48,14 @@ class PythonRows:
 
     def stream(self) -> Generator[Record | BadRow, None, None]:
         """The rows, one after another."""
+        notes = find_mixed(self.rows.features or {}) if self.is_dataset else ()
         for number, row in enumerate(self._dicts()):
             origin = f"{self.name}[{number}]"
             try:
-                yield (
-                    arrow_record(row, origin)
-                    if self.is_dataset
-                    else as_row(plain(row), origin, may_have_flaw=True)
-                )
+                if self.is_dataset:
+                    yield arrow_record(row, origin, notes)
+                else:
+                    yield as_row(plain(row), origin, may_have_flaw=True)
             except (TypeError, RecursionError) as error:
                 problem = "the row is nested too deeply" if isinstance(error, RecursionError) else error
                 yield BadRow(origin, f"{problem}.")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.data.conversations import MAX_TEXT
-from qlora.data.keys import SHAPES, is_empty, match_shape
+from qlora.data.keys import COLUMNS, SHAPES, is_empty, match_shape
 from qlora.data.python_rows import PythonRows
 from qlora.data.rows import (
     BadRow,
@@ -22,6 +22,7 @@ from qlora.data.rows import (
     collect_bad_row,
     explain_json,
     find_doubled,
+    find_mixed,
     load_json,
 )  # fmt: skip
 from qlora.system.errors import InputError
@@ -140,7 +141,8 @@ def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
     fields = {name: value for name, value in record.fields.items() if name not in taken and name in partners}
     unused = [name for name in record.fields if name not in taken and name not in fields]
     fields |= {name: record.fields[column] for name, column in columns.items()}
-    return Record(fields, record.origin, tuple(name for name in unused if not is_empty(record.fields[name])))
+    notes = ((COLUMNS, name) for name in unused if not is_empty(record.fields[name]))
+    return Record(fields, record.origin, (*record.notes, *notes))
 
 
 def _refuse_utf16(source: str) -> None:
@@ -329,8 +331,10 @@ def _load_hub(name: str, split: str) -> Any:
 
 
 def _read_hub(name: str, split: str) -> Rows:
-    for number, row in enumerate(_load_hub(name, split), start=1):
-        yield arrow_record(dict(row), f"{name} row {number}")
+    dataset = _load_hub(name, split)
+    notes = find_mixed(dataset.features or {})
+    for number, row in enumerate(dataset, start=1):
+        yield arrow_record(dict(row), f"{name} row {number}", notes)
 
 
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,11 @@ from qlora.system.wording import describe, quote, shorten
 
 @dataclass(frozen=True)
 class Record:
-    """One row as found in its source, and where, such as `train.jsonl:17`; `unused`: left out by --columns."""
+    """One row as found in its source, where (such as `train.jsonl:17`), and what its reader notes of columns."""
 
     fields: dict[str, Any]
     origin: str
-    unused: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 class BadRow(InputError):
@@ -117,9 +118,33 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def arrow_record(fields: dict[str, Any], origin: str) -> Record:
+def arrow_record(fields: dict[str, Any], origin: str, notes: tuple[tuple[str, str], ...] = ()) -> Record:
     """A row of Arrow, as a file of JSON would give it; its columns stay, since a null one is named in errors."""
-    return Record({name: without_nulls(value) for name, value in fields.items()}, origin)
+    return Record({name: without_nulls(value) for name, value in fields.items()}, origin, notes)
+
+
+MIXED = "columns of mixed kinds, whose texts the library datasets reads as JSON (quotes and numbers may be lost)"
+
+
+def find_mixed(features: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Notes on a dataset's columns in which a text has the feature Json.
+
+    `datasets` gives it to values of several kinds, and then reads a text that is JSON as what it says: '"a"' as a.
+    """
+    found = set[str]()
+
+    def search(column: str, feature: Any, is_text: bool) -> None:
+        if type(feature).__name__ == "Json" and is_text:
+            found.add(column)
+        elif isinstance(feature, Mapping):
+            for key, item in feature.items():
+                search(column, item, key in ("content", "value"))
+        elif hasattr(feature, "feature") or isinstance(feature, list):
+            search(column, feature[0] if isinstance(feature, list) else feature.feature, False)
+
+    for column, feature in features.items():
+        search(column, feature, column != "tools")
+    return tuple((MIXED, column) for column in sorted(found))
 
 
 def explain_json(error: ValueError, text: str) -> str:

@@ -175,7 +175,7 @@ def _fill(
         tags=["qlora", "lora"] if is_adapter else ["qlora", "lora", "merged"],
         **(metadata or {}),
     )
-    texts["title"] = _line(texts["title"])
+    texts["title"] = _plain(texts["title"])
     texts["tables"] = [
         (heading, [(_cell(key), _cell(value)) for key, value in rows]) for heading, rows in texts.get("tables", [])
     ]
@@ -195,6 +195,12 @@ def _fill(
 def _line(text: str) -> str:
     """A name as one line of text, which no name ends early."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _plain(text: str) -> str:
+    """A line of text that Markdown shows as it is: no HTML, link, picture or code of a name's."""
+    escaped = re.sub(r"([\\`*\[\]])", r"\\\1", _line(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _span(name: str) -> str:

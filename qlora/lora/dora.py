@@ -25,6 +25,7 @@ class DoRA(Variant):
     """Adds `magnitude` (out,) fp32, initially the norms of W's rows, so that c = 1."""
 
     flag, name, beyond = "use_dora", "DoRA", "DoRA's magnitudes"
+    needs_weight = True
     extras: ClassVar = {MAGNITUDE: "magnitude"}
 
     def start(self, weights: LoRAWeights, layer: nn.Module, generator: torch.Generator) -> None:

@@ -4,9 +4,9 @@ They belong to an adapter, not to the base: each adapter has its own copies, whi
 while it is active (`swap_parameters`). Switching adapters switches them too, and the base stays unchanged, bit for
 bit.
 
-Dtype: layers that cast their own parameters as they compute (linear layers, embeddings) get fp32 copies, and so
-fp32 gradients. Other modules, norms above all, compute in their parameters' dtype, the activations': their copies
-keep it. Either way the optimizer steps in fp32 (training/optimizer.py).
+Dtype: layers that cast their own parameters as they compute (linear layers, embeddings) get fp32 copies. Other
+modules, norms above all, compute in their parameters' dtype, the activations': their copies keep it. Either way
+the optimizer steps in fp32 (lora/optimizer.py).
 
 Tied weights: if the base uses one tensor as embedding and head, either name trains both uses, and the gradient is
 the sum of both. The one copy has both names, as in the file: PEFT expects both. (A PEFT adapter may have trained
@@ -130,7 +130,7 @@ def trained_problems(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[st
     for name, tensor in tensors.items():
         shape, wanted = tuple(tensor.shape), shapes.get(name)
         if wanted is None:
-            problems.append(f"{name} is no parameter of this model that trains in full")
+            problems.append(f"{name} is not a fully trainable parameter of this model")
         elif name in vocabulary and len(shape) == 2 and shape[1] == wanted[1] and shape[0] < wanted[0]:
             problems.append(f"{name} has {shape[0]} rows, fewer than the {wanted[0]} tokens of this base")
         elif shape != wanted and (name not in vocabulary or len(shape) != 2 or shape[1] != wanted[1]):
@@ -165,7 +165,6 @@ def copy_trained(model: nn.Module, values: Mapping[str, Tensor] | Sequence[str])
         if known is None or not (known[0] is tensor or torch.equal(known[0], tensor)):
             dtype = torch.float32 if _casts(model, name) else base[name].dtype
             copy = nn.Parameter(tensor.detach().to(base[name].device, dtype, copy=True))
-            copy.grad_dtype = torch.float32
             known = shared[id(base[name])] = (tensor, copy)
         copies[name] = known[1]
     return copies
@@ -244,5 +243,4 @@ def start_new_tokens(
         rows[: len(old)] = old
         rows[min(first, len(old)) : size] = old[:first].mean(dim=0)
         grown[id(parameter)] = nn.Parameter(rows)
-        grown[id(parameter)].grad_dtype = torch.float32
     return {name: grown.get(id(parameter), parameter) for name, parameter in trained.items()}

@@ -28,12 +28,18 @@ c is applied as z + (c - 1) z, which keeps c's digits in bf16. Dropout is on the
 
 Kept between the two passes: x (shared by every layer that reads it: q, k and v keep one copy), h, the one-byte
 mask, and z under DoRA. W is dequantized twice (a third time under DoRA, for n), never kept, and gets no gradient.
-dx is computed only if a layer below needs it, so the first adapted layer stops the backward pass. A and B are
-bf16, but their gradients are returned in fp32 (`grad_dtype`), so that accumulating micro-batches loses nothing.
+dx is computed only if a layer below needs it, so the first adapted layer stops the backward pass. Gradients of
+A and B are returned in fp32. autograd casts them to the parameter's dtype, or keeps them where the optimizer takes
+them so (lora/optimizer.py).
 
 Under tensor parallelism (parallel/tensor_parallel.py) a process holds part of W but all of A and B. It uses its
 rows of B or its columns of A and of the dropout mask, which is that of the unsplit layer. Gradients are returned
 whole, with zeros for the other processes' parts. If columns are split, y and h are partial sums.
+
+A base layer that is more than its weight (a subclass of nn.Linear, a layer with hooks, a type from
+`register_linear`; see quant/linear.py) is called as it is, and the update added: lora/composed.py.
+
+Under autocast, x is cast to autocast's dtype, and the layer computes in that, as nn.Linear does.
 
 Until the first step the adapted model equals the base model.
 """
@@ -47,7 +53,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qlora.quant.layers import dense_weight, layer_bias, logical_shape, multiply
+from qlora.lora.composed import drop, own_factors, update, update_of_own_part
+from qlora.quant.layers import (
+    autocast_dtype,
+    dense_weight,
+    frozen_linear,
+    is_out_in,
+    keep_unpacked,
+    layer_bias,
+    logical_shape,
+    multiply,
+)
+from qlora.quant.linear import explain_not_plain, is_linear, is_plain, registered_shape
 from qlora.quant.parts import Part, part_of
 from qlora.system.errors import InputError
 
@@ -127,34 +144,27 @@ def rescale(z: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(y, z, (scale - 1).to(y.dtype))
 
 
-def own_factors(lora_A: Tensor, lora_B: Tensor, part: Part | None) -> tuple[Tensor, Tensor]:
-    """The factors that a layer with part of its weight uses: its rows of B or columns of A, the other whole."""
-    if part is None:
-        return lora_A, lora_B
-    return (lora_A, part.of(lora_B)) if part.dim == 0 else (part.of(lora_A), lora_B)
-
-
-def drop(x: Tensor, dropout: float, part: Part | None) -> tuple[Tensor, Tensor]:
-    """(x * m, the bool mask (N, I)); for part of an input, that part of the whole input's mask."""
-    if part is None or part.dim == 0:
-        return torch.native_dropout(x, dropout, True)
-    _, mask = torch.native_dropout(x.new_empty(part.whole_shape(x.shape)), dropout, True)
-    mask = part.of(mask).contiguous()
-    return x * mask / (1 - dropout), mask
-
-
-def draw_A(rank: int, in_features: int, init: str, generator: torch.Generator | None, device: Any) -> Tensor:
+def draw_A(
+    rank: int,
+    in_features: int,
+    init: str,
+    generator: torch.Generator | None,
+    device: Any,
+    spread: float | None = None,
+) -> Tensor:
     """Initial A (rank, in) fp32, drawn on the CPU so that all devices start the same; empty on the meta device.
 
     Args:
-        init: "gaussian" (standard deviation 1 / rank), else uniform within 1 / sqrt(in), as nn.Linear.
+        init: "gaussian", else uniform.
         generator: CPU generator to draw from.
+        spread: the Gaussian's standard deviation (None = 1 / rank), or a in the bound sqrt(6 / ((1 + a^2) in))
+            (None = sqrt(5), which makes it 1 / sqrt(in), as in nn.Linear).
     """
     is_meta = device is not None and torch.device(device).type == "meta"
     start = torch.empty(rank, in_features, device="meta" if is_meta else "cpu")
     if init == "gaussian":
-        return start.normal_(0.0, 1.0 / rank, generator=generator)
-    bound = 1.0 / math.sqrt(in_features)
+        return start.normal_(0.0, 1.0 / rank if spread is None else spread, generator=generator)
+    bound = (1.0 if spread is None else math.sqrt(6 / (1 + spread**2))) / math.sqrt(in_features)
     return start.uniform_(-bound, bound, generator=generator)
 
 
@@ -188,8 +198,6 @@ class LoRAWeights(nn.Module):
         self.scaling = alpha / self.rank if scaling is None else scaling
         self.lora_A = nn.Parameter(A.to(device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(out_features, self.rank, device=device, dtype=dtype))
-        for parameter in (self.lora_A, self.lora_B):
-            parameter.grad_dtype = torch.float32
         self.variant = None
 
     @property
@@ -209,7 +217,7 @@ class LoRAWeights(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """A frozen Linear4bit, Linear or Conv1D with a low-rank update.
+    """A linear layer (Linear4bit, Linear, Conv1D, or of a registered type) with a low-rank update.
 
     Args:
         base_layer: the layer to wrap; never changed, not even by a merge.
@@ -238,6 +246,9 @@ class LoRALinear(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if not is_linear(base_layer):
+            raise InputError(f"LoRA adapts linear layers, not {type(base_layer).__name__}; see register_linear.")
+        keep_unpacked(base_layer)
         self.base_layer = base_layer
         self.merged_weight: Tensor | None = None
         self.fixed_scale: Tensor | None = None
@@ -245,8 +256,8 @@ class LoRALinear(nn.Module):
         self.out_features, self.in_features = logical_shape(base_layer)
         self.register_module("lora", None)
         if rank > 0:
-            device = base_layer.weight.device
-            A = draw_A(rank, self.in_features, init, generator, device)  # type: ignore[arg-type]
+            device = next(base_layer.parameters()).device
+            A = draw_A(rank, self.in_features, init, generator, device)
             self.lora = LoRAWeights(A, self.out_features, alpha, dropout, dtype, device)
 
     @property
@@ -260,60 +271,145 @@ class LoRALinear(nn.Module):
         variant = self.weights.variant
         return None if variant is None else variant.output_scale(self, dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """c (W + s B A) in the base weight's dtype and orientation, for code that reads a layer's weight.
+
+        nn.MultiheadAttention reads its out_proj so, and nn.TransformerEncoderLayer both layers when it evaluates.
+        Gradients reach A and B through it; dropout is left out. Without an adapter it is the base's weight.
+
+        Raises:
+            InputError: the base layer's weight does not have its shape, and so cannot be added to.
+        """
+        if self.lora is None:
+            return self.base_layer.weight
+        if self.merged_weight is not None:
+            return self.merged_weight if is_out_in(self.base_layer) else self.merged_weight.T
+        weight = self.base_layer.weight
+        if weight.requires_grad:
+            dense = (weight if is_out_in(self.base_layer) else weight.T).float()
+        else:
+            dense = dense_weight(self.base_layer, torch.float32)
+        own_A, own_B = own_factors(self.lora.effective_A, self.lora.lora_B, self._part)
+        if dense.shape != (len(own_B), own_A.shape[1]):
+            raise InputError(f"The weight of a layer that {explain_not_plain(self.base_layer)} cannot be read.")
+        whole = dense + self.lora.scaling * (own_B.float() @ own_A.float())
+        scale = self.output_scale()
+        whole = whole if scale is None else whole * scale[:, None]
+        dtype = weight.dtype if weight.is_floating_point() else weight.quant_state.dtype
+        return (whole if is_out_in(self.base_layer) else whole.T).to(dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(out,) the base layer's bias."""
+        return self.base_layer.bias
+
+    @property
+    def _part(self) -> Part | None:
+        shape = registered_shape(self.base_layer)
+        return part_of(self.base_layer) if shape is None else shape.part
+
+    def merged(self) -> Tensor:
+        """(out, in) fp32 c (W + s B A) of the active adapter; a part of it, if the layer holds a part."""
+        own_A, own_B = own_factors(self.weights.effective_A.detach(), self.weights.lora_B.detach(), self._part)
+        weight = dense_weight(self.base_layer, torch.float32)
+        merged = weight + self.weights.scaling * (own_B.float() @ own_A.float())
+        variant = self.weights.variant
+        return merged if variant is None else variant.merge(merged, self.weights.extras)
+
     def merge(self) -> None:
-        """Compute with one dense weight c (W + s B A), added in fp32; the base layer is unchanged."""
+        """Compute with one dense weight c (W + s B A), added in fp32; the base layer is unchanged.
+
+        Raises:
+            InputError: the base layer is not plain.
+        """
         if self.merged_weight is None and self.lora is not None:
-            weight, variant = self.base_layer.weight, self.lora.variant
-            dtype = weight.dtype if weight.is_floating_point() else torch.float32
-            merged = dense_weight(self.base_layer, torch.float32) + self.lora.delta_weight()
-            merged = merged if variant is None else variant.merge(merged, self.lora.extras)
-            self.merged_weight = merged.to(dtype)
+            self._check_plain("merged")
+            weight = self.base_layer.weight
+            self.merged_weight = self.merged().to(weight.dtype if weight.is_floating_point() else torch.float32)
 
     def unmerge(self) -> None:
         """Undo `merge`, bit for bit."""
         self.merged_weight = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in x's dtype."""
+    def _check_plain(self, what: str) -> None:
+        if not is_plain(self.base_layer):
+            raise InputError(f"An adapted layer {explain_not_plain(self.base_layer)}, so it cannot be {what}.")
+
+    def forward(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """(..., in) -> (..., out), in x's dtype, or autocast's.
+
+        Args:
+            args, options: passed to a base layer of another type than nn.Linear, whose output may be a tuple.
+        """
         if self.merged_weight is not None:
             return self._compute_merged(x, self.merged_weight)
         if self.lora is None:
-            return self.base_layer(x)
-        weights, variant = self.lora, self.lora.variant
+            return self.base_layer(x, *args, **options)
+        base = self.base_layer
+        if args or options or not is_plain(base) or base.weight.requires_grad:
+            return self._compose(x, *args, **options)
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return self._fuse(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._fuse(x.to(dtype))
+
+    def _fuse(self, x: Tensor) -> Tensor:
+        """Base and adapter of a plain, frozen layer together."""
+        weights, variant = self.weights, self.weights.variant
         A, scale = (weights.lora_A, None) if variant is None else variant.terms(self, x.dtype)
         dropout = weights.dropout if self.training else 0.0
         if not torch.is_grad_enabled() and dropout == 0:
             return self._answer(x, A, scale)
-        if self.base_layer.weight.requires_grad:
-            return self._train_with_base(x, A, scale, dropout)
         settings = self.base_layer, weights.scaling, dropout
         return LoRAFunction.apply(x, A, weights.lora_B, scale, self.base_layer.bias, *settings)
 
     def _compute_merged(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("The adapter is merged into its base, so it cannot train; call unmerge first.")
+        self._check_plain("merged; call unmerge")
         return F.linear(x, weight.to(x.dtype), layer_bias(self.base_layer, x.dtype))
 
     def _answer(self, x: Tensor, A: Tensor, scale: Tensor | None) -> Tensor:
         """Compute without gradients and dropout, with the base layer's decoding function."""
-        weights, bias, x2 = self.weights, self.base_layer.bias, x.reshape(-1, x.shape[-1])
-        own_A, own_B = (f.to(x.dtype) for f in own_factors(A, weights.lora_B, part_of(self.base_layer)))
-        y = self.base_layer(x2).addmm_(x2 @ own_A.T, own_B.T, alpha=weights.scaling)
+        weights, base, bias, x2 = self.weights, self.base_layer, self.base_layer.bias, x.reshape(-1, x.shape[-1])
+        own_A, own_B = (f.to(x.dtype) for f in own_factors(A, weights.lora_B, part_of(base)))
+        casts = base.weight.is_floating_point() and base.weight.dtype != x.dtype and not hasattr(base, "decode")
+        y = (frozen_linear(x2, base) if casts else base(x2)).addmm_(x2 @ own_A.T, own_B.T, alpha=weights.scaling)
         if scale is not None:
             y = rescale(y if bias is None else y - bias.to(x.dtype), y, scale)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _train_with_base(self, x: Tensor, A: Tensor, scale: Tensor | None, dropout: float) -> Tensor:
-        """Forward pass over an unfrozen 16-bit base."""
-        weights = self.weights
-        if scale is not None:
-            variant = weights.variant
-            assert variant is not None
+    def _compose(self, x: Tensor, *args: Any, **options: Any) -> Any:
+        """The base layer as it is, plus the update."""
+        weights, variant, base = self.weights, self.weights.variant, self.base_layer
+        if variant is not None and variant.needs_weight:
+            why = "is not frozen; call freeze_base" if is_plain(base) else explain_not_plain(base)
             raise InputError(
-                f"{variant.name} needs a frozen base; train without {variant.flag}, or call freeze_base."
+                f"{variant.name} needs a frozen, plain base layer, but one {why}; train without {variant.flag}."
             )
-        h = F.linear(F.dropout(x, dropout), A.to(x.dtype))
-        return self.base_layer(x) + weights.scaling * F.linear(h, weights.lora_B.to(x.dtype))
+        result = base(x, *args, **options)
+        y = result[0] if isinstance(result, tuple) else result
+        factors, shape = (weights.effective_A, weights.lora_B), registered_shape(base)
+        dropout = weights.dropout if self.training else 0.0
+        if shape is None:
+            change = update_of_own_part(x, *factors, weights.scaling, dropout, part_of(base))
+        else:
+            change = update(x, y, *factors, weights.scaling, dropout, shape)
+        y = y + change.to(y.dtype)
+        return (y, *result[1:]) if isinstance(result, tuple) else y
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # type: ignore[override]
+        """Also take an unwrapped layer's keys, as in a checkpoint of the base: `<name>.weight` is the base's."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            own = key[len(prefix) :]
+            if own.partition(".")[0] not in ("base_layer", "lora"):
+                state_dict.setdefault(f"{prefix}base_layer.{own}", state_dict.pop(key))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.kept_of_base = None
+        if self.merged_weight is not None and any(key.startswith(f"{prefix}base_layer.") for key in state_dict):
+            args[-1].append(f"{prefix[:-1]} is merged; call unmerge before loading its base.")
 
     def extra_repr(self) -> str:
         if self.lora is None:

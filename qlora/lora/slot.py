@@ -50,7 +50,27 @@ class AdapterSlot:
     shift: BaseShift = field(default_factory=dict)
 
 
+class Wrapper(nn.Module):
+    """A module around an adapted network, which is its `model`: LoRAModel."""
+
+    model: nn.Module
+
+
+def network_of(model: nn.Module) -> nn.Module:
+    """The network inside LoRAModel, (Distributed)DataParallel and torch.compile; without them `model` itself."""
+    while True:
+        if isinstance(model, Wrapper):
+            model = model.model
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
 def slot_of(model: nn.Module) -> AdapterSlot:
     """The slot of a model, made on first use. A deep copy of the model gets a copy of it."""
+    model = network_of(model)
     slot: AdapterSlot = vars(model).setdefault("adapter_slot", AdapterSlot())
     return slot

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qlora.lora.adapter import active_adapter
+from qlora.config.lora import LoRAConfig
+from qlora.lora.adapter import active_adapter, lora_layers
 from qlora.lora.layer import LoRAWeights
 from qlora.lora.slot import Adapter
 from qlora.system.errors import InputError
@@ -18,9 +19,16 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     `<layer>.lora_A.weight` (rank, in), `<layer>.lora_B.weight` (out, rank), under DoRA
     `<layer>.lora_magnitude_vector` (out,), under AdaLoRA `<layer>.lora_E` (rank, 1), and by their own names the
     parameters that train in full.
+
+    Args:
+        model: the network, or LoRAModel, DistributedDataParallel or torch.compile around it. In a larger module
+            that only contains the network, layers have the names they have there.
     """
     adapter = active_adapter(model)
-    return {} if adapter is None else {key: value.detach() for key, value in adapter_state(adapter).items()}
+    if adapter is None:
+        layers = {name: layer.weights for name, layer in lora_layers(model).items()}
+        adapter = Adapter(LoRAConfig(), layers)
+    return {key: value.detach() for key, value in adapter_state(adapter).items()}
 
 
 def adapter_state(adapter: Adapter) -> dict[str, nn.Parameter]:

@@ -30,6 +30,7 @@ from qlora.lora.slot import slot_of
 from qlora.lora.targets import head_name
 from qlora.model.base import find_base_info
 from qlora.model.weights import is_stored_in_4bit, shifted_weight
+from qlora.quant.linear import explain_not_plain, is_plain
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantization_of, quantize_weight
 from qlora.system.errors import InputError
 
@@ -84,6 +85,8 @@ def initialize_adapter(model: nn.Module, config: LoRAConfig) -> None:
             f"init {config.init} changes the weights it starts from; leave {head} out of the targets."
         )
     for name, layer in layers.items():
+        if not is_plain(layer.base_layer):
+            raise InputError(f"{name} {explain_not_plain(layer.base_layer)}; adapt it without init {config.init}.")
         most = min(layer.out_features, layer.in_features)
         if layer.weights.rank > most:
             raise InputError(

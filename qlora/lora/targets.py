@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
+from qlora.config.fields import layer_number, names_layer
+from qlora.config.lora import DEFAULT_TARGETS
 from qlora.model.base import find_base_info
+from qlora.quant.linear import is_linear
 from qlora.system.errors import InputError
+
+# How architectures call what computes queries and values, if not q_proj and v_proj.
+ATTENTION_INPUTS = (
+    ("c_attn",), ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("query", "value"), ("q_lin", "v_lin"),
+    ("q", "v"),
+)  # fmt: skip
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Qualified name -> layer that LoRA can wrap: Linear (4-bit too) and Conv1D, the output head among them.
+    """Qualified name -> layer that LoRA can wrap (`is_linear`), the output head among them.
 
     A wrapped layer appears under its own name, as the layer inside.
     """
-    from transformers.pytorch_utils import Conv1D
-
     return {
-        name.removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
+        name.removesuffix(".base_layer"): module for name, module in model.named_modules() if is_linear(module)
     }
 
 
@@ -33,34 +37,51 @@ def head_name(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
+def resolve_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """`targets`, or what stands for the default ones in a model that has neither of them."""
+    ends = {name.rpartition(".")[2] for name in linear_layers(model)}
+    if tuple(targets) != DEFAULT_TARGETS or ends & {*DEFAULT_TARGETS}:
+        return list(targets)
+    return next((list(names) for names in ATTENTION_INPUTS if ends.issuperset(names)), list(targets))
+
+
 def match_targets(
-    model: nn.Module, targets: Iterable[str], numbers: Iterable[int] | None = None
+    model: nn.Module, targets: Sequence[str], numbers: Iterable[int] | None = None, exclude: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The layers that `targets` name: a layer's last name(s), its full name, or "all-linear".
+    """The layers that `targets` name: a layer's last name(s), its full name, a pattern, or "all-linear".
+
+    The default targets stand for the attention's input layers: `resolve_targets`.
 
     "all-linear" leaves out the output head, as in PEFT; its name adapts it.
 
     Args:
+        exclude: names and patterns of layers to leave out.
         numbers: only these decoder layers, counted from 0; None = all.
     Raises:
         InputError: a target matches nothing (lists the names there are), a decoder layer does not exist, or the
             head is named on a base that processes split.
     """
     layers, head = linear_layers(model), head_name(model)
-    targets = list(targets)
+    targets = resolve_targets(model, targets)
     if targets == ["all-linear"]:
         layers = {name: layer for name, layer in layers.items() if name != head}
     else:
-        unmatched = [t for t in targets if not any(_named(name, t) for name in layers)]
+        unmatched = [t for t in targets if not any(names_layer(name, t) for name in layers)]
         if unmatched or not targets:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
             raise InputError(
                 f"target_modules {unmatched} match no linear layer. This model has: {available}. "
                 "Pass --target-modules with names from that list, or all-linear."
             )
-        layers = {name: layer for name, layer in layers.items() if any(_named(name, t) for t in targets)}
-    info = find_base_info(model)
-    if head in layers and info is not None and info.ranks is not None:
+        layers = {name: layer for name, layer in layers.items() if any(names_layer(name, t) for t in targets)}
+    unknown = [t for t in exclude if not any(names_layer(name, t) for name in layers)]
+    if unknown:
+        raise InputError(f"exclude_modules {unknown} name none of the layers to adapt; correct or drop them.")
+    layers = {name: layer for name, layer in layers.items() if not any(names_layer(name, t) for t in exclude)}
+    if not layers:
+        raise InputError("exclude_modules leaves no layer to adapt; name fewer.")
+    info = find_base_info(model) if head in layers else None
+    if info is not None and info.ranks is not None:
         raise InputError(f"{head} cannot be adapted on a base that processes split; leave out one of the two.")
     if numbers is None:
         return layers
@@ -71,7 +92,8 @@ def match_targets(
             f"layers names decoder layer {absent[0]}, where this model has none to adapt; its layers are "
             f"{min(present, default=0)} to {max(present, default=0)}."
         )
-    outside = [t for t in targets if all(layer_number(name) is None for name in layers if _named(name, t))]
+    numbers_of = {t: {layer_number(name) for name in layers if names_layer(name, t)} for t in targets}
+    outside = [t for t, found in numbers_of.items() if found == {None}]
     if outside and targets != ["all-linear"]:
         raise InputError(
             f"target_modules {outside} are outside of the decoder layers, so layers leaves them out; drop one of "
@@ -79,13 +101,3 @@ def match_targets(
         )
     wanted = set(numbers)
     return {name: layer for name, layer in layers.items() if layer_number(name) in wanted}
-
-
-def _named(name: str, target: str) -> bool:
-    return name == target or name.endswith("." + target)
-
-
-def layer_number(name: str) -> int | None:
-    """The decoder layer that a layer is in, counted from 0: the first number in its name; None: in none."""
-    match = re.search(r"\.(\d+)\.", name)
-    return int(match[1]) if match else None

@@ -8,6 +8,8 @@ from torch import nn
 
 from qlora.lora.adapter import active_adapter, lora_layers, wrapped_layers
 from qlora.quant.layers import logical_sizes
+from qlora.quant.linear import explain_not_plain, is_plain
+from qlora.system.errors import InputError
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -24,7 +26,9 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def freeze_base(model: nn.Module) -> None:
-    """Train only the adapters."""
+    """Train only the adapters. Raises InputError: a lazy layer has no shape yet."""
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise InputError("The model has lazy layers without a shape yet; run it once before adapting it.")
     for parameter in base_parameters(model):
         parameter.requires_grad_(False)
     for parameter in lora_parameters(model):
@@ -39,7 +43,14 @@ def unfreeze(model: nn.Module) -> None:
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Compute each adapted layer with one merged dense weight (export/merge.py writes merged models to disk)."""
+    """Compute each adapted layer with one merged dense weight (export/merge.py writes merged models to disk).
+
+    Raises:
+        InputError: a layer is more than its weight; nothing is merged.
+    """
+    for name, layer in lora_layers(model).items():
+        if not is_plain(layer.base_layer):
+            raise InputError(f"{name} {explain_not_plain(layer.base_layer)}, so it cannot be merged.")
     for layer in lora_layers(model).values():
         layer.merge()
 
@@ -70,7 +81,16 @@ class ParameterSummary:
 
     @property
     def share(self) -> float:
-        return self.trainable / self.total
+        return self.trainable / self.total if self.total else 0.0
+
+    def table(self) -> str:
+        """Total, trainable and frozen parameters and adapted layers, one per line."""
+        return (
+            f"Total parameters:     {self.total:,}\n"
+            f"Trainable parameters: {self.trainable:,} ({self.share:.4%})\n"
+            f"Frozen parameters:    {self.total - self.trainable:,}\n"
+            f"Adapted layers:       {self.adapted_layers:,}"
+        )
 
     def __str__(self) -> str:
         return (

@@ -51,6 +51,7 @@ class Variant:
         name: its common name.
         extras: saved name, as in `<layer>.<saved name>` -> attribute of LoRAWeights.
         beyond: what it learns beyond a low-rank update, in words; empty = nothing.
+        needs_weight: whether it computes from the base's weight, which must then be all that the base layer is.
         peft_type, rank_field: PEFT's, in adapter_config.json.
         run_fields: whole numbers of adapter_config.json that come from the run (`Adapter.run_fields`).
     """
@@ -59,6 +60,7 @@ class Variant:
     name: ClassVar[str]
     extras: ClassVar[Mapping[str, str]] = {}
     beyond: ClassVar[str] = ""
+    needs_weight: ClassVar[bool] = False
     peft_type: ClassVar[str] = "LORA"
     rank_field: ClassVar[str] = "r"
     run_fields: ClassVar[tuple[str, ...]] = ()

@@ -15,8 +15,10 @@ from torch.nn import functional as F
 
 from qlora.kernels.gemm import multiply_4bit, multiply_16bit
 from qlora.quant.library import Params4bit, bnb, get_ptr
+from qlora.quant.linear import conv1d, plain_type, registered_shape
 from qlora.quant.parts import Divisible, PartState, part_of
 from qlora.quant.weight import block_scales, cpu_kernel, dequantize_weight
+from qlora.system.errors import InputError
 
 DECODE_ROWS = 64  # most rows that use the decoding copy; more are a prompt, faster on the training path
 Decode = Callable[[Tensor], Tensor]
@@ -71,6 +73,7 @@ def drop_scratch() -> None:
 _buffers = threading.local()
 
 
+@plain_type
 class Linear4bit(Divisible, bnb.nn.Linear4bit):
     """bitsandbytes' layer with a forward that never touches its weight.
 
@@ -93,6 +96,7 @@ class Linear4bit(Divisible, bnb.nn.Linear4bit):
         return _decode_or_train(self, x)
 
 
+@plain_type
 class Linear16bit(Divisible, nn.Linear):
     """A frozen dense layer stored in bf16 that computes in its input's dtype.
 
@@ -129,18 +133,44 @@ class FrozenMatrix(nn.Module):
 
 @cache
 def frozen_conv1d() -> type[nn.Module]:
-    """transformers' Conv1D (GPT-2's layer, weight (in, out)) with `Linear16bit`'s forward."""
-    from transformers.pytorch_utils import Conv1D
+    """transformers' Conv1D with `Linear16bit`'s forward."""
 
-    class Conv1D16bit(Conv1D):
+    @plain_type
+    class Conv1D16bit(conv1d()):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             return frozen_linear(x, self)
 
     return Conv1D16bit
 
 
+plain_type(bnb.nn.Linear4bit)
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Stop bitsandbytes' own layers from repacking their weights as they evaluate on an AVX512-BF16 CPU.
+
+    A repacked weight neither trains nor dequantizes: see `Linear4bit`.
+
+    Raises:
+        InputError: a weight is repacked already.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise InputError(
+                    f"bitsandbytes has repacked the weight of {name} for evaluation, which cannot train any more; "
+                    "load the model again, and adapt it before it evaluates."
+                )
+
+
 def _decode_or_train(layer: Linear4bit | Linear16bit, x: Tensor) -> Tensor:
-    if layer.decode is not None and x.numel() <= DECODE_ROWS * x.shape[-1] and not torch.is_grad_enabled():
+    if (
+        layer.decode is not None
+        and autocast_dtype(x) is None
+        and x.numel() <= DECODE_ROWS * x.shape[-1]
+        and not torch.is_grad_enabled()
+    ):
         return layer.decode(x)
     return frozen_linear(x, layer)
 
@@ -156,7 +186,10 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def logical_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear4bit, Linear or Conv1D, however stored; of the whole layer if it holds a part."""
+    """(out, in) of a linear layer, however stored; of the whole layer if it holds a part."""
+    shape = registered_shape(layer)
+    if shape is not None:
+        return shape.out_features, shape.in_features
     if isinstance(layer, nn.Linear):
         rows, columns = layer.out_features, layer.in_features
     else:
@@ -214,8 +247,13 @@ class FrozenLinear(torch.autograd.Function):
 def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """(..., in) -> (..., out) through a frozen layer, whose bias may train; no activation is saved.
 
-    If the weight requires a gradient, an ordinary layer computes instead.
+    If the weight requires a gradient, an ordinary layer computes instead. Under autocast it computes in autocast's
+    dtype, as nn.Linear does.
     """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        with torch.autocast(x.device.type, enabled=False):
+            return frozen_linear(x.to(dtype), layer)
     weight: Any = layer.weight
     if weight.requires_grad:  # an adapter's copy, or an unfrozen 16-bit base
         weight = (weight if is_out_in(layer) else weight.T).to(x.dtype)
@@ -223,6 +261,14 @@ def frozen_linear(x: Tensor, layer: nn.Module) -> Tensor:
     return FrozenLinear.apply(x, layer.bias, layer)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast casts a linear layer's input; None outside of autocast, and for fp64."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def is_out_in(layer: nn.Module) -> bool:
     """Whether a layer stores its weight as (out, in); Conv1D has (in, out)."""
-    return isinstance(layer, (nn.Linear, FrozenMatrix))
+    return isinstance(layer, (nn.Linear, FrozenMatrix)) or registered_shape(layer) is not None

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from qlora.quant.layers import Linear4bit, frozen_linear
 from qlora.quant.library import Params4bit, QuantState, get_4bit_type, wrap_codes
+from qlora.quant.linear import plain_type
 from qlora.quant.parts import Divisible, local, whole
 from qlora.quant.weight import quantization_of, quantize_blocks, quantize_scales
 from qlora.system.errors import InputError
 
 
+@plain_type
 class ShardedLinear4bit(Divisible, nn.Linear):
     """A `Linear4bit` whose codes and scales are plain frozen parameters, so that FSDP2 shards their first axis.
 
@@ -46,7 +48,7 @@ class ShardedLinear4bit(Divisible, nn.Linear):
         blocks = state.absmax.numel()
         if blocks * self.config.block_size != math.prod(state.shape):
             raise InputError(
-                f"A weight of {tuple(state.shape)} is no whole number of blocks of {self.config.block_size}, and "
+                f"A weight of {tuple(state.shape)} does not have whole blocks of {self.config.block_size}, and "
                 "cannot be split; leave out --shard."
             )
         self._add("codes", (blocks, self.config.block_size // 2), torch.uint8)

@@ -1,4 +1,4 @@
-"""report.html while a run goes on, at no cost to it.
+"""report.html during a run, without slowing it down.
 
 Another process makes the page, of the lowest priority and the first to be killed where memory runs out: it takes
 nothing of the run's interpreter, its imports delay no step, and nothing that goes wrong there reaches the run.

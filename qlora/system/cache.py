@@ -14,6 +14,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("QLORA_CACHE") or "~/.cache/qlora").expanduser()
 
 
+def is_in_cache(path: Path) -> bool:
+    """Whether a file or directory is the cache or in it: those are private, whatever the umask."""
+    return path.is_relative_to(cache_directory())
+
+
 def make_cache() -> None:
     """Create `cache_directory`.
 
@@ -22,7 +27,9 @@ def make_cache() -> None:
     """
     path = cache_directory()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:

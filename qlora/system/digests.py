@@ -23,7 +23,7 @@ from typing import TypeVar
 import xxhash
 
 from qlora.system.cache import cache_directory, make_cache
-from qlora.system.files import new_directory, new_file, only_writer
+from qlora.system.files import make_directories, new_directory, new_file, only_writer
 from qlora.system.wording import tell
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def _remembered_digest(path: Path, before: list[int]) -> str:
     digest = content_digest(path)
     if _state(path) == before and before[-1] % 10**9:
         try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
+            make_directories(memory.parent)
             with new_file(memory) as staging:
                 staging.write_text(json.dumps({"path": str(path), "state": before, "digest": digest}))
         except (OSError, ValueError):  # no cache: it is digested again the next time

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+from qlora.system.cache import is_in_cache
 from qlora.system.errors import InputError
 from qlora.system.memory import is_out_of_memory
 from qlora.system.wording import explain
@@ -27,12 +28,35 @@ def new_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it replaces `target`, on an error nothing changes."""
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        yield staging
-        _settle(staging)
+        with _named(target):
+            yield staging
+            _settle(staging)
         os.replace(staging, target)
         _sync(target.parent)
     finally:
         staging.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Name `target` in the error of a full disk: a write names no file, and safetensors' error is no OSError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(target)
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if type(error).__name__ != "SafetensorError" or number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(target)) from error
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory and those above it; private ones in the cache, whatever the umask."""
+    for missing in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
+        missing.mkdir(mode=0o700 if is_in_cache(missing) else 0o777, exist_ok=True)
 
 
 @contextmanager
@@ -41,14 +65,15 @@ def new_directory(target: Path) -> Iterator[Path]:
 
     If `target` exists already (another process was faster), it stays.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directories(target.parent)
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    staging.mkdir(mode=0o700 if is_in_cache(target) else 0o777)
     try:
-        yield staging
-        for file in staging.rglob("*"):
-            _settle(file)
+        with _named(target):
+            yield staging
+            for file in staging.rglob("*"):
+                _settle(file)
         try:
             os.rename(staging, target)
         except OSError:
@@ -82,7 +107,7 @@ def only_writer(target: Path) -> Iterator[bool]:
     from filelock import FileLock
 
     lock = target.with_name(f"{target.name}.lock")
-    with FileLock(lock):
+    with FileLock(lock, mode=0o600 if is_in_cache(target) else -1):
         remove_leftovers(target.parent, target.name)
         yield not target.exists()
         lock.unlink(
@@ -91,13 +116,15 @@ def only_writer(target: Path) -> Iterator[bool]:
 
 
 def _settle(path: Path) -> None:
-    """Sync a file to disk and give it ordinary permissions (safetensors creates private files)."""
+    """Sync a file to disk, with ordinary permissions (safetensors' are private), or private ones in the cache."""
     if path.is_file():
         umask = os.umask(
             0o077
         )  # can only be read by setting it; a file that another thread creates now is private
         os.umask(umask)
-        path.chmod(0o666 & ~umask)
+        path.chmod(0o600 if is_in_cache(path) else 0o666 & ~umask)
+    elif is_in_cache(path):
+        path.chmod(0o700)
     _sync(path)
 
 

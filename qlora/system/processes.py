@@ -1,4 +1,4 @@
-"""A map over chunks in other processes: same results, same order, and nobody is left behind when one dies.
+"""A map over chunks in other processes: same results, same order, and no process survives when one dies.
 
 Each worker has a pipe of its own and one chunk at a time. A pipe ends with its process, so each side sees at
 once that the other is gone, whatever took it:

@@ -75,7 +75,7 @@ def importing_bitsandbytes() -> Iterator[None]:
     0.50.2), which loads inductor, a third of all that a run imports. They are compiled when they are called.
 
     Code from the hub: where the optional package `kernels` is installed, it fetches native code and runs it.
-    Nobody asked for that, so the package is hidden. Its absence is logged; no user can act on that.
+    This is not needed, so the package is hidden. Its absence is logged, which no user can act on.
     """
     import torch
 

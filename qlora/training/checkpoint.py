@@ -25,16 +25,22 @@ from torch import Tensor, nn
 from qlora.adapters.peft_files import AdapterSnapshot, read_adapter, write_adapter
 from qlora.config.lora import canonical
 from qlora.lora.base_shift import shift_base
+from qlora.lora.optimizer import MasterOptimizer
 from qlora.lora.state import load_lora_state_dict
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG, WEIGHTS
 from qlora.system.files import is_file_name, new_directory, sha256_of
 from qlora.system.versions import NUMERIC, versions
-from qlora.training.optimizer import MasterOptimizer
 from qlora.training.progress import Progress, badness
 
 FORMAT = 2
 STATE, OPTIMIZER = "state.json", "optimizer.safetensors"
+# Settings that are digests, which say nothing to a reader.
+_HASHED = {
+    "data": "the training data (its rows, or how they become tokens) differs",
+    "base": "the base differs",
+    "chat_template": "the chat template differs",
+}
 FILES = (CONFIG, WEIGHTS, OPTIMIZER)  # plus a tokenizer or base shift, if any
 
 
@@ -215,7 +221,7 @@ def load_checkpoint(
     saved, settings = canonical(state["settings"]), dict(settings)
     planned, plan = saved.pop("total_steps", None), settings.pop("total_steps", None)
     differing = [
-        f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
+        _HASHED.get(key) or f"{key} was {saved.get(key)!r}, is {settings.get(key)!r}"
         for key in sorted({*saved, *settings})
         if saved.get(key) != settings.get(key)
     ]
@@ -227,7 +233,7 @@ def load_checkpoint(
     if planned != plan:
         say(f"the run was planned for {planned} steps, now for {plan}; the learning rate follows the new plan")
     if differing:
-        say(f"--force-resume overrides {'; '.join(differing)}")
+        say(f"--force-resume overrides: {'; '.join(differing)}")
     current = versions(*NUMERIC)
     moved = [
         f"{name} {old} -> {current.get(name)}"

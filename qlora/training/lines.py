@@ -36,6 +36,7 @@ class LinesFile:
         progress: where the run resumes; lines of work to be repeated are dropped.
         is_done: whether a line's work will not be repeated.
         is_lazy: create the file only with its first line.
+        restore: called when the file is gone, to make its directory again.
     """
 
     def __init__(
@@ -44,28 +45,46 @@ class LinesFile:
         progress: Progress,
         is_done: Callable[[dict[str, Any], Progress], bool] = _is_done,
         is_lazy: bool = False,
+        restore: Callable[[], object] = lambda: None,
     ) -> None:
-        self.path, self._pending = path, b""
+        self.path, self._pending, self._restore = path, b"", restore
         self._file: FileIO | None = None
         if path.exists() or not is_lazy:
-            self._open([line for line in _whole_lines(path) if is_done(line, progress)])
+            kept = [line for line in _whole_lines(path) if is_done(line, progress)]
+            self._open("".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def _open(self, kept: list[dict[str, Any]]) -> FileIO:
+    def _open(self, content: bytes = b"") -> None:
         with new_file(self.path) as staging:
-            staging.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = self.path.open("ab", buffering=0)
-        return self._file
+            staging.write_bytes(content)
+        self._file = self.path.open("a+b", buffering=0)
+
+    def _find_again(self) -> None:
+        """Make the file for its first line, or again with all its lines if it was deleted, moved or replaced."""
+        if self._file is None:
+            if self._pending:
+                self._restore()
+                self._open()
+            return
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
+                return
+        except OSError:
+            pass
+        self._restore()
+        old = self._file
+        old.seek(0)  # its content stays as long as it is open
+        self._open(old.readall())
+        old.close()
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line; if the disk is full, it is kept and written before the next line."""
-        if self._file is None:
-            self._open([])
         self._pending += json.dumps(line).encode() + b"\n"
         self.flush()
 
     def flush(self) -> OSError | None:
         """Write pending lines; returns the error if that fails."""
         try:
+            self._find_again()
             while self._pending and self._file is not None:
                 self._pending = self._pending[self._file.write(self._pending) :]
         except OSError as error:

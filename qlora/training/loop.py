@@ -35,6 +35,7 @@ from torch import nn
 from qlora.data.batches import Batch, balance_by_length, make_batches, split_batch
 from qlora.data.example import Example
 from qlora.data.order import WindowOrder, sources_of
+from qlora.lora.optimizer import MasterOptimizer, take_gradients
 from qlora.lora.trainable import lora_parameters
 from qlora.model.base import ranks_of
 from qlora.parallel.watchdog import PeerWatch, watch_peers
@@ -42,7 +43,6 @@ from qlora.system.errors import StoppedOnRequest, TrainingStopped
 from qlora.system.memory import peak_memory_gib
 from qlora.training.held_out import AskStop, evaluate
 from qlora.training.observer import Observer
-from qlora.training.optimizer import MasterOptimizer
 from qlora.training.progress import Progress
 from qlora.training.skipped import keep_examples
 from qlora.training.step import (
@@ -154,8 +154,7 @@ class Trainer:
         """
         self.progress = progress or Progress()
         self.model.train()
-        for parameter in lora_parameters(self.model):
-            parameter.grad_dtype = torch.float32
+        take_gradients(lora_parameters(self.model), torch.float32)
         peers = watch_peers(self.accelerator)
         try:
             while self._goes_on():
@@ -174,6 +173,7 @@ class Trainer:
         else:
             self._end(None)
         finally:
+            take_gradients(lora_parameters(self.model), None)  # as any other optimizer expects them
             peers.leave(sys.exc_info()[1])
 
     def step(self) -> StepResult | None:

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
@@ -29,13 +30,16 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
 from qlora.data.batches import largest_micro_batch, lengths_of
+from qlora.data.chat_template import prints_date, today
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.order import WindowOrder
 from qlora.data.prompts import choose_prompts
 from qlora.data.python_rows import PythonRows
 from qlora.data.row_encoder import set_chat_template
 from qlora.data.tokenizer_files import add_tokens
+from qlora.lora.adalora_optimizer import build_adapter_optimizer
 from qlora.lora.adapter import inject_lora, set_tokenizer
+from qlora.lora.optimizer import MasterOptimizer
 from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import freeze_base, parameter_summary
 from qlora.model.tokenizer import load_tokenizer
@@ -44,11 +48,10 @@ from qlora.parallel.load import load_for_ranks
 from qlora.planning.memory import MemoryPlan
 from qlora.quant.weight import QuantConfig
 from qlora.system.device import choose_optimizer
-from qlora.system.errors import InputError
+from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
-from qlora.training.adalora_optimizer import build_adapter_optimizer
 from qlora.training.checkpoint import load_checkpoint
 from qlora.training.display import Display
 from qlora.training.fingerprint import run_settings
@@ -56,7 +59,6 @@ from qlora.training.held_out import HeldOut
 from qlora.training.lines import LinesFile, Metrics, is_sampled
 from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.observer import Observer, Stop
-from qlora.training.optimizer import MasterOptimizer
 from qlora.training.outcome import check_outcome, doubts
 from qlora.training.page import Page
 from qlora.training.progress import Progress
@@ -178,6 +180,9 @@ class TrainingRun:
         add_tokens(self.tokenizer, config.lora.new_tokens)
         if d.chat_template is not None:
             set_chat_template(self.tokenizer, d.chat_template)
+        if prints_date(self.tokenizer):
+            day = self.tokenizer.template_date = date.fromisoformat(self.directory.kept("date") or str(today()))
+            self.say(f"the chat template prints the date; this run keeps {day:%d %B %Y}, also when it is resumed")
         sources = Sources(
             [self.rows.get(name, name) for name in d.data],
             d.data_weights,
@@ -210,7 +215,7 @@ class TrainingRun:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
             lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
         else:
-            inject_lora(self.model, lora, t.seed, self.tokenizer)
+            inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
             freeze_base(self.model)
         if config.data.chat_template is not None:
             set_tokenizer(self.model, self.tokenizer)
@@ -223,6 +228,8 @@ class TrainingRun:
         self.settings = run_settings(
             self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
+        if prints_date(self.tokenizer):
+            self.settings["date"] = str(self.tokenizer.template_date)
         if config.generate.adapter is None and self.directory.checkpoint is None:
             initialize_adapter(self.model, lora)  # may change the base; settings hold the original's fingerprint
         self.optimizer = self._optimizer(lora, optim)
@@ -255,7 +262,15 @@ class TrainingRun:
             warmup = self.config.optimizer.warmup_steps
             for doubt in doubts(losses, counts, self.model.config.get_text_config().vocab_size, warmup):
                 self.say(doubt)
-        self.say(f"Adapter saved to {path}/. Loss curve: {path}/loss.png. Full report: {path}/report.html")
+            missing = self.directory.missing_files()
+            if missing:
+                raise TrainingStopped(
+                    f"{', '.join(missing)} of this run is missing in {path}: something deleted or moved it during "
+                    "the run. --resume auto goes on from a checkpoint that is left."
+                )
+        drawn = {"Loss curve": path / "loss.png", "Full report": path / "report.html"}
+        listed = [f" {name}: {file}." for name, file in drawn.items() if file.is_file()]
+        self.say(f"Adapter saved to {path}/.{''.join(listed)}".removesuffix("."))
 
     # ---- parts of the stages ------------------------------------------------------------------------------
 
@@ -327,8 +342,10 @@ class TrainingRun:
         self.directory.write_run(
             gather_facts(self.call, self.accelerator, self.model, self.plan, examples, len(self.held_out))
         )
-        metrics = LinesFile(path / "metrics.jsonl", self.progress)
-        return [metrics, LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True)]
+        restore = self.directory.restore
+        metrics = LinesFile(path / "metrics.jsonl", self.progress, restore=restore)
+        samples = LinesFile(path / "samples.jsonl", self.progress, is_sampled, is_lazy=True, restore=restore)
+        return [metrics, samples]
 
     def _sampler(self, display: Display, lines: list[LinesFile]) -> Sampler:
         """A sampler for the sample prompts; the main process writes, shows and tracks the answers."""

@@ -24,10 +24,12 @@ from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from qlora.system.errors import InputError
-from qlora.system.file_names import WEIGHTS
-from qlora.system.files import new_file, remove_leftovers
+from qlora.system.file_names import CONFIG, WEIGHTS
+from qlora.system.files import make_directories, new_file, remove_leftovers
 from qlora.system.redact import redact
 from qlora.training.checkpoint import find_checkpoint, list_checkpoints, read_state, step_of
+
+RUN = "run.json"
 
 
 class RunDirectory:
@@ -49,6 +51,7 @@ class RunDirectory:
     ) -> None:
         self.path, self.accelerator, self.is_main = Path(output_dir), accelerator, accelerator.is_main_process
         self.settings: dict[str, Any] = json.loads(redact(json.dumps(settings)))
+        self._run: str | None = None  # the content of run.json
         self._lock = FileLock(self.path / ".lock", timeout=0)
         try:
             if self.is_main:
@@ -79,9 +82,11 @@ class RunDirectory:
 
     def compute_dtype(self, asked: str) -> str:
         """The compute dtype; a resumed run keeps its first, since measuring again could choose another."""
-        if self.checkpoint is None or asked != "auto":
-            return asked
-        return str(read_state(self.checkpoint)["settings"].get("compute_dtype", asked))
+        return asked if asked != "auto" else str(self.kept("compute_dtype") or asked)
+
+    def kept(self, name: str) -> Any:
+        """A setting of the run that is resumed; None for a new run."""
+        return None if self.checkpoint is None else read_state(self.checkpoint)["settings"].get(name)
 
     def set_aside_later(self, step: int) -> None:
         """Move away checkpoints later than `step`, so that --resume auto does not use them."""
@@ -92,11 +97,36 @@ class RunDirectory:
                 os.replace(path, aside)
                 self.accelerator.print(f"{path} is later than the checkpoint resumed from; kept as {aside.name}")
 
+    def restore(self) -> None:
+        """Make the directory again if it was deleted or moved while the run goes on: its lock, and run.json.
+
+        Raises:
+            OSError: that is not possible, or another run has taken its place.
+        """
+        if self._lock.is_locked and not Path(self._lock.lock_file).is_file():
+            self.accelerator.print(f"--output-dir {self.path} is gone (deleted or moved); it is made again")
+            self._lock.release()
+            make_directories(self.path)
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise OSError(f"another run is writing to {self.path}") from error
+            self._write_run()
+
+    def missing_files(self) -> list[str]:
+        """Names of the files that a finished run must have and that are not there."""
+        return [name for name in (WEIGHTS, CONFIG, "metrics.jsonl", RUN) if not (self.path / name).is_file()]
+
     def write_run(self, facts: dict[str, Any] | None = None) -> None:
         """Write run.json: the settings, and facts of this start (`gather_facts`)."""
         known = {"facts": json.loads(redact(json.dumps(facts)))} if facts is not None else {}
-        with new_file(self.path / "run.json") as file:
-            file.write_text(json.dumps(self.settings | known, indent=2) + "\n")
+        self._run = json.dumps(self.settings | known, indent=2) + "\n"
+        self._write_run()
+
+    def _write_run(self) -> None:
+        if self._run is not None:
+            with new_file(self.path / RUN) as file:
+                file.write_text(self._run)
 
     def _claim(self) -> None:
         """Check that the directory is writable, lock it, and delete partial files of a killed run."""

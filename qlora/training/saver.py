@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from qlora.adapters.peft_files import AdapterSnapshot, snapshot_adapter, write_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import lora_layers
+from qlora.lora.optimizer import MasterOptimizer
 from qlora.system.errors import InputError, StoppedOnRequest, TrainingStopped
 from qlora.system.files import new_file
 from qlora.system.redact import redact
@@ -36,7 +37,6 @@ from qlora.training.checkpoint import (
 )
 from qlora.training.lines import LinesFile
 from qlora.training.observer import Observer
-from qlora.training.optimizer import MasterOptimizer
 from qlora.training.progress import Progress
 from qlora.training.run_directory import RunDirectory
 from qlora.training.step import StoppedAtStep
@@ -189,6 +189,7 @@ class CheckpointWriter:
         try:
             if unwritten is not None:
                 raise unwritten
+            self.directory.restore()
             for file in self.lines:
                 file.sync()
             save_checkpoint(path, progress, adapter, moments, self.settings, self.directory.settings)

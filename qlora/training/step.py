@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from qlora.data.batches import Batch, make_batches
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.lora.adapter import active_adapter, lora_layers
+from qlora.lora.optimizer import MasterOptimizer
 from qlora.model.base import ranks_of
 from qlora.model.loss import causal_lm_loss
 from qlora.system.errors import TrainingStopped
 from qlora.system.memory import is_out_of_memory
 from qlora.system.ranks import Ranks
-from qlora.training.optimizer import MasterOptimizer
 
 
 class NonFiniteStep(TrainingStopped):

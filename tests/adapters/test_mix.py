@@ -202,7 +202,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_ours(llama: Path, directory: Path, seed: int, **settings: Any) -> Path:
     config = LoRAConfig(**{"rank": 4, "alpha": 6.0, "adapter_dtype": "float32", **settings})
     network = load_base_model(str(llama), compute_dtype="float32", cache=False)
-    model = get_lora_model(network, config, base_model=str(llama))
+    model = get_lora_model(network, config, base_name=str(llama))
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.lora_parameters():
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)

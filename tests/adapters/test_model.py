@@ -185,7 +185,7 @@ def test_saved_by_functions_or_by_the_object(llama: Path, tmp_path: Path) -> Non
     inject_lora(network, config, seed=11)
     freeze_base(network)
     save_adapter(network, tmp_path / "functions", config, "base")
-    get_lora_model(base(llama), config, seed=11, base_model="base").save(tmp_path / "object")
+    get_lora_model(base(llama), config, seed=11, base_name="base").save(tmp_path / "object")
     assert_same_files(tmp_path / "functions", tmp_path / "object")
 
 
@@ -222,7 +222,7 @@ def zoo(biased: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 @pytest.fixture
 def crowd(biased: Path, zoo: dict[str, Path]) -> LoRAModel:
     """All of them on one base, none active."""
-    model = LoRAModel(base(biased), base_model=str(biased)).eval()
+    model = LoRAModel(base(biased), base_name=str(biased)).eval()
     for name, directory in zoo.items():
         model.load_adapter(directory, name)
     return model
@@ -400,7 +400,7 @@ def test_delete(biased: Path, crowd: LoRAModel) -> None:
     crowd.delete_adapter("wide")
     assert crowd.active_adapter is None and "wide" not in crowd.adapters and weights() is None
     assert torch.equal(logits(crowd), logits(base(biased)))
-    with pytest.raises(InputError, match=r"no adapter 'wide'; this model has dora, patterns"):
+    with pytest.raises(InputError, match=r"Unknown adapter 'wide'; this model has dora, patterns"):
         crowd.set_adapter("wide")
     crowd.add_adapter("wide", LoRAConfig())
 
@@ -429,7 +429,7 @@ def test_names(crowd: LoRAModel, zoo: dict[str, Path]) -> None:
         lambda: crowd.save("nowhere", "none"),
         lambda: crowd.add_weighted_adapter(["none"], [1.0], "new"),
     ):
-        with pytest.raises(InputError, match="no adapter 'none'; this model has plain, wide"):
+        with pytest.raises(InputError, match="Unknown adapter 'none'; this model has plain, wide"):
             call()
 
 

@@ -82,7 +82,7 @@ def randomize(model: nn.Module, seed: int = 0) -> None:
 
 def adapted(directory: Path, use_4bit: bool = True, **settings: Any) -> LoRAModel:
     config = LoRAConfig(**{"rank": 4, "alpha": 6.0, "adapter_dtype": "float32", **settings})
-    model = get_lora_model(base(directory, use_4bit), config, base_model=str(directory))
+    model = get_lora_model(base(directory, use_4bit), config, base_name=str(directory))
     randomize(model)
     return model.eval()
 
@@ -266,7 +266,7 @@ def test_every_field_is_one_of_pefts(saved: Path) -> None:
 
 
 def test_saving_a_model_without_adapters(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="no LoRA layers"):
+    with pytest.raises(InputError, match="nothing can be saved"):
         save_adapter(base(llama), tmp_path / "adapter", LoRAConfig())
     assert not (tmp_path / "adapter").exists()
 

@@ -25,6 +25,7 @@ from qlora.cli.exits import run
 from qlora.config.lora import LoRAConfig
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.lora.adapter import inject_lora
+from qlora.lora.optimizer import build_optimizer
 from qlora.lora.state import lora_state_dict
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
@@ -33,7 +34,6 @@ from qlora.quant.weight import QuantConfig, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
 from qlora.training.held_out import evaluate
 from qlora.training.loop import Limits, Trainer, TrainingData
-from qlora.training.optimizer import build_optimizer
 from qlora.training.schedule import build_schedule
 from tests.models import save_tiny_llama
 from tests.shortcuts import load_examples

@@ -51,7 +51,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("chat")
     base = save_tiny_llama(directory / "base", tokenizer=tiny_tokenizer(), max_position_embeddings=4096)
     for seed, name in enumerate(("sql", "poem")):
-        model = LoRAModel(load(base), LoRAConfig(rank=4), seed=seed, base_model=str(base))
+        model = LoRAModel(load(base), LoRAConfig(rank=4), seed=seed, base_name=str(base))
         for parameter in model.lora_parameters():
             torch.nn.init.normal_(parameter, std=0.2)
         model.save(directory / name)
@@ -65,7 +65,7 @@ def load(base: Path) -> Any:
 def start(tiny: Path, adapters: tuple[str, ...] = ("sql", "poem"), **settings: Any) -> Chat:
     """A chat whose console is a buffer; the first adapter is active."""
     name = str(tiny / "base")
-    model = LoRAModel(load(tiny / "base"), base_model=name)
+    model = LoRAModel(load(tiny / "base"), base_name=name)
     console = Console(file=io.StringIO(), soft_wrap=True)
     chat = Chat(model, name, settings.pop("options", OPTIONS), console=console, **settings)
     for adapter in adapters:
@@ -172,7 +172,7 @@ def test_each_adapter_answers_with_its_own_tokenizer(tiny: Path, tmp_path: Path)
     tokenizer = load_tokenizer(str(tiny / "base"))
     add_tokens(tokenizer, ["<tool>"])
     config = LoRAConfig(rank=4, new_tokens="<tool>")
-    model = LoRAModel(load(tiny / "base"), config, base_model=str(tiny / "base"), tokenizer=tokenizer)
+    model = LoRAModel(load(tiny / "base"), config, base_name=str(tiny / "base"), tokenizer=tokenizer)
     model.save(tmp_path / "tools")
     chat = start(tiny, ("sql",))
     chat.command(f"/adapter {tmp_path / 'tools'}")
@@ -305,7 +305,7 @@ def test_an_adapter_is_named_by_its_directory_or_by_hand(
 
 def test_the_base_of_a_pissa_adapter_does_not_answer_alone(tiny: Path, tmp_path: Path) -> None:
     """It was changed for the adapter: said in one sentence, and the chat goes on with the adapter."""
-    model = LoRAModel(load(tiny / "base"), LoRAConfig(rank=4, init="pissa"), base_model=str(tiny / "base"))
+    model = LoRAModel(load(tiny / "base"), LoRAConfig(rank=4, init="pissa"), base_name=str(tiny / "base"))
     for parameter in model.lora_parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     model.save(tmp_path / "pissa")

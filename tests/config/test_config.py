@@ -25,7 +25,7 @@ from qlora.cli.exits import run
 from qlora.config.data import DataConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
-from qlora.config.parse import config_file_flags, parse_args
+from qlora.config.parse import _OURS, ALIASES, _field_names, config_file_flags, parse_args
 from qlora.config.run import RunConfig
 from qlora.config.saving import SavingConfig
 from qlora.config.watching import WatchingConfig
@@ -373,6 +373,30 @@ def test_file_text_is_taken_as_it_is(tmp_path: Path, prompt: str) -> None:
     assert parse_file(tmp_path, yaml.safe_dump({"prompt": prompt})).generate.prompt == prompt
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--lora-r", "8"], "--lora-r is called --rank here"),
+        (["--lora_alpha=8"], "--lora_alpha is called --alpha here"),
+        (["--per-device-train-batch-size", "2"], "--batch-size here"),
+        (["--bf16"], "--bf16 is called --compute-dtype here"),
+        (["--optim", "adamw_torch"], "--optim adamw_torch is called adamw here; write --optim adamw"),
+        (["--compute-dtype=bf16"], "write --compute-dtype bfloat16"),
+        (["--use-4bit", "true"], "--use-4bit takes no value; write --use-4bit"),
+        (["--packing=False"], "--packing takes no value; write --no-packing"),
+    ],
+)
+def test_names_of_other_tools_are_answered_with_ours(flags: list[str], expected: str) -> None:
+    with pytest.raises(InputError, match=expected):
+        parse_args(RunConfig, "train", flags)
+
+
+def test_other_tools_names_lead_to_settings() -> None:
+    names = _field_names(RunConfig)
+    assert set(ALIASES) <= names.keys() and not {*_OURS} & names.keys()
+    assert len(_OURS) == sum(len(aliases.split()) for aliases in ALIASES.values()) > 40
+
+
 def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     assert parse_file(tmp_path, "# nothing yet\n") == RunConfig()
 
@@ -381,7 +405,8 @@ def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("ranks: 8", r"unknown key 'ranks'; did you mean rank\?"),
-        ("lora:\n  rank: 8", r"unknown key 'lora'"),
+        ("lora:\n  rank: 8", r"'lora' is a section, and there are none here; .* at the left margin, as `rank: "),
+        ("lora_r: 8", r"unknown key 'lora_r'; it is called rank here"),
         ("zzz: 1", r"unknown key 'zzz'; known keys: .*learning_rate.*"),
         ("a: b: c", r"not valid YAML"),
         ("rank: [8", r"not valid YAML"),
@@ -401,7 +426,7 @@ def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         ("? [1, 2]\n: 3", r"not valid YAML|unknown key"),
         ("data: !!binary aGk=", r"write a single value"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_wrong_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def test_a_resumed_run_ends_alike(run: Path, folder: Path, tmp_path: Path, optio
     assert state_of(tmp_path) == state_of(run)
     for changed, expected in (
         (["--data-weights", "2,0.5,2"], r"data_weights was \[2.0, 0.5, 1.0\], is \[2.0, 0.5, 2.0\]"),
-        (["--chat-template", str(folder / "other.jinja")], "chat_template was '"),
-        (["--train-on", "all"], "data was '"),
+        (["--chat-template", str(folder / "other.jinja")], "the chat template differs"),
+        (["--train-on", "all"], r"the training data \(its rows, or how they become tokens\) differs"),
     ):
         (folder / "other.jinja").write_text(HERMES)
         with pytest.raises(InputError, match=expected):
@@ -199,3 +200,18 @@ def test_two_processes_end_alike(run: Path, folder: Path, tmp_path: Path, monkey
     assert len(ours[0]) == len(theirs[0]) and ours[2] == theirs[2]
     for (step, loss, held_out), (other_step, other_loss, other_held_out) in zip(ours[0], theirs[0], strict=True):
         assert step == other_step and (loss or held_out) == pytest.approx(other_loss or other_held_out, rel=1e-4)
+
+
+def test_a_run_keeps_the_date_of_its_template(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the next day it was refused as another run, or went on with the tokens of the day before."""
+    dated = tmp_path / "dated.jinja"
+    dated.write_text("{{ strftime_now('%d %b %Y') }}" + CHATML_TEMPLATE)
+    flags = ["--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"), "--on-bad-row", "skip"]
+    flags += ["--chat-template", str(dated), "--compute-dtype", "float32", "--no-token-cache"]
+    flags += ["--output-dir", str(tmp_path / "out"), "--max-steps"]
+    for day, options in ((1, ["1"]), (2, ["2", "--resume", "auto"])):
+        monkeypatch.setattr("qlora.training.run.today", lambda day=day: date(2026, 3, day))
+        train.main([*flags, *options])
+        assert "the chat template prints the date; this run keeps 01 March 2026" in capsys.readouterr().out

@@ -63,6 +63,12 @@ def test_too_few_rows_to_split(tmp_path: Path) -> None:
         load_examples(str(tmp_path / "one.jsonl"), tiny_tokenizer(), 256, eval_split=0.5, say=lambda line: None)
 
 
+def test_a_share_that_leaves_nothing_to_train_on(source: str) -> None:
+    """It said that 40 rows are too few to hold some out."""
+    with pytest.raises(InputError, match="holds out all 40 examples and leaves none to train on; pass a smaller"):
+        load_examples(source, tiny_tokenizer(), 256, eval_split=0.99, say=lambda line: None)
+
+
 BAD_ROWS = ['{"prompt": "Q", "completion": null}\n', '{"prompt": "cut of']
 
 

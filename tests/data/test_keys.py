@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from qlora.cli.show_check import print_check
-from qlora.data.chat_template import Messages
+from qlora.data.chat_template import Messages, today
 from qlora.data.check import check_data
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_prompt, encode_records
@@ -24,7 +25,7 @@ from qlora.data.keys import NOT_PRINTED, PART_KEYS, describe_notes
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import read_records
 from qlora.data.row_encoder import SPELLED_OUT, end_of_turn_id
-from qlora.data.rows import BadRow, Record
+from qlora.data.rows import MIXED, BadRow, Record
 from qlora.report.page import describe_origin
 from qlora.report.run import Run
 from tests.data.test_chat_template import HERMES
@@ -408,3 +409,46 @@ def test_every_key_is_used_or_named(fields: dict[str, Any], extras: list[Any], t
         assert is_used or is_known or key in noted, (key, value, report.notes)
     if not extras:
         assert rows[0].input_ids.tolist() == plain[0].input_ids.tolist()
+
+
+# ---- a date in the template, and columns of mixed kinds ---------------------------------------------------------
+
+DATED = "{{ strftime_now('%d %b %Y') }} " + CHATML_TEMPLATE
+
+
+def test_a_template_that_prints_the_date(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Yesterday's tokens came from the cache; a run keeps its own date."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "Hi", "completion": "Hello"}) + "\n")
+    texts = []
+    for day in ("2026-03-01", "2026-03-02", "2026-03-01"):
+        tokenizer = tokenizer_of(DATED)
+        tokenizer.template_date = date.fromisoformat(day)
+        examples, _ = load_examples(
+            Sources([str(path)]), Encoder(tokenizer, LONG, cache=True), say=lambda line: None
+        )
+        texts.append(text_of(examples[0])[:11])
+        assert tokenizer.decode(encode_prompt([USER], tokenizer)).startswith(texts[-1])
+    assert texts == ["01 Mar 2026", "02 Mar 2026", "01 Mar 2026"]
+    assert text_of(encode({"prompt": "Hi", "completion": "Hello"}, DATED)[0]).startswith(f"{today():%d %b %Y}")
+
+
+def test_texts_that_datasets_reads_as_json_are_named(tmp_path: Path) -> None:
+    """`datasets` 5.2 takes the quotes off, if another row of the column is no text."""
+    path = tmp_path / "a.jsonl"
+    answers: list[Any] = ['"said"', {"x": 1}]
+    path.write_text("".join(json.dumps({"prompt": "Hi", "completion": answer}) + "\n" for answer in answers))
+    dataset = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    bad_rows: list[BadRow] = []
+    examples, report = encode_records(
+        read_records(PythonRows("data", dataset)), tokenizer_of(), LONG, bad_rows=bad_rows
+    )
+    if text_of(examples[0], trained=True) == "said<|im_end|>":
+        assert report.notes == {MIXED: {"completion": 1}}
+    else:
+        assert text_of(examples[0], trained=True) == '"said"<|im_end|>'
+    assert len(bad_rows) == 1
+    tools = {"tools": [{"name": "f", "x": 1}], "messages": PAIR}
+    rows = read_records(PythonRows("d", Dataset.from_list([tools])))
+    assert not encode_records(rows, tokenizer_of(HERMES), LONG)[1].notes

@@ -52,7 +52,7 @@ def test_our_commands_parse(line: str) -> None:
 def test_an_adapter_has_what_vllm_and_peft_read(tmp_path: Path, settings: dict[str, Any], rank: int) -> None:
     """vLLM's PEFTHelper wants r, lora_alpha and target_modules, and no DoRA, bias or saved modules beside them."""
     base = str(save_tiny_llama(tmp_path / "base"))
-    model = LoRAModel(load_base_model(base, cache=False), LoRAConfig(**settings), base_model=base)
+    model = LoRAModel(load_base_model(base, cache=False), LoRAConfig(**settings), base_name=base)
     model.save(tmp_path / "out")
     written = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["base_model_name_or_path"]) == (rank, 16.0, base)

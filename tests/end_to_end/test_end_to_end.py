@@ -150,10 +150,10 @@ def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pyte
     from qlora.config.lora import LoRAConfig
     from qlora.data.batches import make_batches
     from qlora.lora.adapter import inject_lora
+    from qlora.lora.optimizer import BETAS, EPS, build_optimizer
     from qlora.lora.trainable import freeze_base, lora_parameters
     from qlora.model.load import load_base_model
     from qlora.model.tokenizer import load_tokenizer
-    from qlora.training.optimizer import BETAS, EPS, build_optimizer
     from qlora.training.step import train_step
     from tests.shortcuts import load_examples
 

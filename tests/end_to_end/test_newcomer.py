@@ -152,7 +152,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from qlora import LoRAConfig, get_lora_model, load_base_model
 
     for name in ("A", "B", "other", "out"):
-        get_lora_model(load_base_model(str(model)), LoRAConfig(), base_model=str(model)).save(directory / name)
+        get_lora_model(load_base_model(str(model)), LoRAConfig(), base_name=str(model)).save(directory / name)
     for name in ("before", "after"):
         measured = [
             "exact_match",

@@ -273,3 +273,11 @@ def test_names_that_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ):
         assert public_name(name) == told
     assert is_hub_id("a/b") and not is_hub_id("a") and not is_hub_id("a/b/c") and not is_hub_id("a/b\n")
+
+
+def test_a_title_is_plain_text(tmp_path: Path) -> None:
+    """A name that would be a picture, HTML or code."""
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    name = "<img src=x onerror=alert(1)>![a](x)`code`*b*&amp;"
+    title = make_card(tmp_path, repo=f"owner/{name}").partition("---\n# ")[2].splitlines()[0]
+    assert title == r"&lt;img src=x onerror=alert(1)&gt;!\[a\](x)\`code\`\*b\*&amp;amp;"

@@ -58,7 +58,7 @@ def make_adapter(base: Path, directory: Path, quant: QuantConfig | None = QuantC
     """An adapter with random A and B, as after training."""
     network = load_base_model(str(base), quant is not None, quant, compute_dtype="float32", cache=False)
     config = LoRAConfig(**{"rank": 4, "alpha": 6.0, **settings})
-    model = get_lora_model(network, config, base_model=str(base))
+    model = get_lora_model(network, config, base_name=str(base))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.lora_parameters():
         parameter.data = (0.2 * torch.randn(parameter.shape, generator=generator)).to(parameter.dtype)

@@ -21,12 +21,12 @@ from qlora.config.lora import LoRAConfig
 from qlora.config.merge import MergeOptions
 from qlora.export.merge import merge_adapter
 from qlora.lora.adalora import BudgetSchedule, ScaledRows, pack_triplets, plan_budget, unpack_triplets
+from qlora.lora.adalora_optimizer import AdaLoRAOptimizer, build_adapter_optimizer
 from qlora.lora.adapter import inject_lora, lora_layers
+from qlora.lora.optimizer import BETAS, EPS
 from qlora.lora.trainable import freeze_base
 from qlora.model.load import load_base_model
 from qlora.system.errors import InputError
-from qlora.training.adalora_optimizer import AdaLoRAOptimizer, build_adapter_optimizer
-from qlora.training.optimizer import BETAS, EPS
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
 from tests.tiny import tiny_tokenizer

@@ -16,6 +16,7 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import activate, active_adapter, inject_lora, lora_layers
 from qlora.lora.dora import DoRA, weight_norm
 from qlora.lora.layer import LoRALinear
+from qlora.lora.optimizer import take_gradients
 from qlora.lora.state import load_lora_state_dict, lora_state_dict
 from qlora.lora.targets import linear_layers, match_targets
 from qlora.lora.trainable import (
@@ -136,12 +137,16 @@ def test_fused_equals_composed(kind: str, dtype: torch.dtype, bias: bool, dropou
 
 
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_gradients_are_fp32_whatever_the_adapter_is(compute: torch.dtype) -> None:
+@pytest.mark.parametrize("taken", [None, torch.float32])
+def test_gradients_are_the_parameters_or_fp32_ones(compute: torch.dtype, taken: torch.dtype | None) -> None:
     layer = make_lora("4bit", dtype=torch.bfloat16)
+    factors = layer.weights.lora_A, layer.weights.lora_B
     layer(gaussian(5, COLUMNS, dtype=compute)).sum().backward()
-    for parameter in (layer.weights.lora_A, layer.weights.lora_B):
+    take_gradients(factors, taken)
+    layer(gaussian(5, COLUMNS, dtype=compute)).sum().backward()
+    for parameter in factors:
         assert parameter.dtype == torch.bfloat16
-        assert parameter.grad is not None and parameter.grad.dtype == torch.float32
+        assert parameter.grad is not None and parameter.grad.dtype == (taken or torch.bfloat16)
 
 
 def test_dropout_drops_only_in_training() -> None:
@@ -191,6 +196,7 @@ def test_accumulated_micro_batches_equal_one_batch() -> None:
     """64 micro-batches in bf16 compute: gradients add up in fp32, so their error is that of one micro-batch's
     own rounding, averaged; adding in bf16 loses several times more."""
     layer = make_lora("4bit", dtype=torch.bfloat16)
+    take_gradients(layer.weights.parameters(), torch.float32)
     x, dy = gaussian(64, 16, COLUMNS, seed=3), gaussian(64, 16, ROWS, seed=4)
     dy += 0.5  # a common part, so that the sum grows as a loss's gradient does
     in_bf16: list[Tensor] = [torch.zeros_like(p) for p in (layer.weights.lora_A, layer.weights.lora_B)]

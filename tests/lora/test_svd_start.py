@@ -23,6 +23,7 @@ from qlora.export.merge import merge_adapter
 from qlora.lora.adapter import activate, inject_lora, lora_layers
 from qlora.lora.base_shift import base_shift
 from qlora.lora.linalg import split_svd, truncated_svd
+from qlora.lora.optimizer import build_optimizer
 from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
@@ -30,7 +31,6 @@ from qlora.model.weights import read_weights
 from qlora.quant import layers as quantize
 from qlora.quant.weight import QuantConfig, quantize_weight
 from qlora.system.errors import InputError
-from qlora.training.optimizer import build_optimizer
 from tests.models import save_tiny_llama
 from tests.reference import dense_weight, dequantize, relative_error
 from tests.tiny import tiny_tokenizer

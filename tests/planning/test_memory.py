@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora, lora_layers
+from qlora.lora.optimizer import build_optimizer
 from qlora.lora.trainable import freeze_base
 from qlora.model.attention import packed_arguments
 from qlora.model.base import base_info
@@ -33,7 +34,6 @@ from qlora.system import device
 from qlora.system.device import best_device, choose_compute_dtype
 from qlora.system.errors import InputError
 from qlora.system.memory import GIB, available_memory, peak_memory_gib
-from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.shortcuts import plan_memory

@@ -19,6 +19,7 @@ from qlora.config.optimizer import OptimizerConfig
 from qlora.config.run import RunConfig
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import inject_lora
+from qlora.lora.optimizer import build_optimizer
 from qlora.lora.trainable import freeze_base, parameter_summary
 from qlora.model.base import base_info
 from qlora.model.load import load_base_model, plan_base_model
@@ -27,7 +28,6 @@ from qlora.planning.memory import plan_recomputing
 from qlora.planning.planner import Planner
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
-from qlora.training.optimizer import build_optimizer
 from qlora.training.recompute import choose_recomputed_layers
 from tests.models import save_tiny_llama
 from tests.shortcuts import plan_memory

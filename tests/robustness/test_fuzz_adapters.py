@@ -89,7 +89,7 @@ def base(llama: Path) -> Any:
 def adapted(llama: Path) -> Any:
     """The same with adapters of rank 4."""
     network = load_base_model(str(llama), compute_dtype="float32", cache=False)
-    model = get_lora_model(network, LoRAConfig(rank=4, adapter_dtype="float32"), base_model=str(llama)).model
+    model = get_lora_model(network, LoRAConfig(rank=4, adapter_dtype="float32"), base_name=str(llama)).model
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.weights.lora_B, std=0.1)
     return model
@@ -99,7 +99,7 @@ def adapted(llama: Path) -> Any:
 def whole(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A good adapter, of rank 4."""
     network = load_base_model(str(llama), compute_dtype="float32", cache=False)
-    model = get_lora_model(network, LoRAConfig(rank=4, adapter_dtype="float32"), base_model=str(llama))
+    model = get_lora_model(network, LoRAConfig(rank=4, adapter_dtype="float32"), base_name=str(llama))
     generator = torch.Generator().manual_seed(0)
     for parameter in model.lora_parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
@@ -125,7 +125,7 @@ VARIANT = dict(
 def varied(llama: Path) -> Any:
     """The model with an active adapter of all variants together."""
     network = load_base_model(str(llama), compute_dtype="float32", cache=False)
-    model = get_lora_model(network, LoRAConfig(**VARIANT), base_model=str(llama))
+    model = get_lora_model(network, LoRAConfig(**VARIANT), base_name=str(llama))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.lora_parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -468,7 +468,7 @@ TENSORS_OF_VARIANTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] =
     "two biases": (lambda s: s.update({f"{Q0}.bias": s[BIAS] + 1}), "under two names"),
     "bias of a layer without": (
         lambda s: s.update({f"{PREFIX}model.layers.0.mlp.up_proj.bias": torch.ones(32)}),
-        "up_proj.bias is no parameter",
+        "up_proj.bias is not a fully trainable parameter",
     ),
     "bias of another layer": (
         lambda s: s.update({f"{PREFIX}model.layers.0.self_attn.k_proj.bias": torch.ones(16)}),

@@ -36,6 +36,7 @@ from qlora.data.encode import encode_prompt
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.data.order import WindowOrder
 from qlora.lora.adapter import inject_lora
+from qlora.lora.optimizer import MasterOptimizer, build_optimizer
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
 from qlora.system.errors import StoppedOnRequest
@@ -52,7 +53,6 @@ from qlora.training.held_out import HeldOut
 from qlora.training.lines import LinesFile, Metrics
 from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.observer import Observer, Stop
-from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.saver import Saver
 from qlora.training.schedule import build_schedule

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -63,9 +64,7 @@ def copied(llama: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def saved(llama: Path, tmp_path: Path) -> Path:
-    model = get_lora_model(
-        load_base_model(str(llama), compute_dtype="float32", cache=False), base_model=str(llama)
-    )
+    model = get_lora_model(load_base_model(str(llama), compute_dtype="float32", cache=False), base_name=str(llama))
     model.save(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -601,8 +600,8 @@ def test_outputs_have_ordinary_permissions(whole_run: tuple[Path, dict[str, Any]
     names = {path.name for path in written}
     assert {WEIGHTS, CONFIG, "metrics.jsonl", "loss.png", "run.json", "model.safetensors", "README.md"} <= names
     for path in written:
-        wanted = 0o777 if path.is_dir() else 0o666
-        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~0o027, path.relative_to(work)
+        wanted, hidden = 0o777 if path.is_dir() else 0o666, 0o077 if path.is_relative_to(work / "cache") else 0o027
+        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~hidden, path
 
 
 def test_no_token_is_kept_or_shown(whole_run: tuple[Path, dict[str, Any], str]) -> None:
@@ -632,8 +631,8 @@ def test_permissions_follow_the_umask(
     written = list(tmp_path.rglob("*"))
     assert {"new", "deep", "adapter", "merged", WEIGHTS, "config.json"} <= {path.name for path in written}
     for path in written:
-        wanted = 0o777 if path.is_dir() else 0o666
-        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~umask, path.relative_to(tmp_path)
+        wanted, is_private = 0o777 if path.is_dir() else 0o666, path.is_relative_to(tmp_path / "new" / "cache")
+        assert stat.S_IMODE(path.stat().st_mode) == wanted & ~(0o077 if is_private else umask), path
     assert os.umask(umask) == umask
 
 
@@ -646,6 +645,18 @@ SECRETS = {
     "token in a URL": ("git+https://abc123@github.com/a/b", "git+https://[redacted]@github.com/a/b"),
     "bearer": ("Authorization: Bearer abc.DEF-123_x/y+z=0123", "Authorization: Bearer [redacted]"),
     "twice": ("hf_" + "a1" * 17 + " hf_" + "b2" * 17, "[redacted] [redacted]"),
+    "GitHub": ("ghp_" + "aB3d" * 9 + " github_pat_" + "11AB_cd" * 6, "[redacted] [redacted]"),
+    "GitLab": ("glpat-" + "aB3d" * 5, "[redacted]"),
+    "AWS": ("id AKIA" + "ABCD2345" * 2 + ".", "id [redacted]."),
+    "Google": ("AIza" + "Sy3_-" * 7, "[redacted]"),
+    "npm": ("npm_" + "aB3d" * 9, "[redacted]"),
+    "Slack": ("xoxb-123456789012-abcDEF", "[redacted]"),
+    "Slack's hook": ("https://hooks.slack.com/services/T0/B1/x2", "https://hooks.slack.com/services/[redacted]"),
+    "wandb": ("/runs/wandb_v1_" + "aB3d" * 9 + "_x9/out", "/runs/[redacted]/out"),
+    "PyPI": ("pypi-AgEI" + "aB3d" * 12, "[redacted]"),
+    "web token": ("eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.abc_-DEF", "[redacted]"),
+    "private key": ("-----BEGIN RSA PRIVATE KEY-----\nab\n-----END RSA PRIVATE KEY-----\nx", "[redacted]\nx"),
+    "query": ("https://host/x?api_key=aB3dE6gH9kaB3dE6&y=1", "https://host/x?api_key=[redacted]&y=1"),
     "in quotes": ("'hf_" + "a1" * 17 + "'", "'[redacted]'"),
 }
 
@@ -662,6 +673,8 @@ def test_secrets_are_redacted(kind: str) -> None:
         "", "/home/me/models/llama-7b", "HuggingFaceTB/SmolLM2-135M-Instruct", "C:\\models\\sk-learn", "task-sk-1",
         "hf_cache/models--owner--name", "/data/hf_finetuned_checkpoint_of_today", "hf_transfer", "me@host.org",
         "https://huggingface.co/owner/model?x=a@b", "scp me@host:/path", "the bearer of a ring", "lr 2e-4\nloss 1",
+        "ghp_short", "AKIA in a word", "npm_config_cache", "gsk_", "xoxb-", "eos_token=<|im_end|>", "pad_token=0",
+        "wandb_v1_", "--new-tokens=<call_2026>", "num_tokens=1234", "glued-together-words", "SG.1.2", "r8_1",
         "model-00001-of-00002.safetensors", "bearer certificates", "q_proj,v_proj", "ratio 1:2@3", "http://host:8/a",
     ],
 )  # fmt: skip
@@ -669,7 +682,14 @@ def test_ordinary_text_stays(text: str) -> None:
     assert redact(text) == text
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN", "WANDB_API_KEY"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "COMET_API_KEY", "MLFLOW_TRACKING_PASSWORD",
+        "CLEARML_API_SECRET_KEY", "SWANLAB_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "my_token",
+        "DB_PASSWD", "GOOGLE_APPLICATION_CREDENTIALS", "AZURE_CLIENT_SECRET", "AWS_ACCESS_KEY_ID",
+    ],
+)  # fmt: skip
 def test_values_of_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Whatever they look like; a value too short to be a secret could be part of any word."""
     monkeypatch.setenv(name, " correct.horse \n")
@@ -678,10 +698,24 @@ def test_values_of_the_environment_are_redacted(monkeypatch: pytest.MonkeyPatch,
     assert redact("the model") == "the model"
 
 
+def test_forms_of_a_value_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In JSON, as run.json holds it, and in a URL; and of two values, one part of the other."""
+    monkeypatch.setenv("MY_SECRET", 'ho"rse\\ ü/x')
+    monkeypatch.setenv("MY_KEY", 'ho"rse\\ ü')
+    assert redact(json.dumps({"a": os.environ["MY_SECRET"]})) == '{"a": "[redacted]"}'
+    assert redact(f"http://host/{quote(os.environ['MY_SECRET'], safe='')}") == "http://host/[redacted]"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "KEYBOARD", "SSH_KEY_PATH", "TOKEN_FILE", "HOME"])
+def test_other_values_of_the_environment_stay(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "correct.horse")
+    assert redact("x correct.horse/y") == "x correct.horse/y"
+
+
 def test_no_secret_in_adapter_and_card(llama: Path, tmp_path: Path) -> None:
     secret = "hf_" + "a1B2" * 9
     base = shutil.copytree(llama, tmp_path / secret)
-    model = get_lora_model(load_base_model(str(base), cache=False), base_model=f"https://me:{secret}@host/model")
+    model = get_lora_model(load_base_model(str(base), cache=False), base_name=f"https://me:{secret}@host/model")
     model.save(tmp_path / "adapter")
     assert (
         read_adapter(tmp_path / "adapter").description["base_model_name_or_path"]

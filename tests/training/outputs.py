@@ -12,10 +12,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from qlora.config.lora import LoRAConfig
+from qlora.lora.optimizer import MasterOptimizer, build_optimizer
 from qlora.lora.trainable import lora_parameters
 from qlora.training.checkpoint import load_checkpoint
 from qlora.training.lines import LinesFile, is_sampled
-from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.page import Page
 from qlora.training.progress import Progress
 from qlora.training.run_directory import RunDirectory
@@ -116,6 +116,9 @@ class FullDisk:
         written = self.file.write(data[: self.room])
         self.room -= written
         return written
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     def close(self) -> None:
         self.file.close()

@@ -12,6 +12,7 @@ import torch
 from qlora.adapters.peft_files import snapshot_adapter
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import inject_lora
+from qlora.lora.optimizer import MasterOptimizer, build_optimizer
 from qlora.lora.state import lora_state_dict
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
@@ -26,7 +27,6 @@ from qlora.training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from qlora.training.optimizer import MasterOptimizer, build_optimizer
 from qlora.training.progress import Progress
 from tests.models import save_tiny_llama
 
@@ -181,7 +181,7 @@ def test_a_missing_file_is_found(saved: tuple[Path, Any, MasterOptimizer]) -> No
 def test_all_differing_settings_are_listed(saved: tuple[Path, Any, MasterOptimizer], tiny: str) -> None:
     model = adapted(tiny, seed=77)
     before = {k: v.clone() for k, v in lora_state_dict(model).items()}
-    with pytest.raises(InputError, match=r"data was 'abc', is 'xyz'; window was 8, is 4"):
+    with pytest.raises(InputError, match=r"the training data \(its rows, .*\) differs; window was 8, is 4"):
         load_checkpoint(
             saved[0],
             model,
@@ -198,7 +198,7 @@ def test_forcing_names_what_it_overrides(saved: tuple[Path, Any, MasterOptimizer
         force=True, say=said.append,
     )  # fmt: skip
     assert progress == PROGRESS
-    assert said == ["--force-resume overrides window was 8, is 4"]
+    assert said == ["--force-resume overrides: window was 8, is 4"]
     assert all(torch.equal(v, lora_state_dict(model)[k]) for k, v in lora_state_dict(saved[1]).items())
 
 

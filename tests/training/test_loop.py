@@ -20,6 +20,7 @@ from qlora.data.batches import make_batches
 from qlora.data.example import IGNORE_INDEX, Example
 from qlora.data.order import WindowOrder
 from qlora.lora.adapter import inject_lora, lora_layers
+from qlora.lora.optimizer import build_optimizer
 from qlora.lora.state import lora_state_dict
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.block import decoder_layers
@@ -33,7 +34,6 @@ from qlora.training import step as step_module
 from qlora.training.held_out import HeldOut, evaluate
 from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.observer import Observer, Stop
-from qlora.training.optimizer import build_optimizer
 from qlora.training.progress import Progress
 from qlora.training.recompute import choose_recomputed_layers
 from qlora.training.samples import Samples
@@ -263,7 +263,7 @@ def test_what_is_said_of_the_memory(tiny: str) -> None:
 
 
 def test_a_cpu_cuts_a_window_into_short_micro_batches(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as the tokens ask for, in training and evaluation alike; no loss changes but by rounding."""
+    """As many as the tokens ask for, in training and in evaluation; no loss changes but by rounding."""
     sizes: list[int] = []
     whole_loss = step_module.causal_lm_loss
 

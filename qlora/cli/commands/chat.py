@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     name = m.model or base_model_of(str(directories[0]), lambda text: print(text, file=sys.stderr))
     quant = QuantConfig(m.quant_type, m.double_quant)
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
-    session = Chat(LoRAModel(model, base_model=name), name, config.sampling(config.seed), config.system)
+    session = Chat(LoRAModel(model, base_name=name), name, config.sampling(config.seed), config.system)
     names = [session.load_adapter(text) for text in config.adapter]
     session.model.set_adapter(names[0] if names else None)
     if config.history is not None:

@@ -1,8 +1,11 @@
-"""The optimizer over fp32 copies of the adapters, and the learning rate of each step.
+"""The optimizer over fp32 copies of the adapters.
 
 A bf16 number has 8 significant bits: adding an update smaller than 1/512 of it changes nothing. AdamW
 therefore steps fp32 master copies, and the bf16 parameters are rounded from them; small updates add up in
-the master until the rounding sees them. fp32 adapters are their own masters.
+the master until the rounding sees them. fp32 adapters are their own masters. While it trains them, the
+parameters' gradients are fp32 too (`grad_dtype`), so that accumulating micro-batches loses nothing.
+
+`AdapterOptimizer` makes a torch optimizer of it, for loops other than ours.
 
 LoRA+ (arXiv 2402.12354): B learns at a multiple of A's rate; with equal rates a wide layer does not learn features
 efficiently (its section 3).
@@ -10,12 +13,14 @@ efficiently (its section 3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora.quant.library import bnb
 from qlora.system.errors import InputError
 from qlora.system.wording import list_first
 
@@ -23,11 +28,21 @@ BETAS, EPS = (0.9, 0.999), 1e-8  # AdamW's, as in the QLoRA paper's code
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 
+def take_gradients(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
+    """Accumulate the parameters' gradients in `dtype`; None: in each parameter's own, as torch does."""
+    for parameter in parameters:
+        wanted = dtype or parameter.dtype
+        if parameter.grad_dtype != wanted:
+            grad, parameter.grad = parameter.grad, None
+            parameter.grad_dtype = wanted
+            parameter.grad = None if grad is None else grad.to(wanted)
+
+
 class MasterOptimizer:
     """AdamW on fp32 masters of (possibly bf16) parameters.
 
     Args:
-        parameters: to train; gradients are read from `.grad` in any dtype.
+        parameters: to train; their gradients become fp32.
         make: builds a torch optimizer over groups of masters.
         fast: the `parameters` whose learning rate is `ratio` times the others'.
     """
@@ -40,6 +55,7 @@ class MasterOptimizer:
         ratio: float = 1.0,
     ) -> None:
         self.parameters = list(parameters)
+        take_gradients(self.parameters, torch.float32)
         self.masters: list[Tensor] = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for p in self.parameters
         ]
@@ -50,10 +66,15 @@ class MasterOptimizer:
         self.inner = make([{"params": masters, "ratio": share} for share, masters in groups.items()])
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Make one AdamW update at this rate; parameters become their rounded masters."""
-        for group in self.inner.param_groups:
-            group["lr"] = learning_rate * group["ratio"]
+    def step(self, learning_rate: float | Sequence[float]) -> None:
+        """Make one update; parameters become their rounded masters.
+
+        Args:
+            learning_rate: of all but the fast parameters; or a list with the rate of each group.
+        """
+        for index, group in enumerate(self.inner.param_groups):
+            is_one = isinstance(learning_rate, (int, float))
+            group["lr"] = learning_rate * group["ratio"] if is_one else learning_rate[index]  # type: ignore[operator, index]
         for parameter, master in zip(self.parameters, self.masters, strict=True):
             if parameter is not master:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
@@ -113,9 +134,56 @@ class MasterOptimizer:
                     state[name] = int(tensors[f"{index}.{name}"])
 
 
+class AdapterOptimizer(torch.optim.Optimizer):
+    """A `MasterOptimizer` as a torch optimizer: for schedulers, GradScaler, accelerate and loops of one's own.
+
+    Its groups hold the model's parameters. A scheduler moves each group's `lr`; under LoRA+ there are two groups.
+
+    Args:
+        lr: learning rate; B's is the LoRA+ ratio times that.
+    """
+
+    def __init__(self, masters: MasterOptimizer, lr: float) -> None:
+        if not 0 <= lr < math.inf:
+            raise InputError(f"lr is {lr!r:.80}; give a learning rate of 0 or more.")
+        self.masters = masters
+        of_master = {id(m): p for p, m in zip(masters.parameters, masters.masters, strict=True)}
+        groups: list[dict[str, Any]] = [
+            {"params": [of_master[id(m)] for m in group["params"]], "lr": lr * group["ratio"]}
+            for group in masters.inner.param_groups
+        ]
+        super().__init__(groups, {"lr": lr})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Make one update; returns the closure's loss, if one is given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.masters.step([float(group["lr"]) for group in self.param_groups])
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masters and moments as named tensors, and each group's settings without its parameters."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {"state": self.masters.state_tensors(), "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the result of `state_dict`. Raises InputError: it is not this adapter's or optimizer's."""
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise InputError(
+                f"The stored optimizer state has {len(groups)} groups of parameters, but this optimizer has "
+                f"{len(self.param_groups)}; make it with the same lora_plus_ratio."
+            )
+        self.masters.load_state_tensors(state_dict["state"])
+        for group, stored in zip(self.param_groups, groups, strict=True):
+            group.update({k: v for k, v in stored.items() if k != "params"})
+
+
 def build_optimizer(
     parameters: Sequence[nn.Parameter],
-    name: str,
+    name: str | MakeOptimizer,
     weight_decay: float = 0.0,
     lora_plus_ratio: float = 1.0,
     lora_B: Collection[nn.Parameter] = (),
@@ -124,7 +192,8 @@ def build_optimizer(
 
     Args:
         name: adamw (torch, fused), paged_adamw_32bit or paged_adamw_8bit (bitsandbytes; moments of tensors
-            below 4,096 values stay in 32 bits). Off CUDA the paged ones run, unpaged.
+            below 4,096 values stay in 32 bits), off CUDA unpaged; or a function that builds any torch optimizer
+            over groups of masters, such as torch.optim.SGD. It then sets weight decay itself.
         lora_plus_ratio: LoRA+'s ratio: learning rate of `lora_B` over that of the others.
     Raises:
         InputError: an unknown name.
@@ -132,15 +201,15 @@ def build_optimizer(
     return MasterOptimizer(parameters, adamw_kind(name, weight_decay), lora_B, lora_plus_ratio)
 
 
-def adamw_kind(name: str, weight_decay: float = 0.0) -> MakeOptimizer:
+def adamw_kind(name: str | MakeOptimizer, weight_decay: float = 0.0) -> MakeOptimizer:
     """A function that builds AdamW of kind `name` over groups of masters. Raises InputError: an unknown name."""
+    if callable(name):
+        return name
     if name == "adamw":
         return lambda groups: torch.optim.AdamW(
             groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True
         )
     if name in ("paged_adamw_32bit", "paged_adamw_8bit"):
-        import bitsandbytes as bnb
-
         bits = 32 if name.endswith("32bit") else 8
         return lambda groups: bnb.optim.AdamW(
             groups, 0.0, BETAS, EPS, weight_decay, optim_bits=bits, is_paged=groups[0]["params"][0].is_cuda

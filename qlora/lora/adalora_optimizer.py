@@ -11,9 +11,9 @@ from qlora.config.lora import LoRAConfig
 from qlora.lora.adalora import ORTHOGONALITY, SMOOTHING, BudgetSchedule, plan_budget
 from qlora.lora.adapter import active_adapter, lora_layers
 from qlora.lora.layer import LoRAWeights
-from qlora.lora.trainable import lora_parameters
+from qlora.lora.optimizer import AdapterOptimizer, MakeOptimizer, MasterOptimizer, adamw_kind, build_optimizer
+from qlora.lora.trainable import base_parameters, lora_parameters
 from qlora.system.errors import InputError
-from qlora.training.optimizer import MakeOptimizer, MasterOptimizer, adamw_kind, build_optimizer
 
 PREFIX = "adalora."  # of its state's names
 
@@ -49,7 +49,7 @@ class AdaLoRAOptimizer(MasterOptimizer):
         self.kept = [torch.ones_like(layer["E"][1][:, 0], dtype=torch.bool) for layer in self.layers]
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float | Sequence[float]) -> None:
         self._add_penalty()
         super().step(learning_rate)
         self.steps += 1
@@ -129,15 +129,18 @@ class AdaLoRAOptimizer(MasterOptimizer):
 
 
 def build_adapter_optimizer(
-    model: nn.Module, config: LoRAConfig, name: str, weight_decay: float, total_steps: int
+    model: nn.Module, config: LoRAConfig, name: str | MakeOptimizer, weight_decay: float, total_steps: int
 ) -> MasterOptimizer:
     """The optimizer for the active adapter of `model`: with LoRA+'s rates, AdaLoRA's choices, or plain AdamW.
 
+    An unfrozen base trains, too.
+
     Args:
-        name: the kind of AdamW, as in `build_optimizer`.
+        name: as in `build_optimizer`.
         total_steps: updates of the whole run, for AdaLoRA's schedule.
     """
     parameters, layers = lora_parameters(model), [layer.weights for layer in lora_layers(model).values()]
+    parameters += [parameter for parameter in base_parameters(model) if parameter.requires_grad]
     fast = [layer.lora_B for layer in layers]
     adapter = active_adapter(model)
     if not config.use_adalora:
@@ -147,3 +150,30 @@ def build_adapter_optimizer(
         adapter.run_fields = {"tinit": schedule.t_i, "tfinal": schedule.t_f, "total_step": schedule.total}
     make = adamw_kind(name, weight_decay)
     return AdaLoRAOptimizer(parameters, make, layers, schedule, fast, config.lora_plus_ratio)
+
+
+def optimizer_for(
+    model: nn.Module,
+    lr: float,
+    kind: str | MakeOptimizer = "adamw",
+    weight_decay: float = 0.0,
+    total_steps: int | None = None,
+) -> AdapterOptimizer:
+    """A torch optimizer with fp32 masters over all that trains in `model`, with its adapter's LoRA+ and AdaLoRA.
+
+    Args:
+        kind: adamw, paged_adamw_32bit, paged_adamw_8bit, or a class or function that builds any torch optimizer
+            over parameter groups: torch.optim.SGD, functools.partial(torch.optim.RMSprop, momentum=0.9), ...
+        total_steps: optimizer steps of the whole training; only AdaLoRA's schedule needs it.
+    Raises:
+        InputError: no adapter is active, an unknown kind, or AdaLoRA without total_steps.
+    """
+    adapter = active_adapter(model)
+    if adapter is None:
+        raise InputError("No adapter is active; call set_adapter(name) first.")
+    if adapter.config.use_adalora and not (total_steps and total_steps > 0):
+        raise InputError(
+            f"total_steps is {total_steps!r:.20}; give AdaLoRA's schedule the number of optimizer steps."
+        )
+    masters = build_adapter_optimizer(model, adapter.config, kind, weight_decay, total_steps or 0)
+    return AdapterOptimizer(masters, lr)
