@@ -212,7 +212,8 @@ class Run:
 
         Args:
             prompt: a question; or a conversation, as messages with role and content; or a list of either.
-            options: max_new_tokens, temperature, top_p and seed; by default the run's settings.
+            options: max_new_tokens, temperature, top_p and seed; by default the run's settings. raw=True
+                continues a text, or each of a list of texts, without a chat template.
         Returns:
             A text; a list of texts for a list of questions or conversations.
         Raises:
@@ -224,14 +225,19 @@ class Run:
             raise InputError(f"{self.config.parallel.flag} has split the base; load the adapter on a whole one.")
         is_one = isinstance(prompt, str) or isinstance(next(iter(prompt), None), Mapping)
         asked = [prompt] if is_one else list(prompt)
-        turns = [[{"role": "user", "content": text}] if isinstance(text, str) else list(text) for text in asked]
+        raw = options.pop("raw", False)
+        turns: list[Any] = [
+            text if raw else [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+            for text in asked
+        ]
         if not (asked and all(asked)):
             raise InputError("prompt is empty; give a text, a list of messages, or a list of these.")
         names = ("max_new_tokens", "temperature", "top_p", "seed")
         if unknown := sorted(options.keys() - set(names)):
-            raise InputError(f"generate has no option {unknown[0]!r}; it has {', '.join(names)}.")
+            raise InputError(f"generate has no option {unknown[0]!r}; it has {', '.join(names)}, raw.")
         chosen = _configure(self.config, options)
-        answers = generate(self.model, self.tokenizer, turns, chosen.generate.sampling(chosen.loop.seed))
+        sampling = chosen.generate.sampling(chosen.loop.seed)
+        answers = generate(self.model, self.tokenizer, turns, sampling, raw=raw)
         return answers[0] if is_one else answers
 
     def evaluate(self, data: Any = None) -> Evaluation:

@@ -23,6 +23,7 @@ from qlora.lora.adapter import lora_layers
 from qlora.model.base import base_info
 from qlora.quant.decode import decode_copy, decode_in_place
 from qlora.quant.layers import Linear4bit, Linear16bit, logical_numel
+from qlora.system.errors import InputError
 from qlora.system.memory import GIB
 
 DENSE_COPY_LIMIT = 1 * GIB  # above this, copies are repacked 4-bit weights, not dense ones
@@ -58,24 +59,48 @@ def fast_decoding(model: Any) -> Iterator[None]:
 def generate(
     model: Any,
     tokenizer: Any,
-    conversations: Sequence[list[Any]],
+    conversations: Sequence[Any],
     sampling: Sampling | None = None,
     batch_size: int = 16,
     streamer: Any = None,
+    raw: bool = False,
 ) -> list[str]:
-    """Generate the assistant's next turn in each conversation.
+    """Generate the assistant's next turn in each conversation, or the rest of each text.
 
     Args:
         model: from `load_base_model`, adapted or not.
-        conversations: messages up to the user's last turn, or a prompt's token ids.
+        conversations: messages up to the user's last turn, or a prompt's token ids; with `raw`, texts.
         sampling: length of the answers, and how they are drawn; None: greedy.
         batch_size: conversations decoded together (padded on the left), of similar length.
         streamer: transformers streamer that prints as tokens come; one conversation only.
+        raw: continue texts as they are, without a chat template.
     Returns:
-        Texts in the order of `conversations`, without special tokens.
+        Texts in the order of `conversations`, without special tokens; with `raw` what comes after each text, with
+        its white space.
+    Raises:
+        InputError: messages with `raw`, or a text that is empty.
     """
+    if raw:
+        return _continue_texts(model, tokenizer, conversations, sampling, batch_size, streamer)
     samples = generate_samples(model, tokenizer, conversations, 1, sampling, batch_size, streamer=streamer)
     return [texts[0] for texts in samples]
+
+
+def _continue_texts(
+    model: Any, tokenizer: Any, texts: Sequence[Any], sampling: Sampling | None, batch_size: int, streamer: Any
+) -> list[str]:
+    """The rest of each text. Decoded together with its prompt: alone, some tokenizers drop the first space."""
+    unfit = next((text for text in texts if not isinstance(text, str) or not text), None)
+    if unfit is not None:
+        raise InputError(f"raw continues texts, but {unfit!r:.60} is none; give texts, or leave out raw.")
+    prompts = [encode_prompt([{"role": "document", "content": text}], tokenizer) for text in texts]
+    found = continue_ids(model, tokenizer, prompts, 1, sampling, batch_size, streamer=streamer)
+    stops = (sampling or Sampling()).stop_texts
+    rest = []
+    for prompt, (ids,) in zip(prompts, found, strict=True):
+        before, whole = tokenizer.batch_decode([prompt, prompt + ids], skip_special_tokens=True)
+        rest.append(cut_before(whole[len(before) :], stops))
+    return rest
 
 
 def generate_samples(
@@ -106,7 +131,6 @@ def generate_samples(
     return [[text.strip() for text in samples] for samples in texts]
 
 
-@torch.inference_mode()
 def continue_prompts(
     model: Any,
     tokenizer: Any,
@@ -123,6 +147,26 @@ def continue_prompts(
         sampling: a text ends before the first of its stop texts.
         batch_size, numbers, streamer: as for `generate_samples`.
     """
+    stops = (sampling or Sampling()).stop_texts
+    found = continue_ids(model, tokenizer, prompts, num_samples, sampling, batch_size, numbers, streamer)
+    return [
+        [cut_before(text, stops) for text in tokenizer.batch_decode(samples, skip_special_tokens=True)]
+        for samples in found
+    ]
+
+
+@torch.inference_mode()
+def continue_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    num_samples: int = 1,
+    sampling: Sampling | None = None,
+    batch_size: int = 16,
+    numbers: Sequence[int] | None = None,
+    streamer: Any = None,
+) -> list[list[list[int]]]:
+    """The token ids of `continue_prompts`: padded at the end, and uncut where a stop text ended them."""
     sampling = sampling or Sampling()
     stops = sampling.stop_texts
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -130,7 +174,7 @@ def continue_prompts(
     device = next(model.parameters()).device
     settings = _generation_settings(model, tokenizer, sampling.max_new_tokens)
     together = max(1, batch_size // num_samples)
-    answers: list[list[str]] = [[] for _ in prompts]
+    answers: list[list[list[int]]] = [[] for _ in prompts]
     with fast_decoding(model):
         for start in range(0, len(order), together):
             rows = order[start : start + together]
@@ -154,9 +198,8 @@ def continue_prompts(
                     stopping_criteria=[StopTexts(tokenizer, stops, longest)] if stops else None,
                     streamer=streamer,
                 )
-                texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-                for position, text in enumerate(texts):
-                    answers[rows[position // len(samples)]].append(cut_before(text, stops))
+                for position, ids_after in enumerate(output[:, longest:].tolist()):
+                    answers[rows[position // len(samples)]].append(ids_after)
     return answers
 
 
@@ -249,10 +292,17 @@ def stream_answer(
     tokenizer: Any,
     prompt: str,
     sampling: Sampling | None = None,
+    raw: bool = False,
 ) -> str:
-    """Print the answer to one prompt as it is generated, and return it."""
+    """Print the answer to one prompt as it is generated, and return it.
+
+    Args:
+        raw: continue the prompt as plain text, which is printed with it.
+    """
     from transformers import TextStreamer
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=not raw, skip_special_tokens=True)
+    if raw:
+        return generate(model, tokenizer, [prompt], sampling, streamer=streamer, raw=True)[0]
     conversation = [{"role": "user", "content": prompt}]
     return generate(model, tokenizer, [conversation], sampling, streamer=streamer)[0]

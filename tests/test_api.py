@@ -118,6 +118,10 @@ def test_what_a_run_leaves(train: Any, by_flags: Path, base: str, tmp_path: Path
     turns = [{"role": "user", "content": "3 + 1"}]
     assert run.generate(turns, max_new_tokens=8) == printed
     assert run.generate(["3 + 1", turns], max_new_tokens=8) == [printed, printed]
+    raw = run.generate("3 + 1", max_new_tokens=8, raw=True)
+    assert run.generate(["3 + 1", "3 + 1"], max_new_tokens=8, raw=True) == [raw, raw]
+    with pytest.raises(qlora.InputError, match="raw continues texts"):
+        run.generate(turns, raw=True)
     drawn = [run.generate("3 + 1", max_new_tokens=8, temperature=2.0, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from qlora.quant.decode import decode_copy, decode_in_place
 from qlora.quant.layers import Linear4bit, Linear16bit, dense_weight
 from qlora.quant.library import has_avx512bf16
 from qlora.quant.weight import QuantConfig, quantize_weight
+from qlora.system.errors import InputError
 from tests.models import save_tiny_llama
 from tests.reference import dequantize, relative_error
 from tests.tiny import tiny_tokenizer
@@ -75,6 +77,77 @@ def test_greedy_equals_recomputing_everything(model: Any, tiny: str) -> None:
     assert len(set(expected)) > 1
     assert generate(model, tokenizer, chats(PROMPTS), Sampling(12), batch_size=4) == expected
     assert generate(model, tokenizer, chats(PROMPTS), Sampling(12), batch_size=1) == expected
+
+
+def test_raw_continues_the_text(model: Any, tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No template and no role; the rest of each text with its white space, alone, in a batch and streamed."""
+    tokenizer, texts, rest = load_tokenizer(tiny), ["The future of AI is", "a b c", "Hi"], []
+    for text in texts:
+        ids = list(tokenizer(text)["input_ids"])
+        before = len(ids)
+        with torch.no_grad():
+            while len(ids) < before + 12 and ids[-1] != tokenizer.eos_token_id:
+                ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        rest.append(tokenizer.decode(ids[before:], skip_special_tokens=True))
+    assert generate(model, tokenizer, texts, Sampling(12), raw=True) == rest
+    assert rest[0] != generate(model, tokenizer, chats(texts[:1]), Sampling(12))[0], "a question is not a text"
+    capsys.readouterr()
+    assert stream_answer(model, tokenizer, texts[0], Sampling(12), raw=True) == rest[0]
+    assert capsys.readouterr().out.strip() == (texts[0] + rest[0]).strip()
+    half = rest[0][: len(rest[0]) // 2 + 1]
+    assert generate(model, tokenizer, texts[:1], Sampling(12, stop_texts=[half[-1]]), raw=True) == [
+        rest[0][: rest[0].index(half[-1])]
+    ]
+    for wrong in (chats(["Hi"]), [""]):
+        with pytest.raises(InputError, match="raw continues texts"):
+            generate(model, tokenizer, wrong, raw=True)
+
+
+def test_raw_keeps_the_first_space_of_sentencepiece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded alone, LLaMA's "▁is" is "is"."""
+
+    class Tokenizer:
+        words = ("<s>", "▁AI", "▁is", "▁here")
+
+        def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+            return ["".join(self.words[i] for i in row if i).replace("▁", " ").lstrip() for row in rows]
+
+    monkeypatch.setattr(qlora.generation, "encode_prompt", lambda turns, tokenizer: [0, 1])
+    monkeypatch.setattr(qlora.generation, "continue_ids", lambda *args, **options: [[[2, 3]]])
+    assert generate(None, Tokenizer(), ["AI"], raw=True) == [" is here"]
+
+
+@pytest.mark.parametrize("chat_template", [True, False])
+def test_a_base_without_a_template_says_what_it_does(
+    chat_template: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qlora.cli.commands.generate import main
+
+    tiny = save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer(chat_template=chat_template))
+    command = [
+        "--model",
+        str(tiny),
+        "--prompt",
+        "The future",
+        "--max-new-tokens",
+        "4",
+        "--compute-dtype",
+        "float32",
+    ]
+    notes = []
+    for flags in ([], ["--raw"]):
+        capsys.readouterr()
+        main([*command, *flags])
+        printed = capsys.readouterr()
+        assert printed.out.startswith("The future") == bool(flags)
+        notes.append([line for line in printed.err.splitlines() if line.startswith("note")])
+    if chat_template:
+        assert notes == [[], []]
+    else:
+        assert notes == [
+            ["note: the model has no chat template and answers in a plain one; --raw continues the text"],
+            ["note: the model has no chat template and continues the prompt as plain text"],
+        ]
 
 
 def test_sampling_is_seeded_and_leaves_the_global_generator(model: Any, tiny: str) -> None:

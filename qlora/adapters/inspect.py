@@ -102,6 +102,23 @@ class Inspection:
         part = "the low-rank part of the update" if self.is_partial else "the update"
         return f"Frobenius norm of {part}{', the PiSSA start included' if self.includes_start else ''}"
 
+    @property
+    def gaps(self) -> dict[str, list[int]]:
+        """Module -> blocks, up to the last adapted one, for which the file has no tensors and nothing says so.
+
+        A file that lost some layers looks whole by its tensors alone; with a base, `check_adapter` refuses it.
+        """
+        numbers = self.adapter.description.get("layers_to_transform")
+        allowed = None if numbers is None else {numbers} if type(numbers) is int else set(numbers)
+        found: dict[str, set[int]] = {}
+        for update in self.updates:
+            if update.block is not None:
+                found.setdefault(update.module, set()).add(update.block)
+        every = range(max((max(blocks) for blocks in found.values()), default=-1) + 1)
+        wanted = [block for block in every if not allowed or block in allowed]
+        gaps = {module: [block for block in wanted if block not in there] for module, there in found.items()}
+        return {module: missing for module, missing in gaps.items() if missing}
+
     def grid(self) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
         """(blocks, modules, (block, module) -> size), with layers of the same block and module combined.
 

@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from qlora.adapters.peft_extras import replace_rows
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
+from qlora.config.fields import flag_of, to_text
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
@@ -18,10 +20,11 @@ from qlora.lora.base_shift import base_shift, check_base, pissa_shift, same_shif
 from qlora.lora.full_parameters import base_shapes, named_base_parameters, trained_names, trained_problems
 from qlora.lora.slot import Adapter, network_of
 from qlora.lora.state import adapter_state, load_lora_state_dict
-from qlora.lora.targets import linear_layers
+from qlora.lora.targets import head_name, layer_number, linear_layers, match_targets
 from qlora.lora.trainable import freeze_base
 from qlora.lora.variants import variant_of
 from qlora.model.base import find_base_info
+from qlora.model.skeleton import empty_model
 from qlora.quant.layers import logical_shape
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
@@ -66,6 +69,49 @@ def load_adapter(
     return written_config(saved)
 
 
+def continued_config(asked: LoRAConfig, saved: SavedAdapter, base: str) -> LoRAConfig:
+    """The settings with which training goes on from an adapter: its own, and `asked` for the optimizer.
+
+    Args:
+        base: directory, hub id or .gguf; its modules tell which layers `asked` names.
+    Raises:
+        InputError: names the settings of `asked` that are neither the default nor the adapter's.
+    """
+    own, default = written_config(saved), vars(LoRAConfig())
+    theirs = {**vars(own), "lora_plus_ratio": asked.lora_plus_ratio}
+    which = ("target_modules", "layers", "exclude_modules")
+    skipped = (*which, "new_tokens")
+    different = [
+        name
+        for name, value in vars(asked).items()
+        if name not in skipped and value != default[name] and not _is_within(value, theirs[name])
+    ]
+    if different:
+        given = ", ".join(f"{flag_of(name)} {to_text(getattr(asked, name))}" for name in different)
+        has = ", ".join(f"{name} {str(to_text(theirs[name])) or 'none'}" for name in different)
+        raise InputError(
+            f"{given} would change nothing: --adapter {saved.directory} goes on with its own {has}; leave it out, "
+            "or begin a new adapter."
+        )
+    if any(getattr(asked, name) != default[name] for name in which):
+        network = empty_model(base)
+        named = match_targets(network, asked.target_modules, asked.layers or None, asked.exclude_modules)
+        if sorted(named) != saved.adapted_layers:
+            raise InputError(
+                f"--target-modules {to_text(asked.target_modules)} with --layers names {len(named)} layers, but "
+                f"--adapter {saved.directory} goes on with its own {len(saved.adapted_layers)}; leave them out, "
+                "or begin a new adapter."
+            )
+    return replace(own, lora_plus_ratio=asked.lora_plus_ratio)
+
+
+def _is_within(value: Any, theirs: Any) -> bool:
+    """Equality; of a list of names whether each is the end of one of theirs."""
+    if not isinstance(value, list):
+        return bool(value == theirs)
+    return all(any(f".{own}".endswith(f".{name}") for own in theirs) for name in value)
+
+
 def compare_base(saved: SavedAdapter, base_model: str, say: Callable[[str], Any]) -> None:
     """Report if the adapter names a base other than `base_model`. This is no error: people move directories."""
     named = saved.description.get("base_model_name_or_path")
@@ -103,12 +149,31 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
         InputError: a mismatch, or other adapters share the base; the model is unchanged.
     """
     info = find_base_info(model)
+    saved = with_whole_rows(saved, model)
     saved = with_base_shift(saved, model, None if info is None else info.source)
     if not same_shift(base_shift(model), saved.base_shift):
         check_adapter(saved, model)
         check_base(model, saved.base_shift)
         shift_base(model, saved.base_shift)
     return saved
+
+
+def with_whole_rows(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
+    """Complete trained rows of an embedding by the base's other rows, so that it is one trained parameter.
+
+    If the base ties it to the head, both names get it.
+    """
+    if not saved.rows:
+        return saved
+    check_adapter(saved, model)
+    base, state = dict(named_base_parameters(model)), dict(saved.state)
+    for name, (ids, rows) in saved.rows.items():
+        whole = replace_rows(base[name].detach().float(), ids, rows)
+        state |= {other: whole for other, p in base.items() if p is base[name] and other not in saved.rows}
+        state[name] = whole
+    modules = [name.rpartition(".")[0] for name in state.keys() - saved.state.keys()]
+    config = replace(saved.config, modules_to_save=[*saved.config.modules_to_save, *sorted(modules)])
+    return replace(saved, state=state, config=config, rows={})
 
 
 def with_base_shift(saved: SavedAdapter, model: nn.Module, source: str | None) -> SavedAdapter:
@@ -150,7 +215,9 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
         wanted[f"{layer}.lora_A.weight"], wanted[f"{layer}.lora_B.weight"] = (rank, columns), (rows, rank)
         if variant is not None:
             wanted |= {f"{layer}.{name}": shape for name, shape in variant.shapes(rows, rank).items()}
+    problems += [f"{layer} has no tensors, but {CONFIG} announces it" for layer in _missing_layers(saved, model)]
     parameters = base_shapes(model)
+    problems += _row_problems(saved, parameters)
     problems += trained_problems(model, saved.trained)
     adapted = [name for name in saved.adapted_layers if name in layers]
     try:
@@ -159,9 +226,14 @@ def check_adapter(saved: SavedAdapter, model: nn.Module) -> None:
         problems.append(explain(error))
         trained = []
     wanted |= {name: parameters[name] for name in trained if name not in saved.trained}
+    ends = tuple(
+        filter(None, saved.description.get("modules_to_save") or ())
+    )  # PEFT's rule: the end of a module's name
+    whole = [name for name in parameters if ends and name.rpartition(".")[0].endswith(ends)]
+    wanted |= {name: parameters[name] for name in whole if name not in saved.trained}
     for name in saved.trained:
         if trained and name in parameters and name not in trained:
-            problems.append(f"{name} is none that bias and modules_to_save in {CONFIG} let train")
+            problems.append(f"{name} is not trained by the bias and modules_to_save of {CONFIG}")
     if saved.config.bias == "lora_only" and any(n not in saved.state and n.endswith(".bias") for n in trained):
         problems.append(
             "older versions of PEFT write no biases of bias = lora_only (train with bias = all, or set bias to "
@@ -203,3 +275,38 @@ def _base_weight_problems(
             if not error < SAME_WEIGHT:
                 problems.append(f"its base has other values of {name} (relative difference {error:.2g})")
     return problems
+
+
+def _row_problems(saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Why trained rows do not fit this base's parameters."""
+    problems = []
+    for name, (ids, rows) in saved.rows.items():
+        shape = shapes.get(name, ())
+        if len(shape) != 2 or shape[1] != rows.shape[1]:
+            problems.append(f"the rows of {name} are {tuple(rows.shape)}, but this base has {shape or 'no such'}")
+        elif max(ids, default=-1) >= shape[0]:
+            problems.append(f"{name} has {shape[0]} rows, but token {max(ids)} was trained; resize the base first")
+        elif not torch.isfinite(rows).all():
+            problems.append(f"the rows of {name} hold NaN or infinity")
+    return problems
+
+
+def _missing_layers(saved: SavedAdapter, model: nn.Module) -> list[str]:
+    """Layers of this base that the adapter's config names and its file leaves out: half an adapter.
+
+    Patterns (a text, or exclude_modules) are not compared.
+    """
+    targets, numbers = (saved.description.get(field) for field in ("target_modules", "layers_to_transform"))
+    if saved.description.get("exclude_modules") or not (isinstance(targets, list) or targets == "all-linear"):
+        return []
+    layers, head = list(linear_layers(model)), head_name(model)
+    if targets == "all-linear":
+        named = [name for name in layers if name != head]
+    else:
+        ends = tuple(f".{target}" for target in targets)
+        named = [name for name in layers if f".{name}".endswith(ends)]
+    if numbers is not None:
+        wanted = {numbers} if type(numbers) is int else set(numbers)
+        named = [name for name in named if layer_number(name) in wanted or not wanted]
+    there = set(saved.adapted_layers)
+    return [name for name in named if name not in there]

@@ -161,7 +161,7 @@ def adapter_factors(adapter: Adapter) -> Factors:
 
 def saved_factors(saved: SavedAdapter) -> Factors:
     """The factors of an adapter on disk, with shapes checked as far as possible without its base."""
-    _check_is_sum(saved.config, saved.trained, str(saved.directory))
+    _check_is_sum(saved.config, {**saved.trained, **saved.rows}, str(saved.directory))
     problems = []
     for layer in saved.adapted_layers:
         keys = [f"{layer}.lora_{part}.weight" for part in "AB"]

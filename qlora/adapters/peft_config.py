@@ -25,7 +25,6 @@ PREFIX = "base_model.model."
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -172,5 +171,4 @@ def belongs_to_adapter(key: str, config: LoRAConfig) -> bool:
         return owner is variant_of(config)
     if is_vocabulary(key) or (key.endswith(".bias") and config.bias != "none"):
         return True
-    module = "." + key.rpartition(".")[0]
-    return any(module.endswith("." + name) for name in config.modules_to_save)
+    return key.rpartition(".")[0].endswith(tuple(filter(None, config.modules_to_save)))

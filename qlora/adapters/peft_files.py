@@ -39,6 +39,7 @@ from qlora.adapters.peft_config import (
     own_key,
     read_settings,
 )
+from qlora.adapters.peft_extras import Rows, StoredTensors, replace_rows, sort_stored
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import active_adapter, lora_layers
 from qlora.lora.base_shift import base_shift
@@ -52,7 +53,6 @@ from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_tensors
 from qlora.system.wording import explain, show_value
 
-BASE_WEIGHT = ".base_layer.weight"  # in PEFT's file, the frozen weight of an adapted head
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -182,6 +182,7 @@ class SavedAdapter:
         directory: where it was read from.
         base_shift: layer -> (A', B'), subtracted from its base's weights; empty for an ordinary base.
         base_weights: parameter name -> the base's own value, which PEFT saves with an adapted head.
+        rows: parameter name -> (token ids, (n, D) the values of these rows), PEFT's trainable_token_indices.
     """
 
     config: LoRAConfig
@@ -190,6 +191,7 @@ class SavedAdapter:
     directory: Path
     base_shift: BaseShift = field(default_factory=dict)
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    rows: Rows = field(default_factory=dict)
 
     @property
     def adapted_layers(self) -> list[str]:
@@ -294,6 +296,8 @@ class SavedAdapter:
         """
         if name in self.state:
             return self.state[name].float()
+        if name in self.rows:
+            weight = replace_rows(weight, *self.rows[name])
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or f"{layer}.lora_A.weight" not in self.state:
             return weight
@@ -326,14 +330,20 @@ def read_adapter(path: str | Path) -> SavedAdapter:
         what = f"an adapter with {', '.join(used)}" if kind == "LORA" else f"a {show_value(kind)} adapter"
         raise InputError(f"{directory} holds {what}, which this version does not compute; use plain LoRA.")
     config = read_settings(settings, description)
-    state, base_weights = _read_tensors(weights_file(directory), config)
+    stored = _read_tensors(weights_file(directory), config, description.get("trainable_token_indices"))
+    state = stored.plain
     variant = variant_of(config)
     state = state if variant is None else variant.unpack(state, description, config, settings)
     shift = _read_base_shift(directory / BASE_SHIFT)
-    saved = SavedAdapter(config, state, description, directory, shift, base_weights)
-    # PEFT saves embeddings of an extended vocabulary, and a tied head, without listing them.
-    vocabulary = [name for name in saved.trained if is_vocabulary(name)]
-    config.modules_to_save = [*config.modules_to_save, *(n.rpartition(".")[0] for n in vocabulary)]
+    saved = SavedAdapter(config, state, description, directory, shift, stored.base_weights, stored.rows)
+    # PEFT saves embeddings of an extended vocabulary, and a tied head, without listing them, and takes a listed
+    # name for the end of a module's: "norm" means input_layernorm, too.
+    listed = tuple(f".{name}" for name in config.modules_to_save)
+    modules = [
+        name.rpartition(".")[0] for name in saved.trained if is_vocabulary(name) or not name.endswith(".bias")
+    ]
+    unlisted = [name for name in modules if is_vocabulary(f"{name}.weight") or not f".{name}".endswith(listed)]
+    config.modules_to_save = [*config.modules_to_save, *dict.fromkeys(unlisted)]
     ranks = {t.shape[0] for key, t in state.items() if key.endswith(".lora_A.weight") and t.dim() == 2}
     if ranks and not config.rank_pattern and config.rank not in ranks:
         raise InputError(
@@ -370,16 +380,19 @@ def _check_files(directory: Path) -> None:
         raise InputError(f"The adapter directory {directory} has no {missing[0]}; check the path.")
 
 
-def _read_tensors(file: Path, config: LoRAConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a file, keyed as in `lora_state_dict`, and the weights of the base among them."""
-    stored = read_tensors(file, "save the adapter again")
-    copies = [key for key in stored if key.endswith(BASE_WEIGHT) and _with_lora(key) in stored]
-    base_weights = {own_key(key): stored.pop(key) for key in copies}
+def _read_tensors(file: Path, config: LoRAConfig, indices: Any = None) -> StoredTensors:
+    """The tensors of a file; the plain ones keyed as in `lora_state_dict`.
+
+    Args:
+        indices: trainable_token_indices of the adapter.
+    """
+    found = sort_stored(file, read_tensors(file, "save the adapter again"), indices)
+    stored = found.plain
     state = {own_key(key): tensor for key, tensor in stored.items()}
     if len(state) < len(stored):
         raise InputError(f"{file} holds a parameter under two names; save the adapter again.")
     foreign = [key for key in stored if not key.startswith(PREFIX) or not key.isprintable()]
-    if foreign or not state:
+    if foreign or not (state or found.rows):
         named = f"{show_value(foreign[0])} among {len(state)} tensors" if foreign else "nothing"
         raise InputError(f"{file} holds {named}, not LoRA tensors in PEFT's names; save the adapter again.")
     unannounced = [key for key in state if not belongs_to_adapter(key, config)]
@@ -388,23 +401,18 @@ def _read_tensors(file: Path, config: LoRAConfig) -> tuple[dict[str, Tensor], di
             f"{file} holds {show_value(unannounced[0])} among {len(state)} tensors, which {CONFIG} does not "
             "announce by its variant, bias or modules_to_save; save the adapter again."
         )
-    for key, tensor in state.items():
+    for key, tensor in (*state.items(), *((name, rows) for name, (_, rows) in found.rows.items())):
         if tensor.dtype not in DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")
-    return state, base_weights
-
-
-def _with_lora(key: str) -> str:
-    """The name of A beside a base layer's weight."""
-    return key.removesuffix(BASE_WEIGHT) + ".lora_A.weight"
+    return replace(found, plain=state)
 
 
 def _read_base_shift(file: Path) -> BaseShift:
     """The content of a base_shift.safetensors; empty if there is no file."""
     if not file.is_file():
         return {}
-    state, _ = _read_tensors(file, LoRAConfig())
+    state = _read_tensors(file, LoRAConfig()).plain
     layers = sorted({key.rpartition(".lora_")[0] for key in state})
     shift = {}
     for layer in layers:

@@ -17,9 +17,11 @@ from qlora.model.hf_config import declared_quantization, load_config
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
+from qlora.system.files import read_json
 from qlora.system.redact import redact
 from qlora.system.wording import explain
 
+RUN = "run.json"
 NAMES_4BIT = re.compile(r"(?i)[-_.](bnb-?)?(4-?bit|nf4)\b")
 
 
@@ -63,6 +65,15 @@ def trained_base(adapter: str, model: str | None = None) -> TrainedBase:
     return TrainedBase(stored, stored is not None)
 
 
+def _kept_path(adapter: Path) -> str | None:
+    """The base's absolute path, which a run keeps next to its adapter."""
+    if not (adapter / RUN).is_file():
+        return None
+    facts = read_json(adapter / RUN, f"delete {adapter / RUN}").get("facts")
+    path = facts.get("base_path") if isinstance(facts, dict) else None
+    return path if isinstance(path, str) and path else None
+
+
 def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
     """The base that an adapter names, for `merge` without --model; reported, since the name comes from a file.
 
@@ -81,6 +92,9 @@ def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
     source = Path(adapter) if is_one_file(Path(adapter)) else Path(adapter) / CONFIG
     if not isinstance(name, str) or not name:
         raise InputError(f"The adapter {adapter} names no base; pass --model.")
+    kept = _kept_path(Path(adapter))
+    if not os.path.exists(name) and kept is not None and Path(kept).parts[-1:] == Path(name).parts[-1:]:
+        name, source = kept, Path(adapter) / RUN  # a relative --model, from another directory
     shown = redact(name) if name.isprintable() else repr(name)
     on_network = name.startswith(("//", "\\\\"))  # a share of another machine, on Windows
     is_here = name.isprintable() and not on_network and os.path.exists(os.path.expanduser(name))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from qlora.adapters.files import weights_file
 from qlora.adapters.inspect import Inspection
+from qlora.config.fields import to_text
 from qlora.system.errors import InputError
 from qlora.system.files import new_file
 from qlora.system.wording import list_first, show_value
@@ -44,6 +45,7 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         "dropout": f"{config.dropout:g}",
         "layers": f"{len(found.updates):,} in {len({u.block for u in found.updates}):,} blocks",
         "modules": _listed(list(dict.fromkeys(u.module for u in found.updates))),
+        **({"without tensors": _gaps(found.gaps)} if found.gaps else {}),
         "trained whole": _listed(list(adapter.trained)),
         "parameters": f"{num_parameters:,}",
         "file": f"{size:,} bytes, {_counted(dtypes, 'tensors')}",
@@ -63,6 +65,11 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         console.print("\nPiSSA starts from the base's weights; pass --model to subtract that start.")
     if broken:
         console.print(f"\nnot finite: {_listed(broken)}")
+
+
+def _gaps(gaps: dict[str, list[int]]) -> str:
+    """Modules with the blocks that the file leaves out."""
+    return _listed([f"{module} in blocks {to_text(blocks)}" for module, blocks in gaps.items()])
 
 
 def _size_table(found: Inspection) -> Table:

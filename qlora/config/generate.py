@@ -40,5 +40,7 @@ class GenerateConfig(SamplingConfig):
 
     prompt: str | None = None
     """Answer this instead of training."""
+    raw: bool = False
+    """Continue the prompt as plain text, without a chat template."""
     adapter: str | None = None
     """Adapter directory: to answer with, or to start training from."""

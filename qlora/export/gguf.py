@@ -124,8 +124,9 @@ def export_adapter(model: str, adapter: str, output: str | Path, encoding: Encod
     check_adapter(lora, network)
     variant = variant_of(lora.config)
     beyond = "" if variant is None else variant.beyond
-    if beyond or lora.trained:
-        extra = beyond or f"trained parameters ({next(iter(lora.trained))})"
+    trained = [*lora.trained, *lora.rows]
+    if beyond or trained:
+        extra = beyond or f"trained parameters ({trained[0]})"
         raise InputError(
             f"The adapter {adapter} has {extra}, which a LoRA .gguf cannot hold; export the merged model instead "
             "(without --adapter-only)."

@@ -66,6 +66,10 @@ class Mixture:
             if as_one or saved.base_shift or saved.config.init == "pissa":
                 for layer in saved.adapted_layers[:1]:
                     saved.low_rank(layer)
+            if saved.rows:
+                raise InputError(
+                    f"{saved.directory} has trained rows of an embedding; merge it alone, with weight 1."
+                )
             if read_tokenizer_files(saved.directory):
                 raise InputError(f"{saved.directory} has its own tokenizer; merge it alone, with weight 1.")
 

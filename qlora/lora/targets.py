@@ -92,7 +92,8 @@ def match_targets(
             f"layers names decoder layer {absent[0]}, where this model has none to adapt; its layers are "
             f"{min(present, default=0)} to {max(present, default=0)}."
         )
-    outside = [t for t in targets if all(layer_number(name) is None for name in layers if names_layer(name, t))]
+    numbers_of = {t: {layer_number(name) for name in layers if names_layer(name, t)} for t in targets}
+    outside = [t for t, found in numbers_of.items() if found == {None}]
     if outside and targets != ["all-linear"]:
         raise InputError(
             f"target_modules {outside} are outside of the decoder layers, so layers leaves them out; drop one of "

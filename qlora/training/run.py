@@ -17,12 +17,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import date
 from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
-from qlora.adapters.load import load_adapter
+from qlora.adapters.load import continued_config, load_adapter
+from qlora.adapters.peft_files import read_adapter
 from qlora.config.data import DataConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
@@ -127,6 +129,9 @@ class TrainingRun:
         if not config.data.data:
             raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
         config.check_training()
+        if config.generate.adapter is not None:  # run.json tells what trains
+            saved = read_adapter(config.generate.adapter)
+            config = replace(config, lora=continued_config(config.lora, saved, config.model.model))
         return cls(config, call, observers, started, rows, ends_process)
 
     def __enter__(self) -> TrainingRun:
@@ -209,6 +214,7 @@ class TrainingRun:
         config, t, lora = self.config, self.config.loop, self.config.lora
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
+            lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
         else:
             inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
             lora.target_modules = resolve_targets(self.model, lora.target_modules)  # as run.json shows them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import nn
 from qlora.data.batches import lengths_of
 from qlora.data.example import Example
 from qlora.lora.trainable import count_parameters, count_trainable_parameters
+from qlora.model.base import find_base_info
 from qlora.planning.memory import MemoryPlan
 from qlora.system.device import describe_device
 from qlora.system.versions import versions
@@ -43,6 +45,7 @@ def gather_facts(
         "command": call if isinstance(call, str) else describe_command(call, accelerator.num_processes),
         "versions": versions(*PACKAGES),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "base_path": _absolute_path(model),
         "device": describe_device(accelerator.device),
         "num_processes": accelerator.num_processes,
         "parameters": {"trainable": count_trainable_parameters(model), "total": count_parameters(model)},
@@ -56,6 +59,13 @@ def gather_facts(
             "notes": list(getattr(examples, "notes", ())),
         },
     }
+
+
+def _absolute_path(model: nn.Module) -> str | None:
+    """The base's path, which --model may give relative to a directory that others do not know; None: a hub id."""
+    info = find_base_info(model)
+    path = None if info is None else Path(info.source).expanduser()
+    return str(path.absolute()) if path is not None and path.exists() else None
 
 
 def describe_command(arguments: Sequence[str], num_processes: int = 1) -> str:

@@ -43,7 +43,7 @@ def saved(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """(directory, file, logits) of one adapter."""
     folder = tmp_path_factory.mktemp("saved")
     config = LoRAConfig(rank=4, alpha=7.0, rank_pattern={"v_proj": 2}, use_rslora=True, dropout=0.1)
-    model = get_lora_model(base(llama), config, base_model=str(llama)).eval()
+    model = get_lora_model(base(llama), config, base_name=str(llama)).eval()
     randomize(model)
     model.save(folder / "directory")
     model.save(folder / "sub" / "lora.safetensors")

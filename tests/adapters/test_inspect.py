@@ -197,7 +197,8 @@ def test_pissa_of_peft_is_measured_without_its_start_where_the_base_is_there(lla
     for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"):
         A, B = split_svd(weights[f"{layer}.weight"], 4, 1.5)
         state[f"{layer}.lora_A.weight"], state[f"{layer}.lora_B.weight"] = A.contiguous(), B.contiguous()
-    directory = save_adapter(tmp_path / "adapter", (), None, False, None, state, init_lora_weights="pissa")
+    settings = {"init_lora_weights": "pissa", "target_modules": ["0.self_attn.q_proj", "1.mlp.down_proj"]}
+    directory = save_adapter(tmp_path / "adapter", (), None, False, None, state, **settings)
     with_start, without = inspect_adapter(directory), inspect_adapter(directory, str(llama))
     for update in with_start.updates:
         largest = torch.linalg.svdvals(weights[f"{update.layer}.weight"].double())[:4]

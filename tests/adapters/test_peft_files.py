@@ -328,7 +328,6 @@ def test_what_was_written_is_read_back(llama: Path, tmp_path: Path, monkeypatch:
 # One value of each field that changes the forward pass.
 VARIANTS: dict[str, Any] = {
     "lora_bias": True,
-    "trainable_token_indices": [1, 2],
     "target_parameters": ["experts.weight"],
     "layer_replication": [[0, 1]],
     "alora_invocation_tokens": [1],

@@ -472,7 +472,7 @@ TENSORS_OF_VARIANTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] =
     ),
     "bias of another layer": (
         lambda s: s.update({f"{PREFIX}model.layers.0.self_attn.k_proj.bias": torch.ones(16)}),
-        "k_proj.bias is none that bias and modules_to_save in adapter_config.json let train",
+        "k_proj.bias is not trained by the bias and modules_to_save of adapter_config.json",
     ),
     "singular values": (lambda s: s.update({f"{Q0}.lora_E": torch.ones(4, 1)}), "does not announce"),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,4 +60,11 @@ def answer(model_config: ModelConfig, asked: GenerateConfig, chat_template: str 
     tokenizer = load_tokenizer(name, asked.adapter)
     if chat_template is not None:
         set_chat_template(tokenizer, chat_template)
-    stream_answer(model, tokenizer, asked.prompt, asked.sampling(seed))
+    if tokenizer.chat_template is None:
+        does = (
+            "continues the prompt as plain text"
+            if asked.raw
+            else "answers in a plain one; --raw continues the text"
+        )
+        print(f"note: the model has no chat template and {does}", file=sys.stderr)
+    stream_answer(model, tokenizer, asked.prompt, asked.sampling(seed), asked.raw)
