@@ -191,26 +191,26 @@ class ChatTemplate:
         return taken
 
     def note_not_printed(self, messages: Messages, tools: list[dict[str, Any]], note: Note, origin: str) -> None:
-        """Note the thoughts and names that the template does not print; tried once per order of turns."""
-        if not any("reasoning_content" in turn or _has_own_name(turn) for turn in messages):
+        """Note the thoughts, names and keys of tools that the template does not print; tried once per kind."""
+        if not tools and not any("reasoning_content" in turn or _has_own_name(turn) for turn in messages):
             return
-        keys = [(turn["role"], bool(turn["content"]), "weight" in turn, *sorted(turn)) for turn in messages]
-        order = (tuple(keys), bool(tools))
-        if order not in self._not_printed:
-            lost, whole = [], self.render_parts(messages, tools, False, origin)
-            last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
-            for index, turn in enumerate(messages):
-                of = "thoughts" if index == last else "thoughts of earlier answers"
-                for key, name in (("reasoning_content", of), ("name", "name")):
-                    if key not in turn or (key == "name" and not _has_own_name(turn)):
-                        continue
-                    other = {name: value for name, value in turn.items() if name != key}
-                    varied = [*messages[:index], other, *messages[index + 1 :]]
-                    if self.render_parts(varied, tools, False, origin) == whole:
-                        lost.append(name)
-            self._not_printed[order] = lost
-        for name in self._not_printed[order]:
+        keys = tuple((turn["role"], bool(turn["content"]), *sorted(turn)) for turn in messages)
+        kind = (keys, tuple(_keys_of(tools)))
+        if kind not in self._not_printed:
+            whole = self.render_parts(messages, tools, False, origin)
+            self._not_printed[kind] = [
+                name
+                for name, turns, others in _without_each(messages, tools)
+                if self._has_parts(whole, turns, others)
+            ]
+        for name in self._not_printed[kind]:
             note(NOT_PRINTED, name)
+
+    def _has_parts(self, whole: list[str], messages: Messages, tools: list[dict[str, Any]]) -> bool:
+        try:
+            return self.render_parts(messages, tools, False, "") == whole
+        except BadRow:  # it misses what was taken away
+            return False
 
     def find_end_of_call(
         self, messages: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
@@ -271,6 +271,34 @@ class ChatTemplate:
 def _has_own_name(turn: dict[str, Any]) -> bool:
     """Whether a turn has a name that stands nowhere else: a result's is that of its call."""
     return "name" in turn and turn["role"] != "tool"
+
+
+def _keys_of(tools: list[dict[str, Any]]) -> list[tuple[bool, str]]:
+    """(whether it is the function's, name) of every key of tools that a template may leave out."""
+    keys = {(False, key) for tool in tools for key in tool if key not in ("type", "function")}
+    keys |= {(True, key) for tool in tools for key in tool["function"] if key != "name"}
+    return sorted(keys)
+
+
+def _without_each(
+    messages: Messages, tools: list[dict[str, Any]]
+) -> Iterator[tuple[str, Messages, list[dict[str, Any]]]]:
+    """Yield (what was taken away, messages, tools) for each thought, name and key of the tools."""
+    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
+    for index, turn in enumerate(messages):
+        of = "thoughts" if index == last else "thoughts of earlier answers"
+        for key, name in (("reasoning_content", of), ("name", "name")):
+            if key in turn and (key != "name" or _has_own_name(turn)):
+                other = {name: value for name, value in turn.items() if name != key}
+                yield name, [*messages[:index], other, *messages[index + 1 :]], tools
+    for is_inner, key in _keys_of(tools):
+        fewer = [
+            tool | {"function": {name: value for name, value in tool["function"].items() if name != key}}
+            if is_inner
+            else {name: value for name, value in tool.items() if name != key}
+            for tool in tools
+        ]
+        yield f"{key} of tools", messages, fewer
 
 
 def _closing(tag: str) -> str:

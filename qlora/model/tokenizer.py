@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,31 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
     ):
         if not (path / "config.json").is_file():  # an adapter's: the class may depend on the kind of model
             ignored["config"] = config
+        if _is_bare_llama(path, config):
+            return _load_llama(path, ignored)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **ignored)
+
+
+def _is_bare_llama(path: Path, config: Any) -> bool:
+    """Whether a LLaMA's directory has its tokenizer as tokenizer.model alone, and says nothing of BOS.
+
+    Its tokenizer puts BOS first, and did so in transformers 4; transformers 5 leaves BOS out, and without a
+    tokenizer_class also the space before a text.
+    """
+    file = path / "tokenizer_config.json"
+    declared = read_json(file, REMEDY) if file.is_file() else {}
+    kinds = (None, "LlamaTokenizer", "LlamaTokenizerFast")
+    is_alone = (path / "tokenizer.model").is_file() and not (path / "tokenizer.json").is_file()
+    says_nothing = declared.get("add_bos_token") is None and declared.get("tokenizer_class") in kinds
+    return is_alone and says_nothing and config.model_type in ("llama", "mistral", "mixtral")
+
+
+def _load_llama(path: Path, ignored: dict[str, Any]) -> Any:
+    from transformers import LlamaTokenizer
+
+    if find_spec("sentencepiece") is None:
+        raise InputError(f"{path}/tokenizer.model takes sentencepiece to read; pip install sentencepiece.")
+    return LlamaTokenizer.from_pretrained(path, add_bos_token=True, **ignored)
 
 
 def _check_tokenizer_files(path: Path) -> dict[str, None]:

@@ -237,6 +237,14 @@ def test_calls_by_other_names(turns: Messages) -> None:
         assert not encode({column: turns, "tools": TOOLS}, HERMES)[1].notes
 
 
+def test_keys_of_tools_that_are_not_printed_are_named() -> None:
+    tool = {"type": "function", "function": {"name": "add", "description": "D", "strict": True}, "cache": 1}
+    fields = {"messages": PAIR, "tools": [tool]}
+    assert not encode(fields, HERMES)[1].notes
+    brief = HERMES.replace("tool | tojson", "tool.function.name + tool.function.description")
+    assert encode(fields, brief)[1].notes == {NOT_PRINTED: {"cache of tools": 1, "strict of tools": 1}}
+
+
 def test_text_parts_are_text_and_others_are_refused_by_their_type() -> None:
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i", "cache_control": {"type": "ephemeral"}}]
     thinking = [{"type": "thinking", "thinking": "Why?"}, {"type": "text", "text": "Hello"}]
