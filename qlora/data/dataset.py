@@ -112,9 +112,13 @@ def find_sources(source: str | Sequence[Source], weights: Sequence[float] = ()) 
             )
         found += [(source, float(weight)) for source in _matching(name)]
     texts = [str(source) for source, _ in found]
-    doubled = [text for number, text in enumerate(texts) if text in texts[:number]]
-    if doubled:
-        raise InputError(f"data names {doubled[0]} twice; give it a weight of 2 instead.")
+    # One file may have several names: links, relative and absolute paths.
+    files = [str(Path(text).resolve()) if Path(text).exists() else text for text in texts]
+    doubled = [(text, texts[files.index(file)]) for text, file in zip(texts, files, strict=True)]
+    for number, (text, first) in enumerate(doubled):
+        if files.index(files[number]) < number:
+            other = "" if text == first else f", the first time as {first}"
+            raise InputError(f"data names {text} twice{other}; give it a weight of 2 instead.")
     return found
 
 

@@ -28,6 +28,7 @@ from qlora.data.rows import (
 from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote, shorten
 
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z")
 PARQUET_ROWS = 256  # held in memory at a time
 Rows = Generator[Record | BadRow, None, None]
 
@@ -89,7 +90,14 @@ def _open_source(source: str | PythonRows, split: str) -> Rows:
         return source.stream()
     path = Path(source)
     if path.is_dir():
-        raise InputError(f"{source} is a directory; name one .json, .jsonl, .csv or .parquet file in it.")
+        raise InputError(
+            f"{source} is a directory; name one .json, .jsonl, .csv or .parquet file in it, or several as "
+            f"'{path}/*.parquet'."
+        )
+    if path.exists() and not path.is_file():  # it could be read only once, and waited for
+        raise InputError(f"{source} is a pipe or a device, not a file; write its rows to a file first.")
+    if path.suffix.lower() in COMPRESSED and path.exists():
+        raise InputError(f"{source} is compressed; decompress it first.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None and path.exists():
         raise InputError(f"{source} ends in '{path.suffix}'; use .json, .jsonl, .csv or .parquet.")

@@ -40,7 +40,7 @@ import torch
 from qlora.data.example import EncodeReport, Example
 from qlora.data.rows import BadRow
 from qlora.system.cache import cache_directory
-from qlora.system.files import make_directories, new_directory, remove_leftovers
+from qlora.system.files import locked, make_directories, new_directory, remove_leftovers
 from qlora.system.versions import versions
 
 FORMAT = 3  # increase it when the same rows, tokenizer, template and options give different tokens
@@ -206,12 +206,10 @@ def cached_store(
     Raises:
         OSError: the cache cannot be written.
     """
-    from filelock import FileLock
-
     described = json.dumps([FORMAT, _code(), key], sort_keys=True)
     directory = token_cache() / hashlib.sha256(described.encode()).hexdigest()[:24]
     make_directories(directory.parent)
-    with FileLock(f"{directory}.lock", mode=0o600):
+    with locked(directory):
         store = read_store(directory)
         if store is not None:
             return store, True

@@ -99,20 +99,20 @@ class PeerWatch:
 
     def start(self) -> PeerWatch:
         if self.others:
-            threading.Thread(target=self._judge, daemon=True).start()
+            threading.Thread(target=self._check_peers, daemon=True).start()
             if self._store is not None:
-                threading.Thread(target=self._talk, daemon=True).start()
+                threading.Thread(target=self._send_heartbeats, daemon=True).start()
         return self
 
     # ---- from the training loop ---------------------------------------------------------------------------
 
-    def stand_down(self) -> None:
+    def stop(self) -> None:
         """Stop guarding: the loop has left its collectives, so this process must not be ended."""
         self._is_waiting = False
 
     def describe(self, error: BaseException) -> str:
         """Name the processes that a failed collective has lost, as a clause; takes at most CALL seconds."""
-        self.stand_down()
+        self.stop()
         self._is_survivor, asked, first = True, time.monotonic(), 0.0
         self._wake.set()
         while time.monotonic() < asked + CALL:
@@ -143,7 +143,7 @@ class PeerWatch:
 
     # ---- threads ------------------------------------------------------------------------------------------
 
-    def _talk(self) -> None:
+    def _send_heartbeats(self) -> None:
         """Write to and read from the store until this process leaves or the store stops answering."""
         store, keys = self._store, [f"rank/{peer.rank}" for peer in self.others]
         try:
@@ -172,7 +172,7 @@ class PeerWatch:
         heard = {rank: last.heard[rank] if beats[rank] == last.beats.get(rank) else now for rank in beats}
         return View(now, beats, heard, {rank: why for rank, (_, why) in states.items() if why is not None})
 
-    def _judge(self) -> None:
+    def _check_peers(self) -> None:
         """End this process if it waits for a lost one."""
         since = 0.0  # when the loss was detected
         while self._leaving is None:

@@ -18,8 +18,9 @@ from typing import Any
 from qlora.system.cache import is_in_cache
 from qlora.system.errors import InputError
 from qlora.system.memory import is_out_of_memory
-from qlora.system.wording import explain
+from qlora.system.wording import explain, tell
 
+PATIENCE = 2.0  # seconds to wait for another process without a word
 JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than half of that
 
 
@@ -100,19 +101,32 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 @contextmanager
 def only_writer(target: Path) -> Iterator[bool]:
-    """Wait until no other process writes `target`; yields True if it still does not exist.
+    """Wait until no other process writes `target`, and say so; yields True if it still does not exist.
 
     Unfinished files of killed processes are removed.
     """
-    from filelock import FileLock
-
-    lock = target.with_name(f"{target.name}.lock")
-    with FileLock(lock, mode=0o600 if is_in_cache(target) else -1):
+    with locked(target) as lock:
         remove_leftovers(target.parent, target.name)
         yield not target.exists()
-        lock.unlink(
-            missing_ok=True
-        )  # waiting processes find `target`; after an error the lock file stays for the next
+        lock.unlink(missing_ok=True)  # waiting processes find `target`; after an error the file stays for the next
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[Path]:
+    """Hold TARGET.lock, and say so while another process holds it; yields its path."""
+    from filelock import FileLock, Timeout
+
+    lock = target.with_name(f"{target.name}.lock")
+    mutex = FileLock(lock, mode=0o600 if is_in_cache(target) else -1)
+    try:
+        mutex.acquire(timeout=PATIENCE)
+    except Timeout:
+        tell(f"another process is writing {target}; waiting for it")
+        mutex.acquire()
+    try:
+        yield lock
+    finally:
+        mutex.release()
 
 
 def _settle(path: Path) -> None:

@@ -109,7 +109,7 @@ class HeldOut(Observer):
             return
         if not math.isfinite(held_out):
             raise TrainingStopped(f"the held-out loss is {held_out}; look at the held-out data")
-        is_best = progress.judge(held_out, score, self.min_delta)
+        is_best = progress.record_evaluation(held_out, score, self.min_delta)
         line: dict[str, Any] = {"step": progress.step, "eval_loss": held_out}
         line |= {"exact_match": score} if score is not None else {}
         line |= {"stale_evaluations": progress.stale} if self.patience else {}

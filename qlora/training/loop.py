@@ -161,7 +161,7 @@ class Trainer:
                 started = time.perf_counter()
                 self._tell(self.step(), time.perf_counter() - started)
         except RuntimeError as error:
-            peers.stand_down()
+            peers.stop()
             stopped = self._explain(error, peers)
             self._end(stopped or error)
             if stopped is None:

@@ -17,7 +17,7 @@ class Progress:
         score: share of held-out answers that matched at that evaluation, if scored.
         best_loss, best_score: of the best evaluation so far: the highest score, and at equal scores, or without
             them, the lowest loss.
-        reference: the score, or without one the loss below zero, from which patience counts (`judge`).
+        reference: the score, or without one the loss below zero, from which patience counts (`record_evaluation`).
         stale: evaluations since the reference.
         sampled: the last step whose samples are written; -1 = none.
     """
@@ -40,7 +40,7 @@ class Progress:
             elif value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
                 raise ValueError(f"{name} is {value!r}")
 
-    def judge(self, eval_loss: float, score: float | None = None, min_delta: float = 0.0) -> bool:
+    def record_evaluation(self, eval_loss: float, score: float | None = None, min_delta: float = 0.0) -> bool:
         """Record an evaluation of this state.
 
         Args:

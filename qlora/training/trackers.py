@@ -29,7 +29,7 @@ def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
         InputError: as `check_trackers`.
     """
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
 
     from qlora.system.device import best_device
 
@@ -43,6 +43,8 @@ def start_accelerator(trackers: Sequence[str], output_dir: str | Path) -> Any:
     return Accelerator(
         cpu=is_cpu, mixed_precision="no", log_with=list(trackers) or None, project_config=project,
         kwargs_handlers=[waiting],
+        # A plugin, since ACCELERATE_GRADIENT_ACCUMULATION_STEPS would divide every gradient again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )  # fmt: skip
 
 

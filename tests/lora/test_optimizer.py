@@ -342,7 +342,7 @@ TORCH_OPTIMIZERS = {
 @pytest.mark.parametrize("name", TORCH_OPTIMIZERS)
 def test_any_torch_optimizer_works_as_it_comes(name: str) -> None:
     """Over bf16 adapters; Adam and AdamW raised "expected dtype c10::BFloat16" as their gradients were fp32."""
-    # torch 2.13's fused SGD changes only the last few values (n mod 16) of a bf16 parameter on a CPU.
+    # torch 2.13's fused SGD changes few values of a bf16 parameter on a CPU: pytorch/pytorch issue 191763.
     dtype = torch.float32 if name == "SGD fused" else torch.bfloat16
     model = small_model(adapter_dtype=str(dtype).removeprefix("torch."))
     options = {"lr": 0.02, **TORCH_OPTIMIZERS[name]}

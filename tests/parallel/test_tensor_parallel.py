@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora.lora.layer import LoRALinear
+from qlora.lora.optimizer import take_gradients
 from qlora.model.load import load_base_model
 from qlora.parallel.tensor_parallel import GroupExchange, WeightCut, split_model, split_of
 from qlora.quant.decode import decode_copy, decode_in_place
@@ -134,6 +135,7 @@ def test_gradients_of_bf16_adapters_leave_in_fp32() -> None:
     layer = Linear4bit(cut_weight(whole, Part(0, 1, 2)), None)
     layer.part = Part(0, 1, 2)
     lora = adapted(layer, 0.0, torch.bfloat16)
+    take_gradients(lora.weights.parameters(), torch.float32)
     lora(torch.randn(3, 128)).sum().backward()
     gradient = lora.weights.lora_B.grad
     assert gradient is not None and gradient.dtype == torch.float32 and lora.weights.lora_B.dtype == torch.bfloat16

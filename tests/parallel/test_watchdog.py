@@ -35,7 +35,7 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
 
     def end(watch: PeerWatch, lost: str) -> None:
         seen.append((watch.me, lost))
-        watch.stand_down()
+        watch.stop()
 
     monkeypatch.setattr(PeerWatch, "_end", end)
     return seen

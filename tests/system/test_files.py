@@ -225,3 +225,22 @@ def test_json_up_to_the_limit(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_an_error_says(error: Exception, text: str) -> None:
     assert explain(error) == text
+
+
+def test_who_waits_says_for_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from filelock import FileLock
+
+    from qlora.system import files
+
+    monkeypatch.setattr(files, "PATIENCE", 0.1)
+    with ThreadPoolExecutor(1) as thread:
+        with FileLock(tmp_path / "base.lock"):
+            waiting = thread.submit(lambda: files.only_writer(tmp_path / "base").__enter__())
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+        assert waiting.result(timeout=10) is True
+    assert capsys.readouterr().err == f"another process is writing {tmp_path / 'base'}; waiting for it\n"

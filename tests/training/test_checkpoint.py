@@ -307,7 +307,7 @@ def test_evaluations_are_judged_by_score_then_loss() -> None:
     evaluations = [(3.0, 0.25), (2.0, 0.25), (1.0, 0.0), (9.0, 0.5), (9.0, 0.5), (8.0, 0.5), (0.5, 0.25)]
     progress, seen = Progress(), []
     for loss, score in evaluations:
-        is_best = progress.judge(loss, score)
+        is_best = progress.record_evaluation(loss, score)
         assert is_best == all((score, -loss) > other for other in seen)
         seen.append((score, -loss))
         assert (progress.best_score, -(progress.best_loss or 0)) == max(seen)
@@ -321,18 +321,24 @@ def test_patience_begins_anew_at_what_is_better_by_more_than_the_margin(
     """Small gains add up: 0.125 twice is more than the margin of 0.1875 from where counting began."""
     progress, stale = Progress(), []
     for step, gain in enumerate((0.0, 0.125, 0.25, 0.25, 0.375, 0.5)):
-        progress.judge(2.0 - (gain if score is None else step), None if score is None else score + gain, 0.1875)
+        progress.record_evaluation(
+            2.0 - (gain if score is None else step), None if score is None else score + gain, 0.1875
+        )
         stale.append(progress.stale)
     assert stale == [0, 1, 0, 1, 2, 0]
-    progress.judge(5.0, worse, 0.1875)
+    progress.record_evaluation(5.0, worse, 0.1875)
     assert progress.stale == 1 and progress.best_loss == 1.5 if score is None else progress.best_score == 1.0
 
 
 def test_another_metric_on_resuming_begins_to_judge_anew() -> None:
     progress = Progress(best_loss=1.0, reference=-1.0, stale=3)
-    assert progress.judge(9.0, 0.0) and progress.stale == 0
-    assert not progress.judge(9.5, 0.0) and progress.stale == 1
-    assert progress.judge(7.0) and (progress.best_loss, progress.best_score, progress.stale) == (7.0, None, 0)
+    assert progress.record_evaluation(9.0, 0.0) and progress.stale == 0
+    assert not progress.record_evaluation(9.5, 0.0) and progress.stale == 1
+    assert progress.record_evaluation(7.0) and (progress.best_loss, progress.best_score, progress.stale) == (
+        7.0,
+        None,
+        0,
+    )
 
 
 @pytest.mark.parametrize(

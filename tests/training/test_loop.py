@@ -118,6 +118,17 @@ def losses(lines: list[dict[str, Any]]) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def test_a_trained_model_takes_any_optimizer(tiny: str) -> None:
+    """After a run, gradients are again what torch's AdamW expects of a bf16 parameter."""
+    model = adapted(tiny, "bfloat16")
+    run(model, make_examples(4), 1)
+    assert {p.dtype for p in lora_parameters(model)} == {torch.bfloat16}
+    model(make_examples(1)[0].input_ids[None]).logits.sum().backward()
+    before = [p.detach().clone() for p in lora_parameters(model)]
+    torch.optim.AdamW(lora_parameters(model), lr=0.1).step()
+    assert not any(torch.equal(p, b) for p, b in zip(lora_parameters(model), before, strict=True))
+
+
 @pytest.mark.parametrize(("batch_size", "max_length"), [(8, 41), (4, 41), (2, 41), (1, 41)])
 def test_the_gradient_does_not_depend_on_how_a_window_is_cut(tiny: str, batch_size: int, max_length: int) -> None:
     """1 x 8 = 2 x 4 = 8 x 1: equal to a plain mean over all target tokens of unpacked rows, to fp32 rounding."""

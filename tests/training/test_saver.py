@@ -167,7 +167,7 @@ def save_three(directory: Path, tiny: str, **options: Any) -> tuple[Output, list
             parameter.grad = torch.full(parameter.shape, 0.1 * step)
         output.optimizer.step(1e-2)
         output.progress.step = step
-        output.progress.judge(loss)
+        output.progress.record_evaluation(loss)
         output.save(output.progress)
         states.append({key: tensor.clone() for key, tensor in lora_state_dict(model).items()})
     return output, states

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker
 from accelerate.utils import ProjectConfiguration
@@ -171,3 +172,11 @@ def test_tensorboard_is_not_imported_without_being_asked_for() -> None:
     assert "qlora.training.trackers" in sys.modules
     source = Path(tracking.__file__).read_text()
     assert "import tensorboard" not in source and "\nfrom accelerate" not in source
+
+
+def test_the_environment_does_not_divide_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes its own accumulation from there, and `backward` divides by it."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    x = torch.ones(3, requires_grad=True)
+    start_accelerator([], tmp_path).backward(x.sum())
+    assert x.grad is not None and x.grad.tolist() == [1, 1, 1]
