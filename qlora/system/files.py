@@ -28,6 +28,7 @@ JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than ha
 def new_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it replaces `target`, on an error nothing changes."""
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    _remove_dead(target)
     try:
         with _named(target):
             yield staging
@@ -69,6 +70,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     make_directories(target.parent)
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
+    _remove_dead(target)
     staging.mkdir(mode=0o700 if is_in_cache(target) else 0o777)
     try:
         with _named(target):
@@ -85,6 +87,23 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _remove_dead(target: Path) -> None:
+    """Remove what killed processes left of `target`: as large as a model, and hidden."""
+    leftover = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.tmp")
+    names = (
+        [name for name in os.listdir(target.parent) if leftover.fullmatch(name)] if target.parent.is_dir() else []
+    )
+    for name in names:
+        from psutil import pid_exists
+
+        if not pid_exists(int(leftover.fullmatch(name)[1])):  # type: ignore[index]
+            _remove(target.with_name(name))
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
     """Remove unfinished files that killed processes left in a folder.
 
@@ -96,7 +115,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     wanted = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.\d+(\.old)?\.tmp")
     for left in list(folder.iterdir()) if folder.is_dir() else ():
         if wanted.fullmatch(left.name):
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            _remove(left)
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from qlora.lora.adalora_optimizer import build_adapter_optimizer
 from qlora.lora.adapter import inject_lora, set_tokenizer
 from qlora.lora.optimizer import MasterOptimizer
 from qlora.lora.svd_start import initialize_adapter
+from qlora.lora.targets import resolve_targets
 from qlora.lora.trainable import freeze_base, parameter_summary
 from qlora.model.tokenizer import load_tokenizer
 from qlora.parallel.launch import arrange_ranks
@@ -216,6 +217,7 @@ class TrainingRun:
             lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
         else:
             inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
+            lora.target_modules = resolve_targets(self.model, lora.target_modules)  # as run.json shows them
             freeze_base(self.model)
         if config.data.chat_template is not None:
             set_tokenizer(self.model, self.tokenizer)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -244,3 +247,29 @@ def test_who_waits_says_for_what(
                 waiting.result(timeout=1)
         assert waiting.result(timeout=10) is True
     assert capsys.readouterr().err == f"another process is writing {tmp_path / 'base'}; waiting for it\n"
+
+
+@pytest.mark.parametrize("kind", ["new_file", "new_directory"])
+def test_what_a_killed_process_left_goes_with_the_next_try(tmp_path: Path, kind: str) -> None:
+    """A killed export left a hidden model each time. What a running process writes stays."""
+    from qlora.system import files
+
+    code = (
+        f"import sys, pathlib; from qlora.system.files import {kind} as new\n"
+        f"with new(pathlib.Path(sys.argv[1])) as path:\n"
+        f"    (path if '{kind}' == 'new_file' else path / 'part').write_text('half')\n"
+        "    print('there', flush=True); sys.stdin.read()"
+    )
+    target, pipe = tmp_path / "model", subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code, str(target)], stdin=pipe, stdout=pipe) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"there\n"
+        left = tmp_path / f".model.{process.pid}.tmp"
+        with contextlib.suppress(InterruptedError), getattr(files, kind)(target):
+            assert left.exists()
+            raise InterruptedError
+        assert left.exists()
+        process.kill()
+    assert left.exists() and not target.exists()
+    with contextlib.suppress(InterruptedError), getattr(files, kind)(target):
+        raise InterruptedError
+    assert list(tmp_path.iterdir()) == []
