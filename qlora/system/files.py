@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -21,13 +23,14 @@ from qlora.system.memory import is_out_of_memory
 from qlora.system.wording import explain, tell
 
 PATIENCE = 2.0  # seconds to wait for another process without a word
+MACHINES = 10**5  # told apart in the name of an unfinished file
 JSON_LIMIT = 32 * 2**20  # bytes; the index of the largest model is less than half of that
 
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """Yield a path to write; on success it replaces `target`, on an error nothing changes."""
-    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    staging = target.with_name(f".{target.name}.{_writer()}.tmp")
     _remove_dead(target)
     try:
         with _named(target):
@@ -68,7 +71,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     If `target` exists already (another process was faster), it stays.
     """
     make_directories(target.parent)
-    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    staging = target.with_name(f".{target.name}.{_writer()}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     _remove_dead(target)
     staging.mkdir(mode=0o700 if is_in_cache(target) else 0o777)
@@ -87,8 +90,13 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _writer() -> int:
+    """This process and, since disks are shared, its machine, in one number."""
+    return os.getpid() * MACHINES + zlib.crc32(platform.node().encode()) % MACHINES
+
+
 def _remove_dead(target: Path) -> None:
-    """Remove what killed processes left of `target`: as large as a model, and hidden."""
+    """Remove what killed processes of this machine left of `target`: as large as a model, and hidden."""
     leftover = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.tmp")
     names = (
         [name for name in os.listdir(target.parent) if leftover.fullmatch(name)] if target.parent.is_dir() else []
@@ -96,7 +104,8 @@ def _remove_dead(target: Path) -> None:
     for name in names:
         from psutil import pid_exists
 
-        if not pid_exists(int(leftover.fullmatch(name)[1])):  # type: ignore[index]
+        process, machine = divmod(int(leftover.fullmatch(name)[1]), MACHINES)  # type: ignore[index]
+        if machine == _writer() % MACHINES and not pid_exists(process):
             _remove(target.with_name(name))
 
 
