@@ -44,8 +44,7 @@ class LoRAConfig(Settings):
     dropout: Annotated[float, between(0, 1, "a number from 0 up to, not including, 1")] = 0.0
     """Probability of dropping an input of A while training."""
     target_modules: Targets = field(default_factory=lambda: list(DEFAULT_TARGETS))
-    """Linear layers to adapt: names or patterns separated by commas, or all-linear. The default means c_attn in
-    GPT-2, and the attention's input layers in other models without q_proj and v_proj."""
+    """Linear layers to adapt: names or patterns separated by commas, or all-linear. GPT-2's default is c_attn."""
     exclude_modules: Targets = field(default_factory=list)
     """Of these layers, those to leave alone: names or patterns separated by commas."""
     layers: Layers = field(default_factory=list)

@@ -178,12 +178,14 @@ class ChatTemplate:
 
     def take_thoughts(self, messages: Messages) -> Messages:
         """Move the thought that an answer's content begins with to its own key, if the template opens thoughts."""
-        tag, _ = self._settle_opened() if any(turn["role"] == "assistant" for turn in messages) else ("", "")
+        tag, _ = self._settle_opened()
+        if not tag:
+            return messages
         end = _closing(tag)
         taken = []
         for turn in messages:
             content = turn["content"].lstrip()
-            if tag and turn["role"] == "assistant" and content.startswith(tag) and end in content:
+            if turn["role"] == "assistant" and content.startswith(tag) and end in content:
                 thought, _, answer = content.removeprefix(tag).partition(end)
                 own = {"reasoning_content": thought.strip()} if thought.strip() else {}
                 turn = own | turn | {"content": answer.lstrip()}
