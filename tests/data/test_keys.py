@@ -21,7 +21,7 @@ from qlora.data.check import check_data
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, EncodeReport, Example
-from qlora.data.keys import NOT_PRINTED, PART_KEYS, TURNS, describe_notes
+from qlora.data.keys import EMPTY, NOT_PRINTED, PART_KEYS, TURNS, describe_notes
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import read_records
 from qlora.data.row_encoder import SPELLED_OUT, end_of_turn_id
@@ -349,6 +349,9 @@ def test_the_line_names_what_is_not_used() -> None:
     spelled = {"messages": [USER, ANSWER | {"thought": "a<|im_end|>"}]}
     assert encode(spelled, QWEN3)[1].notes == {SPELLED_OUT: {"<|im_end|>": 1}}
     assert encode(spelled)[1].notes == {NOT_PRINTED: {"thoughts": 1}}
+    for answer in ({"content": " "}, {"content": ""}):  # a template's empty thought is a target all the same
+        notes = encode({"messages": [USER, ANSWER | answer]}, QWEN3)[1].notes
+        assert notes == {EMPTY: {"answers": 1}}
     assert encode({"messages": [*PAIR, USER]}, train_on="all")[1].notes == {TURNS: {"after the last answer": 1}}
 
 
