@@ -167,7 +167,7 @@ class RowEncoder:
                 if turns[index].get("weight") != 0 and (train_on != "last" or index == answers[-1]):
                     num_trained = self._num_trained(turns[: index + 1], tools, before, part, own, hidden, origin)
                     for code, token in hidden.items():
-                        if chr(code) in turns[index]["content"]:
+                        if chr(code) in part and any(chr(code) in text for text in _texts_of(turns[index])):
                             note(SPELLED_OUT, token)
                 ids += own
                 is_target += [place < num_trained for place in range(len(own))]
