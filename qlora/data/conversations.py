@@ -10,6 +10,7 @@ from qlora.data.keys import (
     ROLES,
     TURN,
     TURN_KEYS,
+    TURNS,
     Note,
     check_turn_keys,
     ignore,
@@ -30,9 +31,9 @@ MAX_TEXT = 16 * 2**20
 def to_messages(record: Record, note: Note = ignore) -> list[dict[str, Any]]:
     """One record as a conversation: an optional system message, then user and assistant in turn.
 
-    Turns after the last answer have no target and are dropped. Answers that are context only ("weight": 0, or
-    inside a prompt that is a list of messages) keep the key "weight" with value 0. An answer may have
-    "tool_calls", followed by "tool" turns, and a thought, "reasoning_content". Three roles are not turns and
+    Turns after the last answer have no target: they are dropped, and noted. Answers that are context only
+    ("weight": 0, or inside a prompt that is a list of messages) keep the key "weight" with value 0. An answer may
+    have "tool_calls", followed by "tool" turns, and a thought, "reasoning_content". Three roles are not turns and
     always come first:
 
         document   a `text` record, alone: no template, every token a target
@@ -64,14 +65,18 @@ def to_messages(record: Record, note: Note = ignore) -> list[dict[str, Any]]:
     if "history" in optional and not is_empty(fields.get("history")):
         start = 1 if turns[0]["role"] == "system" else 0
         turns[start:start] = _read_history(fields["history"], origin)
-    turns = _read_system(fields, origin) + turns
-    if len(turns) > 1 and turns[0]["role"] == turns[1]["role"] == "system":
-        if turns[0]["content"] != turns[1]["content"]:
+    system = _read_system(fields, origin)
+    if system and turns and turns[0]["role"] == "system":
+        if turns[0]["content"] != system[0]["content"]:
             raise BadRow(origin, "the system column and the first message disagree; keep one of them.")
-        del turns[0]
+        system = []
+    turns = system + turns
     tools = [] if "tools" not in used or is_empty(fields["tools"]) else read_tools(fields["tools"], origin)
     first = [{"role": "tools", "content": "", "tools": tools}] if tools else []
-    return first + _check_order(turns, origin)
+    kept = _check_order(turns, origin)
+    if len(kept) < len(turns):
+        note(TURNS, "after the last answer")
+    return first + kept
 
 
 def _read_system(fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:

@@ -55,7 +55,10 @@ class PythonRows:
                 if self.is_dataset:
                     yield arrow_record(row, origin, notes)
                 else:
-                    yield as_row(plain(row), origin, may_have_flaw=True)
+                    found = as_row(plain(row), origin, may_have_flaw=True)
+                    if self.is_frame and isinstance(found, Record):  # pandas reads tables with Arrow
+                        found = arrow_record(found.fields, origin)
+                    yield found
             except (TypeError, RecursionError) as error:
                 problem = "the row is nested too deeply" if isinstance(error, RecursionError) else error
                 yield BadRow(origin, f"{problem}.")

@@ -111,7 +111,7 @@ class RowEncoder:
             if turns[index].get("weight") != 0 and (train_on != "last" or index == answers[-1]):
                 num_trained = self._num_trained(turns[: index + 1], tools, before, part, part_ids, hidden, origin)
                 for code, token in hidden.items():
-                    if chr(code) in turns[index]["content"]:
+                    if chr(code) in part and any(chr(code) in text for text in _texts_of(turns[index])):
                         note(SPELLED_OUT, token)
             ids += part_ids
             is_target += [place < num_trained for place in range(len(part_ids))]
@@ -123,7 +123,9 @@ class RowEncoder:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise BadRow(origin, "the tokenizer has no eos_token to end a document; set one.")
-        ids = self.encode_prompt(messages)
+        text = messages[0]["content"].rstrip()
+        is_ended = text.endswith(self.tokenizer.eos_token)  # white space after the end would ask for another one
+        ids = self.encode_prompt([messages[0] | {"content": text}] if is_ended else messages)
         ids = ids if ids[-1:] == [eos] and len(ids) > 1 else [*ids, eos]
         is_blank = not messages[0]["content"].strip()  # would only teach BOS -> EOS
         return ids, [not is_blank] * len(ids)

@@ -572,7 +572,7 @@ def test_a_document_is_parsed_as_it_stands():
     assert (ids.count(START), ids.count(EOT)) == (1, 1)  # its own end of turn is its end: no second one
 
 
-@pytest.mark.parametrize("text", ["once", "<s>once", "once<|im_end|>", "<s>once<|im_end|>"])
+@pytest.mark.parametrize("text", ["once", "<s>once", "once<|im_end|>", "<s>once<|im_end|>", "once<|im_end|>\n"])
 def test_a_document_begins_and_ends_once(text):
     """BOS and EOS that the text holds stood twice, and the second one was a target."""
     row = encode_example([{"role": "document", "content": text}], tiny_tokenizer(add_bos=True), LONG)

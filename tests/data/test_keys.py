@@ -21,7 +21,7 @@ from qlora.data.check import check_data
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, EncodeReport, Example
-from qlora.data.keys import NOT_PRINTED, PART_KEYS, describe_notes
+from qlora.data.keys import NOT_PRINTED, PART_KEYS, TURNS, describe_notes
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import read_records
 from qlora.data.row_encoder import SPELLED_OUT, end_of_turn_id
@@ -189,6 +189,9 @@ def test_two_system_texts_that_differ() -> None:
     turns = [{"role": "system", "content": "Be brief."}, *PAIR]
     with pytest.raises(BadRow, match="the system column and the first message disagree"):
         encode({"messages": turns, "system": "Be long."})
+    two: Messages = [{"role": "system", "content": "a"}, {"role": "system", "content": "b"}]
+    with pytest.raises(BadRow, match="message 2, 'b', is from the system, not the user"):  # there is no column
+        encode({"messages": [*two, *PAIR]})
     with pytest.raises(BadRow, match="the row has system and system_prompt, which disagree"):
         encode({"messages": PAIR, "system": "a", "system_prompt": "b"})
 
@@ -279,12 +282,13 @@ def test_equal_ids_from_jsonl_parquet_and_datasets(tmp_path: Path) -> None:
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     dataset = Dataset.from_list(rows)
+    frame = PythonRows("data", pyarrow.Table.from_pylist(rows).to_pandas(integer_object_nulls=True))
     encoded = []
-    for source in (str(lines), str(table), PythonRows("data", dataset), PythonRows("data", rows)):
+    for source in (str(lines), str(table), PythonRows("data", dataset), PythonRows("data", rows), frame):
         examples, report = encode_records(read_records(source), tokenizer_of(HERMES), LONG)
         encoded.append([(row.input_ids.tolist(), row.targets.tolist()) for row in examples])
         assert not report.notes and len(examples) == 3
-    assert encoded[1:] == encoded[:1] * 3
+    assert encoded[1:] == encoded[:1] * 4
     assert "null" in str(pyarrow.parquet.read_table(table).to_pylist()).replace("None", "null")
 
 
@@ -342,6 +346,10 @@ def test_the_line_names_what_is_not_used() -> None:
     assert encode({"prompt": "a", "completion": "<|im_end|>b<s>"})[1].notes == {
         SPELLED_OUT: {"<|im_end|>": 1, "<s>": 1}
     }
+    spelled = {"messages": [USER, ANSWER | {"thought": "a<|im_end|>"}]}
+    assert encode(spelled, QWEN3)[1].notes == {SPELLED_OUT: {"<|im_end|>": 1}}
+    assert encode(spelled)[1].notes == {NOT_PRINTED: {"thoughts": 1}}
+    assert encode({"messages": [*PAIR, USER]}, train_on="all")[1].notes == {TURNS: {"after the last answer": 1}}
 
 
 @pytest.mark.parametrize("cache", [False, True])
