@@ -56,6 +56,8 @@ def merge_and_unload(model: nn.Module, quantize: bool = False) -> nn.Module:
     if not quantize:
         _make_dense(model, None if info is None else info.compute_dtype)
     network: Any = model
+    if not quantize and getattr(model, "hf_quantizer", None) is not None:  # transformers loaded it in 4 bits
+        network.hf_quantizer.remove_quantization_config(model)
     if is_tied and not _is_tied(model):
         network.config.tie_word_embeddings = False
     return model

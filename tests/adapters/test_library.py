@@ -301,6 +301,20 @@ def test_merged_into_plain_layers(llama: Path, settings: dict[str, Any], use_4bi
     assert 0 < relative_error(logits(again), expected) < 0.5
 
 
+def test_a_base_that_transformers_quantized_is_saved_as_an_ordinary_model(llama: Path, tmp_path: Path) -> None:
+    """Its config kept the quantization, so that nothing could load what was merged."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    options: dict[str, Any] = {"quantization_config": quantization, "dtype": torch.float32}
+    model = randomized(LoRAModel(AutoModelForCausalLM.from_pretrained(llama, **options), LoRAConfig(rank=4)))
+    expected = logits(model)
+    network: Any = model.merge_and_unload()
+    network.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(logits(again), expected) < TOLERANCE
+
+
 def test_unloading_gives_the_base_back(llama: Path) -> None:
     network = load_base_model(str(llama), compute_dtype="float32", cache=False)
     before, names = logits(network), list(network.state_dict())
