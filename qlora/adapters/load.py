@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -97,8 +98,9 @@ def continued_config(asked: LoRAConfig, saved: SavedAdapter, base: str) -> LoRAC
         network = empty_model(base)
         named = match_targets(network, asked.target_modules, asked.layers or None, asked.exclude_modules)
         if sorted(named) != saved.adapted_layers:
+            within = " within --layers" if asked.layers else ""
             raise InputError(
-                f"--target-modules {to_text(asked.target_modules)} with --layers names {len(named)} layers, but "
+                f"--target-modules {to_text(asked.target_modules)}{within} names {len(named)} layers, but "
                 f"--adapter {saved.directory} goes on with its own {len(saved.adapted_layers)}; leave them out, "
                 "or begin a new adapter."
             )
@@ -292,21 +294,28 @@ def _row_problems(saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _missing_layers(saved: SavedAdapter, model: nn.Module) -> list[str]:
-    """Layers of this base that the adapter's config names and its file leaves out: half an adapter.
-
-    Patterns (a text, or exclude_modules) are not compared.
-    """
-    targets, numbers = (saved.description.get(field) for field in ("target_modules", "layers_to_transform"))
-    if saved.description.get("exclude_modules") or not (isinstance(targets, list) or targets == "all-linear"):
-        return []
+    """Layers of this base that the adapter's config names and its file leaves out: half an adapter."""
+    fields = ("target_modules", "layers_to_transform", "exclude_modules")
+    targets, numbers, excluded = (saved.description.get(field) for field in fields)
     layers, head = list(linear_layers(model)), head_name(model)
-    if targets == "all-linear":
-        named = [name for name in layers if name != head]
-    else:
-        ends = tuple(f".{target}" for target in targets)
-        named = [name for name in layers if f".{name}".endswith(ends)]
+    try:
+        named = (
+            [name for name in layers if name != head]
+            if targets == "all-linear"
+            else [name for name in layers if _names(targets, name)]
+        )
+        named = [name for name in named if not _names(excluded, name)]
+    except re.error:  # PEFT could not have used it
+        return []
     if numbers is not None:
         wanted = {numbers} if type(numbers) is int else set(numbers)
         named = [name for name in named if layer_number(name) in wanted or not wanted]
     there = set(saved.adapted_layers)
     return [name for name in named if name not in there]
+
+
+def _names(which: Any, name: str) -> bool:
+    """PEFT's rule: a text is a regular expression for the whole name, a list holds ends of names."""
+    if isinstance(which, str):
+        return bool(which) and re.fullmatch(which, name) is not None
+    return isinstance(which, list) and f".{name}".endswith(tuple(f".{end}" for end in which))

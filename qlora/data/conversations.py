@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from qlora.data.keys import (
+    EMPTY,
     PART_KEYS,
     ROLES,
     TURN,
@@ -76,6 +77,8 @@ def to_messages(record: Record, note: Note = ignore) -> list[dict[str, Any]]:
     kept = _check_order(turns, origin)
     if len(kept) < len(turns):
         note(TURNS, "after the last answer")
+    if all(map(_is_blank, kept)):
+        note(EMPTY, "answers")
     return first + kept
 
 
@@ -271,6 +274,13 @@ def _is_trained(turn: dict[str, Any], role: str, name: str, origin: str) -> bool
     if len(set(said.values())) > 1:
         raise BadRow(origin, f"{name} has {' and '.join(said)}, which disagree; keep one of them.")
     return all(said.values())
+
+
+def _is_blank(turn: dict[str, Any]) -> bool:
+    """Whether a turn has no answer to learn: it is another's, context, or blank."""
+    if turn["role"] != "assistant" or turn.get("weight") == 0:
+        return True
+    return not (turn["content"].strip() or "tool_calls" in turn or "reasoning_content" in turn)
 
 
 def _check_order(turns: list[dict[str, Any]], origin: str) -> list[dict[str, Any]]:

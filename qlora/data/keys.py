@@ -17,7 +17,7 @@ Note = Callable[[str, str], Any]  # (what is said, of which name)
 Notes = dict[str, dict[str, int]]  # what is said -> of which name -> in how many rows
 MAX_NAMES = 200  # that are counted of one kind
 COLUMNS, TURN_KEYS, PART_KEYS = "columns not used", "keys of turns not used", "keys of content parts not used"
-TURNS, NOT_PRINTED = "turns not used", "not printed by the chat template"
+TURNS, EMPTY, NOT_PRINTED = "turns not used", "nothing to learn in", "not printed by the chat template"
 
 _CHAT = ("system", "system_prompt", "tools")
 _SINGLE = (*_CHAT, "history")

@@ -174,14 +174,26 @@ def test_lora_on_experts_parameters_is_refused_by_name(tmp_path: Path) -> None:
         read_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("target", [["q_proj", "v_proj"], "all-linear"])
-def test_half_an_adapter(bases: dict[str, Path], tmp_path: Path, target: Any) -> None:
+@pytest.mark.parametrize(
+    ("target", "exclude"),
+    [
+        (["q_proj", "v_proj"], None),
+        ("all-linear", None),
+        (["q_proj", "v_proj"], ["1.self_attn.v_proj"]),
+        (r"model\.layers\.\d+\.self_attn\.(q|v)_proj", r".*\.1\.self_attn\.v_proj"),
+    ],
+)
+def test_half_an_adapter(bases: dict[str, Path], tmp_path: Path, target: Any, exclude: Any) -> None:
     """A file from which a layer is missing answered as if it were whole."""
-    model = adapted(bases["untied"], target_modules=target, layers="1")
+    names = target if target == "all-linear" else ["q_proj"] if exclude else ["q_proj", "v_proj"]
+    model = adapted(bases["untied"], target_modules=names, layers="1")
     config: LoRAConfig = active_adapter(model).config  # type: ignore[union-attr]
     save_adapter(model, tmp_path, config)
     load_adapter(base(bases["untied"]), tmp_path)  # the config says so
-    edit(tmp_path, lambda state: {"layers_to_transform": None, "target_modules": target})
+    edit(
+        tmp_path,
+        lambda state: {"layers_to_transform": None, "target_modules": target, "exclude_modules": exclude},
+    )
     message = r"model\.layers\.0\.self_attn\.q_proj has no tensors, but adapter_config.json announces it"
     with pytest.raises(InputError, match=message):
         load_adapter(base(bases["untied"]), tmp_path)

@@ -21,7 +21,7 @@ from qlora.data.check import check_data
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, EncodeReport, Example
-from qlora.data.keys import NOT_PRINTED, PART_KEYS, TURNS, describe_notes
+from qlora.data.keys import EMPTY, NOT_PRINTED, PART_KEYS, TURNS, describe_notes
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import read_records
 from qlora.data.row_encoder import SPELLED_OUT, end_of_turn_id
@@ -183,6 +183,15 @@ CONVERSATION = chatml(("system", "Be brief."), ("user", "Hi"), ("assistant", "He
 def test_a_system_column_is_the_system_turn(fields: dict[str, Any], name: str) -> None:
     assert shown(fields | {name: "Be brief."}) == CONVERSATION
     assert not encode(fields | {name: "Be brief."})[1].notes
+
+
+def test_a_template_without_system_text_is_told_so() -> None:
+    """It was dropped without a word."""
+    drops = CHATML_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}", 1)
+    row, report = encode({"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}, drops)
+    assert report.notes == {NOT_PRINTED: {"system text": 1}}
+    assert row.input_ids.tolist() == encode({"messages": PAIR}, drops)[0].input_ids.tolist()
+    assert not encode({"system": "Be brief.", "messages": PAIR})[1].notes
 
 
 def test_two_system_texts_that_differ() -> None:
@@ -349,6 +358,9 @@ def test_the_line_names_what_is_not_used() -> None:
     spelled = {"messages": [USER, ANSWER | {"thought": "a<|im_end|>"}]}
     assert encode(spelled, QWEN3)[1].notes == {SPELLED_OUT: {"<|im_end|>": 1}}
     assert encode(spelled)[1].notes == {NOT_PRINTED: {"thoughts": 1}}
+    for answer in ({"content": " "}, {"content": ""}):  # a template's empty thought is a target all the same
+        notes = encode({"messages": [USER, ANSWER | answer]}, QWEN3)[1].notes
+        assert notes == {EMPTY: {"answers": 1}}
     assert encode({"messages": [*PAIR, USER]}, train_on="all")[1].notes == {TURNS: {"after the last answer": 1}}
 
 
