@@ -98,8 +98,9 @@ def continued_config(asked: LoRAConfig, saved: SavedAdapter, base: str) -> LoRAC
         network = empty_model(base)
         named = match_targets(network, asked.target_modules, asked.layers or None, asked.exclude_modules)
         if sorted(named) != saved.adapted_layers:
+            within = " within --layers" if asked.layers else ""
             raise InputError(
-                f"--target-modules {to_text(asked.target_modules)} with --layers names {len(named)} layers, but "
+                f"--target-modules {to_text(asked.target_modules)}{within} names {len(named)} layers, but "
                 f"--adapter {saved.directory} goes on with its own {len(saved.adapted_layers)}; leave them out, "
                 "or begin a new adapter."
             )

@@ -10,7 +10,7 @@ turn, and its position in the part is where the two texts stop agreeing.
 
 A template may also drop what it does not know. So conversations with tools are tested once per order of turns:
 any change (a tool, a call's name or arguments, a result, the content next to a call) must change the text;
-otherwise it would be lost silently. A thought or a name that changes nothing is noted.
+otherwise it would be lost silently. A system text, a thought or a name that changes nothing is noted.
 """
 
 from __future__ import annotations
@@ -193,8 +193,10 @@ class ChatTemplate:
         return taken
 
     def note_not_printed(self, messages: Messages, tools: list[dict[str, Any]], note: Note, origin: str) -> None:
-        """Note the thoughts, names and keys of tools that the template does not print; tried once per kind."""
-        if not tools and not any("reasoning_content" in turn or _has_own_name(turn) for turn in messages):
+        """Note the system text, thoughts, names and keys of tools that the template does not print; tried once
+        per kind.
+        """
+        if not tools and not any(_may_be_left_out(turn) for turn in messages):
             return
         keys = tuple((turn["role"], bool(turn["content"]), *sorted(turn)) for turn in messages)
         kind = (keys, tuple(_keys_of(tools)))
@@ -270,6 +272,11 @@ class ChatTemplate:
             return False
 
 
+def _may_be_left_out(turn: dict[str, Any]) -> bool:
+    """Whether a turn has something that templates drop without an error."""
+    return turn["role"] == "system" or "reasoning_content" in turn or _has_own_name(turn)
+
+
 def _has_own_name(turn: dict[str, Any]) -> bool:
     """Whether a turn has a name that stands nowhere else: a result's is that of its call."""
     return "name" in turn and turn["role"] != "tool"
@@ -285,7 +292,10 @@ def _keys_of(tools: list[dict[str, Any]]) -> list[tuple[bool, str]]:
 def _without_each(
     messages: Messages, tools: list[dict[str, Any]]
 ) -> Iterator[tuple[str, Messages, list[dict[str, Any]]]]:
-    """Yield (what was taken away, messages, tools) for each thought, name and key of the tools."""
+    """Yield (what was changed or taken away, messages, tools): system text, thoughts, names and keys of tools."""
+    if messages[0]["role"] == "system":
+        other = messages[0] | {"content": messages[0]["content"] + " other"}
+        yield "system text", [other, *messages[1:]], tools
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
     for index, turn in enumerate(messages):
         of = "thoughts" if index == last else "thoughts of earlier answers"

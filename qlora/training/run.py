@@ -26,6 +26,7 @@ import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 from qlora.adapters.load import continued_config, load_adapter
 from qlora.adapters.peft_files import read_adapter
 from qlora.config.data import DataConfig
+from qlora.config.fields import to_text
 from qlora.config.lora import LoRAConfig
 from qlora.config.run import RunConfig
 from qlora.data.answers import make_matcher
@@ -215,6 +216,8 @@ class TrainingRun:
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
             lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
+            own = f"rank {lora.rank}, alpha {lora.alpha:g}, {to_text(lora.target_modules)}"
+            self.say(f"going on with {config.generate.adapter}: {own}")
         else:
             inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
             lora.target_modules = resolve_targets(self.model, lora.target_modules)  # as run.json shows them

@@ -37,9 +37,9 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         ({"use_dora": True, "alpha": 3.0}, r"--alpha 3.0, --use-dora True would change nothing.* own alpha 6"),
         (
             {"target_modules": "all-linear"},
-            r"--target-modules all-linear with --layers names 14 layers, but .* own 4",
+            r"--target-modules all-linear names 14 layers, but .* own 4",
         ),
-        ({"layers": "1"}, "names 2 layers, but"),
+        ({"layers": "1"}, "within --layers names 2 layers, but"),
         ({"target_modules": "wq"}, "match no linear layer"),
         ({"modules_to_save": "lm_head"}, "--modules-to-save lm_head would change nothing"),
         ({"init": "pissa"}, "--init pissa would change nothing"),
@@ -70,11 +70,16 @@ def test_its_own_settings_and_the_optimizer_s(old: tuple[Path, Path], asked: dic
     assert config.lora_plus_ratio == asked.get("lora_plus_ratio", 1.0)
 
 
-def test_run_json_tells_what_trained(old: tuple[Path, Path], tmp_path: Path) -> None:
+def test_run_json_tells_what_trained(
+    old: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, adapter = old
     rows = [{"prompt": f"{n}?", "completion": f"{n}!"} for n in range(4)]
     options: dict[str, Any] = dict(data=rows, adapter=str(adapter), max_steps=1, batch_size=2, sample_every=0)
     run = qlora.train(model=str(base), output_dir=str(tmp_path / "out"), lora_plus_ratio=4.0, **options)
+    # A setting given at its default value (--rank 8) looks like one left out.
+    printed = capsys.readouterr().out.replace("\n", "")
+    assert f"going on with {adapter}: rank 2, alpha 6, q_proj,o_proj" in printed
     told = json.loads((tmp_path / "out" / "run.json").read_text())["lora"]
     assert (told["rank"], told["alpha"], told["target_modules"], told["lora_plus_ratio"]) == (
         2, 6.0, "q_proj,o_proj", 4.0,

@@ -185,6 +185,15 @@ def test_a_system_column_is_the_system_turn(fields: dict[str, Any], name: str) -
     assert not encode(fields | {name: "Be brief."})[1].notes
 
 
+def test_a_template_without_system_text_is_told_so() -> None:
+    """It was dropped without a word."""
+    drops = CHATML_TEMPLATE.replace("in messages %}", "in messages if message['role'] != 'system' %}", 1)
+    row, report = encode({"system": "Be brief.", "prompt": "Hi", "completion": "Hello"}, drops)
+    assert report.notes == {NOT_PRINTED: {"system text": 1}}
+    assert row.input_ids.tolist() == encode({"messages": PAIR}, drops)[0].input_ids.tolist()
+    assert not encode({"system": "Be brief.", "messages": PAIR})[1].notes
+
+
 def test_two_system_texts_that_differ() -> None:
     turns = [{"role": "system", "content": "Be brief."}, *PAIR]
     with pytest.raises(BadRow, match="the system column and the first message disagree"):
