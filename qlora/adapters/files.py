@@ -7,6 +7,7 @@ and equal adapters should give equal files. A file without them may lie next to 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,24 @@ from qlora.system.wording import explain
 
 QUANTIZATION = "base_quantization"  # in the metadata, and in one file's settings
 SETTINGS = "adapter_config"  # in the metadata of an adapter in one file
+
+
+def adapter_path(path: Any, to_write: bool = False) -> Path:
+    """A given path as a Path.
+
+    Raises:
+        InputError: it is none; or, to write, it names a file, or something within one.
+    """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise InputError(f"The adapter's path is {path!r:.80}; give a directory or a .safetensors file.")
+    path = Path(path)
+    files = [] if is_one_file(path) else [path]
+    in_the_way = next((one for one in [*files, *path.parents] if one.is_file()), None)
+    if to_write and in_the_way is not None:
+        raise InputError(f"{in_the_way} is a file; give a directory or a .safetensors file.")
+    if to_write and files and path.suffix in (".bin", ".pt", ".pth"):
+        raise InputError(f"{path} is no kind of file that adapters have; give a directory or a .safetensors file.")
+    return path
 
 
 def is_one_file(path: Path) -> bool:

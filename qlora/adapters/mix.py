@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from statistics import mode
 from typing import Any, Literal
@@ -126,7 +127,7 @@ def _weighted(factors: tuple[Tensor, Tensor], weight: float) -> tuple[Tensor, Te
 def _check(adapters: Sequence[Factors], weights: Sequence[float], equal_ranks: bool) -> None:
     if not adapters or len(adapters) != len(weights):
         raise InputError(f"There are {len(weights)} weights for {len(adapters)} adapters; give one for each.")
-    if not all(math.isfinite(weight) for weight in weights):
+    if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in weights):
         raise InputError(f"The weights are {', '.join(map(str, weights))}; give finite numbers.")
     problems = []
     for layer in dict.fromkeys(layer for adapter in adapters for layer in adapter):

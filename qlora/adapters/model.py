@@ -59,6 +59,32 @@ def _call_base(model: LoRAModel, *args: Any, **options: Any) -> Any:
     return model.model(*args, **options)
 
 
+class _JointConfig(LoRAConfig):
+    """An adapter's settings, and what they lack from the base model's configuration; both to read and to set."""
+
+    __slots__ = ("base",)
+    __class__ = LoRAConfig  # type: ignore[assignment]  # equal to it, printed as it, replaced by it
+
+    @classmethod
+    def of(cls, own: LoRAConfig, base: Any) -> LoRAConfig:
+        joint = object.__new__(cls)
+        object.__setattr__(joint, "__dict__", own.__dict__)
+        object.__setattr__(joint, "base", base)
+        return joint
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(self.base, name, value)
+
+    def __reduce__(self) -> Any:
+        return LoRAConfig, tuple(self.__dict__.values())
+
+
 class LoRAModel(Wrapper):
     """A base model with its adapters: trains, saves, loads, switches, mixes, merges.
 
@@ -102,6 +128,15 @@ class LoRAModel(Wrapper):
 
     forward: Any = _BaseForward()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What only the base model has is set there, as it is read from there."""
+        model = self.__dict__.get("_modules", {}).get("model")
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if model is None or own or not hasattr(model, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(model, name, value)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -135,8 +170,13 @@ class LoRAModel(Wrapper):
 
     @property
     def config(self) -> LoRAConfig:
-        """Configuration of the active adapter; the base model's own is `base_model.config`."""
-        return self._active().config
+        """Configuration of the active adapter.
+
+        What it lacks is the base model's (`base_model.config`), which transformers' Trainer and its callbacks look
+        for here.
+        """
+        own, base = self._active().config, getattr(self.model, "config", None)
+        return own if base is None else _JointConfig.of(own, base)
 
     @property
     def lora_config(self) -> LoRAConfig:
@@ -149,7 +189,7 @@ class LoRAModel(Wrapper):
         Raises:
             InputError: a target matches nothing, or the initialization may change the base (PiSSA, LoftQ).
         """
-        if config.starts_from_base:
+        if isinstance(config, LoRAConfig) and config.starts_from_base:
             raise InputError(
                 f"init {config.init} is for the adapter that a LoRAModel is made with; give that its config."
             )
@@ -220,7 +260,7 @@ class LoRAModel(Wrapper):
         del self._adapters[name]
 
     def _named(self, name: str) -> Adapter:
-        if name not in self._adapters:
+        if not isinstance(name, str) or name not in self._adapters:
             raise InputError(f"Unknown adapter {name!r}; this model has {', '.join(self._adapters) or 'none'}.")
         return self._adapters[name]
 
@@ -230,20 +270,27 @@ class LoRAModel(Wrapper):
             raise InputError("No adapter is active; call set_adapter(name) first.")
         return adapter
 
+    def _has(self, adapter: Adapter | None) -> bool:
+        return any(own is adapter for own in self._adapters.values())
+
     @contextmanager
     def _using(self, adapter: Adapter | None) -> Iterator[None]:
         before = active_adapter(self.model)
         if adapter is before:  # merged or not
             yield
             return
+        is_ours = self._has(before)
         activate(self.model, adapter)
         try:
             yield
         finally:
-            activate(self.model, before)
+            is_deleted = is_ours and not self._has(before)
+            activate(self.model, None if is_deleted else before)
 
     def _add(self, name: str, make: Callable[[], Adapter]) -> None:
         """Add the adapter that `make` returns, inactive; `make` runs while the base has no active adapter."""
+        if not isinstance(name, str) or not name:
+            raise InputError(f"name is {name!r:.80}; give the adapter's name as text.")
         if name in self._adapters:
             raise InputError(f"There is an adapter {name!r} already; delete it first, or choose another name.")
         with self.disable_adapter():
@@ -337,6 +384,15 @@ class LoRAModel(Wrapper):
         self._adapters.clear()
         return model
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As every module's. Raises InputError: not strict, and none of the names is this model's."""
+        result = super().load_state_dict(state_dict, strict, assign)
+        if state_dict and len(result.unexpected_keys) == len(state_dict):
+            raise InputError(
+                "No name in this state dict is one of this model's; load a base checkpoint into base_model."
+            )
+        return result
+
     @property
     def is_merged(self) -> bool:
         return any(layer.merged_weight is not None for layer in wrapped_layers(self.model).values())
@@ -376,4 +432,6 @@ def create_lora_model(
         cls: a class of torch modules, such as transformers' LlamaForCausalLM, or a function that builds one.
         seed: for A's initial values.
     """
+    if not callable(cls) or isinstance(cls, nn.Module):
+        raise InputError(f"cls is {cls!r:.80}; give a class of torch modules.")
     return get_lora_model(cls(model_config), lora_config, seed)

@@ -27,7 +27,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora.adapters.files import is_one_file, metadata_of_one_file, read_description, weights_file
+from qlora.adapters.files import (
+    adapter_path,
+    is_one_file,
+    metadata_of_one_file,
+    read_description,
+    weights_file,
+)
 from qlora.adapters.other_formats import detect_tool
 from qlora.adapters.peft_config import (
     PREFIX,
@@ -85,6 +91,8 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     """
     model = network_of(model)
     layers = lora_layers(model)
+    if not isinstance(config, LoRAConfig):
+        raise InputError(f"config is {config!r:.80}; give a LoRAConfig.")
     if not layers:
         raise InputError("No adapter is active, so nothing can be saved; call set_adapter or inject_lora first.")
     state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
@@ -127,7 +135,7 @@ def write_adapter(snapshot: AdapterSnapshot, path: str | Path) -> None:
     """
     from safetensors.torch import save_file
 
-    path = Path(path)
+    path = adapter_path(path, to_write=True)
     if is_one_file(path):
         if snapshot.tokenizer or snapshot.base_shift:
             what = "a tokenizer of its own" if snapshot.tokenizer else "a changed base (PiSSA, LoftQ)"
@@ -313,7 +321,7 @@ def read_adapter(path: str | Path) -> SavedAdapter:
     Raises:
         InputError: a file is missing or damaged, a key is unknown, or the variant is unsupported.
     """
-    directory = Path(path)
+    directory = adapter_path(path)
     settings = directory if is_one_file(directory) else directory / CONFIG
     tool = detect_tool(directory)
     if tool is not None:

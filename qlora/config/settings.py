@@ -93,7 +93,9 @@ class Settings:
 
     def __setattr__(self, name: str, value: Any) -> None:
         hints, before = hints_of(type(self)), dict(self.__dict__)  # type: ignore[arg-type]
-        super().__setattr__(name, read_value(name, hints[name], value) if name in hints else value)
+        if name not in hints:
+            raise InputError(f"Unknown setting {name!r}; {type(self).__name__} has {', '.join(hints)}.")
+        super().__setattr__(name, read_value(name, hints[name], value))
         if hints.keys() <= self.__dict__.keys():
             try:
                 self.check()

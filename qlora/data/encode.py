@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
@@ -118,18 +118,27 @@ def _read_task(record: Record | BadRow) -> _Task:
 
 def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
     """Rows cut to max_length + 1 tokens to read: the extra one marks a row as too long."""
+    good = [task for task in tasks if not isinstance(task, BadRow)]
+    rows = iter(
+        encoder.encode_rows(((messages, origin, _note_into(notes)) for messages, origin, notes in good), train_on)
+    )
     results: list[_Result] = []
     for task in tasks:
         if isinstance(task, BadRow):
             results.append(task)
             continue
-        messages, origin, notes = task
-        try:
-            ids, is_target = encoder.encode_row(messages, train_on, origin, lambda *note: notes.add(note))  # noqa: B023
+        _, origin, notes = task
+        row = next(rows)
+        if isinstance(row, BadRow):
+            results.append(BadRow(row.where, row.problem))
+        else:
+            ids, is_target = row
             results.append((ids[: max_length + 2], is_target[: max_length + 2], origin, notes))
-        except BadRow as error:
-            results.append(BadRow(error.where, error.problem))
     return results
+
+
+def _note_into(notes: _Notes) -> Callable[[str, str], None]:
+    return lambda *note: notes.add(note)
 
 
 def _check_options(max_length: int, train_on: str, on_long: str) -> None:

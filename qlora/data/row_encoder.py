@@ -6,7 +6,9 @@ T tokens of one row.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +56,24 @@ def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+Row = tuple[list[int], list[bool]]  # ids t_0 .. t_T, and for each whether it is a target
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row before it is tokenized.
+
+    Attributes:
+        parts: texts to tokenize one by one; none is a continuation of another.
+        hidden: private-use character -> the special token that it hides in them.
+        finish: the parts' ids -> the row; raises BadRow.
+    """
+
+    parts: list[str]
+    hidden: dict[int, str]
+    finish: Callable[[list[list[int]]], Row]
+
+
 class RowEncoder:
     """Encodes conversations with a tokenizer and its special tokens; picklable for worker processes."""
 
@@ -74,61 +94,109 @@ class RowEncoder:
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         if messages[0]["role"] == "document":
-            ids, bos = _token_ids(messages[0]["content"], self.tokenizer), bos_ids(self.tokenizer)
-            return ids if bos and ids[:1] == bos else bos + ids
+            return self._after_bos(_token_ids(messages[0]["content"], self.tokenizer))
         if messages[0]["role"] == "tokens":
             return self._check_vocabulary(messages[0]["input_ids"], "the prompt")
-        messages, hidden = self._hide_special_text(self.template.take_thoughts(messages))
-        turns, tools = split_tools(messages)
-        parts = self.template.render_parts(turns, tools, True, "the prompt")
-        return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
-
-    def encode_row(
-        self, messages: Messages, train_on: str, origin: str, note: Note = ignore
-    ) -> tuple[list[int], list[bool]]:
-        """The whole row: ids t_0 .. t_T, and for each whether it is a target.
-
-        `note` takes what the template does not print, and special tokens that answers spell out.
-        """
-        if messages[0]["role"] == "document":
-            return self._encode_document(messages, origin)
-        if messages[0]["role"] == "tokens":
-            ids = self._check_vocabulary(messages[0]["input_ids"], origin)
-            return ids, [True] * len(ids) if train_on == "all" else messages[0]["is_target"]
         messages = self.template.take_thoughts(messages)
         if self.parse_special:
             messages = self._without_end(messages)
         messages, hidden = self._hide_special_text(messages)
         turns, tools = split_tools(messages)
-        prompt, *parts = self.template.render_parts(turns, tools, False, origin)
-        self.template.note_not_printed(turns, tools, note, origin)
-        ids = self._part_ids(prompt, hidden, origin)
-        is_target = [False] * len(ids)
-        before = prompt
-        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-        for index, part in zip(answers, parts, strict=True):
-            part_ids, num_trained = self._part_ids(part, hidden, origin), 0
-            if turns[index].get("weight") != 0 and (train_on != "last" or index == answers[-1]):
-                num_trained = self._num_trained(turns[: index + 1], tools, before, part, part_ids, hidden, origin)
-                for code, token in hidden.items():
-                    if chr(code) in part and any(chr(code) in text for text in _texts_of(turns[index])):
-                        note(SPELLED_OUT, token)
-            ids += part_ids
-            is_target += [place < num_trained for place in range(len(part_ids))]
-            before += part
-        return ids, [True] * len(ids) if train_on == "all" else is_target
+        parts = self.template.render_parts(turns, tools, True, "the prompt")
+        return [token for part in parts for token in self._part_ids(part, hidden, "the prompt")]
 
-    def _encode_document(self, messages: Messages, origin: str) -> tuple[list[int], list[bool]]:
+    def encode_row(self, messages: Messages, train_on: str, origin: str, note: Note = ignore) -> Row:
+        """The whole row.
+
+        Args:
+            note: takes what the template does not print, and special tokens that answers spell out.
+        """
+        row = self._render_row(messages, train_on, origin, note)
+        return row.finish([self._part_ids(part, row.hidden, origin) for part in row.parts])
+
+    def encode_rows(self, rows: Iterable[tuple[Messages, str, Note]], train_on: str) -> list[Row | BadRow]:
+        """`encode_row` of many rows, (messages, origin, note) each; their texts are tokenized in one call.
+
+        A tokenizer takes several times as long for a text of its own as for one among many.
+        """
+        rendered: list[tuple[RenderedRow, str] | BadRow] = []
+        for messages, origin, note in rows:
+            try:
+                rendered.append((self._render_row(messages, train_on, origin, note), origin))
+            except BadRow as error:
+                rendered.append(error)
+        plain = [
+            part for item in rendered if isinstance(item, tuple) and not item[0].hidden for part in item[0].parts
+        ]
+        known = iter(self.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else ())
+        found: list[Row | BadRow] = []
+        for item in rendered:
+            if isinstance(item, BadRow):
+                found.append(item)
+                continue
+            row, origin = item
+            try:
+                ids = [self._part_ids(p, row.hidden, origin) if row.hidden else next(known) for p in row.parts]
+                found.append(row.finish(ids))
+            except BadRow as error:
+                found.append(error)
+        return found
+
+    def _render_row(self, messages: Messages, train_on: str, origin: str, note: Note) -> RenderedRow:
+        if messages[0]["role"] == "document":
+            return self._render_document(messages, origin)
+        if messages[0]["role"] == "tokens":
+            ids = self._check_vocabulary(messages[0]["input_ids"], origin)
+            row = ids, [True] * len(ids) if train_on == "all" else messages[0]["is_target"]
+            return RenderedRow([], {}, lambda _: row)
+        messages = self.template.take_thoughts(messages)
+        if self.parse_special:
+            messages = self._without_end(messages)
+        messages, hidden = self._hide_special_text(messages)
+        turns, tools = split_tools(messages)
+        parts = self.template.render_parts(turns, tools, False, origin)
+        self.template.note_not_printed(turns, tools, note, origin)
+
+        def finish(part_ids: list[list[int]]) -> Row:
+            ids = list(part_ids[0])
+            is_target = [False] * len(ids)
+            before = parts[0]
+            answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+            for index, part, own in zip(answers, parts[1:], part_ids[1:], strict=True):
+                num_trained = 0
+                if turns[index].get("weight") != 0 and (train_on != "last" or index == answers[-1]):
+                    num_trained = self._num_trained(turns[: index + 1], tools, before, part, own, hidden, origin)
+                    for code, token in hidden.items():
+                        if chr(code) in part and any(chr(code) in text for text in _texts_of(turns[index])):
+                            note(SPELLED_OUT, token)
+                ids += own
+                is_target += [place < num_trained for place in range(len(own))]
+                before += part
+            return ids, [True] * len(ids) if train_on == "all" else is_target
+
+        return RenderedRow(parts, hidden, finish)
+
+    def _render_document(self, messages: Messages, origin: str) -> RenderedRow:
         """BOS, the text and EOS; one each, whether the text has them or not."""
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise BadRow(origin, "the tokenizer has no eos_token to end a document; set one.")
-        text = messages[0]["content"].rstrip()
-        is_ended = text.endswith(self.tokenizer.eos_token)  # white space after the end would ask for another one
-        ids = self.encode_prompt([messages[0] | {"content": text}] if is_ended else messages)
-        ids = ids if ids[-1:] == [eos] and len(ids) > 1 else [*ids, eos]
-        is_blank = not messages[0]["content"].strip()  # would only teach BOS -> EOS
-        return ids, [not is_blank] * len(ids)
+        text = messages[0]["content"]
+
+        def finish(part_ids: list[list[int]]) -> Row:
+            ids = self._after_bos(part_ids[0])
+            ids = ids if ids[-1:] == [eos] and len(ids) > 1 else [*ids, eos]
+            is_blank = not text.strip()  # would only teach BOS -> EOS
+            return ids, [not is_blank] * len(ids)
+
+        return RenderedRow([text], {}, finish)
+
+    def _after_bos(self, ids: list[int]) -> list[int]:
+        return ids if self._bos and ids[:1] == self._bos else self._bos + ids
+
+    @cached_property
+    def _bos(self) -> list[int]:
+        return bos_ids(self.tokenizer)
 
     def _without_end(self, messages: Messages) -> Messages:
         """Answers without the token that ends a turn at their end: the template writes it."""

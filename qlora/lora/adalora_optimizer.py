@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +173,11 @@ def optimizer_for(
     adapter = active_adapter(model)
     if adapter is None:
         raise InputError("No adapter is active; call set_adapter(name) first.")
-    if adapter.config.use_adalora and not (total_steps and total_steps > 0):
+    if not isinstance(weight_decay, Real) or not 0 <= weight_decay < math.inf:
+        raise InputError(f"weight_decay is {weight_decay!r:.80}; give a number of 0 or more.")
+    if weight_decay and callable(kind):
+        raise InputError("weight_decay is for AdamW; set another optimizer's by functools.partial(kind, ...).")
+    if adapter.config.use_adalora and not (type(total_steps) is int and total_steps > 0):
         raise InputError(
             f"total_steps is {total_steps!r:.20}; give AdaLoRA's schedule the number of optimizer steps."
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.config.fields import fits_pattern
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import token_ids_of, tokenizer_files
 from qlora.lora.full_parameters import copy_trained, start_new_tokens, swap_parameters, trained_names
@@ -40,6 +41,11 @@ def create_adapter(
         trained: values of the parameters that train in full; None = the base's values of those `config` names.
     """
     model = network_of(model)
+    if not isinstance(config, LoRAConfig):
+        raise InputError(f"config is {config!r:.80}; give a LoRAConfig.")
+    replace(config)  # checks lists that were changed in place
+    if type(seed) is not int:
+        raise InputError(f"seed is {seed!r:.80}; give a whole number.")
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
     weights, variant = {}, variant_of(config)
@@ -48,6 +54,12 @@ def create_adapter(
     if targets != config.target_modules:
         config = replace(config, target_modules=targets)
     _check_layers(model, layers, config)
+    patterns = [*config.rank_pattern, *config.alpha_pattern] if trained is None else []
+    unused = [pattern for pattern in patterns if not any(fits_pattern(name, pattern) for name in layers)]
+    if unused:
+        raise InputError(
+            f"rank_pattern or alpha_pattern {unused} names none of the layers to adapt; correct or drop it."
+        )
     for name, layer in layers.items():
         (rows, columns), device = logical_shape(layer), next(layer.parameters()).device
         rank = config.rank_of(name)

@@ -53,6 +53,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qlora.config.lora import LoRAConfig
 from qlora.lora.composed import drop, own_factors, update, update_of_own_part
 from qlora.quant.layers import (
     autocast_dtype,
@@ -248,6 +249,10 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not is_linear(base_layer):
             raise InputError(f"LoRA adapts linear layers, not {type(base_layer).__name__}; see register_linear.")
+        if rank != 0:  # their types and ranges
+            LoRAConfig(rank=rank, alpha=alpha, dropout=dropout, init=init)  # type: ignore[arg-type]
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"dtype is {dtype!r:.80}; give a torch.dtype.")
         keep_unpacked(base_layer)
         self.base_layer = base_layer
         self.merged_weight: Tensor | None = None
@@ -367,7 +372,9 @@ class LoRALinear(nn.Module):
 
     def _compute_merged(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            raise RuntimeError("The adapter is merged into its base, so it cannot train; call unmerge first.")
+            raise RuntimeError(
+                "The adapter is merged into its base, so it cannot train; call unmerge first, or eval()."
+            )
         self._check_plain("merged; call unmerge")
         return F.linear(x, weight.to(x.dtype), layer_bias(self.base_layer, x.dtype))
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -143,16 +144,28 @@ class AdapterOptimizer(torch.optim.Optimizer):
         lr: learning rate; B's is the LoRA+ ratio times that.
     """
 
+    is_complete = False
+
     def __init__(self, masters: MasterOptimizer, lr: float) -> None:
-        if not 0 <= lr < math.inf:
+        if not isinstance(lr, Real) or not 0 <= lr < math.inf:
             raise InputError(f"lr is {lr!r:.80}; give a learning rate of 0 or more.")
-        self.masters = masters
+        self.masters: MasterOptimizer = masters
         of_master = {id(m): p for p, m in zip(masters.parameters, masters.masters, strict=True)}
         groups: list[dict[str, Any]] = [
             {"params": [of_master[id(m)] for m in group["params"]], "lr": lr * group["ratio"]}
             for group in masters.inner.param_groups
         ]
         super().__init__(groups, {"lr": lr})
+        self.is_complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer is made: it has fp32 masters of that time's parameters only."""
+        if self.is_complete:
+            raise InputError(
+                "This optimizer steps the parameters that trained when it was made; let the others train "
+                "(requires_grad) before that, or give them an optimizer of their own."
+            )
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Make one update; returns the closure's loss, if one is given."""
@@ -203,6 +216,9 @@ def build_optimizer(
 
 def adamw_kind(name: str | MakeOptimizer, weight_decay: float = 0.0) -> MakeOptimizer:
     """A function that builds AdamW of kind `name` over groups of masters. Raises InputError: an unknown name."""
+    is_class = isinstance(name, type)
+    if name is torch.optim.LBFGS or (is_class and not issubclass(name, torch.optim.Optimizer)):  # type: ignore[arg-type]
+        raise InputError(f"kind is {name!r:.80}; give a torch optimizer whose step needs no closure.")
     if callable(name):
         return name
     if name == "adamw":

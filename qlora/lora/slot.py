@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qlora.config.lora import LoRAConfig
 from qlora.lora.layer import LoRALinear, LoRAWeights
+from qlora.system.errors import InputError
 
 BaseShift: TypeAlias = dict[str, tuple[Tensor, Tensor]]
 """Layer -> (A' (r, in), B' (out, r)) fp32; its base is q(W - B' A')."""
@@ -57,7 +58,13 @@ class Wrapper(nn.Module):
 
 
 def network_of(model: nn.Module) -> nn.Module:
-    """The network inside LoRAModel, (Distributed)DataParallel and torch.compile; without them `model` itself."""
+    """The network inside LoRAModel, (Distributed)DataParallel and torch.compile; without them `model` itself.
+
+    Raises:
+        InputError: `model` is no torch module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {model!r:.80}; give a torch module.")
     while True:
         if isinstance(model, Wrapper):
             model = model.model

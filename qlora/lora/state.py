@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -50,11 +52,17 @@ def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor], origin: str
         InputError: lists every missing or unexpected key, wrong shape and non-finite tensor at once.
     """
     own = lora_state_dict(model)
+    if not own:
+        raise InputError("No adapter is active, so nothing can be loaded; call set_adapter or inject_lora first.")
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise InputError(f"{origin} is {state!r:.80}; give tensors by name, as lora_state_dict returns them.")
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in own]
     for key in own.keys() & state.keys():
         if own[key].shape != state[key].shape:
             problems.append(f"{key} is {tuple(state[key].shape)} but the model wants {tuple(own[key].shape)}")
+        elif not state[key].is_floating_point():
+            problems.append(f"{key} is of {state[key].dtype}")
         elif not torch.isfinite(state[key]).all():
             problems.append(f"{key} holds NaN or infinity")
     first_name: dict[int, str] = {}

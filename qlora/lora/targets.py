@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from qlora.config.fields import layer_number, names_layer
 from qlora.config.lora import DEFAULT_TARGETS
+from qlora.lora.layer import LoRALinear
 from qlora.model.base import find_base_info
 from qlora.quant.linear import is_linear
 from qlora.system.errors import InputError
@@ -25,9 +26,18 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     A wrapped layer appears under its own name, as the layer inside.
     """
-    return {
-        name.removesuffix(".base_layer"): module for name, module in model.named_modules() if is_linear(module)
-    }
+    layers = dict[int, tuple[str, nn.Module]]()
+    for name, module in _places(model):
+        if is_linear(module):
+            layers.setdefault(id(module), (name, module))
+    return dict(layers.values())
+
+
+def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under each of its qualified names: a shared one has several."""
+    inside = {id(module.base_layer) for module in model.modules() if isinstance(module, LoRALinear)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        yield (name.removesuffix(".base_layer") if id(module) in inside else name), module
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -63,21 +73,28 @@ def match_targets(
     """
     layers, head = linear_layers(model), head_name(model)
     targets = resolve_targets(model, targets)
+    names = dict[int, list[str]]()
+    for place, module in _places(model):
+        names.setdefault(id(module), []).append(place)
+
+    def is_named(name: str, target: str) -> bool:
+        return any(names_layer(place, target) for place in names[id(layers[name])])
+
     if targets == ["all-linear"]:
         layers = {name: layer for name, layer in layers.items() if name != head}
     else:
-        unmatched = [t for t in targets if not any(names_layer(name, t) for name in layers)]
+        unmatched = [t for t in targets if not any(is_named(name, t) for name in layers)]
         if unmatched or not targets:
             available = ", ".join(sorted({name.rpartition(".")[2] for name in layers})) or "none"
             raise InputError(
                 f"target_modules {unmatched} match no linear layer. This model has: {available}. "
                 "Pass --target-modules with names from that list, or all-linear."
             )
-        layers = {name: layer for name, layer in layers.items() if any(names_layer(name, t) for t in targets)}
-    unknown = [t for t in exclude if not any(names_layer(name, t) for name in layers)]
+        layers = {name: layer for name, layer in layers.items() if any(is_named(name, t) for t in targets)}
+    unknown = [t for t in exclude if not any(is_named(name, t) for name in layers)]
     if unknown:
         raise InputError(f"exclude_modules {unknown} name none of the layers to adapt; correct or drop them.")
-    layers = {name: layer for name, layer in layers.items() if not any(names_layer(name, t) for t in exclude)}
+    layers = {name: layer for name, layer in layers.items() if not any(is_named(name, t) for t in exclude)}
     if not layers:
         raise InputError("exclude_modules leaves no layer to adapt; name fewer.")
     info = find_base_info(model) if head in layers else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from qlora.lora.adapter import active_adapter, lora_layers, wrapped_layers
+from qlora.lora.slot import network_of
 from qlora.quant.layers import logical_sizes
 from qlora.quant.linear import explain_not_plain, is_plain
 from qlora.system.errors import InputError
@@ -27,6 +28,7 @@ def base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def freeze_base(model: nn.Module) -> None:
     """Train only the adapters. Raises InputError: a lazy layer has no shape yet."""
+    model = network_of(model)
     if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
         raise InputError("The model has lazy layers without a shape yet; run it once before adapting it.")
     for parameter in base_parameters(model):
@@ -37,7 +39,7 @@ def freeze_base(model: nn.Module) -> None:
 
 def unfreeze(model: nn.Module) -> None:
     """Train everything that can take a gradient; packed 4-bit weights are integers and cannot."""
-    for parameter in model.parameters():
+    for parameter in network_of(model).parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
 
@@ -46,8 +48,10 @@ def merge_lora(model: nn.Module) -> None:
     """Compute each adapted layer with one merged dense weight (export/merge.py writes merged models to disk).
 
     Raises:
-        InputError: a layer is more than its weight; nothing is merged.
+        InputError: no adapter is active, or a layer is more than its weight; nothing is merged.
     """
+    if not lora_layers(model):
+        raise InputError("No adapter is active, so nothing can be merged; call set_adapter or inject_lora first.")
     for name, layer in lora_layers(model).items():
         if not is_plain(layer.base_layer):
             raise InputError(f"{name} {explain_not_plain(layer.base_layer)}, so it cannot be merged.")
@@ -63,12 +67,12 @@ def unmerge_lora(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     """Number of weights: tied ones once, packed 4-bit ones unpacked."""
-    return sum(size for _, size in logical_sizes(model))
+    return sum(size for _, size in logical_sizes(network_of(model)))
 
 
 def count_trainable_parameters(model: nn.Module) -> int:
     """Number of weights that require a gradient."""
-    return sum(size for parameter, size in logical_sizes(model) if parameter.requires_grad)
+    return sum(size for parameter, size in logical_sizes(network_of(model)) if parameter.requires_grad)
 
 
 @dataclass

@@ -12,9 +12,9 @@ from qlora.lora.layer import LoRALinear
 from qlora.lora.slot import AdapterSlot, network_of, slot_of
 from qlora.lora.trainable import unmerge_lora
 from qlora.model.base import find_base_info
-from qlora.quant.layers import Linear16bit, is_out_in
+from qlora.quant.layers import Linear16bit, dense_weight, is_out_in
 from qlora.quant.library import Params4bit
-from qlora.quant.linear import explain_not_plain, is_plain, registered_shape
+from qlora.quant.linear import explain_not_plain, is_linear, is_plain, registered_shape
 from qlora.quant.parts import part_of
 from qlora.quant.weight import quantization_of, quantize_weight
 from qlora.system.errors import InputError
@@ -24,12 +24,14 @@ from qlora.system.errors import InputError
 def merge_and_unload(model: nn.Module, quantize: bool = False) -> nn.Module:
     """Add the active adapter to the weights, in place, and take every trace of LoRA out of the model.
 
-    A layer keeps its type, orientation, bias and dtype. A 4-bit layer becomes an nn.Linear in the base's compute
-    dtype, as does a `Linear16bit`. Parameters that trained in full stay, in the base's dtype. All are frozen.
-    A weight that was tied to another one is its own afterwards.
+    A layer keeps its type, orientation, bias and dtype. Every 4-bit linear layer, adapted or not, becomes an
+    nn.Linear in the base's compute dtype, so that transformers can save the model, as does an adapted
+    `Linear16bit`. Parameters that trained in full stay, in the base's dtype. All are frozen. A weight that was
+    tied to another one is its own afterwards.
 
     Args:
-        quantize: quantize 4-bit layers again, as they were. That can erase a light fine-tune.
+        quantize: quantize adapted 4-bit layers again, as they were, and leave the others. That can erase a light
+            fine-tune.
     Returns:
         The network itself.
     Raises:
@@ -51,7 +53,11 @@ def merge_and_unload(model: nn.Module, quantize: bool = False) -> nn.Module:
         copy.data = copy.data.to(original.dtype)
         copy.requires_grad = False
     _unwrap(model, plain)
+    if not quantize:
+        _make_dense(model, None if info is None else info.compute_dtype)
     network: Any = model
+    if not quantize and getattr(model, "hf_quantizer", None) is not None:  # transformers loaded it in 4 bits
+        network.hf_quantizer.remove_quantization_config(model)
     if is_tied and not _is_tied(model):
         network.config.tie_word_embeddings = False
     return model
@@ -101,6 +107,20 @@ def _merged_layer(layer: LoRALinear, quantize: bool, compute_dtype: torch.dtype 
         weight = (merged if is_out_in(base) else merged.T.contiguous()).to(old.dtype)
         base.weight = nn.Parameter(weight, requires_grad=False)  # a new one: the old may be tied
     return base
+
+
+def _make_dense(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
+    """Replace the 4-bit linear layers that are left, wherever the model uses them, by ordinary ones."""
+    dense: dict[int, nn.Module] = {}
+    for module in list(model.modules()):
+        own: Any
+        for child, own in module._modules.items():
+            weight = None if own is None or not is_linear(own) else own.weight
+            if own is not None and isinstance(weight, Params4bit):
+                if id(own) not in dense:
+                    values = dense_weight(own, torch.float32)
+                    dense[id(own)] = _dense(values.to(compute_dtype or weight.quant_state.dtype), own.bias)
+                module._modules[child] = dense[id(own)].train(own.training)
 
 
 def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:

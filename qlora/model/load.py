@@ -19,6 +19,7 @@ the same way.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, cast
@@ -73,6 +74,8 @@ def load_base_model(
     Raises:
         InputError: no such model; or lists all missing, extra and misshapen weights.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise InputError(f"model is {model!r:.80}; give a directory, a hub id or a .gguf file.")
     quant = quant or QuantConfig()
     device = torch.device(device)
     path = resolve_model(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,88 @@ def test_a_model_of_a_class_and_its_config() -> None:
     assert create_lora_model(LlamaForCausalLM, tiny_llama_config()).config.rank == 8
 
 
-def test_transformers_trainer(tmp_path: Path) -> None:
-    """It keeps the columns that `forward` names, trains the adapter alone, and saves it."""
-    from transformers import Trainer, TrainingArguments
+def test_attributes_are_set_where_they_are_read() -> None:
+    """A head set through the wrapper was never used, and `model.config.use_cache = False` changed nothing."""
+    model = LoRAModel(gpt2(), LoRAConfig(target_modules="c_attn"))
+    model.lm_head = nn.Linear(32, 5)
+    assert model(input_ids=IDS).logits.shape[-1] == 5 and "lm_head" not in dict(model.named_children())
+    model.config.use_cache, model.config.alpha = False, 4.0
+    assert model.base_model.config.use_cache is False and model.config.vocab_size == 300
+    assert model.config == LoRAConfig(target_modules="c_attn", alpha=4.0) == copy.deepcopy(model.config)
+    assert repr(model.config).startswith("LoRAConfig(rank=8") and model.config.scaling == 0.5
+    model.note = "of the wrapper alone"
+    assert not hasattr(model.base_model, "note")
 
+
+def test_a_base_checkpoint_for_the_wrapper_is_refused() -> None:
+    """None of its names fits: with strict=False that loaded nothing, without a word."""
+    model = LoRAModel(gpt2(), LoRAConfig(target_modules="c_attn"))
+    with pytest.raises(InputError, match="load a base checkpoint into base_model"):
+        model.load_state_dict(gpt2().state_dict(), strict=False)
+    assert not model.load_state_dict(model.state_dict(), strict=False).missing_keys
+
+
+PLAIN = nn.Sequential(nn.Linear(4, 4))
+WRONG_USE: dict[str, tuple[Callable[[LoRAModel, Path], Any], str]] = {
+    "no module": (lambda m, _: qlora.inject_lora(None, LoRAConfig()), "model is None; give a torch module"),
+    "freeze": (lambda m, _: qlora.freeze_base(3), "model is 3"),
+    "count": (lambda m, _: qlora.count_parameters([m]), "give a torch module"),
+    "config": (lambda m, _: LoRAModel(PLAIN, {"rank": 8}), "config is .*give a LoRAConfig"),
+    "changed in place": (lambda m, _: LoRAModel(PLAIN, numbers_as_targets()), r"target_modules is \[.*5\]"),
+    "seed": (lambda m, _: LoRAModel(PLAIN, LoRAConfig(target_modules="0"), seed=1.5), "seed is 1.5"),
+    "class": (lambda m, _: qlora.create_lora_model(PLAIN, None), "give a class of torch modules"),
+    "base": (lambda m, _: qlora.load_base_model(PLAIN), "give a directory, a hub id"),
+    "name": (lambda m, _: m.add_adapter("", LoRAConfig()), "name is ''"),
+    "set": (lambda m, _: m.set_adapter(["default"]), "Unknown adapter"),
+    "add": (lambda m, _: m.add_adapter("other", None), "config is None"),
+    "weights": (lambda m, _: m.add_weighted_adapter(["default"], ["a"], "mix"), "give finite numbers"),
+    "state": (lambda m, _: qlora.load_lora_state_dict(m, [1]), "give tensors by name"),
+    "values": (lambda m, _: qlora.load_lora_state_dict(m, {"a": 1}), "give tensors by name"),
+    "integers": (
+        lambda m, _: qlora.load_lora_state_dict(m, {k: v.long() for k, v in qlora.lora_state_dict(m).items()}),
+        "is of torch.int64",
+    ),
+    "nothing to load": (lambda m, _: qlora.load_lora_state_dict(PLAIN, {}), "No adapter is active"),
+    "nothing to merge": (lambda m, _: qlora.merge_lora(PLAIN), "No adapter is active"),
+    "save where": (lambda m, _: m.save(None), "path is None"),
+    "save here": (lambda m, _: m.save(""), "path is ''"),
+    "save into a file": (lambda m, path: m.save(path / "file"), "file is a file"),
+    "save below a file": (lambda m, path: m.save(path / "file" / "a.safetensors"), "file is a file"),
+    "pickle": (lambda m, path: m.save(path / "adapter.pt"), "give a directory or a .safetensors file"),
+    "load what": (lambda m, _: m.load(5), "path is 5"),
+    "settings of saving": (lambda m, path: qlora.save_adapter(m, path / "new", None), "config is None"),
+    "layer": (lambda m, _: LoRALinear(nn.Linear(4, 4), rank=-1), "rank is -1"),
+    "dtype": (lambda m, _: LoRALinear(nn.Linear(4, 4), dtype="float32"), "dtype is 'float32'"),  # type: ignore[arg-type]
+}
+
+
+def numbers_as_targets() -> LoRAConfig:
+    config = LoRAConfig(target_modules=["0"])
+    config.target_modules.append(5)  # type: ignore[arg-type]
+    return config
+
+
+@pytest.mark.parametrize("name", WRONG_USE)
+def test_wrong_use_is_one_sentence(name: str, tmp_path: Path) -> None:
+    """Each of these was a traceback from inside, or silence."""
+    call, message = WRONG_USE[name]
+    (tmp_path / "file").write_text("not a directory")
+    model = LoRAModel(nn.Sequential(nn.Linear(4, 4)), LoRAConfig(target_modules="0"))
+    with pytest.raises(InputError, match=message):
+        call(model, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"] and not qlora.lora_parameters(PLAIN)
+
+
+def test_transformers_trainer(tmp_path: Path) -> None:
+    """It keeps the columns that `forward` names, trains the adapter alone, and saves it.
+
+    With a tokenizer it looks for the base's settings in `model.config`.
+    """
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+    words = Tokenizer(models.WordLevel({"</s>": 0, "<pad>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="<pad>")
     model = LoRAModel(gpt2(), LoRAConfig(target_modules="c_attn"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rows = [{"input_ids": IDS[0], "labels": IDS[0], "text": "dropped"} for _ in range(8)]
@@ -174,7 +253,10 @@ def test_transformers_trainer(tmp_path: Path) -> None:
     from datasets import Dataset
 
     data = Dataset.from_list([{**row, "input_ids": IDS[0].tolist(), "labels": IDS[0].tolist()} for row in rows])
-    Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, scheduler)).train()
+    Trainer(
+        model, arguments, train_dataset=data, processing_class=tokenizer, optimizers=(optimizer, scheduler)
+    ).train()
+    assert model.base_model.config.pad_token_id == 1
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {name for name in before if ".lora." in name}
 
@@ -203,22 +285,34 @@ def test_merged_into_plain_layers(llama: Path, settings: dict[str, Any], use_4bi
     merged = model.merge_and_unload()
     assert merged is network and model.adapters == [] and relative_error(logits(merged), expected) < TOLERANCE
     assert not any(isinstance(module, LoRALinear) for module in merged.modules())
-    assert (
-        merged.state_dict().keys() == AutoModelForCausalLM.from_pretrained(llama).state_dict().keys() or use_4bit
-    )
+    assert merged.state_dict().keys() == AutoModelForCausalLM.from_pretrained(llama).state_dict().keys()
     layer = merged.get_submodule("model.layers.0.self_attn.q_proj")
     assert type(layer) is nn.Linear and layer.weight.dtype == torch.float32 and not layer.weight.requires_grad
     assert qlora.count_trainable_parameters(merged) == 0
+    merged.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(logits(again), expected) < TOLERANCE
     if not use_4bit:
-        merged.save_pretrained(tmp_path)  # type: ignore[operator]
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-        assert relative_error(logits(again), expected) < TOLERANCE
         with pytest.raises(InputError, match="quantize is for a base in 4 bits"):
             quantized.merge_and_unload(quantize=True)
         return
     again = quantized.merge_and_unload(quantize=True)
     assert isinstance(again.get_submodule("model.layers.0.self_attn.q_proj"), Linear4bit)
     assert 0 < relative_error(logits(again), expected) < 0.5
+
+
+def test_a_base_that_transformers_quantized_is_saved_as_an_ordinary_model(llama: Path, tmp_path: Path) -> None:
+    """Its config kept the quantization, so that nothing could load what was merged."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    options: dict[str, Any] = {"quantization_config": quantization, "dtype": torch.float32}
+    model = randomized(LoRAModel(AutoModelForCausalLM.from_pretrained(llama, **options), LoRAConfig(rank=4)))
+    expected = logits(model)
+    network: Any = model.merge_and_unload()
+    network.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert relative_error(logits(again), expected) < TOLERANCE
 
 
 def test_unloading_gives_the_base_back(llama: Path) -> None:

@@ -415,6 +415,19 @@ def test_disabling_ends_with_the_block(crowd: LoRAModel) -> None:
     assert crowd.active_adapter == "plain" and not list(crowd.trainable_parameters())
 
 
+def test_deleted_while_disabled(crowd: LoRAModel) -> None:
+    """The model went on computing with an adapter that was gone from its list."""
+    with crowd.disable_adapter():
+        expected = logits(crowd)
+    crowd.add_adapter("gone", LoRAConfig())
+    crowd.set_adapter("gone")
+    randomize(crowd.model)
+    assert not torch.equal(logits(crowd), expected)
+    with crowd.disable_adapter():
+        crowd.delete_adapter("gone")
+    assert crowd.active_adapter is None and torch.equal(logits(crowd), expected)
+
+
 def test_names(crowd: LoRAModel, zoo: dict[str, Path]) -> None:
     for call in (
         lambda: crowd.add_adapter("plain", LoRAConfig()),

@@ -15,10 +15,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 
 from eval.__main__ import main as evaluate
 from examples.orders import write_task
+from tests.adapters.test_fused_formats import minimind_state
 from tests.adapters.test_other_formats import (
     LAYERS,
     hf_model,
@@ -53,7 +55,7 @@ NOT_RUN = {
 }
 # Pages whose commands run here, and how many; of the others every command is named in NOT_RUN.
 RUN = {
-    "README.md": 7, "docs/adapters.md": 4, "docs/chat.md": 2, "docs/data.md": 2, "docs/evaluation.md": 10,
+    "README.md": 7, "docs/adapters.md": 5, "docs/chat.md": 4, "docs/data.md": 2, "docs/evaluation.md": 10,
     "docs/fidelity.md": 1, "docs/memory.md": 1, "docs/merge-and-export.md": 6, "docs/serving.md": 6,
     "docs/training.md": 3, "docs/tutorial.md": 16,
 }  # fmt: skip
@@ -149,6 +151,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     factors = random_factors(hf_model(model), LAYERS)
     write_mlx(directory / "MLX_ADAPTER", factors, dora=False)
     write_torchtune(directory / "TUNED", factors, dora=False)
+    save_file(minimind_state()[0], directory / "lora_medical.safetensors")
     from qlora import LoRAConfig, get_lora_model, load_base_model
 
     for name in ("A", "B", "other", "out"):

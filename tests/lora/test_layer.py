@@ -759,14 +759,16 @@ def test_patterns_give_ranks_and_alphas() -> None:
         rank=8,
         alpha=16,
         target_modules="all-linear",
-        rank_pattern=r"layers.0.self_attn.q_proj=2, mlp\..*=3, q_proj=5, proj=7",
+        rank_pattern=r"layers.0.self_attn.q_proj=2, mlp\..*=3, q_proj=5",
         alpha_pattern="model.layers.1.mlp.up_proj=1.5",
     )
     inject_lora(model, config)
     ranks = {name.removeprefix("model.layers."): layer.weights.rank for name, layer in lora_layers(model).items()}
     assert ranks["0.self_attn.q_proj"] == 2 and ranks["1.self_attn.q_proj"] == 5
     assert {rank for name, rank in ranks.items() if "mlp" in name} == {3}
-    assert ranks["0.self_attn.k_proj"] == 8, "proj is the end of a name, but not after a dot"
+    assert ranks["0.self_attn.k_proj"] == 8
+    with pytest.raises(InputError, match=r"\['proj'\] names none"):  # the end of a name, but not after a dot
+        inject_lora(tiny_dense(), LoRAConfig(rank_pattern="proj=7"))
     alphas = {name: layer.weights.alpha for name, layer in lora_layers(model).items()}
     assert alphas.pop("model.layers.1.mlp.up_proj") == 1.5 and set(alphas.values()) == {16}
     for name, layer in lora_layers(model).items():

@@ -435,6 +435,18 @@ def test_what_the_models_optimizer_refuses() -> None:
         model.optimizer(lr=1e-2, kind="sgdd")
     with pytest.raises(InputError, match="lr is -1"):
         model.optimizer(lr=-1)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"lr": "high"}, "lr is 'high'"),
+        ({"kind": nn.Linear}, "give a torch optimizer whose step needs no closure"),
+        ({"kind": torch.optim.LBFGS}, "needs no closure"),
+        ({"weight_decay": -1}, "weight_decay is -1"),
+        ({"weight_decay": 0.1, "kind": torch.optim.SGD}, "weight_decay is for AdamW"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(InputError, match=message):
+            model.optimizer(**{"lr": 1e-2, **options})
+    with pytest.raises(InputError, match="an optimizer of their own"):  # it was listed, and never stepped
+        model.optimizer(lr=1e-2).add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     state = model.optimizer(lr=1e-2).state_dict()
     with pytest.raises(InputError, match="make it with the same lora_plus_ratio"):
         small_model(lora_plus_ratio=4.0).optimizer(lr=1e-2).load_state_dict(state)

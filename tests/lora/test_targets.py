@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -108,6 +109,57 @@ def test_ranks_and_the_like_later(name: str, value: Any) -> None:
     config.target_modules = ["c_attn"]
     config.use_rslora = True
     assert config.should_adapt("h.0.c_attn") and config.scaling == 16 / math.sqrt(8)
+
+
+def test_unknown_settings_are_refused() -> None:
+    config = LoRAConfig()
+    with pytest.raises(InputError, match="Unknown setting 'rnak'; LoRAConfig has rank, alpha, "):
+        config.rnak = 4  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_do_nothing_are_refused(kind: str) -> None:
+    with pytest.raises(InputError, match=r"\['k_proj'\] names none of the layers"):
+        LoRAModel(llama(), LoRAConfig(**{kind: {"q_proj": 4, "k_proj": 4}}))
+
+
+class Block(nn.Module):
+    """Its layer has the name that a wrapped layer has inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer, self.lora = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lora(self.base_layer(x))
+
+
+@pytest.mark.parametrize("targets", ["base_layer", "lora", "all-linear"])
+def test_layers_with_names_of_ours(targets: str, tmp_path: Path) -> None:
+    """A layer called base_layer was taken for its parent, and refused."""
+    x, base = torch.ones(2, 8), nn.Sequential(Block(), Block())
+    model = LoRAModel(copy.deepcopy(base), LoRAConfig(target_modules=targets))
+    for parameter in model.trainable_parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save(tmp_path)
+    again = LoRAModel(copy.deepcopy(base))
+    again.load_adapter(tmp_path, "again")
+    again.set_adapter("again")
+    expected = model(x)
+    assert torch.equal(again(x), expected) and not torch.allclose(expected, base(x))
+    assert model.summary().adapted_layers == (4 if targets == "all-linear" else 2)
+    assert model.merge_and_unload().state_dict().keys() == base.state_dict().keys()
+
+
+def test_a_shared_layer_has_each_of_its_names() -> None:
+    """Only its first name was known: others matched no layer."""
+    network = nn.ModuleDict({"first": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+    network["last"] = network["first"]
+    assert list(match_targets(network, ["last"])) == ["first"]
+    assert list(match_targets(network, ["all-linear"], exclude=["last"])) == ["other"]
+    model = LoRAModel(network, LoRAConfig(target_modules="last"))
+    assert network["last"] is network["first"] and model.summary().adapted_layers == 1
+    assert list(match_targets(network, ["last"])) == ["first"]
 
 
 def test_exclusions_that_do_nothing_are_refused() -> None:
