@@ -176,7 +176,7 @@ def test_after_an_error_the_same_directory_can_be_used(train: Any, tmp_path: Pat
         (lambda: run.evaluate([]), "data has no records"),
         (lambda: run.merge(run.adapter_dir), "exists already"),
         (lambda: run.merge("new", save_4bits=True), "unknown setting 'save_4bits'; did you mean save_4bit"),
-        (lambda: run.merge("new", base="other"), "base is 'other'; choose one of dequantized, original"),
+        (lambda: run.merge("new", base="other"), "base is 'other'; choose one of auto, dequantized, original"),
     ):
         with pytest.raises(qlora.InputError) as raised:
             call()
@@ -356,7 +356,8 @@ def test_a_plan_is_the_command_s(base: str) -> None:
 
 ADAPTERS = """LoRAConfig LoRAModel get_lora_model inject_lora freeze_base unfreeze lora_parameters base_parameters
     lora_state_dict load_lora_state_dict save_adapter load_adapter merge_lora unmerge_lora parameter_summary
-    count_trainable_parameters count_parameters"""
+    count_trainable_parameters count_parameters create_lora_model merge_and_unload unload LoRALinear register_linear
+    LinearShape Part"""
 PUBLIC = {
     *("load_base_model", "load_tokenizer", "QuantConfig"),
     *ADAPTERS.split(),

@@ -182,6 +182,8 @@ class RowEncoder:
         if eos is None:
             raise BadRow(origin, "the tokenizer has no eos_token to end a document; set one.")
         text = messages[0]["content"]
+        if text.rstrip().endswith(self.tokenizer.eos_token):  # white space after the end would ask for another one
+            text = text.rstrip()
 
         def finish(part_ids: list[list[int]]) -> Row:
             ids = self._after_bos(part_ids[0])

@@ -1086,6 +1086,9 @@ def test_memory_stays_near_one_tensor(llama: Path, adapter: Path, tmp_path: Path
     A, B = 0.1 * torch.randn(4, 1024), 0.1 * torch.randn(2816, 4)
     factors = {f"{layer}.lora_A.weight": A, f"{layer}.lora_B.weight": B}
     save_file(factors, large_adapter / WEIGHTS, {"base_quantization": json.dumps(asdict(QuantConfig()))})
+    settings = json.loads((large_adapter / "adapter_config.json").read_text())
+    settings["target_modules"] = ["layers.2.mlp.up_proj"]
+    (large_adapter / "adapter_config.json").write_text(json.dumps(settings))
 
     paths = [str(path) for path in (llama, adapter, large, large_adapter, tmp_path / "merged")]
     result = subprocess.run(
