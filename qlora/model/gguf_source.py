@@ -34,10 +34,13 @@ class GGUFSource:
         try:
             with np.errstate(over="ignore"):  # a damaged offset; checked below, so no warning
                 reader = _bounded_reader()(str(file))
+            _check_whole(reader, file)
             architecture = _gguf_value(reader, "general.architecture", str)
             if not architecture.isprintable():
                 raise ValueError(f"general.architecture is {architecture!r:.60}")
         # A damaged length or type sends the reader into any of these.
+        except InputError:
+            raise
         except (ValueError, LookupError, TypeError, ArithmeticError, OSError, RecursionError) as error:
             raise InputError(
                 f"{file} is not a complete GGUF file ({explain(error)}); download it again."
@@ -130,6 +133,17 @@ def _bounded_reader() -> Any:
             return super()._get(offset, dtype, count, override_order)
 
     return BoundedReader
+
+
+def _check_whole(reader: Any, file: Path) -> None:
+    """InputError for one of the parts into which llama.cpp splits a large model."""
+    number, count = (reader.fields[f"split.{key}"].contents() if f"split.{key}" in reader.fields else 0
+                     for key in ("no", "count"))  # fmt: skip
+    if count > 1:
+        raise InputError(
+            f"{file} is part {number + 1} of {count}; join them with llama.cpp (llama-gguf-split --merge), or use "
+            "the model's safetensors."
+        )
 
 
 def _gguf_value(reader: Any, name: str, kind: type) -> Any:

@@ -1007,6 +1007,26 @@ def test_gguf_equals_its_source(tmp_path: Path, tied: bool) -> None:
     assert load_tokenizer(str(file)).decode(load_tokenizer(str(file)).encode("hello there")) == "hello there"
 
 
+@pytest.mark.parametrize("has_settings", [True, False])  # llama.cpp writes the model's into the first part alone
+def test_a_part_of_a_gguf_model_is_named(tmp_path: Path, has_settings: bool) -> None:
+    """It was called incomplete: "download it again"."""
+    from gguf import GGUFWriter
+
+    file = tmp_path / "model-00001-of-00002.gguf"
+    writer = GGUFWriter(file, "llama")
+    if not has_settings:
+        writer.kv_data[0].clear()
+    writer.add_uint16("split.no", 0 if has_settings else 1)
+    writer.add_uint16("split.count", 2)
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(InputError, match=f"is part {1 if has_settings else 2} of 2; join them"):
+        load_base_model(str(file))
+
+
 @pytest.mark.parametrize("scaling", ["linear", "yarn", "none"])
 def test_gguf_with_a_scaled_rotary_embedding(tmp_path: Path, scaling: str) -> None:
     """transformers leaves the scaling out: such a file loaded, and computed other numbers without a word."""
