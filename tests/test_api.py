@@ -356,8 +356,8 @@ def test_a_plan_is_the_command_s(base: str) -> None:
 
 ADAPTERS = """LoRAConfig LoRAModel get_lora_model inject_lora freeze_base unfreeze lora_parameters base_parameters
     lora_state_dict load_lora_state_dict save_adapter load_adapter merge_lora unmerge_lora parameter_summary
-    count_trainable_parameters count_parameters create_lora_model merge_and_unload unload LoRALinear register_linear
-    LinearShape Part"""
+    count_trainable_parameters count_parameters create_lora_model merge_and_unload unload
+    LoRALinear register_linear LinearShape Part"""
 PUBLIC = {
     *("load_base_model", "load_tokenizer", "QuantConfig"),
     *ADAPTERS.split(),
