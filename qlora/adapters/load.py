@@ -13,7 +13,7 @@ from torch import nn
 
 from qlora.adapters.peft_extras import replace_rows
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
-from qlora.config.fields import flag_of, to_text
+from qlora.config.fields import check_pattern, flag_of, to_text
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
 from qlora.lora.adapter import activate, active_adapter, create_adapter, wrap_layers, wrapped_layers
@@ -299,14 +299,17 @@ def _missing_layers(saved: SavedAdapter, model: nn.Module) -> list[str]:
     targets, numbers, excluded = (saved.description.get(field) for field in fields)
     layers, head = list(linear_layers(model)), head_name(model)
     try:
-        named = (
-            [name for name in layers if name != head]
-            if targets == "all-linear"
-            else [name for name in layers if _names(targets, name)]
-        )
-        named = [name for name in named if not _names(excluded, name)]
-    except re.error:  # PEFT could not have used it
+        for pattern in (targets, excluded):
+            if isinstance(pattern, str) and pattern:
+                check_pattern(pattern)
+    except (re.error, ValueError):  # PEFT could not have used it, or it could take forever to fail
         return []
+    named = (
+        [name for name in layers if name != head]
+        if targets == "all-linear"
+        else [name for name in layers if _names(targets, name)]
+    )
+    named = [name for name in named if not _names(excluded, name)]
     if numbers is not None:
         wanted = {numbers} if type(numbers) is int else set(numbers)
         named = [name for name in named if layer_number(name) in wanted or not wanted]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,23 @@ def test_half_an_adapter(bases: dict[str, Path], tmp_path: Path, target: Any, ex
         load_adapter(base(bases["untied"]), tmp_path)
     with pytest.raises(InputError, match=message):
         merge_adapter(str(bases["untied"]), str(tmp_path), str(tmp_path / "merged"), MergeOptions(drift=False))
+
+
+def test_a_pattern_of_many_repeats_is_not_run(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes from a file, and some take forever to fail; then the layers are those of the tensors."""
+    model = adapted(bases["untied"], target_modules=["q_proj"])
+    save_adapter(model, tmp_path, active_adapter(model).config)  # type: ignore[union-attr]
+    edit(tmp_path, lambda state: {"target_modules": ".*a*b*c*d*q_proj"})
+    run = re.fullmatch
+
+    def watch(pattern: Any, *rest: Any) -> Any:
+        assert pattern != ".*a*b*c*d*q_proj"
+        return run(pattern, *rest)
+
+    monkeypatch.setattr(re, "fullmatch", watch)
+    load_adapter(base(bases["untied"]), tmp_path)
 
 
 def test_inspect_names_the_gap(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,7 +49,7 @@ NOT_RUN = {
         ("accelerate launch --config_file", "torchrun", "sbatch", "export"),
         "needs several devices or machines; tests/several_processes/test_launch.py has the launchers read it",
     ),
-    "python -m qlora push": "uploads; tests/export/test_hub.py runs it against a stand-in",
+    "python -m qlora push": "uploads; tests/export/test_hub.py runs it against a hub on loopback",
     "python -m benchmarks": "measures for minutes; tests/benchmarks/test_benchmarks.py runs them small",
     "python -m tools": "proves for minutes; their tests run them small",
 }
