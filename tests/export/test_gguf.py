@@ -259,7 +259,7 @@ def test_adapter_merged_on_the_way(llama: Path, tmp_path: Path, quant: QuantConf
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"rank_pattern": "v_proj=2,layers.1.q_proj=3", "alpha_pattern": "v_proj=9"}],
+    [{}, {"use_rslora": True}, {"rank_pattern": "v_proj=2,layers.1.self_attn.q_proj=3", "alpha_pattern": "v_proj=9"}],
     ids=["plain", "rslora", "patterns"],
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
