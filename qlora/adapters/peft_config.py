@@ -150,8 +150,8 @@ def _is_list_of_names(names: Any) -> bool:
 
 def own_key(key: str) -> str:
     """A tensor's name in `lora_state_dict`, from its name in a file of any PEFT version."""
-    name, _, kind = key.removeprefix(PREFIX).rpartition(".")
-    key = f"{name.removesuffix('.base_layer')}.{kind}"  # of a bias; a layer may be called base_layer itself
+    name, dot, kind = key.removeprefix(PREFIX).rpartition(".")
+    key = f"{name.removesuffix('.base_layer')}{dot}{kind}"  # of a bias; a layer may be called base_layer itself
     for variant in VARIANTS:
         key = variant.own_name(key)
     return key

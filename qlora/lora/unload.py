@@ -25,9 +25,9 @@ def merge_and_unload(model: nn.Module, quantize: bool = False) -> nn.Module:
     """Add the active adapter to the weights, in place, and take every trace of LoRA out of the model.
 
     A layer keeps its type, orientation, bias and dtype. Every 4-bit linear layer, adapted or not, becomes an
-    nn.Linear in the base's compute dtype, so that transformers can save the model, as does an adapted
-    `Linear16bit`. Parameters that trained in full stay, in the base's dtype. All are frozen. A weight that was
-    tied to another one is its own afterwards.
+    nn.Linear (in GPT-2 a Conv1D) in the base's compute dtype, so that transformers can save the model, as does an
+    adapted `Linear16bit`. Parameters that trained in full stay, in the base's dtype. All are frozen. A weight that
+    was tied to another one is its own afterwards.
 
     Args:
         quantize: quantize adapted 4-bit layers again, as they were, and leave the others. That can erase a light
@@ -43,10 +43,9 @@ def merge_and_unload(model: nn.Module, quantize: bool = False) -> nn.Module:
     unmerge_lora(model)
     is_tied = _is_tied(model)
     info = find_base_info(model)
-    plain = {
-        id(layer): _merged_layer(layer, quantize, None if info is None else info.compute_dtype)
-        for layer in layers.values()
-    }
+    compute_dtype = None if info is None else info.compute_dtype
+    transposed = set() if quantize else _stored_transposed(model)
+    plain = {id(layer): _merged_layer(layer, quantize, compute_dtype, transposed) for layer in layers.values()}
     slot = slot_of(model)
     for name, original in slot.replaced.items():  # the adapter's copies stay; tied ones once
         copy = slot.active.trained[name] if slot.active is not None else original
@@ -54,7 +53,7 @@ def merge_and_unload(model: nn.Module, quantize: bool = False) -> nn.Module:
         copy.requires_grad = False
     _unwrap(model, plain)
     if not quantize:
-        _make_dense(model, None if info is None else info.compute_dtype)
+        _make_dense(model, compute_dtype, transposed)
     network: Any = model
     if not quantize and getattr(model, "hf_quantizer", None) is not None:  # transformers loaded it in 4 bits
         network.hf_quantizer.remove_quantization_config(model)
@@ -92,8 +91,30 @@ def _check(layers: dict[str, LoRALinear], quantize: bool) -> None:
         raise InputError("quantize is for a base in 4 bits, and this one has no adapted layer in 4 bits.")
 
 
-def _merged_layer(layer: LoRALinear, quantize: bool, compute_dtype: torch.dtype | None) -> nn.Module:
-    """A layer with the merged weight: the base layer itself, or an nn.Linear for one of our storage formats."""
+def _stored_transposed(model: Any) -> set[int]:
+    """Ids of the 4-bit layers that are a Conv1D, (in, out), in transformers' own model of this class."""
+    packed = {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if is_linear(module) and isinstance(module.weight, Params4bit)
+    }
+    if not packed:
+        return set()
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    with torch.device("meta"):
+        fresh = type(model)(model.config)
+    own = {name for name, module in fresh.named_modules() if isinstance(module, Conv1D)}
+    return {id(module) for name, module in packed.items() if name in own}
+
+
+def _merged_layer(
+    layer: LoRALinear, quantize: bool, compute_dtype: torch.dtype | None, transposed: set[int]
+) -> nn.Module:
+    """A layer with the merged weight: the base layer itself, or a plain one for one of our storage formats."""
     base: Any = layer.base_layer
     merged, old = layer.merged(), base.weight
     if isinstance(old, Params4bit) and quantize:
@@ -102,14 +123,14 @@ def _merged_layer(layer: LoRALinear, quantize: bool, compute_dtype: torch.dtype 
         base.weight, base.quant_state = packed, packed.quant_state
     elif isinstance(old, Params4bit) or isinstance(base, Linear16bit):
         state_dtype = old.quant_state.dtype if isinstance(old, Params4bit) else old.dtype
-        return _dense(merged.to(compute_dtype or state_dtype), base.bias)
+        return _dense(merged.to(compute_dtype or state_dtype), base.bias, id(base) in transposed)
     else:
         weight = (merged if is_out_in(base) else merged.T.contiguous()).to(old.dtype)
         base.weight = nn.Parameter(weight, requires_grad=False)  # a new one: the old may be tied
     return base
 
 
-def _make_dense(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
+def _make_dense(model: nn.Module, compute_dtype: torch.dtype | None, transposed: set[int]) -> None:
     """Replace the 4-bit linear layers that are left, wherever the model uses them, by ordinary ones."""
     dense: dict[int, nn.Module] = {}
     for module in list(model.modules()):
@@ -119,12 +140,20 @@ def _make_dense(model: nn.Module, compute_dtype: torch.dtype | None) -> None:
             if own is not None and isinstance(weight, Params4bit):
                 if id(own) not in dense:
                     values = dense_weight(own, torch.float32)
-                    dense[id(own)] = _dense(values.to(compute_dtype or weight.quant_state.dtype), own.bias)
+                    values = values.to(compute_dtype or weight.quant_state.dtype)
+                    dense[id(own)] = _dense(values, own.bias, id(own) in transposed)
                 module._modules[child] = dense[id(own)].train(own.training)
 
 
-def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+def _dense(weight: Tensor, bias: Tensor | None, is_transposed: bool) -> nn.Module:
+    """An nn.Linear, or a Conv1D, with a weight (out, in)."""
+    layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    if is_transposed:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            layer = Conv1D(*weight.shape)
+        weight = weight.T.contiguous()
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(weight.dtype), requires_grad=False)

@@ -301,6 +301,27 @@ def test_merged_into_plain_layers(llama: Path, settings: dict[str, Any], use_4bi
     assert 0 < relative_error(logits(again), expected) < 0.5
 
 
+def test_a_4bit_conv1d_is_one_again(tmp_path: Path) -> None:
+    """GPT-2's layers are (in, out) in files; adapted and other ones, among them a square one."""
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    base: Any = gpt2(bos_token_id=None, eos_token_id=2)
+    base.save_pretrained(tmp_path / "base")
+    network = load_base_model(str(tmp_path / "base"), compute_dtype="float32", cache=False)
+    model = randomized(LoRAModel(network, LoRAConfig(rank=4, target_modules="c_attn,attn.c_proj")))
+    ids = torch.arange(3, 33)[None]
+    expected = model(input_ids=ids).logits
+    merged: Any = model.merge_and_unload()
+    assert all(isinstance(block.attn.c_proj, Conv1D) for block in merged.transformer.h)
+    assert {k: v.shape for k, v in merged.state_dict().items()} == {
+        k: v.shape for k, v in base.state_dict().items()
+    }
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    assert relative_error(again(input_ids=ids).logits, expected) < TOLERANCE
+
+
 def test_a_base_that_transformers_quantized_is_saved_as_an_ordinary_model(llama: Path, tmp_path: Path) -> None:
     """Its config kept the quantization, so that nothing could load what was merged."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig

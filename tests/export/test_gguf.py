@@ -257,9 +257,12 @@ def test_adapter_merged_on_the_way(llama: Path, tmp_path: Path, quant: QuantConf
         assert relative_error(torch.from_numpy(np.array(written[name].data)), tensor) < FP32_TOLERANCE, name
 
 
+PATTERNS = {"rank_pattern": "v_proj=2,layers.1.self_attn.q_proj=3", "alpha_pattern": "v_proj=9"}
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"rank_pattern": "v_proj=2,layers.1.q_proj=3", "alpha_pattern": "v_proj=9"}],
+    [{}, {"use_rslora": True}, PATTERNS],
     ids=["plain", "rslora", "patterns"],
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])

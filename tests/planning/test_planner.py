@@ -114,6 +114,7 @@ def test_a_checkpoint_in_4_bits(untied: Path, tmp_path: Path) -> None:
     from qlora.model.skeleton import empty_model
 
     target, quant = tmp_path / "quantized", QuantConfig("fp4", False)
+    target.mkdir()
     network = empty_model(str(untied))
     write_cache(network, open_source(untied), quant, torch.device("cpu"), target)
     assert_same_plan(str(target), ModelConfig(compute_dtype="bfloat16"), LoRAConfig())
