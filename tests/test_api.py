@@ -22,6 +22,7 @@ import pytest
 import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
+from torch.nn.parameter import is_lazy
 
 import qlora
 from qlora.cli.commands.generate import main as answer
@@ -303,7 +304,9 @@ def test_a_second_run_works_and_neither_leaves_a_trace(
         results.append((adapter(run.adapter_dir), timeless(run.metrics)))
         del run
         seen.append(traces())
-        sizes.append(sum(t.numel() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)))
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+        sizes.append(sum(t.numel() for t in tensors if not is_lazy(t)))  # another test may have left a lazy one
+        del tensors
     assert all(result == results[0] for result in results)
     assert all(model() is None for model in models)
     assert seen[1] == seen[2] == seen[3] and seen[0]["signals"] == seen[1]["signals"]

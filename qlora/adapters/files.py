@@ -31,11 +31,13 @@ def adapter_path(path: Any, to_write: bool = False) -> Path:
     if not isinstance(path, (str, os.PathLike)) or not str(path):
         raise InputError(f"The adapter's path is {path!r:.80}; give a directory or a .safetensors file.")
     path = Path(path)
+    if not to_write:
+        return path
     files = [] if is_one_file(path) else [path]
     in_the_way = next((one for one in [*files, *path.parents] if one.is_file()), None)
-    if to_write and in_the_way is not None:
+    if in_the_way is not None:
         raise InputError(f"{in_the_way} is a file; give a directory or a .safetensors file.")
-    if to_write and files and path.suffix in (".bin", ".pt", ".pth"):
+    if files and path.suffix in (".bin", ".pt", ".pth"):
         raise InputError(f"{path} is no kind of file that adapters have; give a directory or a .safetensors file.")
     return path
 
@@ -61,7 +63,9 @@ def metadata_of(path: Path) -> dict[str, str]:
         with safe_open(file, framework="pt") as opened:
             return opened.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file} is not a whole safetensors file ({explain(error)}); save it again.") from error
+        raise InputError(
+            f"{file} is not a complete safetensors file ({explain(error)}); save it again."
+        ) from error
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -313,9 +313,10 @@ def wide_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def train_limited(mebibytes: float, *arguments: str) -> tuple[int, str, str]:
+    # One arena: glibc reserves 64 MiB of addresses for each thread, and that is room within the limit.
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(mebibytes), *arguments], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
