@@ -116,7 +116,7 @@ class LoRAModel(Wrapper):
             raise InputError(f"base_model is {base_model!r:.80}; give LoRAModel a torch module (load_base_model).")
         if wrapped_layers(base_model):
             raise InputError("The model has LoRA layers already; give LoRAModel a fresh base model.")
-        self._adapters: dict[str, Adapter] = {}
+        self._known: dict[str, Adapter] = {}
         self.model, self.base_name = base_model, base_name
         freeze_base(base_model)
         keep_unpacked(base_model)
@@ -156,6 +156,15 @@ class LoRAModel(Wrapper):
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     # ---- several adapters -----------------------------------------------------------------------------------
+
+    @property
+    def _adapters(self) -> dict[str, Adapter]:
+        """All adapters by name; one that `inject_lora` or `qlora.load_adapter` activated joins as "default"."""
+        active = active_adapter(self.model)
+        if active is not None and not any(own is active for own in self._known.values()):
+            names = ("default", *(f"default_{number}" for number in range(2, len(self._known) + 3)))
+            self._known[next(name for name in names if name not in self._known)] = active
+        return self._known
 
     @property
     def adapters(self) -> list[str]:

@@ -16,6 +16,7 @@ from torch import nn
 import qlora
 from qlora.adapters.model import LoRAModel, create_lora_model
 from qlora.config.lora import LoRAConfig
+from qlora.lora.adapter import active_adapter
 from qlora.lora.layer import LoRALinear
 from qlora.lora.slot import network_of
 from qlora.model.load import load_base_model
@@ -299,6 +300,17 @@ def test_merged_into_plain_layers(llama: Path, settings: dict[str, Any], use_4bi
     again = quantized.merge_and_unload(quantize=True)
     assert isinstance(again.get_submodule("model.layers.0.self_attn.q_proj"), Linear4bit)
     assert 0 < relative_error(logits(again), expected) < 0.5
+
+
+def test_an_adapter_injected_into_a_wrapper_is_one_of_its_own() -> None:
+    """It computed, but had no name: set_adapter(None) lost it."""
+    model = LoRAModel(gpt2())
+    qlora.inject_lora(model, LoRAConfig(rank=2))
+    assert model.adapters == ["default"] and model.active_adapter == "default"
+    own = active_adapter(model.model)
+    model.set_adapter(None)
+    model.set_adapter("default")
+    assert active_adapter(model.model) is own and model.trainable_parameters()
 
 
 def test_a_4bit_conv1d_is_one_again(tmp_path: Path) -> None:
