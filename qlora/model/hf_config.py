@@ -51,13 +51,14 @@ def load_config(model: str) -> Any:
     with named_failure(
         f"{file} describes a model that cannot be loaded", "download it again, or choose another model"
     ):
-        # What transformers computes from a value out of its range, it may compute as it reads the file.
+        # What transformers computes from a value out of its range, it may compute as it reads the file. A window
+        # of 0 may stand for none: only the config object knows.
         _check_values({k: v for k, v in declared.items() if (k, v) != ("sliding_window", 0)})
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         text = config.get_text_config()
         names = (*SIZE_LIMITS, *EPSILONS, *SHARES, "pad_token_id", "num_experts_per_tok", "hidden_act")
         values = {name: getattr(text, name, None) for name in names} | _rotary_values(text)
-        if not getattr(text, "use_sliding_window", True):  # Qwen2-MoE's is 0 then
+        if not getattr(text, "use_sliding_window", True):  # Qwen2-MoE's window is 0 then
             del values["sliding_window"]
         _check_values(values)
     return config

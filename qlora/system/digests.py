@@ -143,7 +143,7 @@ def make_verified(target: Path, write: Callable[[Path], object]) -> None:
         if not is_absent and damaged is None:
             return
         if damaged is not None:
-            tell(f"{target} in the cache is damaged ({damaged}); it is made again")
+            tell(f"{target} in the cache is damaged ({damaged}); making it again")
             shutil.rmtree(target)
         with new_directory(target) as staging:
             write(staging)

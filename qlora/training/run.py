@@ -217,7 +217,7 @@ class TrainingRun:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
             lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
             own = f"rank {lora.rank}, alpha {lora.alpha:g}, {to_text(lora.target_modules)}"
-            self.say(f"going on with {config.generate.adapter}: {own}")
+            self.say(f"continuing adapter {config.generate.adapter}: {own}")
         else:
             inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
             lora.target_modules = resolve_targets(self.model, lora.target_modules)  # as run.json shows them

@@ -104,7 +104,7 @@ class RunDirectory:
             OSError: that is not possible, or another run has taken its place.
         """
         if self._lock.is_locked and not Path(self._lock.lock_file).is_file():
-            self.accelerator.print(f"--output-dir {self.path} is gone (deleted or moved); it is made again")
+            self.accelerator.print(f"--output-dir {self.path} is gone (deleted or moved); making it again")
             self._lock.release()
             make_directories(self.path)
             try:

@@ -79,7 +79,7 @@ def test_run_json_tells_what_trained(
     run = qlora.train(model=str(base), output_dir=str(tmp_path / "out"), lora_plus_ratio=4.0, **options)
     # A setting given at its default value (--rank 8) looks like one left out.
     printed = capsys.readouterr().out.replace("\n", "")
-    assert f"going on with {adapter}: rank 2, alpha 6, q_proj,o_proj" in printed
+    assert f"continuing adapter {adapter}: rank 2, alpha 6, q_proj,o_proj" in printed
     told = json.loads((tmp_path / "out" / "run.json").read_text())["lora"]
     assert (told["rank"], told["alpha"], told["target_modules"], told["lora_plus_ratio"]) == (
         2, 6.0, "q_proj,o_proj", 4.0,

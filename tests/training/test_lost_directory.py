@@ -63,7 +63,7 @@ def test_it_is_made_again(
     out = tmp_path / "out"
     fit(job, out, At(step, lose(out, how)))
     said = capsys.readouterr().out
-    assert "is gone (deleted or moved); it is made again" in " ".join(said.split())
+    assert "is gone (deleted or moved); making it again" in " ".join(said.split())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]  # those before it, too
     samples = [json.loads(line)["step"] for line in (out / "samples.jsonl").read_text().splitlines()]
