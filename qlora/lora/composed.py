@@ -14,14 +14,12 @@ N tokens, I inputs, O outputs, R rank, P processes.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from qlora.quant.linear import LinearShape
-from qlora.quant.parts import Part
+from qlora.quant.parts import Part, SumGradient, SumOutput
 from qlora.system.errors import InputError
 
 
@@ -41,37 +39,6 @@ def drop(x: Tensor, dropout: float, part: Part | None) -> tuple[Tensor, Tensor]:
     return x * mask / (1 - dropout), mask
 
 
-class _Sum(torch.autograd.Function):
-    """The sum over a group's processes; the gradient passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dy, None
-
-
-class _SumGradient(torch.autograd.Function):
-    """x itself; the gradient is summed over a group's processes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _summed(dy, ctx.group), None
-
-
-def _summed(x: Tensor, group: Any) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(total, group=group)
-    return total
-
-
 def update(
     x: Tensor, y: Tensor, A: Tensor, B: Tensor, scaling: float, dropout: float, shape: LinearShape
 ) -> Tensor:
@@ -88,14 +55,14 @@ def update(
     of_y = part if part is not None and part.dim == 0 and y.shape[-1] != shape.out_features else None
     A, B = A.to(x.dtype), B.to(x.dtype)
     if of_x is not None:
-        A = of_x.of(_SumGradient.apply(A, shape.group))
+        A = of_x.of(SumGradient.apply(A, shape.group))
     if of_y is not None:
-        B = of_y.of(_SumGradient.apply(B, shape.group))
+        B = of_y.of(SumGradient.apply(B, shape.group))
     h = F.linear(_dropped(x, dropout, of_x), A)
     if of_x is not None:
-        h = _Sum.apply(h, shape.group)
+        h = SumOutput.apply(h, shape.group)
     if of_y is not None:
-        h = _SumGradient.apply(h, shape.group)
+        h = SumGradient.apply(h, shape.group)
     return scaling * F.linear(h, B)
 
 

@@ -53,36 +53,11 @@ from qlora.model.hf_config import load_config
 from qlora.parallel.divisibility import check_widths, split_axis
 from qlora.quant.layers import Linear4bit, Linear16bit
 from qlora.quant.library import Params4bit
-from qlora.quant.parts import Part, cut_weight
+from qlora.quant.parts import Part, SumGradient, SumOutput, cut_weight
 from qlora.system.errors import InputError
 from qlora.system.ranks import Ranks
 
 # ---- communication ----------------------------------------------------------------------------------------
-
-
-class _Summed(torch.autograd.Function):
-    """leave: the sum over the group; each process keeps its own gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, group: Any) -> Tensor:  # type: ignore[override]
-        return _all_reduce(y, group)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return dy, None
-
-
-class _Shared(torch.autograd.Function):
-    """enter: the identity; the gradient is summed over the group."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return _all_reduce(dx, ctx.group), None
 
 
 class _Gathered(torch.autograd.Function):
@@ -112,12 +87,6 @@ class _Scattered(torch.autograd.Function):
         return ctx.exchange.gather(dy, ctx.length), None, None
 
 
-def _all_reduce(x: Tensor, group: Any) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    torch.distributed.all_reduce(total, group=group)
-    return total
-
-
 @dataclass(frozen=True)
 class GroupExchange(Exchange):
     """Communication of a tensor parallel group within a block.
@@ -138,12 +107,12 @@ class GroupExchange(Exchange):
     def enter(self, y: Tensor, length: int) -> Tensor:
         if self.ranks.sequence_parallel:
             return _Gathered.apply(y, self, length, True)
-        return _Shared.apply(y, self.ranks.tensor_group)
+        return SumGradient.apply(y, self.ranks.tensor_group)
 
     def leave(self, o: Tensor) -> Tensor:
         if self.ranks.sequence_parallel:
             return _Scattered.apply(o, self, True)
-        return _Summed.apply(o, self.ranks.tensor_group)
+        return SumOutput.apply(o, self.ranks.tensor_group)
 
     def end(self, x: Tensor, length: int) -> Tensor:
         if not (self.ranks.sequence_parallel and self.is_last):

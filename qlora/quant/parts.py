@@ -1,4 +1,4 @@
-"""Cut 4-bit weights into parts for tensor parallelism, and gather sharded tensors."""
+"""Cut 4-bit weights into parts for tensor parallelism, gather sharded tensors, and sum what the parts computed."""
 
 from __future__ import annotations
 
@@ -122,3 +122,38 @@ def whole(tensor: Tensor) -> Tensor:
     """Gather a sharded tensor (a collective); other tensors unchanged."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+# ---- sums over processes that hold a part each ---------------------------------------------------------
+
+
+class SumOutput(torch.autograd.Function):
+    """The sum over a group's processes; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        return sum_over(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return dy, None
+
+
+class SumGradient(torch.autograd.Function):
+    """x itself; the gradient is summed over a group's processes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # type: ignore[override]
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return sum_over(dy, ctx.group), None
+
+
+def sum_over(x: Tensor, group: Any) -> Tensor:
+    """The sum of x over a group's processes, in a new tensor."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    torch.distributed.all_reduce(total, group=group)
+    return total

@@ -287,13 +287,13 @@ class Parallel(nn.Module):
         self.weight = nn.Parameter(self.part.of(weight).clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        from qlora.lora.composed import _Sum, _SumGradient
+        from qlora.quant.parts import SumGradient, SumOutput
 
         if self.part.count == 1:
             return F.linear(x, self.weight), None
         if self.part.dim == 0:
-            return F.linear(_SumGradient.apply(x, None), self.weight), None
-        return _Sum.apply(F.linear(x, self.weight), None), None
+            return F.linear(SumGradient.apply(x, None), self.weight), None
+        return SumOutput.apply(F.linear(x, self.weight), None), None
 
 
 class ParallelPair(nn.Module):
