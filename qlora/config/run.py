@@ -10,7 +10,7 @@ from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
-from qlora.config.model import ModelConfig
+from qlora.config.model import TrainedModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.saving import SavingConfig
@@ -25,7 +25,7 @@ TRAINING = ("loop", "optimizer", "watching", "saving")
 class RunConfig(Settings):
     """Fine-tune a 4-bit base with LoRA, or answer a --prompt with one."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: TrainedModelConfig = field(default_factory=TrainedModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -81,8 +81,26 @@ class RunConfig(Settings):
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
         self.check_split()
+        self.check_calibration()
         if self.generate.adapter is not None and self.lora.new_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
+
+    def check_calibration(self) -> None:
+        """Whether --calibrate goes with the other settings.
+
+        Raises:
+            InputError: it does not.
+        """
+        if self.model.calibrate == "off":
+            return
+        others = {
+            "--no-4bit": not self.model.use_4bit,
+            "--no-cache": not self.model.cache,
+            f"--init {self.lora.init}": self.lora.starts_from_base,
+            "--adapter": self.generate.adapter is not None,  # its own base is used
+        }
+        for other in (flag for flag, is_given in others.items() if is_given):
+            raise InputError(f"--calibrate and {other} do not go together; leave out one of them.")
 
     def check_split(self) -> None:
         """Whether a base that is split can do what is asked.

@@ -17,8 +17,9 @@ Neither needs its input, so `FrozenLinear` saves no activation: it keeps the lay
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -46,8 +47,12 @@ class QuantConfig:
     quant_type: str = "nf4"  # "nf4" or "fp4"
     double_quant: bool = True  # quantize the fp32 block scales to 8 bits as well
     block_size: int = 64  # weights that share one scale
+    # Digest of the texts that the codes were chosen on (model/calibrate.py); "" = the nearest codes.
+    calibration: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.calibration, str) or not re.fullmatch("[0-9a-f]{0,64}", self.calibration):
+            raise InputError(f"calibration is {self.calibration!r:.60}; it should be hexadecimal digits.")
         if self.quant_type not in ("nf4", "fp4"):
             raise InputError(f"quant_type is {self.quant_type!r:.60}; choose nf4 or fp4.")
         if type(self.double_quant) is not bool:

@@ -25,6 +25,7 @@ import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
 from qlora.adapters.load import continued_config, load_adapter
 from qlora.adapters.peft_files import read_adapter
+from qlora.adapters.provenance import calibration_of
 from qlora.config.data import DataConfig
 from qlora.config.fields import to_text
 from qlora.config.lora import LoRAConfig
@@ -54,6 +55,7 @@ from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
+from qlora.training.calibration import calibrated
 from qlora.training.checkpoint import load_checkpoint
 from qlora.training.display import Display
 from qlora.training.fingerprint import run_settings
@@ -206,8 +208,15 @@ class TrainingRun:
 
     def load_base(self) -> None:
         """Load the frozen base."""
-        m = self.config.model
-        quant, dtype = QuantConfig(m.quant_type, m.double_quant), self.directory.compute_dtype(m.compute_dtype)
+        m, adapter = self.config.model, self.config.generate.adapter
+        dtype = self.directory.compute_dtype(m.compute_dtype)
+        quant = calibration_of([] if adapter is None else [adapter], QuantConfig(m.quant_type, m.double_quant))
+        if m.calibrate != "off":
+            with self.accelerator.main_process_first():  # the others find it in the cache
+                quant = calibrated(
+                    self._base, quant, m.calibrate, m.calibrate_tokens, self.examples,
+                    encoder_of(self.config.data, self.tokenizer), dtype, self.accelerator.device, self.say,
+                )  # fmt: skip
         self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
 
     def add_adapter(self) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qlora.lora.targets import linear_layers
 from qlora.model.load import load_base_model
-from qlora.quant.gptq import input_moments, requantize, round_with_feedback
+from qlora.quant.gptq import DAMPING, Feedback, input_moments, requantize, round_with_feedback
 from qlora.quant.weight import QuantConfig, block_scales, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
 from tests import reference
@@ -66,8 +66,8 @@ def test_against_the_definition() -> None:
     values = torch.tensor(reference.NF4, dtype=torch.float64)
     H = moment + 0.01 * moment.diagonal().mean() * torch.eye(150)
     expected = obq(target, scales, values, H)
-    actual = round_with_feedback(target, scales, values, moment, damping=0.01)
-    assert torch.equal(actual, expected)
+    actual = round_with_feedback(target, scales, values, Feedback.of(moment, 0.01))
+    assert torch.equal(actual.long(), expected)
     nearest = (target[..., None] / scales[..., None] - values).abs().argmin(-1)
     assert (actual != nearest).double().mean() > 0.2  # the errors did go somewhere
 
@@ -97,7 +97,7 @@ def test_never_worse_than_rounding_to_the_nearest() -> None:
     result = dequantize_weight(requantize(target, base, moment), torch.float32)
     scales = block_scales(base.quant_state).repeat_interleave(64).view(48, 192)
     values = torch.tensor(reference.NF4)
-    fed_back = values[round_with_feedback(target, scales, values, moment)] * scales
+    fed_back = values[round_with_feedback(target, scales, values, Feedback.of(moment, DAMPING)).int()] * scales
     nearest = values[(target[..., None] - values * scales[..., None]).abs().argmin(-1)] * scales
     errors = [((weight - target) @ inputs.T).square().sum(1) for weight in (result, fed_back, nearest)]
     assert (errors[0] <= torch.minimum(errors[1], errors[2]) * 1.001).all()

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
         from qlora.adapters.model import LoRAModel
-        from qlora.adapters.provenance import base_model_of
+        from qlora.adapters.provenance import base_model_of, calibration_of
         from qlora.chat.session import Chat, split_adapter
         from qlora.model.load import load_base_model
         from qlora.quant.weight import QuantConfig
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
 
     m, directories = config.model, [split_adapter(text)[1] for text in config.adapter]
     name = m.model or base_model_of(str(directories[0]), lambda text: print(text, file=sys.stderr))
-    quant = QuantConfig(m.quant_type, m.double_quant)
+    quant = calibration_of(directories, QuantConfig(m.quant_type, m.double_quant))
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     session = Chat(LoRAModel(model, base_name=name), name, config.sampling(config.seed), config.system)
     names = [session.load_adapter(text) for text in config.adapter]
