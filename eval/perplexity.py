@@ -9,9 +9,10 @@ Models with different tokenizers are comparable per word or byte, not per token.
 
 A document (a .txt or .md file, a "text" record, or any --text-column) begins as in training: with BOS if the
 tokenizer puts it before a text, else with its own first token, which is then not scored. --document-start lm-eval
-scores it as lm-eval's loglikelihood_rolling does, after BOS (else EOS), whether training puts one or not. Windows of
---max-length tokens score disjoint parts of it. In a conversation the assistant's turns are scored as in training, each with its end-of-turn token; a
-long one continues in further windows instead of being cut. Words and bytes are those of the scored tokens' text.
+scores it as lm-eval's loglikelihood_rolling does, after BOS (else EOS), whether training puts one or not. Windows
+of --max-length tokens score disjoint parts of it. In a conversation the assistant's turns are scored as in
+training, each with its end-of-turn token; a long one continues in further windows instead of being cut. Words and
+bytes are those of the scored tokens' text.
 
 Intervals come from resampling documents. A single document is resampled by its windows; their words and bytes are
 estimated in proportion to their tokens.
@@ -49,7 +50,7 @@ class PerplexityConfig(EvalConfig):
     train_on: Literal["completion", "all"] = "completion"
     """In conversations, score the assistant's turns only, or every token."""
     document_start: Literal["training", "lm-eval"] = "training"
-    """A document begins as in training (with BOS if the tokenizer puts it), or after BOS, else EOS, as in lm-eval."""
+    """A document begins as in training (with BOS if the tokenizer puts it), or as in lm-eval (BOS, else EOS)."""
     max_length: Window = 2048
     """Window in tokens, at most the model's limit."""
     stride: Count = 0

@@ -17,7 +17,7 @@ class OptimizerConfig(Settings):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up: down to zero as a cosine or a line, or constant."""
     warmup_steps: Annotated[int | None, at_least(0)] = None
-    """Optimizer steps over which the learning rate rises from zero; default: 10, at most a tenth of the run's steps."""
+    """Optimizer steps over which the learning rate rises from zero; default: 10, or a tenth of a shorter run."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, at_least(0, infinite=True)] = 1.0

@@ -153,7 +153,8 @@ def _labels_of_masks(fields: dict[str, Any], ids: list[int], origin: str) -> lis
 
 def _check_text(value: Any, name: str, origin: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(origin, f"{name} is {describe(value)}, not text; fill it in or remove the record.")
+        remedy = "fill it in or remove the record" if value is None else "write it as text"
+        raise BadRow(origin, f"{name} is {describe(value)}, not text; {remedy}.")
     if len(value) > MAX_TEXT:
         size = f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}"
         raise BadRow(origin, f"{size}, and begins {quote(value[:40])}; split it into several records.")

@@ -253,7 +253,7 @@ class TrainingRun:
         skipped = self.directory.path / "skipped"
         self.trainer = Trainer(
             self.model, self.optimizer,
-            build_schedule(o.schedule, o.learning_rate, o.warmup_steps, self.total_steps), data, self.accelerator,
+            build_schedule(o.schedule, o.learning_rate, o.warmup_steps or 0, self.total_steps), data, self.accelerator,
             Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
         )  # fmt: skip
         self.trainer.fit(self.progress)

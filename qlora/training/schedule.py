@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-
 WARMUP_STEPS = 10  # by default, in a run of 100 steps or more
 
 

@@ -21,11 +21,11 @@ from qlora.data.check import check_data
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, EncodeReport, Example
-from qlora.data.keys import EMPTY, NOT_PRINTED, PART_KEYS, TURNS, describe_notes
+from qlora.data.keys import COLUMNS, EMPTY, NOT_PRINTED, PART_KEYS, TURNS, describe_notes
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import read_records
 from qlora.data.row_encoder import SPELLED_OUT, end_of_turn_id
-from qlora.data.rows import MIXED, BadRow, Record
+from qlora.data.rows import MIXED, WHOLE, BadRow, Record
 from qlora.report.page import describe_origin
 from qlora.report.run import Run
 from tests.data.test_chat_template import HERMES
@@ -462,6 +462,26 @@ def test_a_template_that_prints_the_date(tmp_path: Path, monkeypatch: pytest.Mon
     assert text_of(encode({"prompt": "Hi", "completion": "Hello"}, DATED)[0]).startswith(f"{today():%d %b %Y}")
 
 
+def even_turns(arguments: dict[str, Any]) -> Messages:
+    """Turns with equal keys, so that Arrow makes one struct of them."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": arguments}]}
+    return [USER | {"tool_calls": None}, call]
+
+
+def test_whole_numbers_that_arrow_holds_as_fractions_are_named(tmp_path: Path) -> None:
+    """A 1 beside a 2.5 was trained as 1.0."""
+    rows = [{"messages": even_turns({"x": x}), "tools": TOOLS, "score": 1.0} for x in (1, 2.5)]
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    dataset = Dataset.from_json(str(lines), cache_dir=str(tmp_path / "cache"))
+    for source, is_whole in ((str(lines), True), (str(table), False), (PythonRows("data", dataset), False)):
+        examples, report = encode_records(read_records(source), tokenizer_of(HERMES), LONG)
+        assert ('{"x": 1}' in text_of(examples[0])) is is_whole
+        expected = {COLUMNS: {"score": 2}} | ({} if is_whole else {WHOLE: {"messages": 1}})
+        assert report.notes == expected
+
+
 def test_texts_that_datasets_reads_as_json_are_named(tmp_path: Path) -> None:
     """`datasets` 5.2 takes the quotes off, if another row of the column is no text."""
     path = tmp_path / "a.jsonl"
@@ -477,6 +497,12 @@ def test_texts_that_datasets_reads_as_json_are_named(tmp_path: Path) -> None:
     else:
         assert text_of(examples[0], trained=True) == '"said"<|im_end|>'
     assert len(bad_rows) == 1
+    arguments: list[Any] = [{"x": "1"}, {"x": 1}]
+    path.write_text("".join(json.dumps({"messages": even_turns(call)}) + "\n" for call in arguments))
+    dataset = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    rows = read_records(PythonRows("data", dataset))
+    if rows[0].fields["messages"][1]["tool_calls"][0]["arguments"] != {"x": "1"}:
+        assert encode_records(rows, tokenizer_of(HERMES), LONG)[1].notes == {MIXED: {"messages": 2}}
     tools = {"tools": [{"name": "f", "x": 1}], "messages": PAIR}
     rows = read_records(PythonRows("d", Dataset.from_list([tools])))
     assert not encode_records(rows, tokenizer_of(HERMES), LONG)[1].notes

@@ -97,7 +97,7 @@ def test_a_run_says_its_doubts(job: list[str], tmp_path: Path, capsys: pytest.Ca
     assert f"--resume auto: {tmp_path / 'out'} has no checkpoint" in said
 
 
-def test_a_short_run_has_a_short_warm_up(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run_warms_up_shortly(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run of 20 steps warmed up for 10 of them. A longer plan does not change the warm-up of a resumed run."""
     out = tmp_path / "out"
     for steps, resume in (("20", []), ("200", ["--resume", "auto"])):
