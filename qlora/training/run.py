@@ -216,7 +216,8 @@ class TrainingRun:
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
             lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
-            own = f"rank {lora.rank}, alpha {lora.alpha:g}, {to_text(lora.target_modules)}"
+            own = f"rank {lora.rank}, alpha {lora.alpha:g}, {to_text(lora.target_modules) or 'no layers'}"
+            own += f", whole {to_text(lora.modules_to_save)}" if lora.modules_to_save else ""
             self.say(f"continuing adapter {config.generate.adapter}: {own}")
         else:
             inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
