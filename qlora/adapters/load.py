@@ -290,7 +290,8 @@ def _row_problems(saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) ->
     for name, change in saved.rows.items():
         shape = shapes.get(name, ())
         if len(shape) != 2 or shape[1] != change.width:
-            problems.append(f"the {change} of {name} are {change.width} wide, but this base has {shape or 'no such'}")
+            here = shape or "no such"
+            problems.append(f"the {change} of {name} are {change.width} wide, but this base has {here}")
         elif misfit := change.misfit(shape[0]):
             problems.append(f"{name} has {misfit}")
         elif not all(torch.isfinite(tensor).all() for tensor in change.tensors):

@@ -156,16 +156,16 @@ def _add_embedding(
     layer = name.removesuffix(".weight")
     if f"{module}.lora_magnitude_vector" in stored:
         raise InputError(
-            f"{file} holds {config.variant_name} on the embedding {show_value(layer)}, which this version does not "
-            "compute; merge it with PEFT."
+            f"{file} holds {config.variant_name} on the embedding {show_value(layer)}, which this version does "
+            "not compute; merge it with PEFT."
         )
     A, B = (stored.get(f"{module}{EMBEDDING}{part}") for part in "AB")
     rank = config.rank_of(layer)
     if A is None or B is None or A.dim() != 2 or B.dim() != 2 or len(A) != rank or B.shape[1] != rank:
         shapes = ", ".join("none" if factor is None else str(tuple(factor.shape)) for factor in (A, B))
         raise InputError(
-            f"{file} holds LoRA of rank {rank} on the embedding {show_value(layer)} with A and B of shape {shapes}; "
-            "save the adapter again."
+            f"{file} holds LoRA of rank {rank} on the embedding {show_value(layer)} with A and B of shape "
+            f"{shapes}; save the adapter again."
         )
     found.rows[name] = EmbeddingLoRA(A, B, config.scaling_of(layer, rank))
 

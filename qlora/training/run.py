@@ -251,10 +251,10 @@ class TrainingRun:
         data = TrainingData(
             self.examples, t.batch_size, t.grad_accum, d.max_length, d.packing, t.seed, self.held_out
         )
-        skipped = self.directory.path / "skipped"
+        skipped, warmup = self.directory.path / "skipped", o.warmup_steps or 0
         self.trainer = Trainer(
             self.model, self.optimizer,
-            build_schedule(o.schedule, o.learning_rate, o.warmup_steps or 0, self.total_steps), data, self.accelerator,
+            build_schedule(o.schedule, o.learning_rate, warmup, self.total_steps), data, self.accelerator,
             Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
         )  # fmt: skip
         self.trainer.fit(self.progress)
