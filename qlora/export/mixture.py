@@ -67,9 +67,7 @@ class Mixture:
                 for layer in saved.adapted_layers[:1]:
                     saved.low_rank(layer)
             if saved.rows:
-                raise InputError(
-                    f"{saved.directory} changes rows of an embedding; merge it alone, with weight 1."
-                )
+                raise InputError(f"{saved.directory} changes rows of an embedding; merge it alone, with weight 1.")
             if read_tokenizer_files(saved.directory):
                 raise InputError(f"{saved.directory} has its own tokenizer; merge it alone, with weight 1.")
 
