@@ -269,6 +269,34 @@ def test_text_parts_are_text_and_others_are_refused_by_their_type() -> None:
             encode({"messages": [{"role": "user", "content": [{"type": kind, kind: "x"}]}, ANSWER]})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"system": [{"text": "Be brief."}], "messages": [  # Bedrock's converse
+            {"role": "user", "content": [{"text": "Hi"}]}, {"role": "assistant", "content": [{"text": "Hello"}]}]},
+        {"systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]}, "contents": [  # Gemini
+            {"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello"}]}]},
+        {"system": [{"type": "text", "text": "Be brief."}], "messages": PAIR},  # Anthropic
+        {"messages": [{"role": "System", "content": "Be brief."}, {"role": "User", "content": "Hi"},  # Cohere
+                      {"role": "Chatbot", "content": "Hello"}]},
+        {"system": "Be brief.", "conversations": [  # NeMo
+            {"from": "User", "value": "Hi"}, {"from": "Assistant", "value": "Hello"}]},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *PAIR]},  # OpenAI
+    ],
+)  # fmt: skip
+def test_rows_of_hosted_services(fields: dict[str, Any]) -> None:
+    assert shown(fields) == CONVERSATION and not encode(fields)[1].notes
+
+
+def test_functions_are_tools() -> None:
+    """OpenAI's older name was named as not used, and the calls trained without their functions."""
+    turns = calling({"role": "assistant", "content": None, "function_call": CALL["function"]})
+    fields = {"messages": turns, "functions": [TOOLS[0] | {"description": "D"}]}
+    assert '"description": "D"' in shown(fields, HERMES) and not encode(fields, HERMES)[1].notes
+    with pytest.raises(BadRow, match="the row has tools and functions, which disagree"):
+        encode(fields | {"tools": TOOLS}, HERMES)
+
+
 # ---- Arrow ------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +353,27 @@ def test_equal_ids_from_jsonl_parquet_and_datasets(tmp_path: Path) -> None:
         (
             {"Question": "Q", "Answer": "A"},
             "pass --columns prompt=Question,completion=Answer, or rename",
+        ),
+        ({"inputs": "Q", "targets": "A"}, "pass --columns prompt=inputs,completion=targets, or"),
+        ({"id": 1, "conversation": PAIR}, "pass --columns messages=conversation, or rename"),
+        ({"chat_history": PAIR, "message": "Q", "response": "A"}, "or name yours with --columns"),
+        ({"messages": [{"author": "u", "content": "Hi"}]}, "has the role null (it has 'author', 'content'); use"),
+        ({"conversations": [{"from": "human", "text": "Hi"}]}, "has no content, but 'text'; rename its text"),
+        ({"chosen": "A", "rejected": "B"}, "pass --columns text=chosen to train on the chosen ones"),
+        ({"chosen": PAIR, "rejected": PAIR}, "pass --columns messages=chosen to train on the chosen ones"),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]},
+            "--columns prompt=prompt,completion=chosen to",
+        ),
+        ({"messages": PAIR, "chosen": PAIR}, "pass --columns messages=messages to train on that column"),
+        ({"messages": [{"role": "user", "content": [{"toolUse": {}}]}]}, "holds a part of the type 'toolUse'"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "Hi", "image": "a"}]}]},
+            "a part of message 1 of messages has 'image', which is not text",
+        ),
+        (
+            {"system": [{"type": "thinking", "thinking": "Why?"}], "messages": PAIR},
+            "system holds a thought or a call, but is no answer",
         ),
         ({"foo": "Q", "bar": "A"}, "or name yours with --columns (as prompt=YOURS,completion=YOURS)"),
         (
@@ -437,6 +486,45 @@ def test_every_key_is_used_or_named(fields: dict[str, Any], extras: list[Any], t
         assert is_used or is_known or key in noted, (key, value, report.notes)
     if not extras:
         assert rows[0].input_ids.tolist() == plain[0].input_ids.tolist()
+
+
+NESTED: list[dict[str, Any]] = [
+    {"messages": [USER | {"content": [{"type": "text", "text": "Hi"}]},
+                  ANSWER | {"content": [{"type": "thinking", "thinking": "T"}, {"text": "Hello"}]}]},
+    {"tools": TOOLS, "messages": [
+        USER,
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "add", "input": {"x": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"text": "2"}]}]},
+        ANSWER]},
+    {"tools": TOOLS, "messages": calling({"role": "assistant", "tool_calls": [CALL]})},
+    {"system": [{"text": "S"}], "contents": [{"role": "user", "parts": [{"text": "Hi"}]},
+                                             {"role": "model", "parts": [{"text": "Hello"}]}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", NESTED)
+def test_a_key_at_any_depth_is_used_refused_or_named(fields: dict[str, Any]) -> None:
+    plain, report = encode(fields, HERMES)
+    assert not set(report.notes) - {NOT_PRINTED}
+    places = 0
+
+    def visit(value: Any, row: dict[str, Any]) -> None:
+        nonlocal places
+        if isinstance(value, dict):
+            value["zzz"], places = "Z", places + 1
+            try:
+                example, report = encode(row, HERMES)
+                is_used = example.input_ids.tolist() != plain.input_ids.tolist()
+                assert is_used or "zzz" in str(report.notes), value
+            except BadRow as error:
+                assert "zzz" in str(error)
+            del value["zzz"]
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+            visit(item, row)
+
+    row = json.loads(json.dumps(fields))
+    visit(row, row)
+    assert places >= 5
 
 
 # ---- a date in the template, and columns of mixed kinds ---------------------------------------------------------
