@@ -7,6 +7,7 @@ value that is null or empty counts as absent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -114,7 +115,7 @@ def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ..
 def _likely(fields: dict[str, Any]) -> str:
     """--columns for the one column of turns, or for the one question and the one answer; "" without them."""
     found = [[name for name in fields if name.strip().lower() in likely] for likely in (_ASKING, _ANSWERING)]
-    turns = [name for name, value in fields.items() if _are_turns(value)]
+    turns = [name for name, value in fields.items() if re.fullmatch(r"[\w.-]+", name) and _are_turns(value)]
     if len(turns) == 1 and not found[1]:
         return f"messages={turns[0]}"
     return "prompt={},completion={}".format(*(n[0] for n in found)) if all(len(n) == 1 for n in found) else ""
