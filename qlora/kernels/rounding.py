@@ -31,8 +31,14 @@ def round_group(weight: Tensor, scales: Tensor, U: Tensor, values: Tensor) -> tu
         return None
     shape = group, outputs = weight.shape
     codes, errors = torch.empty(shape, dtype=torch.uint8), torch.empty(shape)
-    assert U.shape == (group, group)
-    check_fits(torch.float32, weight=(weight, shape), scales=(scales, shape), values=(values, (16,)))
+    check_fits(
+        torch.float32,
+        weight=(weight, shape),
+        scales=(scales, shape),
+        U=(U, (group, group)),
+        values=(values, (16,)),
+    )
+    assert weight.is_contiguous() and scales.is_contiguous() and values.is_contiguous()
     pointers = (ctypes.c_void_p(t.data_ptr()) for t in (weight, scales, U, values, codes, errors))
     library.round_group(*pointers, *map(ctypes.c_long, (group, outputs, U.stride(0))))
     return codes, errors

@@ -7,7 +7,7 @@ the order in which it calls them, each for the inputs that come from layers that
 
 quant/gptq.py chooses the codes from the second moment of the inputs; layers that read the same tensor share it.
 Part of the texts is kept out: a layer whose output there is no better than with the nearest codes keeps those.
-Bits, scales, memory and speed of the base stay the same, and so does its layout.
+Bits, memory and speed of the base stay the same, and so does its layout.
 
 The result is kept in the cache under the model's content, the quantization and a digest of the texts and the
 method (`QuantConfig.calibration`). Each finished block is a file there, from which an interrupted calibration
@@ -57,7 +57,7 @@ from qlora.system.files import new_directory, read_json
 
 CODES = "codes.safetensors"  # of a block
 METHOD = 1  # part of the identity: raise it when other codes are chosen from the same texts
-DAMPING = 0.01
+DAMPING = 0.1  # share of H's mean diagonal: what more of it loses on the texts' kind, it gains on other text
 CHUNK_TOKENS = 2048  # that run through a block at once
 FEWEST_TOKENS = 2048  # from fewer texts the codes serve nothing else
 UNSEEN_SHARE = 8  # every eighth text is kept out

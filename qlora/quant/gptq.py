@@ -1,4 +1,4 @@
-"""Quantize to 4 bits after a merge: choose codes so that the update survives.
+"""Choose 4-bit codes by what a layer computes: of a base, and after a merge, so that the update survives.
 
 A base W_hat lies on the grid of its 4-bit codes, and a fine-tuning update D is a few hundredths of a step of that
 grid. Rounded to the nearest code, W_hat + D is W_hat again and the update is lost. But what matters is the layer's
@@ -13,7 +13,8 @@ with the largest inputs first):
     q_j = nearest(w_j)        e = (w_j - q_j) / U_jj        w_k <- w_k - e U_jk    for all k > j
 
 Outputs for which this is no better than plain rounding (an update too small to beat the noise) keep the nearest
-codes. The scales stay those of the base unless the update outgrows them. Scales are used as dequantized (after
+codes. The scales stay those of the base unless the update outgrows them. `choose_codes` does the same for a base
+itself, with scales that may clip the largest weights. Scales are used as dequantized (after
 double quantization), so the errors fed back are those of the stored weight.
 
 Shapes: O outputs, I inputs; W, T, Q (O, I); H (I, I), all fp32.
@@ -33,13 +34,14 @@ from torch import Tensor, nn
 from qlora.kernels.rounding import round_group
 from qlora.quant.library import Params4bit
 from qlora.quant.storage import packed_tensors, unpack_tensors
-from qlora.quant.weight import block_scales, quantization_of, quantize_weight
+from qlora.quant.weight import block_scales, quantization_of, quantize_weight, with_scales
 from qlora.system.errors import InputError
 
 # Share of H's mean diagonal added to its diagonal. GPTQ's 0.01 hides the small inputs: a few features of the first
 # token are hundreds of times larger than all others.
 DAMPING = 1e-4
 GROUP = 64  # columns rounded before the rest of the weight is updated
+FACTORS = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79)  # of a block's scale
 SLAB = 2**22  # weights rounded at once: outputs are independent
 OUTGROWN = 1.15  # times its scale is half a grid step beyond the largest weight that NF4 can say
 MOMENT_BYTES = 2**30  # of second moments held at once
@@ -75,22 +77,49 @@ def choose_codes(target: Tensor, base: Params4bit, feedback: Feedback, unseen: T
 
     Args:
         target: (O, I), the original weight.
-        base: the same weight with the nearest codes; its scales stay.
+        base: the same weight with the nearest codes.
         feedback: of the second moment of the layer's inputs.
         unseen: (N, I) fp32, other inputs.
     Returns:
         None if `base` is at least as good on the unseen inputs.
     """
-    grid = Grid(base)
+    nearest = Grid(base)
+    grid = Grid(rescaled(target, base, feedback.importance))
     chosen = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     errors = [0.0, 0.0]
     for rows in grid.slabs():
         part, scales = target[rows].float(), grid.scales(rows)
         chosen[rows] = round_with_feedback(part, scales, grid.values, feedback)
-        for which, indices in enumerate((chosen[rows], grid.codes(rows))):
-            error = grid.values[indices.int()] * scales - part
-            errors[which] += float((unseen @ error.T).square().sum())
+        weights = grid.values[chosen[rows].int()] * scales, nearest.weights(rows)
+        for which, weight in enumerate(weights):
+            errors[which] += float((unseen @ (weight - part).T).square().sum())
     return grid.weight(chosen) if errors[0] < errors[1] else None
+
+
+def rescaled(target: Tensor, base: Params4bit, importance: Tensor) -> Params4bit:
+    """`base` with the scales among `FACTORS` times its own that serve the nearest codes best, block by block.
+
+    A scale below the largest weight of its block clips that one, and brings the levels closer to all others.
+
+    Args:
+        importance: (I,) weights of the squared errors.
+    """
+    grid, size = Grid(base), base.quant_state.blocksize
+    if target.shape[1] % size:
+        return base  # blocks run over the ends of rows
+    chosen = torch.empty_like(grid.blocks)
+    for rows in grid.slabs():
+        part = target[rows].float().reshape(-1, size)
+        blocks = slice(rows.start * target.shape[1] // size, rows.stop * target.shape[1] // size)
+        each = importance.view(-1, size).repeat(rows.stop - rows.start, 1)
+        best = torch.full((len(part),), math.inf, device=part.device)
+        for factor in FACTORS:
+            scales = grid.blocks[blocks, None] * factor
+            nearest = grid.values[_nearest(part / _positive(scales), grid.values)] * scales
+            error = ((nearest - part).square_() * each).sum(1)
+            chosen[blocks] = torch.where(error < best, factor, chosen[blocks])
+            best = torch.minimum(best, error)
+    return with_scales(base, grid.blocks * chosen)
 
 
 class Grid:
@@ -100,13 +129,14 @@ class Grid:
 
     Attributes:
         values: (16,) fp32, ascending.
+        blocks: (blocks,) fp32 scales.
     """
 
     def __init__(self, base: Params4bit) -> None:
         self.base, self.shape = base, tuple(base.quant_state.shape)
         # FP4's table is ordered by its bits
         self.values, self._order = base.quant_state.code.to(base.device).sort()
-        self._blocks = block_scales(base.quant_state)
+        self.blocks = block_scales(base.quant_state)
 
     def slabs(self) -> Iterator[slice]:
         height = max(2, SLAB // self.shape[1] // 2 * 2)  # two codes share a byte
@@ -117,16 +147,16 @@ class Grid:
         """(rows, I) fp32 scale of each weight."""
         size, width = self.base.quant_state.blocksize, self.shape[1]
         first, last = rows.start * width, rows.stop * width
-        blocks = self._blocks[first // size : -(-last // size)].repeat_interleave(size)
+        blocks = self.blocks[first // size : -(-last // size)].repeat_interleave(size)
         return blocks[first % size :][: last - first].view(-1, width)
 
-    def codes(self, rows: slice) -> Tensor:
-        """(rows, I) uint8 codes of the base."""
+    def weights(self, rows: slice) -> Tensor:
+        """(rows, I) fp32, the base's own."""
         width = self.shape[1]
         first, last = rows.start * width, rows.stop * width
         packed = self.base.data.view(torch.uint8).flatten()[first // 2 : -(-last // 2)]
         stored = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: last - first]
-        return self._order.argsort().to(torch.uint8)[stored.int()].view(-1, width)
+        return self.base.quant_state.code.to(packed.device)[stored.int()].view(-1, width) * self.scales(rows)
 
     def weight(self, codes: Tensor) -> Params4bit:
         """The base with other codes, (O, I) uint8."""
@@ -144,16 +174,19 @@ class Feedback:
     Attributes:
         order: (I,) int64, the columns in rounding order.
         U: (I, I) fp32 upper triangular, its columns in that order (see the module docstring).
+        importance: (I,) root mean square of each input.
     """
 
     order: Tensor
     U: Tensor
+    importance: Tensor
 
     @classmethod
     def of(cls, moment: Tensor, damping: float) -> Feedback:
         """From the second moment (I, I) of a layer's inputs, fp32."""
         order = moment.diagonal().argsort(descending=True, stable=True)
-        return cls(order, _inverse_factor(moment[order][:, order], damping))
+        U = _inverse_factor(moment[order][:, order], damping)
+        return cls(order, U, moment.diagonal().sqrt())
 
 
 def round_with_feedback(target: Tensor, scales: Tensor, values: Tensor, feedback: Feedback) -> Tensor:

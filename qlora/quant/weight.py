@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -109,6 +110,16 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     # bitsandbytes would reuse the table of its first call, even one on the meta device.
     table = torch.empty(256, device="meta") if scales.is_meta else None
     return offset, *quantize_blockwise(scales - offset, table, blocksize=256)
+
+
+def with_scales(weight: Params4bit, scales: Tensor) -> Params4bit:
+    """The same codes with other scales of the blocks, (blocks,) fp32, quantized if the weight's own are."""
+    state = copy(weight.quant_state)
+    if state.nested:
+        state.offset, state.absmax, state.state2 = quantize_scales(scales)
+    else:
+        state.absmax = scales
+    return wrap_codes(weight.data, state)
 
 
 def quantization_of(weight: Params4bit) -> QuantConfig:
