@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -89,7 +89,7 @@ class Calibration:
         )
 
 
-def choose_texts(examples: Sequence[Example], num_tokens: int) -> list[Example]:
+def choose_texts(examples: Iterable[Example], num_tokens: int) -> list[Example]:
     """The first examples with this many tokens in all, and an eighth more to keep out."""
     chosen: list[Example] = []
     wanted = num_tokens + num_tokens // (UNSEEN_SHARE - 1)

@@ -13,6 +13,7 @@ from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_records
 from qlora.data.example import Example
 from qlora.data.general_text import general_texts
+from qlora.data.order import sources_of
 from qlora.data.rows import Record
 from qlora.model.calibrate import FEWEST_TOKENS, calibrate_base, choose_texts
 from qlora.quant.weight import QuantConfig
@@ -35,7 +36,7 @@ def calibrated(
     Args:
         calibrate: "auto", or a file of rows.
         num_tokens: of text to choose codes on. With "auto" one half is general text, if there is any.
-        examples: the training data, for "auto".
+        examples: the training data, for "auto", of which each source gives its first rows.
         encoder: for the file's rows.
         say: receives what came out; for "auto" also why the nearest codes stay.
     Raises:
@@ -44,7 +45,7 @@ def calibrated(
     if calibrate != "auto":
         rows = load_examples(Sources([calibrate], [], None, 0.0, 0), encoder, say)[0]
         return _calibrate(model, quant, choose_texts(rows, num_tokens), [], compute_dtype, device, say)
-    own = choose_texts(examples, num_tokens // 2)
+    own = _first_rows(examples, num_tokens // 2)
     found = sum(map(len, own))
     if found < 2 * FEWEST_TOKENS:
         say(f"calibrate auto: the training data has {found:,} tokens, too few to choose 4-bit codes on")
@@ -56,6 +57,17 @@ def calibrated(
     except InputError as error:
         say(f"calibrate auto: {error} The nearest codes stay.")
         return quant
+
+
+def _first_rows(examples: Sequence[Example], num_tokens: int) -> list[Example]:
+    """The first rows of each source, in proportion to the rows that an epoch sees of it."""
+    sources, chosen, start = sources_of(examples), list[Example](), 0
+    total = sum(num_rows * weight for num_rows, weight in sources)
+    for num_rows, weight in sources:
+        rows = (examples[i] for i in range(start, start + num_rows))
+        chosen += choose_texts(rows, round(num_tokens * num_rows * weight / total))
+        start += num_rows
+    return chosen
 
 
 def _calibrate(

@@ -16,6 +16,7 @@ from qlora.adapters.provenance import calibration_of, trained_base
 from qlora.cli.commands.generate import main as generate
 from qlora.cli.commands.merge import main as merge
 from qlora.cli.commands.quantize import main as quantize
+from qlora.data.example import Example
 from qlora.model.cache import cached_base
 from qlora.model.load import load_base_model
 from qlora.model.weights import dequantized_weights
@@ -23,6 +24,7 @@ from qlora.quant.layers import Linear4bit
 from qlora.quant.storage import packed_tensors
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
+from qlora.training.calibration import _first_rows
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
 from tests.tiny import tiny_tokenizer
@@ -108,6 +110,17 @@ def test_auto(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     few = qlora.train(model=base, data=ROWS[:20], output_dir=str(tmp_path / "few"), calibrate="auto", **SETTINGS)
     assert few.model.base_info.quantization == QuantConfig()
     assert "too few to choose 4-bit codes on" in capsys.readouterr().out
+
+
+def test_every_source_gives_its_first_rows(base: str) -> None:
+    """In proportion to what an epoch sees of it."""
+    rows = [Example(torch.full((10,), place), torch.full((10,), place)) for place in range(100)]
+
+    class Sources(list[Example]):
+        sources = ((20, 2.0), (80, 0.5))  # 40 rows of each in an epoch
+
+    chosen = [int(row.input_ids[0]) for row in _first_rows(Sources(rows), 140)]
+    assert chosen == [*range(8), *range(20, 28)]  # 70 tokens each, and a seventh more to keep out
 
 
 @pytest.mark.parametrize(
