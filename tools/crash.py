@@ -55,6 +55,7 @@ class Job:
     start_up: float = 0.0  # until the first line of metrics
     training: float = 0.0  # from there to the last line
     closing: float = 0.0  # from there to the end of the process
+    start: Callable[..., subprocess.Popen[Any]] = subprocess.Popen
 
 
 @dataclass
@@ -109,6 +110,7 @@ def run_crash_test(
     num_steps: int = 40,
     kinds: Iterable[str] | None = None,
     say: Callable[[str], Any] = print,
+    start: Callable[..., subprocess.Popen[Any]] = subprocess.Popen,
 ) -> Summary:
     """Train until `num_kills` kills are done and the last run has finished.
 
@@ -117,9 +119,10 @@ def run_crash_test(
         model: "tiny", "smollm2", or what --model takes.
         num_steps: about the length of a run, in optimizer steps.
         kinds: of the kills, in turn; None draws them by their shares.
+        start: `tests.fork_server.Program` for runs that do not import anew.
     """
     started, rng = time.monotonic(), random.Random(seed)
-    job = Job(write_job(work, model, seed, num_steps), work, work / "reference")
+    job = Job(write_job(work, model, seed, num_steps), work, work / "reference", start=start)
     run_reference(job)
     say(
         f"reference: {job.last_step} steps; {job.start_up:.1f} s until the first line, {job.training:.1f} s of "
@@ -192,7 +195,7 @@ def start_training(job: Job, out: Path, num_workers: int = 0) -> subprocess.Pope
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "QLORA_CACHE": str(job.work / "cache")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(f"{out}.log", "ab") as log:
-        return subprocess.Popen(
+        return job.start(
             command,
             cwd=ROOT,
             env=environment,

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qlora.lora.trainable import lora_parameters
 from qlora.system.errors import TrainingStopped
 from qlora.training.checkpoint import list_checkpoints, read_state
 from qlora.training.progress import Progress
+from tests import fork_server
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 from tests.training.test_loop import adapted, limit_memory, make_examples, run
@@ -43,13 +44,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*flags, "--compute-dtype", "float32", "--learning-rate", "1e-3", "--warmup-steps", "1"]
 
 
-def command(*arguments: str, launcher: list[str] | None = None) -> list[str]:
-    return [sys.executable, *(launcher or []), str(ROOT / "train.py"), *arguments]
-
-
-def start(*arguments: str, launcher: list[str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*arguments, launcher=launcher), cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+def start(
+    *arguments: str, launcher: Sequence[str] = (), environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    return fork_server.Program(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *arguments], cwd=ROOT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(
 @pytest.mark.slow
 def test_the_time_limit_does_the_same(job: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, _, err = train(*job, *ENDLESS, "--output-dir", str(out), "--stop-after", "12s")
+    code, _, err = train(*job, *ENDLESS, "--output-dir", str(out), "--stop-after", "6s")
     steps = len(read_lines(out))
     assert code == 4 and f"stopped after step {steps} of 100000 (--stop-after)" in err
     if steps:  # a machine that is busy enough spends the time on imports
@@ -373,15 +373,11 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(
 # ---- processes --------------------------------------------------------------------------------------------
 
 
-def training_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """Rank -> process, of the children that a launcher started."""
-    ranks = {}
-    for child in psutil.Process(launcher.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            rank = child.environ().get("RANK")
-            if rank is not None and any(word.endswith("train.py") for word in child.cmdline()):
-                ranks[int(rank)] = child
-    return ranks
+def training_processes(launcher: subprocess.Popen[str], started: Path) -> dict[int, psutil.Process]:
+    """Rank -> process, of the children that a launcher started and listed in a file."""
+    children = {child.pid: child for child in psutil.Process(launcher.pid).children()}
+    ranks = (map(int, line.split()) for line in started.read_text().splitlines())
+    return {rank: children[process] for rank, process in ranks}
 
 
 def free_port() -> int:
@@ -392,7 +388,8 @@ def free_port() -> int:
 
 def torchrun() -> list[str]:
     """Two processes."""
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return [*fork_server.LAUNCHER, *words]
 
 
 @pytest.mark.slow
@@ -416,9 +413,10 @@ def test_a_dead_process_ends_the_others_with_the_cause(
     """SIGKILL for one of two; the other names it within 30 s, and one process goes on with the same windows."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3"]
-    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun())
+    listed = {"RANKS": str(tmp_path / "ranks")}
+    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun(), environment=listed)
     await_steps(process, out, 3)
-    ranks = training_processes(process)
+    ranks = training_processes(process, tmp_path / "ranks")
     assert sorted(ranks) == [0, 1]
     killed = time.monotonic()
     ranks[victim].send_signal(signal.SIGKILL)
