@@ -36,7 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "KMP_", "GOMP_", "MKL_", "MALLOC_", "LD_", "PYTHON", "BNB_")
-PR_SET_CHILD_SUBREAPER = 36
+PR_SET_CHILD_SUBREAPER, PR_SET_NAME = 36, 15
 LONGEST = 2**17  # bytes of a request
 
 # ---- who asks ---------------------------------------------------------------------------------------------
@@ -151,18 +151,11 @@ class _adopting:  # noqa: N801
 
 
 def execute_launcher(words: list[str]) -> None:
-    """Execute torchrun or accelerate, its processes forked; each is added to RANKS, a file, as "RANK PID"."""
+    """Execute torchrun or accelerate, its processes forked; their names are "rank 0", "rank 1", ..."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    class Rank(Program):
-        def __init__(self, *args: Any, env: dict[str, str], **options: Any) -> None:
-            super().__init__(*args, env=env, **options)
-            if "RANKS" in env:
-                with open(env["RANKS"], "a") as file:
-                    file.write(f"{env['RANK']} {self.pid}\n")
-
     Server.fork_own()
-    subprocess_handler.Popen = Rank  # type: ignore[attr-defined]
+    subprocess_handler.Popen = Program  # type: ignore[attr-defined]
     execute(words)
 
 
@@ -216,6 +209,8 @@ def enter(request: dict[str, Any], descriptors: list[int]) -> list[str]:
     words = list(request["words"])
     unbuffered = words[0] == "-u"
     open_streams(unbuffered)
+    if "RANK" in os.environ:  # in /proc stands the server's environment
+        ctypes.CDLL(None).prctl(PR_SET_NAME, f"rank {os.environ['RANK']}".encode(), 0, 0, 0)
     random.seed()
     numpy, torch = sys.modules["numpy"], sys.modules["torch"]
     numpy.random.seed()

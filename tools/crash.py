@@ -36,6 +36,7 @@ from typing import Any
 from qlora.system.errors import InputError
 from qlora.training.checkpoint import list_checkpoints, read_state
 from tests.models import save_tiny_llama, smollm2_path
+from tests.shortcuts import new_cache
 from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +123,7 @@ def run_crash_test(
         start: `tests.fork_server.Program` for runs that do not import anew.
     """
     started, rng = time.monotonic(), random.Random(seed)
+    new_cache(work / "cache")
     job = Job(write_job(work, model, seed, num_steps), work, work / "reference", start=start)
     run_reference(job)
     say(

@@ -44,12 +44,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*flags, "--compute-dtype", "float32", "--learning-rate", "1e-3", "--warmup-steps", "1"]
 
 
-def start(
-    *arguments: str, launcher: Sequence[str] = (), environment: dict[str, str] | None = None
-) -> subprocess.Popen[str]:
+def start(*arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
     return fork_server.Program(
         [sys.executable, *launcher, str(ROOT / "train.py"), *arguments], cwd=ROOT, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -274,7 +272,9 @@ def test_a_second_run_in_the_same_directory_is_refused(
 # ---- memory -----------------------------------------------------------------------------------------------
 
 LIMITED = """
-import contextlib, json, resource, sys
+import contextlib, ctypes, json, resource, sys
+M_ARENA_MAX = -8  # one: glibc reserves 64 MiB of addresses for each thread, and that is room within the limit
+ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 import numpy, psutil, torch
 import matplotlib.pyplot
 import qlora.training.loop, train
@@ -313,10 +313,9 @@ def wide_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def train_limited(mebibytes: float, *arguments: str) -> tuple[int, str, str]:
-    # One arena: glibc reserves 64 MiB of addresses for each thread, and that is room within the limit.
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, "-c", LIMITED, str(mebibytes), *arguments], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -373,11 +372,16 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(
 # ---- processes --------------------------------------------------------------------------------------------
 
 
-def training_processes(launcher: subprocess.Popen[str], started: Path) -> dict[int, psutil.Process]:
-    """Rank -> process, of the children that a launcher started and listed in a file."""
-    children = {child.pid: child for child in psutil.Process(launcher.pid).children()}
-    ranks = (map(int, line.split()) for line in started.read_text().splitlines())
-    return {rank: children[process] for rank, process in ranks}
+def training_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """Rank -> process, of the children that a launcher started; forked ones have it in their names."""
+    ranks = {}
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            forked = re.fullmatch(r"rank (\d+)", child.name())
+            rank = forked[1] if forked else child.environ().get("RANK")
+            if forked or (rank is not None and any(word.endswith("train.py") for word in child.cmdline())):
+                ranks[int(rank)] = child
+    return ranks
 
 
 def free_port() -> int:
@@ -413,10 +417,9 @@ def test_a_dead_process_ends_the_others_with_the_cause(
     """SIGKILL for one of two; the other names it within 30 s, and one process goes on with the same windows."""
     out = tmp_path / "out"
     flags = [*job, "--output-dir", str(out), "--save-every", "1", "--keep-last", "3"]
-    listed = {"RANKS": str(tmp_path / "ranks")}
-    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun(), environment=listed)
+    process = start(*flags, *ENDLESS, "--batch-size", "4", launcher=torchrun())
     await_steps(process, out, 3)
-    ranks = training_processes(process, tmp_path / "ranks")
+    ranks = training_processes(process)
     assert sorted(ranks) == [0, 1]
     killed = time.monotonic()
     ranks[victim].send_signal(signal.SIGKILL)
