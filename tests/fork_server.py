@@ -166,7 +166,7 @@ LAUNCHER = ["-c", "import sys; from tests.fork_server import execute_launcher; e
 
 def serve(connection: socket.socket) -> list[str]:
     """Answer requests until the other end is closed; returns only in forked processes, what each shall run."""
-    signal.signal(signal.SIGINT, lambda *_: None)  # may come for the whole group
+    interrupt = signal.signal(signal.SIGINT, lambda *_: None)  # may come for the whole group
     while True:
         message, descriptors, _, _ = socket.recv_fds(connection, LONGEST, 3)
         if not message:
@@ -182,6 +182,7 @@ def serve(connection: socket.socket) -> list[str]:
             for fd in (read, write):
                 os.close(fd)
             connection.close()
+            signal.signal(signal.SIGINT, interrupt)
             return enter(json.loads(message), descriptors)
         for fd in (write, *descriptors):
             os.close(fd)
@@ -192,7 +193,6 @@ def serve(connection: socket.socket) -> list[str]:
 
 def enter(request: dict[str, Any], descriptors: list[int]) -> list[str]:
     """Become the process that was asked for; returns what it shall run."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     while os.getppid() != request["caller"]:
         time.sleep(0.001)
     if request["new_session"]:

@@ -90,7 +90,9 @@ def test_a_failure_has_its_code_and_its_traceback_s_end(tmp_path: Path, failure:
 
 def test_signals_reach_it_and_its_end_is_known() -> None:
     """As a real child: it waits for nothing, leaves no zombie, and the caller adopts no one else's."""
-    command = [sys.executable, "-u", "-c", "import time; print('ready'); time.sleep(60)"]
+    # SIGINT is ignored in what a shell starts with "&".
+    code = "import signal, time; signal.signal(2, signal.default_int_handler); print('ready'); time.sleep(60)"
+    command = [sys.executable, "-u", "-c", code]
     for number, code in ((signal.SIGINT, -2), (signal.SIGTERM, -15), (signal.SIGKILL, -9)):
         process = fork_server.Program(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None and process.stdout.readline() == "ready\n" and process.poll() is None
