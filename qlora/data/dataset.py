@@ -12,8 +12,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -170,9 +171,14 @@ class Encoder:
         def fill(writer: TokenWriter) -> tuple[EncodeReport, list[BadRow]]:
             report, found = EncodeReport(), [] if bad_rows is None else bad_rows
             found.clear()
+            if writer.saved is not None:
+                report = EncodeReport(**writer.saved["report"])
+                for where, problem in writer.saved["bad_rows"]:
+                    collect_bad_row(BadRow(where, problem), bad_rows)
             records = stream_records(source, columns=self.columns)
             rows = stream_examples(
-                records, self.tokenizer, self.max_length, self.train_on, self.on_long, report,
+                islice(records, report.num_records + len(found), None), self.tokenizer, self.max_length,
+                self.train_on, self.on_long, report,
                 parse_special=self.parse_special, num_workers=self.num_workers,
             )  # fmt: skip
             with closing(records), closing(rows):
@@ -181,6 +187,9 @@ class Encoder:
                         collect_bad_row(row, bad_rows)
                     else:
                         writer.add(row)
+                    if writer.is_save_due():  # the report and the bad rows count all records up to this row
+                        listed = [[bad.where, bad.problem] for bad in found]
+                        writer.save({"report": asdict(report), "bad_rows": listed})
             finish_report(report, found, writer.num_rows, self.max_length)
             return report, found
 
