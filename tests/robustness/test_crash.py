@@ -15,13 +15,15 @@ from qlora.adapters.peft_files import AdapterSnapshot
 from qlora.training.checkpoint import checkpoint_path, save_checkpoint
 from qlora.training.progress import Progress
 from tests import fork_server
+from tools import crash
 from tools.crash import ROOT, Kill, Summary, compare_runs, newest_whole, run_crash_test
 
 ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path) -> None:
+def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crash, "START", fork_server.Program)
     kinds = ["writing", "training", "start-up", "writing"]
     summary = run_crash_test(
         tmp_path, num_kills=len(kinds), seed=1, num_steps=16, kinds=kinds, start=fork_server.Program
