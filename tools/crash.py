@@ -47,6 +47,7 @@ from tests.tiny import tiny_tokenizer
 from tools.crash_mixes import Mix, draw_mix
 
 ROOT = Path(__file__).parent.parent
+START: Callable[..., subprocess.Popen[Any]] = subprocess.Popen  # or tests/fork_server.py's, without imports
 VOLATILE = ("tokens_per_second", "peak_memory_gib")
 KINDS = {"start-up": 25, "training": 40, "writing": 25, "end": 10}  # kind -> share of the kills
 TIME_LIMIT = 3600  # seconds; a process that takes longer hangs
