@@ -240,14 +240,9 @@ def start_training(job: Job, out: Path, num_workers: int = 0) -> subprocess.Pope
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(f"{out}.log", "ab") as log:
         return START(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             start_new_session=True,
-        )
+        )  # fmt: skip
 
 
 def run_reference(job: Job) -> None:
