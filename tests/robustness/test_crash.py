@@ -25,9 +25,7 @@ ADAPTER = "adapter_model.safetensors"
 def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(crash, "START", fork_server.Program)
     kinds = ["writing", "training", "start-up", "writing"]
-    summary = run_crash_test(
-        tmp_path, num_kills=len(kinds), seed=1, num_steps=16, kinds=kinds, start=fork_server.Program
-    )
+    summary = run_crash_test(tmp_path, num_kills=len(kinds), seed=1, num_steps=16, kinds=kinds)
     assert summary.problems == [], "\n".join(summary.problems)
     assert len(summary.kills) == 4 and summary.runs >= 1
     assert summary.count("writing") >= 1 and max(kill.saved for kill in summary.kills) > 0
