@@ -38,7 +38,7 @@ from qlora.quant.library import Params4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.file_names import WEIGHTS
-from tests import reference
+from tests import fork_server, reference
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
 from tests.tiny import tiny_tokenizer
@@ -924,7 +924,7 @@ def assert_resumes(llama: Path, adapter: Path, tmp_path: Path, **options: Any) -
 def test_killed_and_resumed(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """SIGKILL, in another process, while the third file is finished."""
     argv = [str(llama), str(adapter), str(tmp_path / "merged")]
-    result = subprocess.run([sys.executable, "-c", KILL, *argv], cwd=REPOSITORY, capture_output=True)
+    result = fork_server.run([sys.executable, "-c", KILL, *argv], cwd=REPOSITORY, capture_output=True)
     assert result.returncode == -9, result.stderr.decode()
     assert_resumes(llama, adapter, tmp_path)
 
