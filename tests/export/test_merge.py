@@ -950,6 +950,20 @@ def test_a_damaged_file_is_written_again(llama: Path, adapter: Path, tmp_path: P
     assert file_bytes(tmp_path / "merged") == file_bytes(tmp_path / "whole")
 
 
+def test_other_weights_of_the_same_size_and_time_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """As `cp -p` leaves them: half of the merged model was that of the old ones."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    staging = stop_merge(2, base, adapter, tmp_path / "merged")
+    file = base / "model.safetensors"
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-4:] = bytes(4)  # the last value
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    staging.rename(tmp_path / "old")
+    again = stop_merge(2, base, adapter, tmp_path / "merged")
+    assert again.name != staging.name and file.stat().st_size == status.st_size
+
+
 def test_other_inputs_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """What a merge of other weights, settings or adapters has left is neither used nor touched."""
     staging = stop_merge(2, llama, adapter, tmp_path / "merged")
