@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -61,12 +62,10 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: str | None, special: re.Pattern[str]) -> None:
         self.tokenizer, self.own, self.special = tokenizer, own, special
-        texts = " ".join(template_texts(tokenizer.chat_template))
-        self.thought_key = next(
-            (key for key in TURN["thought"] if re.search(rf"\b{key}\b", texts)), "reasoning_content"
-        )
         self.date: date | None = getattr(tokenizer, "template_date", None)
-        self._opened: tuple[str, str] | None = None
+        # Named templates may differ: of each, with and without tools.
+        self._thought_keys: dict[bool, str] = {}
+        self._opened: dict[bool, tuple[str, str]] = {}
         self._not_printed: dict[Any, list[str]] = {}
         self._lost: dict[Any, str | None] = {}
         self._blank: list[str | None] = []
@@ -99,9 +98,10 @@ class ChatTemplate:
             turn | {"content": blank} if "tool_calls" in turn and turn["content"] == "" else turn
             for turn in messages
         ]
-        if self.thought_key != "reasoning_content":
+        thought_key = self._thought_key(tools)
+        if thought_key != "reasoning_content":
             turns = [
-                {self.thought_key if key == "reasoning_content" else key: value for key, value in turn.items()}
+                {thought_key if key == "reasoning_content" else key: value for key, value in turn.items()}
                 for turn in turns
             ]
         shown: Any = tools or None
@@ -118,6 +118,17 @@ class ChatTemplate:
             reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
             raise BadRow(origin, f"the chat template refuses it: {reason}; fix the record.") from error
         return text
+
+    def _thought_key(self, tools: list[dict[str, Any]]) -> str:
+        """What the template calls a thought."""
+        if bool(tools) not in self._thought_keys:
+            try:
+                text: Any = self.tokenizer.get_chat_template(self.own, tools or None)
+            except ValueError:  # none has the name default
+                text = " ".join(template_texts(self.tokenizer.chat_template))
+            found = [key for key in TURN["thought"] if re.search(rf"\b{key}\b", text)]
+            self._thought_keys[bool(tools)] = [*found, "reasoning_content"][0]
+        return self._thought_keys[bool(tools)]
 
     def _dated(self, tools: Any) -> str | None:
         """The template to render, None for the tokenizer's; with a fixed date, `strftime_now` is a macro in it."""
@@ -147,7 +158,7 @@ class ChatTemplate:
         start = ""
         for number, (before, after) in enumerate(pairwise(texts)):
             if not after.startswith(before):
-                tag, space = self._settle_opened()
+                tag, space = self._settle_opened(tools)
                 base = before.removesuffix(tag + space)
                 if not tag or not before.endswith(tag + space) or not after.startswith(base):
                     raise BadRow(
@@ -163,22 +174,19 @@ class ChatTemplate:
             start = before
         return [*parts, texts[-1][len(start) :]]
 
-    def _settle_opened(self) -> tuple[str, str]:
+    def _settle_opened(self, tools: list[dict[str, Any]]) -> tuple[str, str]:
         """The tag that the start of an answer ends with, and the white space after it; "" without one."""
-        if self._opened is None:
-            self._opened = ("", "")
-            hello = _PROBE[:1]
-            try:
-                closed, opened = (self.render(hello, [], opens, "") for opens in (False, True))
-            except BadRow:
-                return self._opened
-            found = re.search(r"(<[^<>|｜/\s]+>)(\s*)$", opened[_common_start(closed, opened) :])
-            self._opened = (found[1], found[2]) if found else ("", "")
-        return self._opened
+        if bool(tools) not in self._opened:
+            found, hello = None, _PROBE[:1]
+            with suppress(BadRow):
+                closed, opened = (self.render(hello, tools, opens, "") for opens in (False, True))
+                found = re.search(r"(<[^<>|｜/\s]+>)(\s*)$", opened[_common_start(closed, opened) :])
+            self._opened[bool(tools)] = (found[1], found[2]) if found else ("", "")
+        return self._opened[bool(tools)]
 
     def take_thoughts(self, messages: Messages) -> Messages:
         """Move the thought that an answer's content begins with to its own key, if the template opens thoughts."""
-        tag, _ = self._settle_opened()
+        tag, _ = self._settle_opened(split_tools(messages)[1])
         if not tag:
             return messages
         end = _closing(tag)
