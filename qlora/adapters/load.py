@@ -78,7 +78,7 @@ def check_before_loading(directories: Iterable[str | Path], base: str) -> None:
         InputError: as `load_adapter`.
     """
     saved = [read_adapter(directory) for directory in directories]
-    network = empty_model(base) if saved else None
+    network: Any = empty_model(base) if saved else None
     for adapter in saved:
         check_adapter(adapter, network)
 
