@@ -64,7 +64,7 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
         from accelerate import Accelerator
 
-        from qlora.adapters.load import load_adapter
+        from qlora.adapters.load import check_before_loading, load_adapter
         from qlora.adapters.provenance import calibration_of
         from qlora.model.load import load_base_model
         from qlora.model.tokenizer import load_tokenizer
@@ -72,9 +72,10 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         from qlora.system.device import best_device
 
     # Without cpu=True, each of several processes on a machine without a GPU would compute everything.
+    adapters = [] if config.adapter is None else [config.adapter]
+    check_before_loading(adapters, name)
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     tokenizer = load_tokenizer(name, config.adapter)
-    adapters = [] if config.adapter is None else [config.adapter]
     quant = calibration_of(adapters, QuantConfig(config.quant_type, config.double_quant))
     with accelerator.main_process_first():  # the others find the quantized base in the cache
         model = load_base_model(

@@ -8,10 +8,13 @@ from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
+
 from qlora.data.conversations import to_messages
 from qlora.data.example import EncodeReport, Example, finish_report, shift_targets
 from qlora.data.keys import count_notes
-from qlora.data.row_encoder import RowEncoder
+from qlora.data.row_encoder import Row, RowEncoder
 from qlora.data.rows import BadRow, Record, collect_bad_row
 from qlora.system.errors import InputError
 from qlora.system.processes import map_chunks
@@ -86,55 +89,53 @@ def stream_examples(
     """
     _check_options(max_length, train_on, on_long)
     encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
-    tasks = map(_read_task, records)
-    chunks = iter(lambda: list(islice(tasks, CHUNK_SIZE)), [])
+    rows = iter(records)
+    chunks = iter(lambda: list(islice(rows, CHUNK_SIZE)), [])
     with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
         for result in chain.from_iterable(results):
             if isinstance(result, BadRow):
                 yield result
                 continue
-            ids, is_target, origin, notes = result
+            ids, targets, origin, notes = result
             count_notes(report.notes, notes)
-            row = shift_targets(ids, is_target, max_length + 1, origin)
+            row = Example(torch.from_numpy(ids), torch.from_numpy(targets), origin)
             example = report.admit(row, max_length, on_long)
             if example is not None:
                 yield example
 
 
 _Notes = set[tuple[str, str]]
-_Task = tuple[list[dict[str, Any]], str, _Notes] | BadRow  # messages, origin, what was noted
-_Result = tuple[list[int], list[bool], str, _Notes] | BadRow  # t_0 .. t_T, whether each is predicted, ...
+_Result = tuple[np.ndarray, np.ndarray, str, _Notes] | BadRow  # as an Example; a tensor would be sent as a file
 
 
-def _read_task(record: Record | BadRow) -> _Task:
-    if isinstance(record, BadRow):
-        return record
-    try:
+def _encode_chunk(
+    encoder: RowEncoder, train_on: str, max_length: int, records: list[Record | BadRow]
+) -> list[_Result]:
+    """Rows of at most max_length + 1 tokens: the extra one marks a row as too long."""
+    results: list[_Result | None] = []
+    good: list[tuple[list[dict[str, Any]], str, _Notes]] = []
+    for record in records:
         notes: _Notes = set()
-        return to_messages(record, lambda *note: notes.add(note)), record.origin, notes
-    except BadRow as error:
-        return error
-
-
-def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
-    """Rows cut to max_length + 1 tokens to read: the extra one marks a row as too long."""
-    good = [task for task in tasks if not isinstance(task, BadRow)]
-    rows = iter(
-        encoder.encode_rows(((messages, origin, _note_into(notes)) for messages, origin, notes in good), train_on)
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            good.append((to_messages(record, _note_into(notes)), record.origin, notes))
+            results.append(None)
+        except BadRow as error:
+            results.append(BadRow(error.where, error.problem))
+    encoded = encoder.encode_rows(
+        ((messages, origin, _note_into(notes)) for messages, origin, notes in good), train_on, max_length + 2
     )
-    results: list[_Result] = []
-    for task in tasks:
-        if isinstance(task, BadRow):
-            results.append(task)
-            continue
-        _, origin, notes = task
-        row = next(rows)
-        if isinstance(row, BadRow):
-            results.append(BadRow(row.where, row.problem))
-        else:
-            ids, is_target = row
-            results.append((ids[: max_length + 2], is_target[: max_length + 2], origin, notes))
-    return results
+    rows = zip(good, encoded, strict=True)
+    return [_result(*next(rows), max_length) if result is None else result for result in results]
+
+
+def _result(task: tuple[Any, str, _Notes], row: Row | BadRow, max_length: int) -> _Result:
+    if isinstance(row, BadRow):
+        return BadRow(row.where, row.problem)
+    _, origin, notes = task
+    example = shift_targets(*row, max_length + 1, origin)
+    return example.input_ids.numpy(), example.targets.numpy(), origin, notes
 
 
 def _note_into(notes: _Notes) -> Callable[[str, str], None]:

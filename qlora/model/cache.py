@@ -11,7 +11,7 @@ from qlora.model.safetensors_source import SafetensorsSource, weight_files
 from qlora.model.skeleton import Source
 from qlora.quant.weight import QuantConfig
 from qlora.system.cache import cache_directory
-from qlora.system.digests import damaged_file
+from qlora.system.digests import is_whole
 from qlora.system.errors import InputError
 
 
@@ -22,7 +22,7 @@ def cached_base(path: Path, quant: QuantConfig) -> Path:
 
 
 def open_cache(cached: Path) -> SafetensorsSource:
-    """The weights in a directory of the cache that has been verified (`damaged_file`)."""
+    """The weights in a directory of the cache that has been verified (`is_whole`, `build_verified`)."""
     return SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
 
 
@@ -37,7 +37,7 @@ def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> So
     path = resolve_model(model)
     is_calibrated = quant is not None and quant.calibration != ""
     cached = cached_base(path, quant) if quant is not None and (cache or is_calibrated) else None
-    if cached is not None and cached.is_dir() and damaged_file(cached) is None:
+    if cached is not None and is_whole(cached):
         return open_cache(cached)
     source = open_source(path)
     check_calibration(model, source, quant)

@@ -22,6 +22,7 @@ from qlora.data.rows import BadRow
 from qlora.data.token_cache import FILES, TOKENS, TokenWriter, read_store, token_cache, write_store
 from qlora.system.errors import InputError
 from qlora.training.fingerprint import data_fingerprint
+from tests import fork_server
 from tests.shortcuts import load_examples
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -226,7 +227,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
 
 def test_a_full_disk_in_the_middle(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing half written is left, and the rows come from memory, bad ones counted once."""
-    monkeypatch.setattr(token_store, "_checksum", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        token_store, "publish_directory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     examples, said = load(source)
     assert "No space left" in said[0] and "30 of 32 records kept" in said[1] and len(examples) == 30
     assert stores_in(cache) == set()
@@ -241,14 +244,14 @@ def test_an_unusable_source_leaves_nothing(cache: Path, tmp_path: Path) -> None:
     assert stores_in(cache) == set()
 
 
-def test_processes_that_start_together_tokenise_once(cache: Path, source: Path) -> None:
+def test_processes_that_start_together_tokenize_once(cache: Path, source: Path) -> None:
     code = (
         "import sys; from tests.data.test_token_cache import load; from pathlib import Path\n"
         "examples, said = load(Path(sys.argv[1])); print(len(examples), said[0])"
     )
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code, str(source)]
-    runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [fork_server.Program(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(run.communicate()[0] for run in runs)
     assert all(line.startswith("30 ") for line in said)
     assert sum("; tokenized" in line for line in said) == sum("read from the token cache" in s for s in said) == 1
@@ -305,3 +308,88 @@ def test_memory_stays_while_the_data_grows(cache: Path, tmp_path: Path) -> None:
     (store,) = (path for path in stores_in(cache) if (path / TOKENS).stat().st_size > size)
     assert (store / TOKENS).stat().st_size > 2 * allowance
     assert start("memory").returncode != 0
+
+
+# ---- continued ----------------------------------------------------------------------------------------------
+
+
+def interrupted(source: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenize until so many rows are written and saved, and then be killed."""
+    add, count = TokenWriter.add, [0]
+
+    def counted(self: TokenWriter, row: Example) -> None:
+        if count[0] == after:
+            raise KeyboardInterrupt
+        count[0] += 1
+        add(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_store, "SAVE_SECONDS", 0.0)
+        patch.setattr(TokenWriter, "add", counted)
+        with pytest.raises(KeyboardInterrupt):
+            load(source)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_interrupted_tokenizing_goes_on_where_it_stopped(
+    cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed three times, with half a row after what was saved: the same bytes, and no row encoded twice."""
+    expected, said = load(source)
+    (store,) = stores_in(cache)
+    whole = files_of(store)
+    token_store.shutil.rmtree(store)
+    for after in (7, 5, 3):
+        interrupted(source, after, monkeypatch)
+        (part,) = stores_in(cache)
+        with (part / TOKENS).open("ab") as file:
+            file.write(b"half a row")
+        (part / ".progress.json.99.tmp").touch()
+    added: list[str] = []
+    add = TokenWriter.add
+    monkeypatch.setattr(TokenWriter, "add", lambda self, row: [added.append(row.origin), add(self, row)])
+    again, said_again = load(source)
+    assert stores_in(cache) == {store} and files_of(store) == whole
+    assert content(again) == content(expected) and len(added) == 30 - 15
+    assert said_again[0].partition("tokenized in")[0] == said[0].partition("tokenized in")[0]
+
+
+@pytest.mark.parametrize("name", [*FILES, token_store.PROGRESS])
+def test_a_damaged_part_is_begun_anew(
+    cache: Path, source: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(source)
+    (store,) = stores_in(cache)
+    whole = files_of(store)
+    token_store.shutil.rmtree(store)
+    interrupted(source, 20, monkeypatch)
+    (part,) = stores_in(cache)
+    flip(part / name, 15)
+    load(source)
+    assert files_of(store) == whole
+
+
+def test_bad_rows_of_an_interrupted_start_stop_the_next_one(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, 20, monkeypatch)
+    with pytest.raises(BadRow, match=f"^{source}:1: completion is null"):
+        load(source, on_bad_row="stop")
+    load(source)
+    assert len(stores_in(cache)) == 1
+
+
+def test_old_parts_make_room_but_not_one_that_is_being_made(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, 20, monkeypatch)
+    (part,) = stores_in(cache)
+    monkeypatch.setattr(token_store, "MAX_CACHE", 0)
+    with token_store.locked(cache / part.name.removeprefix(".").removesuffix(".part")):
+        load(source, max_length=40)
+        assert part.is_dir()
+    load(source, max_length=41)
+    assert not part.exists()
