@@ -42,7 +42,7 @@ from qlora.config.data import DataConfig
 from qlora.config.devices import DevicesConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
-from qlora.config.model import TrainedModelConfig
+from qlora.config.model import ModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.run import RunConfig
@@ -68,7 +68,7 @@ class Part:
     def config(self, model: Path) -> RunConfig:
         """The settings of the run."""
         return RunConfig(
-            model=TrainedModelConfig(model=str(model), compute_dtype="float32"),
+            model=ModelConfig(model=str(model), compute_dtype="float32"),
             lora=LoRAConfig(rank=8),
             data=DataConfig(max_length=self.tokens),
             loop=LoopConfig(batch_size=1, grad_accum=1, gradient_checkpointing="on"),

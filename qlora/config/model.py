@@ -29,8 +29,8 @@ class ModelConfig(Settings):
 
 
 @dataclass
-class TrainedModelConfig(ModelConfig):
-    """Base model."""
+class CalibrationConfig(Settings):
+    """Calibration of the base."""
 
     calibrate: str = "off"
     """Choose the 4-bit codes by what the layers compute: auto = on the first rows of --data and general text,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from qlora.config.model import ComputeDtype, TrainedModelConfig
+from qlora.config.model import CalibrationConfig, ComputeDtype
 from qlora.config.settings import Columns, Settings, at_least
 
 
@@ -18,7 +18,7 @@ class QuantizeConfig(Settings):
     calibrate: str | None = None
     """File or hub id of rows to choose the 4-bit codes on, of any shape that --data of train takes; default: the
     nearest codes."""
-    calibrate_tokens: Annotated[int, at_least(2048)] = TrainedModelConfig.calibrate_tokens
+    calibrate_tokens: Annotated[int, at_least(2048)] = CalibrationConfig.calibrate_tokens
     """Tokens of text for --calibrate."""
     columns: Columns = field(default_factory=dict)
     """Columns that go by another name, as prompt=question,completion=answer."""

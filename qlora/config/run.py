@@ -10,7 +10,7 @@ from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
-from qlora.config.model import TrainedModelConfig
+from qlora.config.model import CalibrationConfig, ModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.saving import SavingConfig
@@ -25,7 +25,7 @@ TRAINING = ("loop", "optimizer", "watching", "saving")
 class RunConfig(Settings):
     """Fine-tune a 4-bit base with LoRA, or answer a --prompt with one."""
 
-    model: TrainedModelConfig = field(default_factory=TrainedModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -34,6 +34,7 @@ class RunConfig(Settings):
     saving: SavingConfig = field(default_factory=SavingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -91,7 +92,7 @@ class RunConfig(Settings):
         Raises:
             InputError: it does not.
         """
-        if self.model.calibrate == "off":
+        if self.calibration.calibrate == "off":
             return
         others = {
             "--no-4bit": not self.model.use_4bit,

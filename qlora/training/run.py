@@ -211,13 +211,13 @@ class TrainingRun:
 
     def load_base(self) -> None:
         """Load the frozen base."""
-        m, adapter = self.config.model, self.config.generate.adapter
+        m, c, adapter = self.config.model, self.config.calibration, self.config.generate.adapter
         dtype = self.directory.compute_dtype(m.compute_dtype)
         quant = calibration_of([] if adapter is None else [adapter], QuantConfig(m.quant_type, m.double_quant))
-        if m.calibrate != "off":
+        if c.calibrate != "off":
             with self.accelerator.main_process_first():  # the others find it in the cache
                 quant = calibrated(
-                    self._base, quant, m.calibrate, m.calibrate_tokens, self.examples,
+                    self._base, quant, c.calibrate, c.calibrate_tokens, self.examples,
                     encoder_of(self.config.data, self.tokenizer), dtype, self.accelerator.device, self.say,
                 )  # fmt: skip
         self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
