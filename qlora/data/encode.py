@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.conversations import to_messages
 from qlora.data.example import EncodeReport, Example, finish_report, shift_targets
 from qlora.data.keys import count_notes
-from qlora.data.row_encoder import RowEncoder
+from qlora.data.preferences import Kind, Messages, join_pair, read_row, with_other_answers
+from qlora.data.row_encoder import Row, RowEncoder
 from qlora.data.rows import BadRow, Record, collect_bad_row
 from qlora.system.errors import InputError
 from qlora.system.processes import map_chunks
@@ -41,6 +42,7 @@ def encode_records(
     *,
     parse_special: bool = False,
     num_workers: int = 0,
+    kind: Kind = "answers",
     bad_rows: list[BadRow] | None = None,
 ) -> tuple[list[Example], EncodeReport]:
     """Encode every record as a row. Rows without a target teach nothing: they are dropped and counted.
@@ -49,6 +51,7 @@ def encode_records(
         on_long:       "truncate" keeps a longer row's first max_length tokens, "drop" leaves it out.
         parse_special: special-token text in a message becomes the token.
         num_workers:   worker processes that tokenize; 0 = this process. The result and its order are the same.
+        kind:          what a record holds; pairs and labelled answers become rows of two sequences.
         bad_rows:      collects unusable records, merged in file order with those from read_records; all are
             counted. None: raise at the first.
     Raises:
@@ -57,7 +60,7 @@ def encode_records(
         TrainingStopped: a worker died.
     """
     examples, report = [], EncodeReport()
-    options: Any = dict(parse_special=parse_special, num_workers=num_workers)
+    options: Any = dict(parse_special=parse_special, num_workers=num_workers, kind=kind)
     rows = stream_examples(records, tokenizer, max_length, train_on, on_long, report, **options)
     with closing(rows):
         for row in rows:
@@ -79,6 +82,7 @@ def stream_examples(
     *,
     parse_special: bool = False,
     num_workers: int = 0,
+    kind: Kind = "answers",
 ) -> Generator[Example | BadRow, None, None]:
     """Yield training rows and bad rows; `report` counts the dropped ones. Call `finish_report` at the end.
 
@@ -86,32 +90,39 @@ def stream_examples(
     """
     _check_options(max_length, train_on, on_long)
     encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
-    tasks = map(_read_task, records)
+    tasks = map(partial(_read_task, kind), records)
     chunks = iter(lambda: list(islice(tasks, CHUNK_SIZE)), [])
-    with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
-        for result in chain.from_iterable(results):
+
+    def admit_all(results: Iterable[_Result]) -> Generator[Example | BadRow, None, None]:
+        for result in results:
             if isinstance(result, BadRow):
                 yield result
                 continue
-            ids, is_target, origin, notes = result
+            sequences, is_wanted, origin, notes = result
             count_notes(report.notes, notes)
-            row = shift_targets(ids, is_target, max_length + 1, origin)
-            example = report.admit(row, max_length, on_long)
-            if example is not None:
-                yield example
+            rows = [shift_targets(*sequence, max_length + 1, origin) for sequence in sequences]
+            kept = report.admit_sequences(rows, max_length, on_long)
+            if len(kept) == 2:
+                yield join_pair(kept[0], kept[1])
+            elif kept:
+                yield kept[0] if is_wanted else replace(kept[0], is_wanted=False)
+
+    with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
+        admitted = admit_all(chain.from_iterable(results))
+        yield from with_other_answers(admitted, max_length) if kind == "labels" else admitted
 
 
 _Notes = set[tuple[str, str]]
-_Task = tuple[list[dict[str, Any]], str, _Notes] | BadRow  # messages, origin, what was noted
-_Result = tuple[list[int], list[bool], str, _Notes] | BadRow  # t_0 .. t_T, whether each is predicted, ...
+_Task = tuple[list[Messages], bool, str, _Notes] | BadRow  # conversations, whether wanted, origin, what was noted
+_Result = tuple[list[Row], bool, str, _Notes] | BadRow  # t_0 .. t_T and whether each is predicted, ...
 
 
-def _read_task(record: Record | BadRow) -> _Task:
+def _read_task(kind: Kind, record: Record | BadRow) -> _Task:
     if isinstance(record, BadRow):
         return record
     try:
         notes: _Notes = set()
-        return to_messages(record, lambda *note: notes.add(note)), record.origin, notes
+        return *read_row(record, kind, lambda *note: notes.add(note)), record.origin, notes
     except BadRow as error:
         return error
 
@@ -119,21 +130,25 @@ def _read_task(record: Record | BadRow) -> _Task:
 def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
     """Rows cut to max_length + 1 tokens to read: the extra one marks a row as too long."""
     good = [task for task in tasks if not isinstance(task, BadRow)]
-    rows = iter(
-        encoder.encode_rows(((messages, origin, _note_into(notes)) for messages, origin, notes in good), train_on)
+    asked = (
+        (messages, origin, _note_into(notes))
+        for conversations, _, origin, notes in good
+        for messages in conversations
     )
+    rows = iter(encoder.encode_rows(asked, train_on))
     results: list[_Result] = []
     for task in tasks:
         if isinstance(task, BadRow):
             results.append(task)
             continue
-        _, origin, notes = task
-        row = next(rows)
-        if isinstance(row, BadRow):
-            results.append(BadRow(row.where, row.problem))
-        else:
-            ids, is_target = row
-            results.append((ids[: max_length + 2], is_target[: max_length + 2], origin, notes))
+        conversations, is_wanted, origin, notes = task
+        found = list(islice(rows, len(conversations)))
+        bad = next((row for row in found if isinstance(row, BadRow)), None)
+        if bad is not None:
+            results.append(BadRow(bad.where, bad.problem))
+            continue
+        cut = [tuple(part[: max_length + 2] for part in row) for row in found if not isinstance(row, BadRow)]
+        results.append((cut, is_wanted, origin, notes))  # type: ignore[arg-type]
     return results
 
 

@@ -17,6 +17,7 @@ Note = Callable[[str, str], Any]  # (what is said, of which name)
 Notes = dict[str, dict[str, int]]  # what is said -> of which name -> in how many rows
 MAX_NAMES = 200  # that are counted of one kind
 COLUMNS, TURN_KEYS, PART_KEYS = "columns not used", "keys of turns not used", "keys of content parts not used"
+EQUAL = "pairs dropped, whose answers are equal"
 TURNS, EMPTY, NOT_PRINTED = "turns not used", "nothing to learn in", "not printed by the chat template"
 
 _CHAT = ("system", "system_prompt", "tools")
@@ -34,15 +35,36 @@ SHAPES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("text", ("text",), ()),
     ("tokenized", ("input_ids",), ("labels", "attention_mask", "completion_mask", "assistant_masks")),
 )
+# Of pairs, the answer is in two columns; of labelled answers (KTO), one more column says whether it is good.
+_PAIR = ("chosen", "rejected")
+PAIR_SHAPES = tuple(
+    ("pair", (*question, *_PAIR), optional)
+    for question, optional in (
+        (("prompt",), _SINGLE),
+        (("question",), _SINGLE),
+        (("instruction",), ("input", "context", *_SINGLE)),
+        (("conversations",), _CHAT),
+        (("messages",), _CHAT),
+        ((), _CHAT),
+    )
+)
+LABELS = ("label", "kto_tag")
+LABEL_SHAPES = tuple(
+    ("labelled", (*columns, label), optional)
+    for label in LABELS
+    for shape, columns, optional in SHAPES
+    if shape not in ("text", "tokenized")
+)
+SHAPES_OF = {"answers": SHAPES, "pairs": PAIR_SHAPES, "labels": LABEL_SHAPES}
 _MEDIA = "is not text, and this project trains on text alone; remove the column, or the rows that need it"
 _PREFERENCE = (
-    "belongs to a preference pair, and this project trains on one answer per row; pass --columns "
-    "prompt=prompt,completion=chosen to train on the chosen ones"
+    "belongs to a preference pair; pass --objective dpo to learn from pairs, or --columns "
+    "prompt=prompt,completion=chosen to train on the chosen answers alone"
 )
 _PACKED = "marks several examples packed into one row; write one example per row (this project packs them itself)"
 REFUSED = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA)
 REFUSED |= dict.fromkeys(("chosen", "rejected"), _PREFERENCE)
-REFUSED |= dict.fromkeys(("label", "kto_tag"), "")  # if true or false: see _refusal
+REFUSED |= dict.fromkeys(LABELS, "")  # if true or false: see _refusal
 REFUSED |= dict.fromkeys(("seq_lengths", "position_ids"), _PACKED)
 REFUSED["chat_template_kwargs"] = "would change the chat template row by row; pass --chat-template FILE instead"
 _OF_TOKENS = ("seq_lengths", "position_ids")
@@ -92,13 +114,17 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The shape of a record; BadRow if none fits."""
+def match_shape(
+    fields: dict[str, Any], origin: str, kind: str = "answers"
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The shape of a record among those of its kind (SHAPES_OF); BadRow if none fits."""
     filled = {name for name, value in fields.items() if value is not None}
     for columns in (filled, set(fields)):  # the second pass is for the error that names the null column
-        for shape in SHAPES:
+        for shape in SHAPES_OF[kind]:
             if columns.issuperset(shape[1]):
                 return shape
+    if kind != "answers":
+        raise BadRow(origin, _explain_kind(fields, filled, kind))
     for name in ("rejected", "chosen"):
         if name in filled:
             raise BadRow(origin, f"the column {quote(name)} {_PREFERENCE}.")
@@ -110,16 +136,28 @@ def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ..
     raise BadRow(origin, f"unknown columns [{names}]; {first}rename them to one of: {known}{last}.")
 
 
+def _explain_kind(fields: dict[str, Any], filled: set[str], kind: str) -> str:
+    """Why a record is no pair, or has no label, and which objective its columns are for."""
+    names = shorten(", ".join(sorted(map(quote, fields))), 200)
+    if kind == "pairs":
+        wanted = "pairs have the columns prompt, chosen and rejected"
+        other = "kto" if filled & {*LABELS} else "sft"
+    else:
+        wanted = "labelled answers have the columns prompt, completion and label (true or false)"
+        other = "dpo" if filled >= {*_PAIR} else "sft"
+    return f"{wanted}, but the columns are [{names}]; rename them with --columns, or pass --objective {other}."
+
+
 def _likely(fields: dict[str, Any]) -> list[str]:
     """The one column that looks like a question and the one like an answer, else []."""
     found = [[name for name in fields if name.strip().lower() in likely] for likely in (_ASKING, _ANSWERING)]
     return [names[0] for names in found] if all(len(names) == 1 for names in found) else []
 
 
-def used_columns(record: Record, note: Note) -> set[str]:
+def used_columns(record: Record, note: Note, kind: str = "answers") -> set[str]:
     """The columns that a record's shape uses; the others are noted. BadRow for one of REFUSED."""
     used = set()
-    name, columns, optional = match_shape(record.fields, record.origin)
+    name, columns, optional = match_shape(record.fields, record.origin, kind)
     for column, value in record.fields.items():
         is_odd = column == "tools" and len(columns) > 1 and not _may_be_tools(value)
         if column in columns or (column in optional and not is_odd):
@@ -145,10 +183,13 @@ def _may_be_tools(value: Any) -> bool:
 
 def _refusal(shape: str, column: str, value: Any) -> str | None:
     """Why a column of REFUSED cannot be left out of a record of this shape; None if it can."""
-    if column in ("label", "kto_tag"):
-        wanted = "says whether the answer is wanted (KTO), and this project would train unwanted ones as well"
-        remedy = "keep the rows where it is true, and remove the column"
-        return f"{wanted}; {remedy}" if isinstance(value, bool) and shape not in ("text", "tokenized") else None
+    if column in LABELS:
+        wanted = "says whether the answer is wanted, and --objective sft would train unwanted ones as well"
+        remedy = "pass --objective kto, or keep the rows where it is true and remove the column"
+        is_free = shape in ("text", "tokenized", "pair", "labelled")
+        return None if is_free or not isinstance(value, bool) else f"{wanted}; {remedy}"
+    if shape == "labelled" and column in _PAIR:
+        return "belongs to a pair; pass --objective dpo, or remove the column"
     if (column in _OF_TOKENS) != (shape == "tokenized") or (column == "position_ids" and _is_one_run(value)):
         return None
     return REFUSED[column]

@@ -43,22 +43,25 @@ from qlora.system.cache import cache_directory
 from qlora.system.files import locked, make_directories, new_directory, remove_leftovers
 from qlora.system.versions import versions
 
-FORMAT = 3  # increase it when the same rows, tokenizer, template and options give different tokens
+FORMAT = 4  # increase it when the same rows, tokenizer, template and options give different tokens
 MAX_CACHE = 20 * 10**9  # bytes
 ROW = np.dtype(
     [
         ("start", "i8"), ("length", "i4"), ("num_targets", "i4"), ("origin", "i8"), ("num_letters", "i4"),
-        ("digest", "u8"),
+        ("digest", "u8"), ("split", "i4"), ("is_wanted", "?"),
     ]
 )  # fmt: skip
 INDEX, TOKENS, ORIGINS, REPORT = "index.bin", "tokens.bin", "origins.bin", "report.json"
 FILES: dict[str, Any] = {INDEX: ROW, TOKENS: np.int32, ORIGINS: np.uint8}
 
 
-def row_digest(input_ids: np.ndarray, targets: np.ndarray) -> int:
-    """64-bit digest of a row's tokens; both arrays int32, of equal length."""
-    digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
-    digest.update(targets.tobytes())
+def row_digest(example: Example) -> int:
+    """64-bit digest of a row's tokens, as int32, and of what sets a row of preferences apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (example.input_ids, example.targets):
+        digest.update(tensor.numpy().astype(np.int32).tobytes())
+    if example.split:
+        digest.update(f"{example.split} {example.is_wanted}".encode())
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -67,8 +70,7 @@ def digests_of(examples: Sequence[Example]) -> np.ndarray:
     digests: np.ndarray | None = getattr(examples, "digests", None)
     if digests is not None:
         return digests
-    rows = ((e.input_ids.numpy().astype(np.int32), e.targets.numpy().astype(np.int32)) for e in examples)
-    return np.array([row_digest(*row) for row in rows], np.uint64)
+    return np.array([row_digest(example) for example in examples], np.uint64)
 
 
 class TokenWriter:
@@ -84,7 +86,8 @@ class TokenWriter:
         ids, targets = (tensor.numpy().astype(np.int32) for tensor in (example.input_ids, example.targets))
         origin = example.origin.encode("utf-8", "surrogateescape") + b"\n"
         place = (self._num_tokens, len(ids), example.num_targets, self._num_letters, len(origin) - 1)
-        self.files[INDEX].write(np.array([(*place, row_digest(ids, targets))], ROW).tobytes())
+        row = (*place, row_digest(example), example.split, example.is_wanted)
+        self.files[INDEX].write(np.array([row], ROW).tobytes())
         self.files[TOKENS].write(ids.tobytes() + targets.tobytes())
         self.files[ORIGINS].write(origin)
         self._num_tokens += 2 * len(ids)
@@ -132,10 +135,10 @@ class TokenStore(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, length, _, origin, num_letters, _ = self._index[range(len(self))[index]].tolist()
+        start, length, _, origin, num_letters, _, split, is_wanted = self._index[range(len(self))[index]].tolist()
         both = torch.from_numpy(self._tokens[start : start + 2 * length].astype(np.int64))
         text = self._origins[origin : origin + num_letters].tobytes().decode("utf-8", "surrogateescape")
-        return Example(both[:length], both[length:], text)
+        return Example(both[:length], both[length:], text, split, is_wanted)
 
 
 def write_store(
