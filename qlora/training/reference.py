@@ -30,7 +30,7 @@ from qlora.lora.unload import unload
 from qlora.model.base import base_info, ranks_of
 from qlora.model.preference_loss import PreferenceLoss
 from qlora.system.errors import InputError
-from qlora.system.files import make_directories, new_directory
+from qlora.system.files import make_directories, new_file
 from qlora.system.versions import versions
 from qlora.training.fingerprint import base_fingerprint
 from qlora.training.preferences import Preferences, score_all
@@ -105,9 +105,9 @@ def add_reference(
         if accelerator.is_main_process:
             content = values.tobytes()
             with suppress(OSError):  # it is computed again at the next start
-                make_directories(file.parent.parent)
-                with new_directory(file.parent) as staging:
-                    (staging / file.name).write_bytes(content + _check(content))
+                make_directories(file.parent)
+                with new_file(file) as staging:
+                    staging.write_bytes(content + _check(content))
     examples.reference = values
     return was_there
 

@@ -106,14 +106,26 @@ def test_columns_beside_a_pair_are_named() -> None:
         (PLAIN, "labels", "or pass --objective dpo"),
         ({"messages": [USER, GOOD]}, "labels", "label (true or false), but the columns are ['messages']"),
         (PLAIN, "answers", "pass --objective dpo to learn from pairs"),
-        ({"prompt": "Hi", "completion": "No", "label": False}, "answers", "pass --objective kto, or keep the rows"),
-        ({"prompt": "Hi", "completion": "No", "label": "bad"}, "labels", "label is 'bad' (str); write true or false"),
+        (
+            {"prompt": "Hi", "completion": "No", "label": False},
+            "answers",
+            "pass --objective kto, or keep the rows",
+        ),
+        (
+            {"prompt": "Hi", "completion": "No", "label": "bad"},
+            "labels",
+            "label is 'bad' (str); write true or false",
+        ),
         (PLAIN | {"rejected": None}, "pairs", "rejected is null; write an answer as text"),
         (PLAIN | {"rejected": "a\0"}, "pairs", "with its rejected answer: completion holds a NUL"),
         (PLAIN | {"images": ["a.png"]}, "pairs", "the column 'images' is not text"),
         ({"chosen": "Hello", "rejected": "No"}, "pairs", "chosen is an answer without its prompt; add a column"),
         ({"chosen": [USER, GOOD], "rejected": [*FIRST, USER, BAD]}, "pairs", "begin differently"),
-        ({"conversations": "Hi", "chosen": "a", "rejected": "b"}, "pairs", "conversations is 'Hi' (str); write a list"),
+        (
+            {"conversations": "Hi", "chosen": "a", "rejected": "b"},
+            "pairs",
+            "conversations is 'Hi' (str); write a list",
+        ),
     ],
 )
 def test_other_rows_are_refused_in_one_sentence(row: dict[str, Any], kind: Any, words: str) -> None:
@@ -150,7 +162,13 @@ def labelled(prompt: str, answer: str, label: bool = True) -> dict[str, Any]:
 
 def test_a_labelled_row_has_the_answer_of_another_prompt_beside_its_own() -> None:
     """The last row before it with another prompt gives it; the first rows take the first one after them."""
-    rows = [labelled("A", "a"), labelled("A", "aa", False), labelled("B", "b"), labelled("B", "bb"), labelled("C", "c")]
+    rows = [
+        labelled("A", "a"),
+        labelled("A", "aa", False),
+        labelled("B", "b"),
+        labelled("B", "bb"),
+        labelled("C", "c"),
+    ]
     others = ["b", "b", "aa", "aa", "bb"]
     examples, report = encode(rows, "labels")
     assert [example.is_wanted for example in examples] == [True, False, True, True, True]
@@ -201,9 +219,7 @@ def test_columns_are_renamed_and_rows_cached(tmp_path: Any, monkeypatch: pytest.
 
 
 def test_a_label_is_part_of_the_data() -> None:
-    one, other = (
-        encode([labelled("A", "a", label), labelled("B", "b")], "labels")[0] for label in (True, False)
-    )
+    one, other = (encode([labelled("A", "a", label), labelled("B", "b")], "labels")[0] for label in (True, False))
     assert digests_of(one)[0] != digests_of(other)[0] and digests_of(one)[1] == digests_of(other)[1]
 
 

@@ -123,7 +123,7 @@ def test_gradient_of_an_answer_is_the_formula_of_the_docstring(method: str) -> N
     counts, known = torch.tensor([[4.0, 7.0], [9.0, 2.0]]), torch.tensor([[-4.0, -5.0], [-5.0, -5.0]])
     rows = Answers(log_p, counts, known, torch.tensor([True, False]))
     maths.losses(rows, 2 / 13, KL).sum().backward()
-    (c, r), (n, m), b = log_p.detach().T, counts.T, maths.beta
+    (n, m), b = counts.T, maths.beta
     ratio, mean = log_p.detach() - known, log_p.detach() / counts
     if method == "dpo":
         chosen = -b * (1 - maths.label_smoothing - s(b * (ratio[:, 0] - ratio[:, 1])))
