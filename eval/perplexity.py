@@ -7,10 +7,12 @@ With nats_d = -log p(document d) and its tokens, words and bytes counted,
 
 Models with different tokenizers are comparable per word or byte, not per token.
 
-A document (a .txt or .md file, a "text" record, or any --text-column) is scored as in lm-eval's
-loglikelihood_rolling: its first token follows BOS (else EOS), and windows of --max-length tokens score disjoint
-parts of it. In a conversation the assistant's turns are scored as in training, each with its end-of-turn token; a
-long one continues in further windows instead of being cut. Words and bytes are those of the scored tokens' text.
+A document (a .txt or .md file, a "text" record, or any --text-column) begins as in training: with BOS if the
+tokenizer puts it before a text, else with its own first token, which is then not scored. --document-start lm-eval
+scores it as lm-eval's loglikelihood_rolling does, after BOS (else EOS), whether training puts one or not. Windows
+of --max-length tokens score disjoint parts of it. In a conversation the assistant's turns are scored as in
+training, each with its end-of-turn token; a long one continues in further windows instead of being cut. Words and
+bytes are those of the scored tokens' text.
 
 Intervals come from resampling documents. A single document is resampled by its windows; their words and bytes are
 estimated in proportion to their tokens.
@@ -47,6 +49,8 @@ class PerplexityConfig(EvalConfig):
     """Use this column of --data as documents and ignore the others."""
     train_on: Literal["completion", "all"] = "completion"
     """In conversations, score the assistant's turns only, or every token."""
+    document_start: Literal["training", "lm-eval"] = "training"
+    """A document begins as in training (with BOS if the tokenizer puts it), or as in lm-eval (BOS, else EOS)."""
     max_length: Window = 2048
     """Window in tokens, at most the model's limit."""
     stride: Count = 0
@@ -93,12 +97,17 @@ def _column(record: Record, column: str) -> Record:
     return Record({"text": text}, record.origin)
 
 
-def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = "completion") -> list[Document]:
+def encode_documents(
+    records: Sequence[Record], tokenizer: Any, train_on: str = "completion", document_start: str = "training"
+) -> list[Document]:
     """Encode records as rows of ids; those without a token to score are dropped.
 
+    Args:
+        train_on, document_start: as in `PerplexityConfig`.
     Raises:
         InputError: nothing is left.
     """
+    from qlora.data.chat_template import bos_ids
     from qlora.data.row_encoder import RowEncoder
 
     from .likelihood import prefix_token, text_ids
@@ -108,7 +117,12 @@ def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = 
         messages = to_messages(record)
         if messages[0]["role"] == "document":
             text = messages[0]["content"]
-            ids = [prefix_token(tokenizer), *text_ids(text, tokenizer)]
+            if document_start == "lm-eval":
+                ids = [prefix_token(tokenizer), *text_ids(text, tokenizer)]
+            else:
+                ids = encoder.encode_prompt(messages)
+                if ids[:1] != bos_ids(tokenizer):  # nothing is before the first token
+                    text = text.removeprefix(tokenizer.decode(ids[:1]))
             is_scored = [True] * len(ids)
         else:
             ids, is_scored = encoder.encode_row(messages, train_on, record.origin)
@@ -120,6 +134,19 @@ def encode_documents(records: Sequence[Record], tokenizer: Any, train_on: str = 
     if not documents:
         raise InputError("The data has no token to score; give texts that are not empty.")
     return documents
+
+
+def describe_start(tokenizer: Any, document_start: str) -> str:
+    """What stands before a document's first scored token."""
+    from qlora.data.chat_template import bos_ids
+
+    from .likelihood import prefix_token
+
+    if document_start == "lm-eval":
+        return f"Documents follow {tokenizer.decode(prefix_token(tokenizer))}, as in lm-eval."
+    if bos := bos_ids(tokenizer):
+        return f"Documents begin with {tokenizer.decode(bos)}, as in training."
+    return "Documents begin with their own first token, as in training; it is not scored."
 
 
 def score_documents(
@@ -183,7 +210,7 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer, accelerator = load_evaluated(config)
     from .likelihood import longest_window
 
-    documents = encode_documents(records, tokenizer, config.train_on)
+    documents = encode_documents(records, tokenizer, config.train_on, config.document_start)
     max_length = longest_window(model, config.max_length)
     stride = min(config.stride or max_length, max_length)
     is_shown = accelerator.is_main_process
@@ -204,5 +231,7 @@ def main(argv: Sequence[str]) -> None:
     settings = {**asdict(config), "max_length": max_length, "stride": stride}
     write_result(config.output, "perplexity", scores, settings, rows, pairing)
     print_scores(f"Perplexity of {config.data}: {sum(s.tokens for s in found):,} tokens", scores)
+    if any(to_messages(record)[0]["role"] == "document" for record in records):
+        print(describe_start(tokenizer, config.document_start))
     if len(documents) < len(records):
         print(f"{len(records) - len(documents)} of {len(records)} records have nothing to score and are left out")

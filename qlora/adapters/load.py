@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from qlora.adapters.peft_extras import replace_rows
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
 from qlora.config.fields import check_pattern, flag_of, to_text
 from qlora.config.lora import LoRAConfig
@@ -161,21 +160,27 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
 
 
 def with_whole_rows(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
-    """Complete trained rows of an embedding by the base's other rows, so that it is one trained parameter.
+    """Make trained rows of an embedding, or LoRA on it, one trained parameter with the base's values.
 
-    If the base ties it to the head, both names get it.
+    If the base ties it to the head, trained rows are the head's, too; LoRA is not, as in PEFT.
     """
     if not saved.rows:
         return saved
     check_adapter(saved, model)
     base, state = dict(named_base_parameters(model)), dict(saved.state)
-    for name, (ids, rows) in saved.rows.items():
-        whole = replace_rows(base[name].detach().float(), ids, rows)
-        state |= {other: whole for other, p in base.items() if p is base[name] and other not in saved.rows}
+    for name, change in saved.rows.items():
+        whole = change.apply(base[name].detach().float())
+        if change.is_tied:
+            state |= {other: whole for other, p in base.items() if p is base[name] and other not in saved.rows}
         state[name] = whole
     modules = [name.rpartition(".")[0] for name in state.keys() - saved.state.keys()]
     config = replace(saved.config, modules_to_save=[*saved.config.modules_to_save, *sorted(modules)])
-    return replace(saved, state=state, config=config, rows={})
+    description, targets = saved.description, saved.description.get("target_modules")
+    if isinstance(targets, list):  # an embedding is no longer one of them
+        inner = [name.rpartition(".")[0] for name in saved.rows]
+        kept = [target for target in targets if not any(_names([target], layer) for layer in inner)]
+        description = {**description, "target_modules": kept}
+    return replace(saved, state=state, config=config, description=description, rows={})
 
 
 def with_base_shift(saved: SavedAdapter, model: nn.Module, source: str | None) -> SavedAdapter:
@@ -282,14 +287,15 @@ def _base_weight_problems(
 def _row_problems(saved: SavedAdapter, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Why trained rows do not fit this base's parameters."""
     problems = []
-    for name, (ids, rows) in saved.rows.items():
+    for name, change in saved.rows.items():
         shape = shapes.get(name, ())
-        if len(shape) != 2 or shape[1] != rows.shape[1]:
-            problems.append(f"the rows of {name} are {tuple(rows.shape)}, but this base has {shape or 'no such'}")
-        elif max(ids, default=-1) >= shape[0]:
-            problems.append(f"{name} has {shape[0]} rows, but token {max(ids)} was trained; resize the base first")
-        elif not torch.isfinite(rows).all():
-            problems.append(f"the rows of {name} hold NaN or infinity")
+        if len(shape) != 2 or shape[1] != change.width:
+            here = shape or "no such"
+            problems.append(f"the {change} of {name} are {change.width} wide, but this base has {here}")
+        elif misfit := change.misfit(shape[0]):
+            problems.append(f"{name} has {misfit}")
+        elif not all(torch.isfinite(tensor).all() for tensor in change.tensors):
+            problems.append(f"the {change} of {name} hold NaN or infinity")
     return problems
 
 
@@ -297,6 +303,7 @@ def _missing_layers(saved: SavedAdapter, model: nn.Module) -> list[str]:
     """Layers of this base that the adapter's config names and its file leaves out: half an adapter."""
     fields = ("target_modules", "layers_to_transform", "exclude_modules")
     targets, numbers, excluded = (saved.description.get(field) for field in fields)
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     layers, head = list(linear_layers(model)), head_name(model)
     try:
         for pattern in (targets, excluded):
@@ -307,13 +314,13 @@ def _missing_layers(saved: SavedAdapter, model: nn.Module) -> list[str]:
     named = (
         [name for name in layers if name != head]
         if targets == "all-linear"
-        else [name for name in layers if _names(targets, name)]
+        else [name for name in (*embeddings, *layers) if _names(targets, name)]
     )
     named = [name for name in named if not _names(excluded, name)]
     if numbers is not None:
         wanted = {numbers} if type(numbers) is int else set(numbers)
         named = [name for name in named if layer_number(name) in wanted or not wanted]
-    there = set(saved.adapted_layers)
+    there = {*saved.adapted_layers, *(name.removesuffix(".weight") for name in saved.rows)}
     return [name for name in named if name not in there]
 
 

@@ -22,6 +22,7 @@ from qlora.system.redact import redact
 from qlora.system.wording import explain
 
 PREFIX = "base_model.model."
+NO_TARGETS = "dummy-target-modules"  # PEFT's, of an adapter that only trains embeddings
 # PEFT's fields that change the forward pass, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "lora_bias": (None, False),
@@ -52,7 +53,7 @@ def describe_adapter(config: LoRAConfig, layers: list[str], base_model: str, tra
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": _saved_targets(config, layers),
+        "target_modules": _saved_targets(config, layers) or NO_TARGETS,
         "use_rslora": config.use_rslora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,

@@ -45,7 +45,7 @@ from qlora.adapters.peft_config import (
     own_key,
     read_settings,
 )
-from qlora.adapters.peft_extras import Rows, StoredTensors, replace_rows, sort_stored
+from qlora.adapters.peft_extras import Rows, StoredTensors, sort_stored
 from qlora.config.lora import LoRAConfig
 from qlora.lora.adapter import active_adapter, lora_layers
 from qlora.lora.base_shift import base_shift
@@ -90,10 +90,10 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
         InputError: no adapter is active.
     """
     model = network_of(model)
-    layers = lora_layers(model)
+    layers, adapter = lora_layers(model), active_adapter(model)
     if not isinstance(config, LoRAConfig):
         raise InputError(f"config is {config!r:.80}; give a LoRAConfig.")
-    if not layers:
+    if not layers and (adapter is None or not adapter.trained):
         raise InputError("No adapter is active, so nothing can be saved; call set_adapter or inject_lora first.")
     state = {key: t.to("cpu", copy=True) for key, t in lora_state_dict(model).items()}
     transposed = any(not isinstance(layer.base_layer, nn.Linear) for layer in layers.values())
@@ -102,7 +102,6 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     # Only one key: safetensors writes several in random order, and equal adapters should give equal files.
     metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
     description = describe_adapter(config, list(layers), base_model, transposed)
-    adapter = active_adapter(model)
     trained = {} if adapter is None else adapter.trained
     description["modules_to_save"] = sorted(saved_modules(model, config, trained)) or None
     if len(set(map(id, trained.values()))) < len(trained):  # one tensor is both embedding and head
@@ -190,7 +189,7 @@ class SavedAdapter:
         directory: where it was read from.
         base_shift: layer -> (A', B'), subtracted from its base's weights; empty for an ordinary base.
         base_weights: parameter name -> the base's own value, which PEFT saves with an adapted head.
-        rows: parameter name -> (token ids, (n, D) the values of these rows), PEFT's trainable_token_indices.
+        rows: name of an embedding's weight -> its change: PEFT's trainable_token_indices, or LoRA on it.
     """
 
     config: LoRAConfig
@@ -305,7 +304,7 @@ class SavedAdapter:
         if name in self.state:
             return self.state[name].float()
         if name in self.rows:
-            weight = replace_rows(weight, *self.rows[name])
+            weight = self.rows[name].apply(weight)
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or f"{layer}.lora_A.weight" not in self.state:
             return weight
@@ -394,7 +393,7 @@ def _read_tensors(file: Path, config: LoRAConfig, indices: Any = None) -> Stored
     Args:
         indices: trainable_token_indices of the adapter.
     """
-    found = sort_stored(file, read_tensors(file, "save the adapter again"), indices)
+    found = sort_stored(file, read_tensors(file, "save the adapter again"), config, indices)
     stored = found.plain
     state = {own_key(key): tensor for key, tensor in stored.items()}
     if len(state) < len(stored):
@@ -409,7 +408,8 @@ def _read_tensors(file: Path, config: LoRAConfig, indices: Any = None) -> Stored
             f"{file} holds {show_value(unannounced[0])} among {len(state)} tensors, which {CONFIG} does not "
             "announce by its variant, bias or modules_to_save; save the adapter again."
         )
-    for key, tensor in (*state.items(), *((name, rows) for name, (_, rows) in found.rows.items())):
+    changes = [(name, tensor) for name, change in found.rows.items() for tensor in change.tensors]
+    for key, tensor in (*state.items(), *changes):
         if tensor.dtype not in DTYPES:
             dtype = str(tensor.dtype).removeprefix("torch.")
             raise InputError(f"{file} holds {key} in {dtype}; save it in float32, bfloat16 or float16.")

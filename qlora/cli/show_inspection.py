@@ -47,6 +47,7 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         "modules": _listed(list(dict.fromkeys(u.module for u in found.updates))),
         **({"without tensors": _gaps(found.gaps)} if found.gaps else {}),
         "trained whole": _listed(list(adapter.trained)),
+        **({"embeddings": _listed([f"{c} of {n}" for n, c in adapter.rows.items()])} if adapter.rows else {}),
         "parameters": f"{num_parameters:,}",
         "file": f"{size:,} bytes, {_counted(dtypes, 'tensors')}",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from qlora.config.settings import ABOVE_ZERO, Count, Settings, at_least
+from qlora.config.settings import ABOVE_ZERO, Settings, at_least
 
 
 @dataclass
@@ -16,8 +16,8 @@ class OptimizerConfig(Settings):
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up: down to zero as a cosine or a line, or constant."""
-    warmup_steps: Count = 10
-    """Optimizer steps over which the learning rate rises from zero."""
+    warmup_steps: Annotated[int | None, at_least(0)] = None
+    """Optimizer steps over which the learning rate rises from zero; default: 10, or a tenth of a shorter run."""
     weight_decay: Annotated[float, at_least(0)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, at_least(0, infinite=True)] = 1.0

@@ -7,10 +7,14 @@ from typing import Any
 
 from qlora.data.keys import (
     EMPTY,
+    KNOWN,
     PART_KEYS,
     ROLES,
+    SYSTEM,
+    TOOLS,
     TURN,
     TURN_KEYS,
+    TURN_REFUSED,
     TURNS,
     Note,
     check_turn_keys,
@@ -22,7 +26,7 @@ from qlora.data.keys import (
 )  # fmt: skip
 from qlora.data.rows import BadRow, Record
 from qlora.data.tool_calls import read_tool_calls, read_tools
-from qlora.system.wording import describe, quote
+from qlora.system.wording import describe, quote, shorten
 
 # Limit for a line of JSONL in bytes, and for a text in characters. A million characters take about a second to
 # tokenize, only to be cut at --max-length tokens; and an endless line is often not JSONL at all.
@@ -66,13 +70,13 @@ def to_messages(record: Record, note: Note = ignore) -> list[dict[str, Any]]:
     if "history" in optional and not is_empty(fields.get("history")):
         start = 1 if turns[0]["role"] == "system" else 0
         turns[start:start] = _read_history(fields["history"], origin)
-    system = _read_system(fields, origin)
+    system = _read_system(fields, origin, note)
     if system and turns and turns[0]["role"] == "system":
         if turns[0]["content"] != system[0]["content"]:
             raise BadRow(origin, "the system column and the first message disagree; keep one of them.")
         system = []
     turns = system + turns
-    tools = [] if "tools" not in used or is_empty(fields["tools"]) else read_tools(fields["tools"], origin)
+    tools = read_tools(pick({name: fields[name] for name in used}, TOOLS, "the row", origin), origin)
     first = [{"role": "tools", "content": "", "tools": tools}] if tools else []
     kept = _check_order(turns, origin)
     if len(kept) < len(turns):
@@ -82,9 +86,11 @@ def to_messages(record: Record, note: Note = ignore) -> list[dict[str, Any]]:
     return first + kept
 
 
-def _read_system(fields: dict[str, Any], origin: str) -> list[dict[str, Any]]:
+def _read_system(fields: dict[str, Any], origin: str, note: Note) -> list[dict[str, Any]]:
     """The system message of a column of its own, if it is filled in."""
-    text = pick(fields, ("system", "system_prompt"), "the row", origin)
+    text = pick(fields, SYSTEM, "the row", origin)
+    text = text["parts"] if isinstance(text, dict) and "parts" in text else text
+    text = _text_of(text, "system", origin, note)
     return [] if is_empty(text) else [{"role": "system", "content": _check_text(text, "system", origin)}]
 
 
@@ -153,7 +159,8 @@ def _labels_of_masks(fields: dict[str, Any], ids: list[int], origin: str) -> lis
 
 def _check_text(value: Any, name: str, origin: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(origin, f"{name} is {describe(value)}, not text; fill it in or remove the record.")
+        remedy = "fill it in or remove the record" if value is None else "write it as text"
+        raise BadRow(origin, f"{name} is {describe(value)}, not text; {remedy}.")
     if len(value) > MAX_TEXT:
         size = f"{name} has {len(value):,} characters, more than {MAX_TEXT:,}"
         raise BadRow(origin, f"{size}, and begins {quote(value[:40])}; split it into several records.")
@@ -180,15 +187,17 @@ def _read_turns(value: Any, column: str, origin: str, note: Note) -> list[dict[s
         if not isinstance(turn, dict):
             raise BadRow(origin, f"{name} is {describe(turn)}; write a list of {wanted}.")
         role = pick(turn, TURN["role"], name, origin)
+        role = role.lower() if isinstance(role, str) and role not in ROLES else role
         if not isinstance(role, str) or role not in ROLES:
-            raise BadRow(origin, f"{name} has the role {quote(role)}; use {', '.join(ROLES)}.")
+            keys = f" (it has {shorten(', '.join(map(quote, turn)), 100)})" if role is None else ""
+            raise BadRow(origin, f"{name} has the role {quote(role)}{keys}; use {', '.join(ROLES)}.")
         check_turn_keys(turn, name, origin, note)
-        results = _results_of(turn, name, origin)
+        results = _results_of(turn, name, origin, note)
         turns += results or [_read_turn(turn, role, name, origin, note)]
     return turns
 
 
-def _results_of(turn: dict[str, Any], name: str, origin: str) -> list[dict[str, Any]]:
+def _results_of(turn: dict[str, Any], name: str, origin: str, note: Note) -> list[dict[str, Any]]:
     """The tool turns of a turn that holds Anthropic's tool_result parts; empty for any other."""
     content = turn.get("content")
     if not isinstance(content, list):
@@ -198,8 +207,14 @@ def _results_of(turn: dict[str, Any], name: str, origin: str) -> list[dict[str, 
         raise BadRow(
             origin, f"{name} holds tool_result parts and others; write the others as a message of their own."
         )
+    for part in parts:
+        for key in (key for key in part if key not in ("type", "tool_use_id", "content")):
+            note(PART_KEYS, key)
     return [
-        {"role": "tool", "content": _read_content(part.get("content", ""), name, origin, ignore)[0]}
+        {
+            "role": "tool",
+            "content": _check_text(_text_of(part.get("content", ""), name, origin, note), name, origin),
+        }
         | ({"tool_call_id": part["tool_use_id"]} if isinstance(part.get("tool_use_id"), str) else {})
         for part in parts
     ]
@@ -217,6 +232,9 @@ def _read_turn(turn: dict[str, Any], said_role: str, name: str, origin: str, not
             raise BadRow(origin, f"{name} has tool_calls, but is from the {role}; only the assistant calls tools.")
         read["tool_calls"] = read_tool_calls(calls, name, origin)
         content = "" if content is None else content
+    if content is None and (others := [key for key in turn if key not in KNOWN and not is_empty(turn[key])]):
+        has = shorten(", ".join(map(quote, others)), 100)
+        raise BadRow(origin, f"{name} has no content, but {has}; rename its text to content.")
     read["content"] = _check_text(content, f"the content of {name}", origin)
     thought = pick(turn, TURN["thought"], name, origin) or thought
     if thought and role == "assistant":
@@ -235,19 +253,21 @@ def _read_content(value: Any, name: str, origin: str, note: Note) -> tuple[Any, 
         return value, "", []
     texts, thoughts, calls = list[str](), list[str](), list[Any]()
     for part in value:
-        kind = part.get("type") if isinstance(part, dict) else "text"
+        kind = _kind_of(part) if isinstance(part, dict) else "text"
         known = {"text": "text", "thinking": "thinking", "tool_use": "id name input"}.get(str(kind))
         if known is None:
             raise BadRow(
                 origin,
                 f"{name} holds a part of the type {quote(kind)}; this project trains on text alone: write parts "
-                "of the type text, or remove the row.",
+                "of the types text, thinking, tool_use and tool_result, or remove the row.",
             )
         if not isinstance(part, dict):
             texts.append(_check_text(part, f"a part of {name}", origin))
             continue
         for key, item in part.items():
             if key not in ("type", *known.split()) and not is_empty(item):
+                if key in TURN_REFUSED:
+                    raise BadRow(origin, f"a part of {name} has {quote(key)}, which {TURN_REFUSED[key]}.")
                 note(PART_KEYS, key)
         if kind == "tool_use":
             calls.append(part)
@@ -255,6 +275,19 @@ def _read_content(value: Any, name: str, origin: str, note: Note) -> tuple[Any, 
             text = _check_text(part.get(known), f"the {known} of a part of {name}", origin)
             (texts if kind == "text" else thoughts).append(text)
     return None if calls and not texts else "".join(texts), "\n\n".join(thoughts), calls
+
+
+def _text_of(value: Any, name: str, origin: str, note: Note) -> Any:
+    """A text, or that of a list of parts, in a place where only an answer could have thoughts and calls."""
+    content, thought, calls = _read_content(value, name, origin, note)
+    if thought or calls:
+        raise BadRow(origin, f"{name} holds a thought or a call, but is no answer; remove it.")
+    return content
+
+
+def _kind_of(part: dict[str, Any]) -> Any:
+    """The type of a part; of one without, as in Bedrock's rows, the key that says what it holds."""
+    return part.get("type") or ("text" if "text" in part else next(iter(part), None))
 
 
 def _is_trained(turn: dict[str, Any], role: str, name: str, origin: str) -> bool:

@@ -7,6 +7,7 @@ value that is null or empty counts as absent.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,7 +21,9 @@ COLUMNS, TURN_KEYS, PART_KEYS = "columns not used", "keys of turns not used", "k
 EQUAL = "pairs dropped, whose answers are equal"
 TURNS, EMPTY, NOT_PRINTED = "turns not used", "nothing to learn in", "not printed by the chat template"
 
-_CHAT = ("system", "system_prompt", "tools")
+TOOLS = ("tools", "functions")  # OpenAI's, and its older name
+SYSTEM = ("system", "system_prompt", "systemInstruction", "system_instruction")  # the last two are Gemini's
+_CHAT = (*SYSTEM, *TOOLS)
 _SINGLE = (*_CHAT, "history")
 # (format, columns, optional columns); the first whose columns are all present wins.
 SHAPES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
@@ -34,6 +37,7 @@ SHAPES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("question_answer", ("question", "response"), _SINGLE),
     ("text", ("text",), ()),
     ("tokenized", ("input_ids",), ("labels", "attention_mask", "completion_mask", "assistant_masks")),
+    ("gemini", ("contents",), _CHAT),
 )
 # Of pairs, the answer is in two columns; of labelled answers (KTO), one more column says whether it is good.
 _PAIR = ("chosen", "rejected")
@@ -57,10 +61,7 @@ LABEL_SHAPES = tuple(
 )
 SHAPES_OF = {"answers": SHAPES, "pairs": PAIR_SHAPES, "labels": LABEL_SHAPES}
 _MEDIA = "is not text, and this project trains on text alone; remove the column, or the rows that need it"
-_PREFERENCE = (
-    "belongs to a preference pair; pass --objective dpo to learn from pairs, or --columns "
-    "prompt=prompt,completion=chosen to train on the chosen answers alone"
-)
+_PREFERENCE = "belongs to a preference pair; pass --objective dpo to learn from pairs, or pass --columns "
 _PACKED = "marks several examples packed into one row; write one example per row (this project packs them itself)"
 REFUSED = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA)
 REFUSED |= dict.fromkeys(("chosen", "rejected"), _PREFERENCE)
@@ -68,16 +69,17 @@ REFUSED |= dict.fromkeys(LABELS, "")  # if true or false: see _refusal
 REFUSED |= dict.fromkeys(("seq_lengths", "position_ids"), _PACKED)
 REFUSED["chat_template_kwargs"] = "would change the chat template row by row; pass --chat-template FILE instead"
 _OF_TOKENS = ("seq_lengths", "position_ids")
-_ASKING = ("prompt", "question", "query", "input", "instruction", "user", "human", "problem")
-_ANSWERING = ("completion", "response", "answer", "output", "assistant", "gpt", "solution", "target")
+_ASKING = "prompt question query input inputs input_text instruction user human problem".split()
+_ANSWERING = "completion response answer output outputs output_text assistant gpt solution target targets".split()
 
+# Upper and lower case count as equal.
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant"}
-ROLES |= {"gpt": "assistant", "model": "assistant", "function_call": "assistant"}
+ROLES |= {"gpt": "assistant", "model": "assistant", "chatbot": "assistant", "function_call": "assistant"}
 ROLES |= dict.fromkeys(("tool", "function", "observation", "ipython"), "tool")
 # Meaning -> the names of a turn's keys.
 TURN = {
     "role": ("role", "from"),
-    "content": ("content", "value"),
+    "content": ("content", "value", "parts"),
     "thought": ("reasoning_content", "reasoning", "thinking", "thought"),
     "calls": ("tool_calls", "function_call"),
     "trained": ("weight", "train", "training"),
@@ -86,7 +88,7 @@ TURN = {
 }
 TURN_REFUSED = {"train_detail": "selects parts of an answer to train; use whole turns, by weight 0 or 1"}
 TURN_REFUSED |= dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA)
-_KNOWN = frozenset(name for names in TURN.values() for name in names)
+KNOWN = frozenset(name for names in TURN.values() for name in names)
 
 
 def ignore(what: str, name: str) -> None:
@@ -95,7 +97,7 @@ def ignore(what: str, name: str) -> None:
 
 def count_notes(notes: Notes, found: Iterable[tuple[str, str]]) -> None:
     """Add what was noted about one row."""
-    for what, name in found:
+    for what, name in sorted(found):
         names = notes.setdefault(what, {})
         if name in names or len(names) < MAX_NAMES:
             names[name] = names.get(name, 0) + 1
@@ -127,12 +129,12 @@ def match_shape(
         raise BadRow(origin, _explain_kind(fields, filled, kind))
     for name in ("rejected", "chosen"):
         if name in filled:
-            raise BadRow(origin, f"the column {quote(name)} {_PREFERENCE}.")
+            raise BadRow(origin, f"the column {quote(name)} {_PREFERENCE}{_of_chosen(fields)}.")
     known = "; ".join(" + ".join(columns) for _, columns, _ in SHAPES)
-    names = shorten(", ".join(sorted(map(quote, fields))), 200)
+    names = shorten(", ".join(sorted(map(quote, fields))), 160)
     first, last = "", ", or name yours with --columns (as prompt=YOURS,completion=YOURS)"
     if likely := _likely(fields):
-        first, last = f"pass --columns prompt={likely[0]},completion={likely[1]}, or ", ""
+        first, last = f"pass --columns {likely}, or ", ""
     raise BadRow(origin, f"unknown columns [{names}]; {first}rename them to one of: {known}{last}.")
 
 
@@ -148,10 +150,29 @@ def _explain_kind(fields: dict[str, Any], filled: set[str], kind: str) -> str:
     return f"{wanted}, but the columns are [{names}]; rename them with --columns, or pass --objective {other}."
 
 
-def _likely(fields: dict[str, Any]) -> list[str]:
-    """The one column that looks like a question and the one like an answer, else []."""
+def _likely(fields: dict[str, Any]) -> str:
+    """--columns for the one column of turns, or for the one question and the one answer; "" without them."""
     found = [[name for name in fields if name.strip().lower() in likely] for likely in (_ASKING, _ANSWERING)]
-    return [names[0] for names in found] if all(len(names) == 1 for names in found) else []
+    turns = [name for name, value in fields.items() if re.fullmatch(r"[\w.-]+", name) and _are_turns(value)]
+    if len(turns) == 1 and not found[1]:
+        return f"messages={turns[0]}"
+    return "prompt={},completion={}".format(*(n[0] for n in found)) if all(len(n) == 1 for n in found) else ""
+
+
+def _are_turns(value: Any) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(isinstance(first.get(key), str) for key in TURN["role"])
+
+
+def _of_chosen(fields: dict[str, Any]) -> str:
+    """--columns that train on the wanted answers of preference pairs."""
+    chosen: Any = fields.get("chosen")
+    if match := next((name for name in ("messages", "conversations") if fields.get(name)), None):
+        return f"{match}={match} to train on that column"
+    if _are_turns(chosen) and {chosen[0].get(key) for key in TURN["role"]} & {"system", "user", "human"}:
+        return "messages=chosen to train on the chosen ones"
+    wanted = "prompt=prompt,completion=chosen" if fields.get("prompt") else "text=chosen"
+    return f"{wanted} to train on the chosen ones"
 
 
 def used_columns(record: Record, note: Note, kind: str = "answers") -> set[str]:
@@ -159,13 +180,13 @@ def used_columns(record: Record, note: Note, kind: str = "answers") -> set[str]:
     used = set()
     name, columns, optional = match_shape(record.fields, record.origin, kind)
     for column, value in record.fields.items():
-        is_odd = column == "tools" and len(columns) > 1 and not _may_be_tools(value)
+        is_odd = column in TOOLS and len(columns) > 1 and not _may_be_tools(value)
         if column in columns or (column in optional and not is_odd):
             used.add(column)
             continue
         if is_empty(value):
             continue
-        if column in REFUSED and (reason := _refusal(name, column, value)):
+        if column in REFUSED and (reason := _refusal(name, column, record.fields)):
             raise BadRow(record.origin, f"the column {quote(column)} {reason}.")
         note(COLUMNS, column)
     for what, column in record.notes:
@@ -181,15 +202,17 @@ def _may_be_tools(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
-def _refusal(shape: str, column: str, value: Any) -> str | None:
+def _refusal(shape: str, column: str, fields: dict[str, Any]) -> str | None:
     """Why a column of REFUSED cannot be left out of a record of this shape; None if it can."""
+    value = fields[column]
     if column in LABELS:
         wanted = "says whether the answer is wanted, and --objective sft would train unwanted ones as well"
         remedy = "pass --objective kto, or keep the rows where it is true and remove the column"
         is_free = shape in ("text", "tokenized", "pair", "labelled")
         return None if is_free or not isinstance(value, bool) else f"{wanted}; {remedy}"
-    if shape == "labelled" and column in _PAIR:
-        return "belongs to a pair; pass --objective dpo, or remove the column"
+    if column in _PAIR:
+        of_pair = "belongs to a pair; pass --objective dpo, or remove the column"
+        return of_pair if shape == "labelled" else _PREFERENCE + _of_chosen(fields)
     if (column in _OF_TOKENS) != (shape == "tokenized") or (column == "position_ids" and _is_one_run(value)):
         return None
     return REFUSED[column]
@@ -216,7 +239,7 @@ def pick(fields: dict[str, Any], names: Sequence[str], where: str, origin: str) 
 def check_turn_keys(turn: dict[str, Any], where: str, origin: str, note: Note) -> None:
     """Note the keys of a turn that have no meaning here; BadRow for one of TURN_REFUSED."""
     for key, value in turn.items():
-        if key in _KNOWN or is_empty(value):
+        if key in KNOWN or is_empty(value):
             continue
         if key in TURN_REFUSED:
             raise BadRow(origin, f"{where} has {quote(key)}, which {TURN_REFUSED[key]}.")

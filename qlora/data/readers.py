@@ -334,7 +334,14 @@ def _load_hub(name: str, split: str) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split)
+        if datasets.load_dataset_builder(name).name != "csv":
+            return datasets.load_dataset(name, split=split)
+        # As a local file: pandas would read NA and None as null, and 007 as a number.
+        found = datasets.load_dataset(name, split=split, na_filter=False)
+        if {getattr(kind, "dtype", None) for kind in found.features.values()} <= {"string", "large_string"}:
+            return found
+        texts = datasets.Features(dict.fromkeys(found.features, datasets.Value("string")))
+        return datasets.load_dataset(name, split=split, na_filter=False, features=texts)
     except (datasets.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
         raise InputError(

@@ -120,7 +120,23 @@ def without_nulls(value: Any) -> Any:
 
 def arrow_record(fields: dict[str, Any], origin: str, notes: tuple[tuple[str, str], ...] = ()) -> Record:
     """A row of Arrow, as a file of JSON would give it; its columns stay, since a null one is named in errors."""
-    return Record({name: without_nulls(value) for name, value in fields.items()}, origin, notes)
+    read = {name: without_nulls(value) for name, value in fields.items()}
+    whole = tuple((WHOLE, name) for name, value in read.items() if _has_whole_float({name: value}, False))
+    return Record(read, origin, notes + whole)
+
+
+WHOLE = "whole numbers of calls and tools that Arrow holds as fractions (1 as 1.0)"
+# Keys whose values are JSON, as an object or as text.
+JSON_KEYS = ("tools", "tool_calls", "function_call", "arguments", "parameters", "args", "input", "properties")
+
+
+def _has_whole_float(value: Any, is_json: bool) -> bool:
+    """Whether calls or tools in a value hold a float such as 1.0; a text column of their name does not count."""
+    if isinstance(value, dict):
+        return any(_has_whole_float(item, is_json or key in JSON_KEYS) for key, item in value.items())
+    if isinstance(value, list):
+        return any(_has_whole_float(item, is_json) for item in value)
+    return is_json and isinstance(value, float) and value.is_integer()
 
 
 MIXED = "columns of mixed kinds, whose texts the library datasets reads as JSON (quotes and numbers may be lost)"
@@ -133,17 +149,18 @@ def find_mixed(features: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """
     found = set[str]()
 
-    def search(column: str, feature: Any, is_text: bool) -> None:
+    def search(column: str, feature: Any, is_text: bool, is_turns: bool) -> None:
         if type(feature).__name__ == "Json" and is_text:
             found.add(column)
         elif isinstance(feature, Mapping):
             for key, item in feature.items():
-                search(column, item, key in ("content", "value"))
+                search(column, item, key not in JSON_KEYS, False)
         elif hasattr(feature, "feature") or isinstance(feature, list):
-            search(column, feature[0] if isinstance(feature, list) else feature.feature, False)
+            inner = feature[0] if isinstance(feature, list) else feature.feature
+            search(column, inner, is_text and not is_turns, False)
 
     for column, feature in features.items():
-        search(column, feature, column != "tools")
+        search(column, feature, column != "tools", True)
     return tuple((MIXED, column) for column in sorted(found))
 
 

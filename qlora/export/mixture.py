@@ -67,9 +67,7 @@ class Mixture:
                 for layer in saved.adapted_layers[:1]:
                     saved.low_rank(layer)
             if saved.rows:
-                raise InputError(
-                    f"{saved.directory} has trained rows of an embedding; merge it alone, with weight 1."
-                )
+                raise InputError(f"{saved.directory} changes rows of an embedding; merge it alone, with weight 1.")
             if read_tokenizer_files(saved.directory):
                 raise InputError(f"{saved.directory} has its own tokenizer; merge it alone, with weight 1.")
 
@@ -144,7 +142,8 @@ def untied_head(mixture: Mixture, network: Any) -> frozenset[str]:
         return frozenset()
     embedding, head = vocabulary_names(network)
     for saved in mixture.adapters:
-        if head.removesuffix(".weight") in saved.adapted_layers:
+        changes = [saved.rows[name] for name in (embedding, head) if name in saved.rows]
+        if head.removesuffix(".weight") in saved.adapted_layers or not all(c.is_tied for c in changes):
             return frozenset([head])
         one, other = saved.trained.get(embedding), saved.trained.get(head)
         if (one is None) != (other is None) or (

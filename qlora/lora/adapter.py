@@ -49,8 +49,9 @@ def create_adapter(
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if config.adapter_dtype == "bfloat16" else torch.float32
     weights, variant = {}, variant_of(config)
-    targets = resolve_targets(model, config.target_modules)
-    layers = match_targets(model, targets, config.layers or None, config.exclude_modules)
+    targets, layers = resolve_targets(model, config.target_modules), {}
+    if trained is None or targets:  # a saved one may change embeddings alone
+        layers = match_targets(model, targets, config.layers or None, config.exclude_modules)
     if targets != config.target_modules:
         config = replace(config, target_modules=targets)
     _check_layers(model, layers, config)

@@ -72,7 +72,7 @@ from qlora.training.run_directory import RunDirectory
 from qlora.training.run_facts import gather_facts
 from qlora.training.samples import AnswerScore, Sampler, Samples
 from qlora.training.saver import CheckpointWriter, Saver, TrainedState
-from qlora.training.schedule import build_schedule
+from qlora.training.schedule import build_schedule, choose_warmup
 from qlora.training.trackers import Trackers, start_accelerator, start_trackers
 
 MANY_ROWS = 1000  # their answers are not all empty
@@ -217,11 +217,12 @@ class TrainingRun:
 
     def add_adapter(self) -> None:
         """Make LoRA, memory plan and optimizer, or restore them from a resumed run's checkpoint."""
-        config, t, lora = self.config, self.config.loop, self.config.lora
+        config, t, lora, o = self.config, self.config.loop, self.config.lora, self.config.optimizer
         if config.generate.adapter is not None:
             lora = load_adapter(self.model, config.generate.adapter, self._base, self.say)
             lora = replace(lora, lora_plus_ratio=config.lora.lora_plus_ratio)
-            own = f"rank {lora.rank}, alpha {lora.alpha:g}, {to_text(lora.target_modules)}"
+            own = f"rank {lora.rank}, alpha {lora.alpha:g}, {to_text(lora.target_modules) or 'no layers'}"
+            own += f", whole {to_text(lora.modules_to_save)}" if lora.modules_to_save else ""
             self.say(f"continuing adapter {config.generate.adapter}: {own}")
         else:
             inject_lora(self.model, lora, t.seed, self.tokenizer, self.say)
@@ -232,11 +233,14 @@ class TrainingRun:
         if self.preferences is not None and self.preferences.reference is not None:
             wrap_layers(self.model, self.preferences.reference.layers)
         self.say(parameter_summary(self.model))
-        optim = choose_optimizer(config.optimizer.optim, self.accelerator.device, self.say)
+        optim = choose_optimizer(o.optim, self.accelerator.device, self.say)
         self.plan = self._plan_memory(optim)
         window = t.batch_size * t.grad_accum * self.ranks.data_size
         steps_per_epoch = WindowOrder(self.examples.sources, window, t.seed).steps_per_epoch
         self.total_steps = t.max_steps or t.epochs * steps_per_epoch
+        warmup = choose_warmup(o.warmup_steps, self.directory.kept("warmup_steps"), self.total_steps)
+        config = self.config = replace(config, optimizer=replace(o, warmup_steps=warmup))
+        self.directory.settings["train"]["warmup_steps"] = warmup  # as run.json shows it
         self.settings = run_settings(
             self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
@@ -256,10 +260,10 @@ class TrainingRun:
             self.examples, t.batch_size, t.grad_accum, self.config.row_tokens, d.packing, t.seed, self.held_out,
             self.preferences,
         )  # fmt: skip
-        skipped = self.directory.path / "skipped"
+        skipped, warmup = self.directory.path / "skipped", o.warmup_steps or 0
         self.trainer = Trainer(
             self.model, self.optimizer,
-            build_schedule(o.schedule, o.learning_rate, o.warmup_steps, self.total_steps), data, self.accelerator,
+            build_schedule(o.schedule, o.learning_rate, warmup, self.total_steps), data, self.accelerator,
             Limits(self.total_steps, o.max_grad_norm, t.max_skipped, skipped), observers, self.say,
         )  # fmt: skip
         self.trainer.fit(self.progress)
@@ -274,7 +278,7 @@ class TrainingRun:
             losses = [line["loss"] for line in whole_lines(path / "metrics.jsonl") if line.get("loss") is not None]
             counts = [example.num_targets for example in self.examples] if len(self.examples) < MANY_ROWS else []
             warmup = self.config.optimizer.warmup_steps
-            for doubt in doubts(losses, counts, self.model.config.get_text_config().vocab_size, warmup):
+            for doubt in doubts(losses, counts, self.model.config.get_text_config().vocab_size, warmup or 0):
                 self.say(doubt)
             missing = self.directory.missing_files()
             if missing:

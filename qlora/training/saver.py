@@ -106,7 +106,8 @@ class TrainedState:
     @property
     def is_untouched(self) -> bool:
         """Whether every adapter's B is still zero."""
-        return not any(layer.weights.lora_B.any() for layer in lora_layers(self.model).values())
+        layers = lora_layers(self.model).values()
+        return bool(layers) and not any(layer.weights.lora_B.any() for layer in layers)
 
     def copy(self) -> tuple[AdapterSnapshot, dict[str, Tensor]]:
         """(the adapter, the optimizer's tensors), in main memory."""

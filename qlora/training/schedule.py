@@ -5,6 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+WARMUP_STEPS = 10  # by default, in a run of 100 steps or more
+
+
+def choose_warmup(asked: int | None, kept: int | None, total_steps: int) -> int:
+    """Steps of the warm-up: as asked, else those of the run that is resumed, else at most a tenth of all steps."""
+    chosen = kept if asked is None else asked
+    return min(WARMUP_STEPS, total_steps // 10) if chosen is None else chosen
+
 
 def build_schedule(name: str, peak: float, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
     """Learning rate as a function of the optimizer step (counted from 0).

@@ -22,10 +22,12 @@ from qlora.export.merge import merge_adapter
 from qlora.lora.adapter import active_adapter
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG, WEIGHTS
+from qlora.training.run import TrainingRun
 from tests.lora.test_full_parameters import FP32_TOLERANCE, IDS, NUM_TOKENS, adapted, base, dense_twin, logits
 from tests.models import save_tiny_llama
 from tests.reference import relative_error
 from tests.tiny import tiny_tokenizer
+from tests.training.test_run import config_of
 
 KINDS = pytest.mark.parametrize("kind", ["untied", "tied"])
 
@@ -108,6 +110,9 @@ def test_trained_rows(bases: dict[str, Path], tmp_path: Path, kind: str, how: st
     assert relative_error(logits(merged), logits(theirs)) < 2e-2  # weights rounded to bf16
 
 
+LORA = "base_model.model.model.embed_tokens.lora_embedding_"
+
+
 def edit(directory: Path, change: Any) -> None:
     """Change the tensors (in place) and the settings (returned) of an adapter."""
     state, described = load_file(directory / WEIGHTS), json.loads((directory / CONFIG).read_text())
@@ -127,8 +132,8 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "text": (lambda s: {"trainable_token_indices": ["a", 1, 2]}, "trainable_token_indices is"),
     "no rows": (lambda s: s.pop(ROWS) is None or {}, "holds no rows for its trainable_token_indices"),
     "beyond": (lambda s: {"trainable_token_indices": [1, 2, 999]}, "has 269 rows, but token 999 was trained"),
-    "wide": (lambda s: s.update({ROWS: torch.ones(3, 8)}), r"are \(3, 8\), but this base has \(269, 64\)"),
-    "nan": (lambda s: s.update({ROWS: torch.full((3, 64), torch.nan)}), "hold NaN or infinity"),
+    "wide": (lambda s: s.update({ROWS: torch.ones(3, 8)}), r"3 rows of .* are 8 wide, but this base has"),
+    "nan": (lambda s: s.update({ROWS: torch.full((3, 64), torch.nan)}), "the 3 rows of .* hold NaN or infinity"),
 }
 
 
@@ -156,10 +161,84 @@ def test_norm_means_every_name_that_ends_so(bases: dict[str, Path], tmp_path: Pa
         load_adapter(base(bases["untied"]), tmp_path)
 
 
-def test_lora_on_an_embedding_is_refused_by_name(bases: dict[str, Path], tmp_path: Path) -> None:
-    train_with_peft(dense_twin(base(bases["untied"])), tmp_path, target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(InputError, match=r"LoRA on the embedding '?model\.embed_tokens'?, which this version"):
-        read_adapter(tmp_path)
+@KINDS
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_lora_on_an_embedding(
+    bases: dict[str, Path], tmp_path: Path, kind: str, targets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Loaded, saved again, merged and inspected as PEFT computes it, with a tied head as in the base."""
+    from transformers import AutoModelForCausalLM
+
+    from qlora.cli.commands.inspect import main
+
+    model, path = base(bases[kind], use_4bit=False), tmp_path / "adapter"
+    patterns: dict[str, Any] = {"rank_pattern": {"embed_tokens": 3}, "alpha_pattern": {"embed_tokens": 9}}
+    theirs = train_with_peft(dense_twin(model), path, target_modules=targets, use_rslora=True, **patterns)
+    plain, expected = logits(model), logits(theirs)
+    assert relative_error(plain, expected) > 0.1
+    load_adapter(model, path)
+    assert relative_error(logits(model), expected) < FP32_TOLERANCE
+    adapter = active_adapter(model)
+    assert adapter is not None
+    assert adapter.config.target_modules == [target for target in targets if target != "embed_tokens"]
+    save_adapter(model, tmp_path / "again", adapter.config)
+    again = base(bases[kind], use_4bit=False)
+    load_adapter(again, tmp_path / "again")
+    assert torch.equal(logits(again), logits(model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = peft.PeftModel.from_pretrained(dense_twin(base(bases[kind], use_4bit=False)), tmp_path / "again")
+    assert relative_error(logits(twin.eval()), expected) < FP32_TOLERANCE
+    merge_adapter(str(bases[kind]), str(path), str(tmp_path / "merged"), MergeOptions(drift=False))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not merged.config.tie_word_embeddings
+    assert relative_error(logits(merged), expected) < 2e-2  # weights rounded to bf16
+    main([str(path)])
+    assert "LoRA of rank 3 of model.embed_tokens.weight" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["embed_tokens"]])
+def test_training_goes_on_from_lora_on_an_embedding(
+    bases: dict[str, Path], tmp_path: Path, targets: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the whole embedding, which the run says."""
+    train_with_peft(dense_twin(base(bases["tied"])), tmp_path / "old", target_modules=targets)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    job = f"--model {bases['tied']} --data {tmp_path / 'data.jsonl'} --compute-dtype float32 --num-samples 0"
+    config = config_of(job.split(), tmp_path / "out", "--adapter", str(tmp_path / "old"), "--max-steps", "1")
+    with TrainingRun.from_config(config) as run:
+        run.train()
+    assert "whole model.embed_tokens" in " ".join(capsys.readouterr().out.split())
+    old, new = (read_adapter(tmp_path / name) for name in ("old", "out"))
+    assert old.adapted_layers == new.adapted_layers and list(new.trained) == ["model.embed_tokens.weight"]
+
+
+BAD_EMBEDDINGS: dict[str, tuple[Any, str]] = {
+    "half": (lambda s: s.pop(f"{LORA}A") is None, r"embed_tokens'? with A and B of shape none, \(64, 2\)"),
+    "other half": (lambda s: s.pop(f"{LORA}B") is None, r"with A and B of shape \(2, 269\), none"),
+    "rank": (lambda s: {"r": 4}, "LoRA of rank 4 on the embedding"),
+    "gone": (
+        lambda s: [s.pop(f"{LORA}{part}") for part in "AB"] and {},
+        "model.embed_tokens has no tensors, but adapter_config.json announces it",
+    ),
+    "vocabulary": (lambda s: s.update({f"{LORA}A": torch.ones(2, 9)}), "has 269 rows, but the LoRA on it has 9"),
+    "wide": (lambda s: s.update({f"{LORA}B": torch.ones(8, 2)}), "are 8 wide, but this base has"),
+    "nan": (lambda s: s.update({f"{LORA}B": torch.full((64, 2), torch.nan)}), "hold NaN or infinity"),
+    "DoRA": (
+        lambda s: s.update({LORA.replace("embedding_", "magnitude_vector"): torch.ones(64)}) or {"use_dora": True},
+        "holds DoRA on the embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EMBEDDINGS)
+def test_lora_on_an_embedding_that_does_not_fit(bases: dict[str, Path], tmp_path: Path, name: str) -> None:
+    model = base(bases["untied"])
+    train_with_peft(dense_twin(model), tmp_path, target_modules=["q_proj", "embed_tokens"])
+    change, message = BAD_EMBEDDINGS[name]
+    edit(tmp_path, change)
+    with pytest.raises(InputError, match=message):
+        load_adapter(model, tmp_path)
 
 
 def test_lora_on_experts_parameters_is_refused_by_name(tmp_path: Path) -> None:

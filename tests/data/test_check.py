@@ -123,7 +123,7 @@ def test_the_print_shows_numbers_places_and_no_control_characters(tmp_path: Path
     assert f"{path}: 30 rows (5 prompt_completion)\n" in text
     assert "16 to 31     5  ########################################\n" in text
     assert "5 of 30 records kept" in text and "are masked" in text and r"Q\x1b[31m0<|im_end|>" in text
-    assert f"  {path}:6: completion is 0 (int), not text; fill it in or remove the record.\n" in text
+    assert f"  {path}:6: completion is 0 (int), not text; write it as text.\n" in text
     assert f"{path}:25: " in text and f"{path}:26: " not in text and "  and 5 more\n" in text
     places = ", ".join(f"{path}:{n}" for n in (1, 2, 3))
     assert f"     5  control characters, or U+FFFD in place of a lost character: {places}, and 2 more\n" in text

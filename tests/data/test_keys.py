@@ -21,11 +21,11 @@ from qlora.data.check import check_data
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_prompt, encode_records
 from qlora.data.example import IGNORE_INDEX, EncodeReport, Example
-from qlora.data.keys import EMPTY, NOT_PRINTED, PART_KEYS, TURNS, describe_notes
+from qlora.data.keys import COLUMNS, EMPTY, NOT_PRINTED, PART_KEYS, TURNS, describe_notes
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import read_records
 from qlora.data.row_encoder import SPELLED_OUT, end_of_turn_id
-from qlora.data.rows import MIXED, BadRow, Record
+from qlora.data.rows import MIXED, WHOLE, BadRow, Record
 from qlora.report.page import describe_origin
 from qlora.report.run import Run
 from tests.data.test_chat_template import HERMES
@@ -269,6 +269,34 @@ def test_text_parts_are_text_and_others_are_refused_by_their_type() -> None:
             encode({"messages": [{"role": "user", "content": [{"type": kind, kind: "x"}]}, ANSWER]})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"system": [{"text": "Be brief."}], "messages": [  # Bedrock's converse
+            {"role": "user", "content": [{"text": "Hi"}]}, {"role": "assistant", "content": [{"text": "Hello"}]}]},
+        {"systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]}, "contents": [  # Gemini
+            {"role": "user", "parts": [{"text": "Hi"}]}, {"role": "model", "parts": [{"text": "Hello"}]}]},
+        {"system": [{"type": "text", "text": "Be brief."}], "messages": PAIR},  # Anthropic
+        {"messages": [{"role": "System", "content": "Be brief."}, {"role": "User", "content": "Hi"},  # Cohere
+                      {"role": "Chatbot", "content": "Hello"}]},
+        {"system": "Be brief.", "conversations": [  # NeMo
+            {"from": "User", "value": "Hi"}, {"from": "Assistant", "value": "Hello"}]},
+        {"messages": [{"role": "developer", "content": "Be brief."}, *PAIR]},  # OpenAI
+    ],
+)  # fmt: skip
+def test_rows_of_hosted_services(fields: dict[str, Any]) -> None:
+    assert shown(fields) == CONVERSATION and not encode(fields)[1].notes
+
+
+def test_functions_are_tools() -> None:
+    """OpenAI's older name was named as not used, and the calls trained without their functions."""
+    turns = calling({"role": "assistant", "content": None, "function_call": CALL["function"]})
+    fields = {"messages": turns, "functions": [TOOLS[0] | {"description": "D"}]}
+    assert '"description": "D"' in shown(fields, HERMES) and not encode(fields, HERMES)[1].notes
+    with pytest.raises(BadRow, match="the row has tools and functions, which disagree"):
+        encode(fields | {"tools": TOOLS}, HERMES)
+
+
 # ---- Arrow ------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +353,27 @@ def test_equal_ids_from_jsonl_parquet_and_datasets(tmp_path: Path) -> None:
         (
             {"Question": "Q", "Answer": "A"},
             "pass --columns prompt=Question,completion=Answer, or rename",
+        ),
+        ({"inputs": "Q", "targets": "A"}, "pass --columns prompt=inputs,completion=targets, or"),
+        ({"id": 1, "conversation": PAIR}, "pass --columns messages=conversation, or rename"),
+        ({"chat_history": PAIR, "message": "Q", "response": "A"}, "or name yours with --columns"),
+        ({"messages": [{"author": "u", "content": "Hi"}]}, "has the role null (it has 'author', 'content'); use"),
+        ({"conversations": [{"from": "human", "text": "Hi"}]}, "has no content, but 'text'; rename its text"),
+        ({"chosen": "A", "rejected": "B"}, "pass --columns text=chosen to train on the chosen ones"),
+        ({"chosen": PAIR, "rejected": PAIR}, "pass --columns messages=chosen to train on the chosen ones"),
+        (
+            {"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]},
+            "--columns prompt=prompt,completion=chosen to",
+        ),
+        ({"messages": PAIR, "chosen": PAIR}, "pass --columns messages=messages to train on that column"),
+        ({"messages": [{"role": "user", "content": [{"toolUse": {}}]}]}, "holds a part of the type 'toolUse'"),
+        (
+            {"messages": [{"role": "user", "content": [{"text": "Hi", "image": "a"}]}]},
+            "a part of message 1 of messages has 'image', which is not text",
+        ),
+        (
+            {"system": [{"type": "thinking", "thinking": "Why?"}], "messages": PAIR},
+            "system holds a thought or a call, but is no answer",
         ),
         ({"foo": "Q", "bar": "A"}, "or name yours with --columns (as prompt=YOURS,completion=YOURS)"),
         (
@@ -439,6 +488,45 @@ def test_every_key_is_used_or_named(fields: dict[str, Any], extras: list[Any], t
         assert rows[0].input_ids.tolist() == plain[0].input_ids.tolist()
 
 
+NESTED: list[dict[str, Any]] = [
+    {"messages": [USER | {"content": [{"type": "text", "text": "Hi"}]},
+                  ANSWER | {"content": [{"type": "thinking", "thinking": "T"}, {"text": "Hello"}]}]},
+    {"tools": TOOLS, "messages": [
+        USER,
+        {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "add", "input": {"x": 1}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"text": "2"}]}]},
+        ANSWER]},
+    {"tools": TOOLS, "messages": calling({"role": "assistant", "tool_calls": [CALL]})},
+    {"system": [{"text": "S"}], "contents": [{"role": "user", "parts": [{"text": "Hi"}]},
+                                             {"role": "model", "parts": [{"text": "Hello"}]}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", NESTED)
+def test_a_key_at_any_depth_is_used_refused_or_named(fields: dict[str, Any]) -> None:
+    plain, report = encode(fields, HERMES)
+    assert not set(report.notes) - {NOT_PRINTED}
+    places = 0
+
+    def visit(value: Any, row: dict[str, Any]) -> None:
+        nonlocal places
+        if isinstance(value, dict):
+            value["zzz"], places = "Z", places + 1
+            try:
+                example, report = encode(row, HERMES)
+                is_used = example.input_ids.tolist() != plain.input_ids.tolist()
+                assert is_used or "zzz" in str(report.notes), value
+            except BadRow as error:
+                assert "zzz" in str(error)
+            del value["zzz"]
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+            visit(item, row)
+
+    row = json.loads(json.dumps(fields))
+    visit(row, row)
+    assert places >= 5
+
+
 # ---- a date in the template, and columns of mixed kinds ---------------------------------------------------------
 
 DATED = "{{ strftime_now('%d %b %Y') }} " + CHATML_TEMPLATE
@@ -462,6 +550,26 @@ def test_a_template_that_prints_the_date(tmp_path: Path, monkeypatch: pytest.Mon
     assert text_of(encode({"prompt": "Hi", "completion": "Hello"}, DATED)[0]).startswith(f"{today():%d %b %Y}")
 
 
+def even_turns(arguments: dict[str, Any]) -> Messages:
+    """Turns with equal keys, so that Arrow makes one struct of them."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": arguments}]}
+    return [USER | {"tool_calls": None}, call]
+
+
+def test_whole_numbers_that_arrow_holds_as_fractions_are_named(tmp_path: Path) -> None:
+    """A 1 beside a 2.5 was trained as 1.0."""
+    rows = [{"messages": even_turns({"x": x}), "tools": TOOLS, "score": 1.0} for x in (1, 2.5)]
+    lines, table = tmp_path / "a.jsonl", tmp_path / "a.parquet"
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    dataset = Dataset.from_json(str(lines), cache_dir=str(tmp_path / "cache"))
+    for source, is_whole in ((str(lines), True), (str(table), False), (PythonRows("data", dataset), False)):
+        examples, report = encode_records(read_records(source), tokenizer_of(HERMES), LONG)
+        assert ('{"x": 1}' in text_of(examples[0])) is is_whole
+        expected = {COLUMNS: {"score": 2}} | ({} if is_whole else {WHOLE: {"messages": 1}})
+        assert report.notes == expected
+
+
 def test_texts_that_datasets_reads_as_json_are_named(tmp_path: Path) -> None:
     """`datasets` 5.2 takes the quotes off, if another row of the column is no text."""
     path = tmp_path / "a.jsonl"
@@ -477,6 +585,12 @@ def test_texts_that_datasets_reads_as_json_are_named(tmp_path: Path) -> None:
     else:
         assert text_of(examples[0], trained=True) == '"said"<|im_end|>'
     assert len(bad_rows) == 1
+    arguments: list[Any] = [{"x": "1"}, {"x": 1}]
+    path.write_text("".join(json.dumps({"messages": even_turns(call)}) + "\n" for call in arguments))
+    dataset = Dataset.from_json(str(path), cache_dir=str(tmp_path / "cache"))
+    rows = read_records(PythonRows("data", dataset))
+    if rows[0].fields["messages"][1]["tool_calls"][0]["arguments"] != {"x": "1"}:
+        assert encode_records(rows, tokenizer_of(HERMES), LONG)[1].notes == {MIXED: {"messages": 2}}
     tools = {"tools": [{"name": "f", "x": 1}], "messages": PAIR}
     rows = read_records(PythonRows("d", Dataset.from_list([tools])))
     assert not encode_records(rows, tokenizer_of(HERMES), LONG)[1].notes

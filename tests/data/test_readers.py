@@ -488,10 +488,10 @@ def test_columns_by_other_names(tmp_path):
     fields = {"q": "Q", "a": "A", "messages": QUESTION, "text": "t", "id": 1}
     assert mapped(tmp_path, fields, prompt="q", completion="a") == [{"prompt": "Q", "completion": "A"}]
     assert mapped(tmp_path, fields, text="q") == [{"text": "Q"}]
-    talk = {"talk": QUESTION, "prompt": "Q", "completion": "A", "tools": [], "functions": [{"name": "f"}]}
+    talk = {"talk": QUESTION, "prompt": "Q", "completion": "A", "tools": [], "facts": [{"name": "f"}]}
     assert mapped(tmp_path, talk, messages="talk") == [{"messages": QUESTION, "tools": []}]
-    assert mapped(tmp_path, talk, messages="talk", tools="functions")[0]["tools"] == [{"name": "f"}]
-    assert mapped(tmp_path, talk, tools="functions")[0].keys() == {"prompt", "completion", "tools"}
+    assert mapped(tmp_path, talk, messages="talk", tools="facts")[0]["tools"] == [{"name": "f"}]
+    assert mapped(tmp_path, talk, tools="facts")[0].keys() == {"prompt", "completion", "tools"}
     assert mapped(tmp_path, {"prompt": "A", "completion": "Q"}, prompt="completion", completion="prompt") == [
         {"prompt": "Q", "completion": "A"}
     ]

@@ -14,6 +14,7 @@ import torch
 from eval.__main__ import main
 from eval.perplexity import encode_documents, perplexity_scores, read_texts, score_documents
 from qlora.data.encode import encode_records
+from qlora.data.example import IGNORE_INDEX
 from qlora.data.rows import Record
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
@@ -50,6 +51,7 @@ def test_documents_agree_with_lm_eval(tmp_path: Path, add_bos: bool) -> None:
     model, texts = save_rounded_llama(tmp_path / "model", add_bos=add_bos), some_texts(12)
     data = write_texts(tmp_path / "data.jsonl", texts)
     flags = ("--model", model, "--data", data, "--max-length", 32, "--no-4bit", "--output", tmp_path / "out.json")
+    flags += ("--document-start", "lm-eval")
     run(*flags)
     result = json.loads((tmp_path / "out.json").read_text())
     theirs = load_lm_eval(model, 32).loglikelihood_rolling(
@@ -86,7 +88,8 @@ def test_the_real_model_agrees_with_lm_eval(smollm2: str, tmp_path: Path) -> Non
     ][:2]
     texts = [text[:1000] for text in texts]
     data = write_texts(tmp_path / "data.jsonl", texts)
-    run("--model", dense, "--data", data, "--max-length", 128, "--no-4bit", "--output", tmp_path / "out.json")
+    flags = ("--model", dense, "--data", data, "--max-length", 128, "--no-4bit", "--document-start", "lm-eval")
+    run(*flags, "--output", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     model = load_lm_eval(dense, 128, softmax_dtype=torch.float64)
     theirs = model.loglikelihood_rolling(instances("loglikelihood_rolling", *((t,) for t in texts)))
@@ -141,6 +144,36 @@ def test_conversations_have_the_trainer_s_loss(directory: Path, train_on: str) -
     assert sum(s.tokens for s in found) == report.num_targets > 100
     if train_on == "completion":
         assert [d.bytes for d in documents] == [len(r.fields["completion"].encode()) for r in records]
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_documents_begin_as_in_training(tmp_path: Path, capsys: pytest.CaptureFixture[str], add_bos: bool) -> None:
+    """They followed BOS or EOS, which training puts before no text of such a tokenizer; or two of them."""
+    from accelerate import Accelerator
+
+    from qlora.training.held_out import evaluate
+
+    path = save_rounded_llama(tmp_path / "model", add_bos=add_bos)
+    model, tokenizer = load_base_model(str(path), compute_dtype="float32"), load_tokenizer(str(path))
+    texts = [*some_texts(8), "é", "<s>the cat"]
+    records = [Record({"text": text}, f"d:{i}") for i, text in enumerate(texts)]
+    documents = encode_documents(records, tokenizer)
+    examples, _ = encode_records(records, tokenizer, 2048)
+    assert [d.ids for d in documents] == [example.input_ids.tolist() for example in examples]
+    for example in examples:
+        example.targets[-1] = IGNORE_INDEX  # training adds EOS at the end
+    found = score_documents(model, documents, 2048, 2048, 4096)
+    expected = evaluate(model, examples, Accelerator(), 4096)
+    assert sum(s.nats for s in found) / sum(s.tokens for s in found) == pytest.approx(expected, rel=1e-5)
+    first = 0 if add_bos else 1  # this tokenizer's first token here is one byte, unless it is a merge
+    sizes = [len(text.encode()) for text in texts[:8]]
+    assert all(size - 3 <= d.bytes <= size - first for size, d in zip(sizes, documents, strict=False))
+    assert add_bos is (documents[0].bytes == sizes[0])
+    run("--model", path, "--data", write_texts(tmp_path / "data.jsonl", texts))
+    said = "begin with <s>, as in training" if add_bos else "begin with their own first token, as in training"
+    assert said in capsys.readouterr().out
+    run("--model", path, "--data", tmp_path / "data.jsonl", "--document-start", "lm-eval")
+    assert "Documents follow <s>, as in lm-eval." in capsys.readouterr().out
 
 
 def test_one_text_file_and_its_interval(

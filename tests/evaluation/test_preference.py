@@ -48,7 +48,10 @@ def test_scores_are_those_of_full_logits(tmp_path: Path, capsys: pytest.CaptureF
     assert scores["accuracy"]["low"] < scores["accuracy"]["value"] < scores["accuracy"]["high"]
 
     found = []
-    for model_flags in ({"model": base, "adapter": str(tmp_path / "adapter")}, {"model": str(tmp_path / "merged")}):
+    for model_flags in (
+        {"model": base, "adapter": str(tmp_path / "adapter")},
+        {"model": str(tmp_path / "merged")},
+    ):
         evaluate_preferences(PreferenceConfig(**model_flags, **common, use_4bit="adapter" in model_flags))  # type: ignore[arg-type]
         found.append([row["margin"] for row in json.loads(out.read_text())["rows"]])
     assert found[0] == pytest.approx(found[1], abs=0.5) and found[0] != pytest.approx(

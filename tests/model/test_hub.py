@@ -87,6 +87,22 @@ def test_dataset(hub: LoopbackHub, tmp_path: Path) -> None:
         read_records("someone/absent")
 
 
+@pytest.mark.parametrize("last", ["x", "7"])
+def test_csv_dataset(hub: LoopbackHub, tmp_path: Path, last: str) -> None:
+    """Texts as in the file: pandas read NA, None and null as null, so that such an input was left out."""
+    (tmp_path / "rows").mkdir()
+    path = tmp_path / "rows" / "train.csv"
+    answers = ["007", "1.50", "true", last]
+    inputs = ["NA", "None", "null", ""]
+    lines = [f"Do it,{given},{answer}" for given, answer in zip(inputs, answers, strict=True)]
+    path.write_text("\n".join(["instruction,input,output", *lines]) + "\n")
+    repo = f"someone/csv-{last}"
+    hub.add(repo, tmp_path / "rows", kind="datasets")
+    expected = [record.fields for record in read_records(str(path))]
+    assert [record.fields for record in read_records(repo)] == expected
+    assert [row["output"] for row in expected] == answers and [row["input"] for row in expected] == inputs
+
+
 def test_private_dataset(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "train.jsonl").write_text('{"text": "one"}\n')

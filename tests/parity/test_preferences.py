@@ -121,6 +121,8 @@ def test_ten_steps_are_trl_s(objective: str, tmp_path: Path) -> None:
 
     warnings.simplefilter("ignore")
     path = str(save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer()))
+    source = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    source.bfloat16().float().save_pretrained(path)  # a base that is not quantized is held in bf16
     ours = load_base_model(path, use_4bit=False, compute_dtype="float32", cache=False).float()
     inject_lora(
         ours, LoRAConfig(rank=RANK, alpha=16, target_modules=["q_proj", "v_proj"], adapter_dtype="float32")

@@ -89,9 +89,28 @@ def test_doubts() -> None:
 
 
 def test_a_run_says_its_doubts(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = config_of(job, tmp_path / "out", "--max-steps", "2", "--resume", "auto")
+    config = config_of(job, tmp_path / "out", "--max-steps", "2", "--resume", "auto", "--warmup-steps", "10")
     with TrainingRun.from_config(config) as run:
         run.train()
     said = " ".join(capsys.readouterr().out.split())
     assert "ended within its warm-up (2 of 10 steps)" in said and "Adapter saved" in said
     assert f"--resume auto: {tmp_path / 'out'} has no checkpoint" in said
+
+
+def test_a_short_run_warms_up_shortly(job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run of 20 steps warmed up for 10 of them. A longer plan does not change the warm-up of a resumed run."""
+    out = tmp_path / "out"
+    for steps, resume in (("20", []), ("200", ["--resume", "auto"])):
+        config = config_of(job, out, "--max-steps", steps, "--learning-rate", "1", *resume)
+        with TrainingRun.from_config(config) as run:
+            if not resume:
+                run.train()
+            else:
+                for stage in (run.read_data, run.load_base, run.add_adapter):
+                    stage()
+        assert run.settings["warmup_steps"] == run.config.optimizer.warmup_steps == 2
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and rates[3] < 1
+    assert json.loads((out / "run.json").read_text())["train"]["warmup_steps"] == 2
+    assert config.optimizer.warmup_steps is None and "within its warm-up" not in capsys.readouterr().out

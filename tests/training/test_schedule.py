@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from qlora.training.schedule import build_schedule
+from qlora.training.schedule import build_schedule, choose_warmup
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,21 @@ def test_schedule_without_room() -> None:
     assert build_schedule("cosine", 1.0, 0, 1)(0) == 1.0
     short = build_schedule("linear", 1.0, 10, 4)
     assert [short(step) for step in range(4)] == pytest.approx([1 / 11, 2 / 11, 3 / 11, 4 / 11])
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept", "total_steps", "expected"),
+    [
+        (None, None, 1000, 10),
+        (None, None, 100, 10),
+        (None, None, 99, 9),
+        (None, None, 9, 0),
+        (30, None, 20, 30),
+        (0, 10, 1000, 0),
+        (None, 2, 1000, 2),
+        (None, 10, 5, 10),
+    ],
+)
+def test_the_default_warm_up(asked: int | None, kept: int | None, total_steps: int, expected: int) -> None:
+    """At most a tenth of the steps; what was asked and what a resumed run began with stay."""
+    assert choose_warmup(asked, kept, total_steps) == expected
