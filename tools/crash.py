@@ -2,6 +2,7 @@
 
     python -m tools.crash --kills 100                   a tiny random LLaMA, a quarter of an hour or more
     python -m tools.crash --kills 20 --model smollm2    the packaged SmolLM2-135M, on short rows
+    python -m tools.crash --kills 1000 --mixes          a new random mix of flags after every dozen of kills
 
 Each run is `train.py` in a separate process group, ended by SIGKILL: no handler, no flush, no clean-up. It is
 restarted with `--resume auto` and killed again until it finishes. Then nothing may be missing, duplicated or
@@ -13,6 +14,9 @@ There are four kinds of kills, so that each part of a run gets its share:
     training    at any time after the first new line of metrics.jsonl
     writing     while the staging directory of a checkpoint exists
     end         after the last step: the last checkpoint, the adapter, the curve
+
+A mix of flags (tools/crash_mixes.py) has a reference of its own; some mixes are runs of two processes. One in
+three kills of those takes one process alone, and the run must end by itself.
 """
 
 from __future__ import annotations
@@ -33,15 +37,20 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from qlora.system.errors import InputError
 from qlora.training.checkpoint import list_checkpoints, read_state
 from tests.models import save_tiny_llama, smollm2_path
 from tests.tiny import tiny_tokenizer
+from tools.crash_mixes import Mix, draw_mix
 
 ROOT = Path(__file__).parent.parent
 VOLATILE = ("tokens_per_second", "peak_memory_gib")
 KINDS = {"start-up": 25, "training": 40, "writing": 25, "end": 10}  # kind -> share of the kills
-TIME_LIMIT = 600  # seconds; a process that takes longer hangs
+TIME_LIMIT = 3600  # seconds; a process that takes longer hangs
+KILLS_PER_MIX = 12
+PATIENCE = 600  # seconds for the others to notice that a process has died
 
 
 @dataclass
@@ -51,6 +60,7 @@ class Job:
     flags: list[str]
     work: Path
     reference: Path
+    mix: Mix = field(default_factory=Mix)
     last_step: int = 0
     start_up: float = 0.0  # until the first line of metrics
     training: float = 0.0  # from there to the last line
@@ -80,6 +90,7 @@ class Summary:
 
     kills: list[Kill] = field(default_factory=list)
     runs: int = 0
+    mixes: int = 0  # of flags
     problems: list[str] = field(default_factory=list)  # each names its run
     seconds: float = 0.0
 
@@ -95,7 +106,8 @@ class Summary:
     def __str__(self) -> str:
         phases = ", ".join(f"{self.count(phase)} {words}" for phase, words in PHASES.items())
         verdict = "all identical to the reference" if not self.problems else f"{self.lost} LOST OR DIFFERENT"
-        return f"{len(self.kills)} kills ({phases}), {self.runs} runs: {verdict}; {self.seconds / 60:.1f} minutes"
+        runs = f"{self.runs} runs" + (f" of {self.mixes} mixes of flags" if self.mixes > 1 else "")
+        return f"{len(self.kills)} kills ({phases}), {runs}: {verdict}; {self.seconds / 60:.1f} minutes"
 
 
 PHASES = {"start-up": "during start-up", "step": "during steps", "writing": "while writing a checkpoint"}
@@ -108,6 +120,7 @@ def run_crash_test(
     seed: int = 0,
     num_steps: int = 40,
     kinds: Iterable[str] | None = None,
+    with_mixes: bool = False,
     say: Callable[[str], Any] = print,
 ) -> Summary:
     """Train until `num_kills` kills are done and the last run has finished.
@@ -117,17 +130,17 @@ def run_crash_test(
         model: "tiny", "smollm2", or what --model takes.
         num_steps: about the length of a run, in optimizer steps.
         kinds: of the kills, in turn; None draws them by their shares.
+        with_mixes: draw a mix of flags for the first run, and another one after every KILLS_PER_MIX kills.
     """
     started, rng = time.monotonic(), random.Random(seed)
-    job = Job(write_job(work, model, seed, num_steps), work, work / "reference")
-    run_reference(job)
-    say(
-        f"reference: {job.last_step} steps; {job.start_up:.1f} s until the first line, {job.training:.1f} s of "
-        f"training, {job.closing:.1f} s after the last line"
-    )
+    flags = write_job(work, model, seed, num_steps)
     planned = iter(kinds) if kinds is not None else draw_kinds(rng)
-    summary = Summary()
+    summary, job, until = Summary(), None, 0
     while len(summary.kills) < num_kills:
+        if job is None or (with_mixes and len(summary.kills) >= until):
+            job = start_job(flags, work, rng if with_mixes else None, say)
+            until = len(summary.kills) + KILLS_PER_MIX
+            summary.mixes += 1
         summary.runs += 1
         name = f"run {summary.runs}"
         out = work / f"run-{summary.runs:03d}"
@@ -146,8 +159,38 @@ def run_crash_test(
     return summary
 
 
+def start_job(flags: list[str], work: Path, rng: random.Random | None, say: Callable[[str], Any]) -> Job:
+    """A job with its reference run; with `rng`, the first mix that is drawn and not refused.
+
+    Raises:
+        RunLostError: the reference fails.
+    """
+    while True:
+        reference = work / "reference"
+        shutil.rmtree(reference, ignore_errors=True)
+        Path(f"{reference}.log").unlink(missing_ok=True)
+        mix = Mix() if rng is None else draw_mix(rng)
+        job = Job([*flags, *mix.flags], work, reference, mix)
+        try:
+            run_reference(job)
+        except RunRefusedError as error:
+            if rng is None:
+                raise
+            say(f"{mix}: {error}; drawing another")
+            continue
+        say(
+            f"{mix}: {job.last_step} steps; {job.start_up:.1f} s until the first line, {job.training:.1f} s of "
+            f"training, {job.closing:.1f} s after the last line"
+        )
+        return job
+
+
 class RunLostError(Exception):
     """A run lost a saved step, or could not be resumed."""
+
+
+class RunRefusedError(RunLostError):
+    """The flags of a run were refused (exit code 2)."""
 
 
 # ---- the job ----------------------------------------------------------------------------------------------
@@ -187,7 +230,8 @@ def write_job(work: Path, model: str, seed: int, num_steps: int) -> list[str]:
 
 def start_training(job: Job, out: Path, num_workers: int = 0) -> subprocess.Popen[bytes]:
     """Start or continue a run in a new process group; its output goes to OUT.log."""
-    command = [sys.executable, "train.py", *job.flags, "--output-dir", str(out), "--resume", "auto"]
+    several = ["-m", "tests.processes", str(job.mix.processes)] if job.mix.processes > 1 else []
+    command = [sys.executable, *several, "train.py", *job.flags, "--output-dir", str(out), "--resume", "auto"]
     command += ["--num-workers", str(num_workers)]
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "QLORA_CACHE": str(job.work / "cache")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -229,7 +273,8 @@ def check_ended_well(process: subprocess.Popen[bytes], out: Path) -> None:
         raise RunLostError(f"hangs, see {out}.log") from None
     if code != 0:
         text = Path(f"{out}.log").read_text(errors="replace").strip()
-        raise RunLostError(
+        refused = code == 2 or "terminated with exit code 2" in text  # of one of several processes
+        raise (RunRefusedError if refused else RunLostError)(
             f"ended with code {code}, see {out}.log: {text.splitlines()[-1] if text else 'no output'}"
         )
 
@@ -260,6 +305,8 @@ def kill_until_done(
             wait_for_moment(process, out, job, kind, fraction, before)
         finally:
             seconds, is_done = time.monotonic() - started, process.poll() is not None
+            if job.mix.processes > 1 and rng.random() < 1 / 3:
+                kill_one(process, out, rng)
             kill_group(process)
         if is_done:
             return check_ended_well(process, out)
@@ -328,6 +375,23 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def kill_one(process: subprocess.Popen[bytes], out: Path, rng: random.Random) -> None:
+    """Send SIGKILL to one of several processes, and wait until the run has ended.
+
+    Raises:
+        RunLostError: they go on.
+    """
+    ranks = psutil.Process(process.pid).children() if process.poll() is None else []
+    if len(ranks) < 2:
+        return  # not there yet, or no more
+    os.killpg(process.pid, signal.SIGCONT)
+    rng.choice(ranks).kill()
+    try:
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise RunLostError(f"goes on {PATIENCE} s after the death of a process, see {out}.log") from None
 
 
 # ---- looking at a run -------------------------------------------------------------------------------------
@@ -414,13 +478,14 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100, help="how many (default: 100)")
     parser.add_argument("--model", default="tiny", help="tiny (default), smollm2, or any --model of train.py")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of a run, about (default: 40)")
+    parser.add_argument("--mixes", action="store_true", help="draw flags at random, again and again")
     parser.add_argument("--seed", type=int, default=0, help="of the data and the moments (default: 0)")
     parser.add_argument("--keep", type=Path, help="a new directory for model, data and runs, not removed")
     args = parser.parse_args()
     disable_progress_bar()
     work = (args.keep or Path(tempfile.mkdtemp(prefix="crash-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    summary = run_crash_test(work, args.kills, args.model, args.seed, args.steps)
+    summary = run_crash_test(work, args.kills, args.model, args.seed, args.steps, with_mixes=args.mixes)
     for problem in summary.problems:
         print(problem)
     print(summary)

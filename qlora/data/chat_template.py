@@ -19,16 +19,18 @@ import copy
 import re
 from collections.abc import Iterator
 from datetime import date
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qlora.data.keys import NOT_PRINTED, TURN, Note
+from qlora.data.rendering import Renderer
 from qlora.data.rows import BadRow
+from qlora.data.windows import Windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
+MAX_KNOWN = 10_000  # orders of turns whose outcome is kept
 
 
 def split_tools(messages: Messages) -> tuple[Messages, list[dict[str, Any]]]:
@@ -61,6 +63,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: str | None, special: re.Pattern[str]) -> None:
         self.tokenizer, self.own, self.special = tokenizer, own, special
+        self._renderer = Renderer(tokenizer)
         texts = " ".join(template_texts(tokenizer.chat_template))
         self.thought_key = next(
             (key for key in TURN["thought"] if re.search(rf"\b{key}\b", texts)), "reasoning_content"
@@ -106,18 +109,11 @@ class ChatTemplate:
             ]
         shown: Any = tools or None
         try:
-            text: Any = self.tokenizer.apply_chat_template(
-                turns,
-                tools=shown,
-                chat_template=self._dated(shown),
-                tokenize=False,
-                add_generation_prompt=opens_turn,
-            )
+            return self._renderer(turns, shown, self._dated(shown), opens_turn)
         except Exception as error:  # a template is a program that can fail in any way
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
             raise BadRow(origin, f"the chat template refuses it: {reason}; fix the record.") from error
-        return text
 
     def _dated(self, tools: Any) -> str | None:
         """The template to render, None for the tokenizer's; with a fixed date, `strftime_now` is a macro in it."""
@@ -139,29 +135,72 @@ class ChatTemplate:
                 more turns follow.
         """
         if tools or any("tool_calls" in turn for turn in messages):
-            self.try_tools(messages, tools, origin)
+            for window in Windows(messages):
+                self.try_tools(window, tools, origin)
+        windows = Windows(messages)
+        found = self._render_blocks(windows, tools, opens_turn, origin) if windows.is_long else None
+        return found or self._render_whole(messages, tools, opens_turn, origin)
+
+    def _render_whole(
+        self, messages: Messages, tools: list[dict[str, Any]], opens_turn: bool, origin: str
+    ) -> list[str]:
+        """The parts, by rendering the conversation up to each answer."""
         cuts = [(index, True) for index, message in enumerate(messages) if message["role"] == "assistant"]
-        ends = [*cuts, (len(messages), opens_turn)]
-        texts = [self.render(messages[:end], tools, opens, origin) for end, opens in ends]
-        parts: list[str] = []
-        start = ""
-        for number, (before, after) in enumerate(pairwise(texts)):
-            if not after.startswith(before):
-                tag, space = self._settle_opened()
-                base = before.removesuffix(tag + space)
-                if not tag or not before.endswith(tag + space) or not after.startswith(base):
-                    raise BadRow(
-                        origin,
-                        f"the chat template rewrites the text before answer {number + 1} when more turns follow; "
-                        "split the record so that it has one answer, or use a template that only appends.",
-                    )
-                if number + 2 == len(texts) and not opens_turn:
-                    texts[-1] = before + _close_thought(after[len(base) :], messages[-1], tag, space)
-                else:  # of an earlier answer the template keeps no thought
-                    before = base
+        texts = (
+            self.render(messages[:end], tools, opens, origin)
+            for end, opens in [*cuts, (len(messages), opens_turn)]
+        )
+        after = next(texts)
+        parts, start = list[str](), ""
+        for number, text in enumerate(texts, start=1):
+            answer = messages[-1] if number == len(cuts) and not opens_turn else None
+            before, after = self._cut(after, text, answer, number, origin)
             parts.append(before[len(start) :])
             start = before
-        return [*parts, texts[-1][len(start) :]]
+        return [*parts, after[len(start) :]]
+
+    def _cut(
+        self, before: str, after: str, answer: dict[str, Any] | None, number: int, origin: str
+    ) -> tuple[str, str]:
+        """The texts before an answer and at the end of what follows it, so that one begins with the other.
+
+        Args:
+            answer: the last one of the conversation, if it ends with it; else None.
+        """
+        if after.startswith(before):
+            return before, after
+        tag, space = self._settle_opened()
+        base = before.removesuffix(tag + space)
+        if not tag or not before.endswith(tag + space) or not after.startswith(base):
+            raise BadRow(
+                origin,
+                f"the chat template rewrites the text before answer {number} when more turns follow; "
+                "split the record so that it has one answer, or use a template that only appends.",
+            )
+        if answer is not None:
+            return before, before + _close_thought(after[len(base) :], answer, tag, space)
+        return base, after  # of an earlier answer the template keeps no thought
+
+    def _render_blocks(
+        self, windows: Windows, tools: list[dict[str, Any]], opens_turn: bool, origin: str
+    ) -> list[str] | None:
+        """`_render_whole` of a long conversation in time that grows with its length: a block of turns at a time.
+
+        Returns:
+            None if the blocks' texts together are not the text of the whole conversation.
+        """
+        messages, parts = windows.messages, list[str]()
+        try:
+            for block, first, count in windows.blocks():
+                found = self._render_whole(block, tools, opens_turn or block[-1] is not messages[-1], origin)
+                parts += found[: 1 + count] if not parts else found[first : first + count]
+        except BadRow:
+            return None
+        before = self.render(messages[: windows.answers[-1]], tools, True, origin)
+        after = self.render(messages, tools, opens_turn, origin)
+        answer = messages[-1] if not opens_turn else None
+        before, after = self._cut(before, after, answer, len(parts), origin)
+        return [*parts, after[len(before) :]] if "".join(parts) == before else None
 
     def _settle_opened(self) -> tuple[str, str]:
         """The tag that the start of an answer ends with, and the white space after it; "" without one."""
@@ -198,17 +237,18 @@ class ChatTemplate:
         """
         if not tools and not any(_may_be_left_out(turn) for turn in messages):
             return
-        keys = tuple((turn["role"], bool(turn["content"]), *sorted(turn)) for turn in messages)
-        kind = (keys, tuple(_keys_of(tools)))
-        if kind not in self._not_printed:
-            whole = self.render_parts(messages, tools, False, origin)
-            self._not_printed[kind] = [
-                name
-                for name, turns, others in _without_each(messages, tools)
-                if self._has_parts(whole, turns, others)
-            ]
-        for name in self._not_printed[kind]:
-            note(NOT_PRINTED, name)
+        for window in Windows(messages):
+            keys = tuple((turn["role"], bool(turn["content"]), *sorted(turn)) for turn in window)
+            kind = (keys, tuple(_keys_of(tools)))
+            if kind not in self._not_printed:
+                whole = self.render_parts(window, tools, False, origin)
+                _make_room(self._not_printed)[kind] = [
+                    name
+                    for name, turns, others in _without_each(window, tools)
+                    if self._has_parts(whole, turns, others)
+                ]
+            for name in self._not_printed[kind]:
+                note(NOT_PRINTED, name)
 
     def _has_parts(self, whole: list[str], messages: Messages, tools: list[dict[str, Any]]) -> bool:
         try:
@@ -256,7 +296,7 @@ class ChatTemplate:
                 for what, other, other_tools in _variants(messages, tools)
                 if self._renders_as(text, other, other_tools)
             )
-            self._lost[order, len(tools)] = next(lost, None)
+            _make_room(self._lost)[order, len(tools)] = next(lost, None)
         found = self._lost[order, len(tools)]
         if found is not None:
             raise BadRow(
@@ -270,6 +310,13 @@ class ChatTemplate:
             return self.render(messages, tools, False, "") == text
         except BadRow:  # it reads the changed value
             return False
+
+
+def _make_room(known: dict[Any, Any]) -> dict[Any, Any]:
+    """The same dictionary, emptied if it has become large."""
+    if len(known) >= MAX_KNOWN:
+        known.clear()
+    return known
 
 
 def _may_be_left_out(turn: dict[str, Any]) -> bool:
@@ -345,8 +392,14 @@ def prints_date(tokenizer: Any) -> bool:
 
 def _common_start(first: str, second: str) -> int:
     """Length of the common prefix."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(first), len(second)))
+    low, high = 0, min(len(first), len(second))  # equal up to low
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _common_end(first: str, second: str) -> int:

@@ -12,8 +12,9 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -27,7 +28,7 @@ from qlora.data.keys import describe_notes
 from qlora.data.order import rows_per_epoch
 from qlora.data.preferences import Kind
 from qlora.data.python_rows import PythonRows
-from qlora.data.readers import identify_source, stream_records
+from qlora.data.readers import identify_source, parts_of, stream_records
 from qlora.data.rows import BadRow, collect_bad_row
 from qlora.data.token_cache import TokenStore, TokenWriter, cached_store, token_cache, write_store
 from qlora.data.tokenizer_files import tokenizer_files
@@ -120,8 +121,7 @@ def find_sources(source: str | Sequence[Source], weights: Sequence[float] = ()) 
             )
         found += [(source, float(weight)) for source in _matching(name)]
     texts = [str(source) for source, _ in found]
-    # One file may have several names: links, relative and absolute paths.
-    files = [str(Path(text).resolve()) if Path(text).exists() else text for text in texts]
+    files = [_identity(text) for text in texts]
     doubled = [(text, texts[files.index(file)]) for text, file in zip(texts, files, strict=True)]
     for number, (text, first) in enumerate(doubled):
         if files.index(files[number]) < number:
@@ -130,8 +130,19 @@ def find_sources(source: str | Sequence[Source], weights: Sequence[float] = ()) 
     return found
 
 
+def _identity(text: str) -> object:
+    """Equal for all names of one file: links of both kinds, relative and absolute paths."""
+    try:
+        status = Path(text).stat()
+    except OSError:
+        return text
+    return status.st_dev, status.st_ino
+
+
 def _matching(name: Source) -> Sequence[Source]:
-    """The files of a pattern; anything else alone."""
+    """The files of a pattern, or of a directory of parts; anything else alone."""
+    if not isinstance(name, PythonRows) and Path(name).is_dir():
+        return parts_of(Path(name)) or [name]
     if isinstance(name, PythonRows) or Path(name).exists() or not glob.has_magic(name):
         return [name]
     files = sorted(glob.glob(name))
@@ -180,9 +191,14 @@ class Encoder:
         def fill(writer: TokenWriter) -> tuple[EncodeReport, list[BadRow]]:
             report, found = EncodeReport(), [] if bad_rows is None else bad_rows
             found.clear()
+            if writer.saved is not None:
+                report = EncodeReport(**writer.saved["report"])
+                for where, problem in writer.saved["bad_rows"]:
+                    collect_bad_row(BadRow(where, problem), bad_rows)
             records = stream_records(source, columns=self.columns, kind=self.kind)
             rows = stream_examples(
-                records, self.tokenizer, self.max_length, self.train_on, self.on_long, report,
+                islice(records, report.num_records + len(found), None), self.tokenizer, self.max_length,
+                self.train_on, self.on_long, report,
                 parse_special=self.parse_special, num_workers=self.num_workers, kind=self.kind,
             )  # fmt: skip
             with closing(records), closing(rows):
@@ -191,6 +207,10 @@ class Encoder:
                         collect_bad_row(row, bad_rows)
                     else:
                         writer.add(row)
+                    # The report and the bad rows count all records up to this row; a labelled one needs others.
+                    if self.kind != "labels" and writer.is_save_due():
+                        listed = [[bad.where, bad.problem] for bad in found]
+                        writer.save({"report": asdict(report), "bad_rows": listed})
             finish_report(report, found, writer.num_rows, self.max_length)
             return report, found
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
 
 from qlora.data.example import EncodeReport, Example, finish_report, shift_targets
 from qlora.data.keys import count_notes
@@ -89,9 +92,9 @@ def stream_examples(
     Arguments and errors are those of `encode_records`. Close the generator to end its workers early.
     """
     _check_options(max_length, train_on, on_long)
-    encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
-    tasks = map(partial(_read_task, kind), records)
-    chunks = iter(lambda: list(islice(tasks, CHUNK_SIZE)), [])
+    encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length, kind)
+    rows = iter(records)
+    chunks = iter(lambda: list(islice(rows, CHUNK_SIZE)), [])
 
     def admit_all(results: Iterable[_Result]) -> Generator[Example | BadRow, None, None]:
         for result in results:
@@ -100,8 +103,8 @@ def stream_examples(
                 continue
             sequences, is_wanted, origin, notes = result
             count_notes(report.notes, notes)
-            rows = [shift_targets(*sequence, max_length + 1, origin) for sequence in sequences]
-            kept = report.admit_sequences(rows, max_length, on_long)
+            examples = [Example(torch.from_numpy(ids), torch.from_numpy(t), origin) for ids, t in sequences]
+            kept = report.admit_sequences(examples, max_length, on_long)
             if len(kept) == 2:
                 yield join_pair(kept[0], kept[1])
             elif kept:
@@ -113,43 +116,46 @@ def stream_examples(
 
 
 _Notes = set[tuple[str, str]]
-_Task = tuple[list[Messages], bool, str, _Notes] | BadRow  # conversations, whether wanted, origin, what was noted
-_Result = tuple[list[Row], bool, str, _Notes] | BadRow  # t_0 .. t_T and whether each is predicted, ...
+_Task = tuple[list[Messages], bool, str, _Notes]  # conversations, whether wanted, origin, what was noted
+_Sequence = tuple[np.ndarray, np.ndarray]  # as an Example; a tensor would be sent as a file
+_Result = tuple[list[_Sequence], bool, str, _Notes] | BadRow
 
 
-def _read_task(kind: Kind, record: Record | BadRow) -> _Task:
-    if isinstance(record, BadRow):
-        return record
-    try:
+def _encode_chunk(
+    encoder: RowEncoder, train_on: str, max_length: int, kind: Kind, records: list[Record | BadRow]
+) -> list[_Result]:
+    """Rows whose sequences have at most max_length + 1 tokens: the extra one marks a row as too long."""
+    results: list[_Result | None] = []
+    good: list[_Task] = []
+    for record in records:
         notes: _Notes = set()
-        return *read_row(record, kind, lambda *note: notes.add(note)), record.origin, notes
-    except BadRow as error:
-        return error
-
-
-def _encode_chunk(encoder: RowEncoder, train_on: str, max_length: int, tasks: list[_Task]) -> list[_Result]:
-    """Rows cut to max_length + 1 tokens to read: the extra one marks a row as too long."""
-    good = [task for task in tasks if not isinstance(task, BadRow)]
+        try:
+            if isinstance(record, BadRow):
+                raise record
+            good.append((*read_row(record, kind, _note_into(notes)), record.origin, notes))
+            results.append(None)
+        except BadRow as error:
+            results.append(BadRow(error.where, error.problem))
     asked = (
         (messages, origin, _note_into(notes))
         for conversations, _, origin, notes in good
         for messages in conversations
     )
-    rows = iter(encoder.encode_rows(asked, train_on))
-    results: list[_Result] = []
-    for task in tasks:
-        if isinstance(task, BadRow):
-            results.append(task)
+    encoded, tasks = iter(encoder.encode_rows(asked, train_on, max_length + 2)), iter(good)
+    return [_result(next(tasks), encoded, max_length) if result is None else result for result in results]
+
+
+def _result(task: _Task, encoded: Iterator[Row | BadRow], max_length: int) -> _Result:
+    conversations, is_wanted, origin, notes = task
+    sequences: list[_Sequence] = []
+    bad: BadRow | None = None
+    for row in islice(encoded, len(conversations)):
+        if isinstance(row, BadRow):
+            bad = bad or BadRow(row.where, row.problem)
             continue
-        conversations, is_wanted, origin, notes = task
-        found = list(islice(rows, len(conversations)))
-        bad = next((row for row in found if isinstance(row, BadRow)), None)
-        if bad is not None:
-            results.append(BadRow(bad.where, bad.problem))
-            continue
-        cut = [tuple(part[: max_length + 2] for part in row) for row in found if not isinstance(row, BadRow)]
-        results.append((cut, is_wanted, origin, notes))  # type: ignore[arg-type]
-    return results
+        example = shift_targets(*row, max_length + 1, origin)
+        sequences.append((example.input_ids.numpy(), example.targets.numpy()))
+    return bad or (sequences, is_wanted, origin, notes)
 
 
 def _note_into(notes: _Notes) -> Callable[[str, str], None]:

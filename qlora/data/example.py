@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from qlora.data.keys import EQUAL, Notes, count_notes
@@ -57,7 +58,7 @@ class Example:
 
     @property
     def num_targets(self) -> int:
-        return int((self.targets != IGNORE_INDEX).sum())
+        return int(np.count_nonzero(self.targets.numpy() != IGNORE_INDEX))
 
 
 @dataclass
@@ -150,5 +151,7 @@ def format_sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def shift_targets(ids: list[int], is_target: list[bool], max_length: int, origin: str) -> Example:
     """The row for t_0 .. t_T, cut to its first max_length positions."""
-    targets = [token if trained else IGNORE_INDEX for token, trained in zip(ids[1:], is_target[1:], strict=True)]
-    return Example(torch.tensor(ids[:-1][:max_length]).long(), torch.tensor(targets[:max_length]).long(), origin)
+    tokens = np.array(ids[: max_length + 1], np.int64)
+    trained = np.array(is_target[1 : max_length + 1], bool)
+    targets = np.where(trained, tokens[1:], IGNORE_INDEX)
+    return Example(torch.from_numpy(tokens[:-1]), torch.from_numpy(targets), origin)

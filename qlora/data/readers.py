@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qlora.data.conversations import MAX_TEXT
 from qlora.data.keys import COLUMNS, SHAPES_OF, is_empty, match_shape
@@ -29,6 +31,7 @@ from qlora.system.errors import InputError
 from qlora.system.wording import describe, quote, shorten
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4", ".7z")
+READ_COMPRESSED = {".gz": "gzip", ".zst": "zstd"}  # of a .jsonl file
 PARQUET_ROWS = 256  # held in memory at a time
 Rows = Generator[Record | BadRow, None, None]
 
@@ -94,13 +97,15 @@ def _open_source(source: str | PythonRows, split: str) -> Rows:
     path = Path(source)
     if path.is_dir():
         raise InputError(
-            f"{source} is a directory; name one .json, .jsonl, .csv or .parquet file in it, or several as "
-            f"'{path}/*.parquet'."
+            f"{source} is a directory without files of one kind; name one .json, .jsonl, .csv or .parquet file in "
+            f"it, or several as '{path}/*.parquet'."
         )
     if path.exists() and not path.is_file():  # it could be read only once, and waited for
         raise InputError(f"{source} is a pipe or a device, not a file; write its rows to a file first.")
     if path.suffix.lower() in COMPRESSED and path.exists():
-        raise InputError(f"{source} is compressed; decompress it first.")
+        if path.suffix.lower() in READ_COMPRESSED and path.with_suffix("").suffix.lower() == ".jsonl":
+            return _read_compressed(source)
+        raise InputError(f"{source} is compressed; only .jsonl.gz and .jsonl.zst are read: decompress it first.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None and path.exists():
         raise InputError(f"{source} ends in '{path.suffix}'; use .json, .jsonl, .csv or .parquet.")
@@ -172,24 +177,50 @@ def _bad_utf8(error: UnicodeDecodeError, start: int = 0) -> str:
     return f"{place}, is not valid UTF-8; save the file as UTF-8"
 
 
+def parts_of(directory: Path) -> list[str]:
+    """The data files of a directory, in the order of their names, if all of them are of one kind; else none."""
+    files = sorted(file for file in directory.iterdir() if file.is_file() and file.name[0] not in "._")
+    kinds = {"".join(file.suffixes[-2:] if file.suffix.lower() in COMPRESSED else [file.suffix]) for file in files}
+    readable = {*_READERS, *(f".jsonl{suffix}" for suffix in READ_COMPRESSED)}
+    return [str(file) for file in files] if len(kinds) == 1 and kinds <= readable else []
+
+
+def _read_compressed(source: str) -> Rows:
+    import pyarrow
+
+    compression = READ_COMPRESSED[Path(source).suffix.lower()]
+    try:
+        with pyarrow.input_stream(source, compression=compression) as stream:
+            yield from _read_lines(io.BufferedReader(stream), source)
+    except (OSError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = shorten(" ".join(str(error).split()), 200)
+        raise InputError(f"{source}: not readable as {compression} ({reason}); write the file again.") from error
+
+
 def _read_jsonl(source: str) -> Rows:
     _refuse_utf16(source)
-    number = 0
     with open(source, "rb") as file:
-        while line := file.readline(MAX_TEXT + 1):
-            number += 1
-            origin = f"{source}:{number}"
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if len(line) > MAX_TEXT and not line.endswith(b"\n"):
-                start, size = line[:24], len(line)
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(2**20)
-                    size += len(line)
-                begins = f"the line begins {quote(start.decode('utf-8', 'replace'))} and has {size:,} bytes"
-                yield BadRow(origin, f"{begins}, more than {MAX_TEXT:,}; split it, one JSON object on each line.")
-            elif line.strip():
-                yield _parse_line(line, origin)
+        yield from _read_lines(file, source)
+
+
+def _read_lines(file: BinaryIO, source: str) -> Rows:
+    number = 0
+    while line := file.readline(MAX_TEXT + 1):
+        number += 1
+        origin = f"{source}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if len(line) > MAX_TEXT and not line.endswith(b"\n"):
+            start, size = line[:24], len(line)
+            while line and not line.endswith(b"\n"):
+                line = file.readline(2**20)
+                size += len(line)
+            begins = f"the line begins {quote(start.decode('utf-8', 'replace'))} and has {size:,} bytes"
+            yield BadRow(origin, f"{begins}, more than {MAX_TEXT:,}; split it, one JSON object on each line.")
+        elif line.strip():
+            yield _parse_line(line, origin)
 
 
 _CUT_OFF = " (the line has no line break at its end: the file may be truncated)"
@@ -303,7 +334,7 @@ def _read_parquet(source: str) -> Rows:
             for batch in file.iter_batches(PARQUET_ROWS):
                 try:
                     rows = batch.to_pylist()
-                except UnicodeDecodeError:
+                except (pyarrow.ArrowException, ValueError, OverflowError):
                     rows = [None] * batch.num_rows  # read one by one below
                 for index, row in enumerate(rows):
                     number += 1
@@ -317,12 +348,22 @@ def _read_parquet(source: str) -> Rows:
 
 
 def _read_parquet_row(batch: Any, index: int, origin: str) -> Record | BadRow:
-    fields = {}
+    """A row of a batch with values that Python cannot hold, such as a day of the year 20,000.
+
+    In a column that has no meaning here they stand as what they are, to be noted; elsewhere they make a bad row.
+    """
+    import pyarrow
+
+    fields: dict[str, Any] = {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
         try:
             fields[name] = column[index].as_py()
         except UnicodeDecodeError as error:
-            return BadRow(origin, f"{quote(name)}, {_bad_utf8(error)}.")
+            if name in _NAMES:
+                return BadRow(origin, f"{quote(name)}, {_bad_utf8(error)}.")
+            fields[name] = Unreadable(str(column.type))
+        except (pyarrow.ArrowException, ValueError, OverflowError):
+            fields[name] = Unreadable(str(column.type))
     return arrow_record(fields, origin)
 
 
@@ -358,6 +399,19 @@ def _read_hub(name: str, split: str) -> Rows:
 
 
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
+
+
+_NAMES = {name for shapes in SHAPES_OF.values() for _, names, optional in shapes for name in (*names, *optional)}
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A value of a Parquet column that has no counterpart in Python."""
+
+    kind: str
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}>"
 
 
 def detect_format(fields: dict[str, Any], origin: str, kind: str = "answers") -> str:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from qlora.data.chat_template import ChatTemplate, Messages, bos_ids, fallback_template, split_tools
 from qlora.data.keys import Note, ignore
 from qlora.data.rows import BadRow
+from qlora.data.texts import PIECE, Texts
+from qlora.data.windows import Windows
 from qlora.system.errors import InputError
 from qlora.system.wording import quote
 
@@ -52,10 +54,6 @@ def set_chat_template(tokenizer: Any, file: str) -> None:
         raise InputError(f"--chat-template {file}: {problem}") from error
 
 
-def _token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
 Row = tuple[list[int], list[bool]]  # ids t_0 .. t_T, and for each whether it is a target
 
 
@@ -67,11 +65,13 @@ class RenderedRow:
         parts: texts to tokenize one by one; none is a continuation of another.
         hidden: private-use character -> the special token that it hides in them.
         finish: the parts' ids -> the row; raises BadRow.
+        may_end: a long text, of which the first ids are enough.
     """
 
     parts: list[str]
     hidden: dict[int, str]
     finish: Callable[[list[list[int]]], Row]
+    may_end: bool = False
 
 
 class RowEncoder:
@@ -79,6 +79,7 @@ class RowEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, parse_special: bool = False) -> None:
         self.tokenizer, self.parse_special = tokenizer, parse_special
+        self.texts = Texts(tokenizer)
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
         contents = {token.content for token in added} | set(tokenizer.all_special_tokens)
         longest_first = "|".join(map(re.escape, sorted(contents, key=len, reverse=True))) or "(?!)"
@@ -94,7 +95,7 @@ class RowEncoder:
 
     def encode_prompt(self, messages: Messages) -> list[int]:
         if messages[0]["role"] == "document":
-            return self._after_bos(_token_ids(messages[0]["content"], self.tokenizer))
+            return self._after_bos(self._token_ids(messages[0]["content"]))
         if messages[0]["role"] == "tokens":
             return self._check_vocabulary(messages[0]["input_ids"], "the prompt")
         messages = self.template.take_thoughts(messages)
@@ -114,10 +115,15 @@ class RowEncoder:
         row = self._render_row(messages, train_on, origin, note)
         return row.finish([self._part_ids(part, row.hidden, origin) for part in row.parts])
 
-    def encode_rows(self, rows: Iterable[tuple[Messages, str, Note]], train_on: str) -> list[Row | BadRow]:
+    def encode_rows(
+        self, rows: Iterable[tuple[Messages, str, Note]], train_on: str, limit: int
+    ) -> list[Row | BadRow]:
         """`encode_row` of many rows, (messages, origin, note) each; their texts are tokenized in one call.
 
         A tokenizer takes several times as long for a text of its own as for one among many.
+
+        Args:
+            limit: of a long document only this many ids are needed, and it may end after them.
         """
         rendered: list[tuple[RenderedRow, str] | BadRow] = []
         for messages, origin, note in rows:
@@ -125,10 +131,9 @@ class RowEncoder:
                 rendered.append((self._render_row(messages, train_on, origin, note), origin))
             except BadRow as error:
                 rendered.append(error)
-        plain = [
-            part for item in rendered if isinstance(item, tuple) and not item[0].hidden for part in item[0].parts
-        ]
-        known = iter(self.tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else ())
+        good = [item[0] for item in rendered if isinstance(item, tuple)]
+        plain = [part for row in good if not row.hidden and not row.may_end for part in row.parts]
+        known = iter(self.texts.ids(plain))
         found: list[Row | BadRow] = []
         for item in rendered:
             if isinstance(item, BadRow):
@@ -136,7 +141,10 @@ class RowEncoder:
                 continue
             row, origin = item
             try:
-                ids = [self._part_ids(p, row.hidden, origin) if row.hidden else next(known) for p in row.parts]
+                if row.may_end:
+                    ids = [self.texts.first_ids(part, limit) for part in row.parts]
+                else:
+                    ids = [self._part_ids(p, row.hidden, origin) if row.hidden else next(known) for p in row.parts]
                 found.append(row.finish(ids))
             except BadRow as error:
                 found.append(error)
@@ -160,18 +168,21 @@ class RowEncoder:
         def finish(part_ids: list[list[int]]) -> Row:
             ids = list(part_ids[0])
             is_target = [False] * len(ids)
-            before = parts[0]
-            answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+            before = parts[0]  # all before the part; only short conversations use it
+            windows = Windows(turns)
+            answers = windows.answers
             for index, part, own in zip(answers, parts[1:], part_ids[1:], strict=True):
                 num_trained = 0
                 if turns[index].get("weight") != 0 and (train_on != "last" or index == answers[-1]):
-                    num_trained = self._num_trained(turns[: index + 1], tools, before, part, own, hidden, origin)
+                    near = windows.until(index) if "tool_calls" in turns[index] else turns[index : index + 1]
+                    text = None if windows.is_long else before
+                    num_trained = self._num_trained(near, tools, text, part, own, hidden, origin)
                     for code, token in hidden.items():
                         if chr(code) in part and any(chr(code) in text for text in _texts_of(turns[index])):
                             note(SPELLED_OUT, token)
                 ids += own
                 is_target += [place < num_trained for place in range(len(own))]
-                before += part
+                before += "" if windows.is_long else part
             return ids, [True] * len(ids) if train_on == "all" else is_target
 
         return RenderedRow(parts, hidden, finish)
@@ -191,7 +202,10 @@ class RowEncoder:
             is_blank = not text.strip()  # would only teach BOS -> EOS
             return ids, [not is_blank] * len(ids)
 
-        return RenderedRow([text], {}, finish)
+        return RenderedRow([text], {}, finish, may_end=len(text) > PIECE)
+
+    def _token_ids(self, text: str) -> list[int]:
+        return self.texts.ids([text])[0]
 
     def _after_bos(self, ids: list[int]) -> list[int]:
         return ids if self._bos and ids[:1] == self._bos else self._bos + ids
@@ -213,7 +227,7 @@ class RowEncoder:
         ]
 
     def _num_trained(
-        self, turns: Messages, tools: list[dict[str, Any]], before: str, part: str, ids: list[int],
+        self, turns: Messages, tools: list[dict[str, Any]], before: str | None, part: str, ids: list[int],
         hidden: dict[int, str], origin: str,
     ) -> int:  # fmt: skip
         """How many of a part's ids are the last answer of `turns` and the token that ends it."""
@@ -275,7 +289,7 @@ class RowEncoder:
 
     def _part_ids(self, part: str, hidden: dict[int, str], origin: str) -> list[int]:
         if not any(chr(code) in part for code in hidden):
-            return _token_ids(part, self.tokenizer)
+            return self._token_ids(part)
         ids: list[int] = []
         pieces = ["", *self.special.split(part), ""]  # "", text, token, text, ..., token, text, ""
         for before, text, after in zip(pieces[:-1:2], pieces[1::2], pieces[2::2], strict=True):
@@ -302,7 +316,7 @@ class RowEncoder:
             options: Any = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
             return self.tokenizer(text, **options)["input_ids"]
 
-        if not before or not text or _token_ids(before + "a", self.tokenizer)[1:] == encode("a"):
+        if not before or not text or self._token_ids(before + "a")[1:] == encode("a"):
             return encode(text)
         # A SentencePiece tokenizer may write its "▁" only at the start of a part: do not let the text start there.
         for lead in ("\n", "a", "1", "."):
@@ -312,13 +326,16 @@ class RowEncoder:
         return encode(text)
 
     def _find_end_of_turn(
-        self, turns: Messages, tools: list[dict[str, Any]], before: str, part: str, origin: str
+        self, turns: Messages, tools: list[dict[str, Any]], before: str | None, part: str, origin: str
     ) -> tuple[int | None, int]:
         """The special token that ends the last answer of `turns`, and how often it occurs earlier in `part`.
 
-        `part` begins with that answer and follows the text `before`. The token is an id, or None if there is none.
+        `part` begins with that answer and follows the text `before` (None: what the template writes for the turns
+        before it). The token is an id, or None if there is none.
         """
         if "tool_calls" in turns[-1]:
+            if before is None:
+                before = self.template.render(turns[:-1], tools, True, origin)
             found = self.template.find_end_of_call(turns, tools, before, part, origin)
             return (None, 0) if found is None else (self.token_ids[found[0]], part.count(found[0], 0, found[1]))
         content = turns[-1]["content"].strip()  # many templates strip it

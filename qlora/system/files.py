@@ -78,16 +78,21 @@ def new_directory(target: Path) -> Iterator[Path]:
     try:
         with _named(target):
             yield staging
-            for file in staging.rglob("*"):
-                _settle(file)
-        try:
-            os.rename(staging, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-        _sync(target.parent)
+            publish_directory(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def publish_directory(staging: Path, target: Path) -> None:
+    """Sync a filled directory to disk, and let it become `target`, unless that exists."""
+    for file in staging.rglob("*"):
+        _settle(file)
+    try:
+        os.rename(staging, target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    _sync(target.parent)
 
 
 def _writer() -> int:

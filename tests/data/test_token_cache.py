@@ -226,7 +226,9 @@ def test_a_cache_that_cannot_be_written_costs_nothing(
 
 def test_a_full_disk_in_the_middle(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing half written is left, and the rows come from memory, bad ones counted once."""
-    monkeypatch.setattr(token_store, "_checksum", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        token_store, "publish_directory", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left"))
+    )
     examples, said = load(source)
     assert "No space left" in said[0] and "30 of 32 records kept" in said[1] and len(examples) == 30
     assert stores_in(cache) == set()
@@ -305,3 +307,88 @@ def test_memory_stays_while_the_data_grows(cache: Path, tmp_path: Path) -> None:
     (store,) = (path for path in stores_in(cache) if (path / TOKENS).stat().st_size > size)
     assert (store / TOKENS).stat().st_size > 2 * allowance
     assert start("memory").returncode != 0
+
+
+# ---- continued ----------------------------------------------------------------------------------------------
+
+
+def interrupted(source: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenize until so many rows are written and saved, and then be killed."""
+    add, count = TokenWriter.add, [0]
+
+    def counted(self: TokenWriter, row: Example) -> None:
+        if count[0] == after:
+            raise KeyboardInterrupt
+        count[0] += 1
+        add(self, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_store, "SAVE_SECONDS", 0.0)
+        patch.setattr(TokenWriter, "add", counted)
+        with pytest.raises(KeyboardInterrupt):
+            load(source)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_interrupted_tokenizing_goes_on_where_it_stopped(
+    cache: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed three times, with half a row after what was saved: the same bytes, and no row encoded twice."""
+    expected, said = load(source)
+    (store,) = stores_in(cache)
+    whole = files_of(store)
+    token_store.shutil.rmtree(store)
+    for after in (7, 5, 3):
+        interrupted(source, after, monkeypatch)
+        (part,) = stores_in(cache)
+        with (part / TOKENS).open("ab") as file:
+            file.write(b"half a row")
+        (part / ".progress.json.99.tmp").touch()
+    added: list[str] = []
+    add = TokenWriter.add
+    monkeypatch.setattr(TokenWriter, "add", lambda self, row: [added.append(row.origin), add(self, row)])
+    again, said_again = load(source)
+    assert stores_in(cache) == {store} and files_of(store) == whole
+    assert content(again) == content(expected) and len(added) == 30 - 15
+    assert said_again[0].partition("tokenized in")[0] == said[0].partition("tokenized in")[0]
+
+
+@pytest.mark.parametrize("name", [*FILES, token_store.PROGRESS])
+def test_a_damaged_part_is_begun_anew(
+    cache: Path, source: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(source)
+    (store,) = stores_in(cache)
+    whole = files_of(store)
+    token_store.shutil.rmtree(store)
+    interrupted(source, 20, monkeypatch)
+    (part,) = stores_in(cache)
+    flip(part / name, 15)
+    load(source)
+    assert files_of(store) == whole
+
+
+def test_bad_rows_of_an_interrupted_start_stop_the_next_one(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, 20, monkeypatch)
+    with pytest.raises(BadRow, match=f"^{source}:1: completion is null"):
+        load(source, on_bad_row="stop")
+    load(source)
+    assert len(stores_in(cache)) == 1
+
+
+def test_old_parts_make_room_but_not_one_that_is_being_made(
+    cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(source, 20, monkeypatch)
+    (part,) = stores_in(cache)
+    monkeypatch.setattr(token_store, "MAX_CACHE", 0)
+    with token_store.locked(cache / part.name.removeprefix(".").removesuffix(".part")):
+        load(source, max_length=40)
+        assert part.is_dir()
+    load(source, max_length=41)
+    assert not part.exists()
