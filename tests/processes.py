@@ -8,6 +8,7 @@ does what torchrun --nproc_per_node 2 would, with one process' imports in the pl
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import socket
@@ -15,10 +16,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from subprocess import CompletedProcess, run
+from subprocess import CompletedProcess
 from typing import Any
 
 from qlora.system.startup import collection_paused, importing_transformers, limit_spinning
+from tests import fork_server
 
 limit_spinning()
 with collection_paused(), importing_transformers():
@@ -28,7 +30,14 @@ with collection_paused(), importing_transformers():
     import transformers.modeling_utils  # noqa: F401
     from accelerate import Accelerator  # noqa: F401
 
-    from qlora.training import loop  # noqa: F401
+    for name in (  # what training, evaluating and answering import later
+        "qlora.cli.commands.train", "qlora.cli.commands.generate", "qlora.training.run", "qlora.export.hub",
+        "qlora.export.merge", "qlora.report.loss_figure", "eval.choice", "eval.exact_match", "tyro", "typeguard",
+        "docstring_parser", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg",
+        "PIL.JpegImagePlugin", "numpy.ctypeslib", "tokenizers.trainers", "transformers.convert_slow_tokenizer",
+        "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+    ):  # fmt: skip
+        importlib.import_module(name)
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,7 +85,7 @@ def _enter(rank: int, size: int, port: int, work: Callable[..., object], argumen
 
 def launch(size: int, *arguments: str, timeout: float = 300) -> CompletedProcess[str]:
     """A script, or -m and a module, with its arguments in so many processes, and what they said."""
-    return run(
+    return fork_server.run(
         [sys.executable, "-m", "tests.processes", str(size), *arguments],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip

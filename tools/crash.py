@@ -42,10 +42,12 @@ import psutil
 from qlora.system.errors import InputError
 from qlora.training.checkpoint import list_checkpoints, read_state
 from tests.models import save_tiny_llama, smollm2_path
+from tests.shortcuts import new_cache
 from tests.tiny import tiny_tokenizer
 from tools.crash_mixes import Mix, draw_mix
 
 ROOT = Path(__file__).parent.parent
+START: Callable[..., subprocess.Popen[Any]] = subprocess.Popen  # or tests/fork_server.py's, without imports
 VOLATILE = ("tokens_per_second", "peak_memory_gib")
 KINDS = {"start-up": 25, "training": 40, "writing": 25, "end": 10}  # kind -> share of the kills
 TIME_LIMIT = 3600  # seconds; a process that takes longer hangs
@@ -134,6 +136,7 @@ def run_crash_test(
     """
     started, rng = time.monotonic(), random.Random(seed)
     flags = write_job(work, model, seed, num_steps)
+    new_cache(work / "cache")
     planned = iter(kinds) if kinds is not None else draw_kinds(rng)
     summary, job, until = Summary(), None, 0
     while len(summary.kills) < num_kills:
@@ -236,15 +239,10 @@ def start_training(job: Job, out: Path, num_workers: int = 0) -> subprocess.Pope
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "QLORA_CACHE": str(job.work / "cache")}
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with open(f"{out}.log", "ab") as log:
-        return subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
+        return START(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             start_new_session=True,
-        )
+        )  # fmt: skip
 
 
 def run_reference(job: Job) -> None:

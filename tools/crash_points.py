@@ -26,6 +26,7 @@ from typing import Any
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 from tests.processes import ROOT, run_program
+from tests.shortcuts import new_cache
 from tools.crash import compare_runs, write_job
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
@@ -43,7 +44,7 @@ def visit_points(
         last: only this many operations at the end of the run; 0 = all.
     """
     flags, reference = [*write_job(work, "tiny", 0, num_steps), *more_flags], work / "reference"
-    os.environ["QLORA_CACHE"] = str(work / "cache")
+    os.environ["QLORA_CACHE"] = new_cache(work / "cache")
     train(flags, reference)
     record = work / "operations"
     assert train(flags, work / "recorded", record=record) == 0, f"see {work / 'recorded.log'}"

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -64,6 +63,7 @@ with collection_paused(), importing_transformers():
     from qlora.training.loop import Limits, Trainer, TrainingData
     from qlora.training.observer import Observer
     from qlora.training.recompute import choose_recomputed_layers
+    from tests import fork_server
     from tests.models import save_tiny_llama, smollm2_path, tiny_llama_config
     from tests.processes import run_processes
 
@@ -353,7 +353,7 @@ class Proof:
                 run_processes(size, _exchange, pairs, self.folder)
 
     def run_apart(self) -> None:
-        """Call `run` in a separate interpreter, for a process that has threads.
+        """Call `run` in a process of its own, for one that has threads.
 
         Raises:
             RuntimeError: it failed; includes its output.
@@ -362,7 +362,7 @@ class Proof:
         plan.write_text(json.dumps([asdict(case) for case in self.cases.values()]))
         command = [sys.executable, "-m", "tools.proof", "--run", str(plan)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = fork_server.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr[-6000:])
 

@@ -15,6 +15,7 @@ from qlora.export.merged_weights import SHARDS
 from qlora.export.mixture import Mixture
 from qlora.model.resolve import resolve_model
 from qlora.model.safetensors_source import weight_files
+from qlora.system.digests import digest_of
 from qlora.system.errors import CheckFailed, InputError
 from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_directory, remove_leftovers, sha256_of
@@ -56,8 +57,9 @@ def staging_directory(target: Path, fingerprint: str) -> Iterator[Path]:
 def merge_fingerprint(model: str, mixture: Mixture, *settings: object) -> str:
     """Fingerprint of everything the weights files depend on."""
     parts: list[object] = [*versions("torch", "transformers", "bitsandbytes").values()]
-    for file in map(Path.resolve, weight_files(resolve_model(model))):
-        parts += [str(file), file.stat().st_size, file.stat().st_mtime_ns]
+    parts += [
+        digest_of(file) for file in weight_files(resolve_model(model))
+    ]  # other weights may have size and time
     for saved in mixture.adapters:
         names = (CONFIG, WEIGHTS, BASE_SHIFT)
         parts += [sha256_of(saved.directory / name) for name in names if (saved.directory / name).is_file()]

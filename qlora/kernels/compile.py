@@ -19,6 +19,7 @@ from qlora.system.files import make_directories, new_file
 from qlora.system.wording import tell
 
 FLAGS = "-O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -fno-signed-zeros -shared -fPIC".split()
+FLAGS += ["-Wfatal-errors"]  # a file that begins with #error is refused at once
 DIGEST = ".xxh3"  # of the library, beside it
 
 

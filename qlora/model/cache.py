@@ -17,7 +17,7 @@ from qlora.model.weights import stored_weights
 from qlora.quant.storage import quantization_config
 from qlora.quant.weight import QuantConfig
 from qlora.system.cache import cache_directory
-from qlora.system.digests import damaged_file
+from qlora.system.digests import is_whole
 
 
 def write_cache(network: Any, source: Source, quant: QuantConfig, device: torch.device, target: Path) -> None:
@@ -43,7 +43,7 @@ def cached_base(path: Path, quant: QuantConfig) -> Path:
 
 
 def open_cache(cached: Path) -> SafetensorsSource:
-    """The weights in a directory of the cache that has been verified (`damaged_file`)."""
+    """The weights in a directory of the cache that has been verified (`is_whole`, `build_verified`)."""
     return SafetensorsSource(cached, map_files=True, remedy="delete this cache and it is made again")
 
 
@@ -55,5 +55,4 @@ def find_source(model: str, quant: QuantConfig | None, cache: bool = True) -> So
     """
     path = resolve_model(model)
     cached = cached_base(path, quant) if quant is not None and cache else None
-    is_good = cached is not None and cached.is_dir() and damaged_file(cached) is None
-    return open_cache(cached) if cached is not None and is_good else open_source(path)
+    return open_cache(cached) if cached is not None and is_whole(cached) else open_source(path)

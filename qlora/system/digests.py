@@ -31,6 +31,9 @@ PIECE = 64 * 2**20  # bytes that a thread digests at a time
 REMEMBERED = 64 * 2**20  # bytes of a file from which on its digest is kept: a smaller one takes milliseconds
 TICK_SECONDS = 0.02  # Linux stamps files every 1 to 10 ms
 _known: dict[tuple[str, ...], str] = {}  # of this process
+_whole: dict[
+    Path, dict[str, tuple[int, ...]]
+] = {}  # of this process: directory -> its files when they were verified
 DIGESTS = "digests.json"  # in a directory: file name -> digest
 
 
@@ -110,6 +113,19 @@ def damaged_file(directory: Path) -> str | None:
         return next((name for name in sorted(names) if content_digest(directory / name) != digests[name]), None)
     except (OSError, ValueError, TypeError, RecursionError):
         return DIGESTS
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether no file of a directory is damaged; in one process they are read again only if one has changed."""
+    try:
+        states = {file.name: tuple(_state(file)) for file in directory.iterdir()}
+    except OSError:
+        return False
+    if _whole.get(directory) != states:
+        if damaged_file(directory) is not None:
+            return False
+        _whole[directory] = states
+    return True
 
 
 def build_verified(directory: Path, build: Callable[[], T]) -> T | None:

@@ -36,6 +36,7 @@ from qlora.model.tokenizer import load_tokenizer
 from qlora.quant.layers import Linear4bit
 from qlora.system.errors import InputError
 from qlora.system.wording import show_controls
+from tests import fork_server
 from tests.models import save_tiny_llama
 from tests.shortcuts import encode_example
 from tests.tiny import tiny_tokenizer
@@ -561,7 +562,7 @@ def test_a_file_that_is_no_history_is_left_as_it_is(
 
 def run_chat(*arguments: str, lines: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "qlora", "chat", *arguments]
-    return subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=300)
+    return fork_server.run(command, cwd=ROOT, input=lines, capture_output=True, text=True, timeout=300)
 
 
 def test_a_script_gets_answers_and_nothing_else(tiny: Path) -> None:

@@ -30,6 +30,7 @@ from qlora.config.run import RunConfig
 from qlora.config.saving import SavingConfig
 from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError, StoppedOnRequest, TrainingStopped
+from tests import fork_server
 
 REPOSITORY = Path(train.__file__).parent
 # Every flag that DESIGN.md promises to outsiders: (arguments, section, field, value).
@@ -611,7 +612,7 @@ def test_wrong_model_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_no_model_in_a_process_of_its_own() -> None:
-    result = python("train.py")
+    result = fork_server.run([sys.executable, "train.py"], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: No model given") and result.stderr.count("\n") == 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from qlora.data.check import LONG_TEXT, DataCheck, check_data, length_histogram
 from qlora.data.encode import encode_records
 from qlora.data.readers import read_records
 from qlora.system.errors import InputError
+from tests import fork_server
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 
@@ -161,7 +161,7 @@ def test_the_command_with_a_model_loads_no_weights(tmp_path: Path) -> None:
     data = tmp_path / "a.jsonl"
     data.write_text(json.dumps(pair("Hi", "Hello")) + "\n" + json.dumps(pair("x" * 99, "y")) + "\n")
     command = [sys.executable, "-m", "qlora", "check-data", "--model", str(model), str(data), "--max-length", "50"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    done = fork_server.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 records kept (0 truncated; dropped: 0 too long, 1 without a target)" in done.stdout
     assert "⟦Hello<|im_end|>⟧" in done.stdout

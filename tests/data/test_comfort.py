@@ -19,6 +19,7 @@ from qlora.system.errors import InputError
 from tests.data.test_chat_template import HERMES, PARIS, TOOLS, conversation
 from tests.models import save_tiny_llama
 from tests.processes import launch
+from tests.shortcuts import new_cache
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
 OWN_TEMPLATE = HERMES.replace("You are Qwen", "You are ours")
@@ -193,7 +194,7 @@ def test_two_processes_end_alike(run: Path, folder: Path, tmp_path: Path, monkey
     """Each tokenises or maps by itself; one of them writes the cache. Losses are equal to rounding."""
     flags = flags_of(folder)
     flags[flags.index("--batch-size") + 1] = "2"
-    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QLORA_CACHE", new_cache(tmp_path / "cache"))
     done = launch(2, "train.py", *flags, "--output-dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
     ours, theirs = state_of(run), state_of(tmp_path / "out")

@@ -22,6 +22,7 @@ from qlora.data.rows import BadRow
 from qlora.data.token_cache import FILES, TOKENS, TokenWriter, read_store, token_cache, write_store
 from qlora.system.errors import InputError
 from qlora.training.fingerprint import data_fingerprint
+from tests import fork_server
 from tests.shortcuts import load_examples
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -250,7 +251,7 @@ def test_processes_that_start_together_tokenise_once(cache: Path, source: Path) 
     )
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", code, str(source)]
-    runs = [subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    runs = [fork_server.Program(command, cwd=root, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     said = sorted(run.communicate()[0] for run in runs)
     assert all(line.startswith("30 ") for line in said)
     assert sum("; tokenized" in line for line in said) == sum("read from the token cache" in s for s in said) == 1

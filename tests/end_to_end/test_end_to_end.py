@@ -19,6 +19,7 @@ import train
 from examples.orders import write_task
 from qlora.cli.main import main as qlora_main
 from qlora.system.errors import InputError
+from tests import fork_server
 from tests.models import save_tiny_llama
 from tests.processes import launch
 from tests.tiny import tiny_tokenizer
@@ -40,10 +41,22 @@ def orders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real_run(smollm2: str, orders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 rows of about 22 tokens: an empty system message keeps SmolLM2's template from writing its own."""
+    file = tmp_path_factory.mktemp("sums") / "sums.jsonl"
+    with file.open("w") as rows:
+        for n in range(1, 17):
+            texts = ("system", ""), ("user", f"{n} + {n * n}"), ("assistant", str(n + n * n))
+            messages = [{"role": role, "content": text} for role, text in texts]
+            rows.write(json.dumps({"messages": messages}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def real_run(smollm2: str, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Six steps on the real model with dropout, over an epoch's end (16 examples, windows of 4)."""
     output_dir = tmp_path_factory.mktemp("real") / "out"
-    flags = ["--use-4bit", "--model", smollm2, "--data", str(orders), "--dropout", "0.05"]
+    flags = ["--use-4bit", "--model", smollm2, "--data", str(sums), "--dropout", "0.05"]
     flags += ["--batch-size", "2", "--grad-accum", "2", "--max-length", "256", "--max-steps", "6"]
     flags += ["--learning-rate", "2e-3", "--warmup-steps", "1", "--save-every", "2"]
     train.main([*flags, "--output-dir", str(output_dir)])
@@ -81,13 +94,11 @@ def test_a_killed_run_resumes_to_the_same_adapter(real_run: tuple[Path, list[str
 
 
 @pytest.mark.slow
-def test_evaluating_changes_no_training_loss(
-    real_run: tuple[Path, list[str]], tmp_path: Path, orders: Path
-) -> None:
+def test_evaluating_changes_no_training_loss(real_run: tuple[Path, list[str]], tmp_path: Path, sums: Path) -> None:
     """Equal to the last digit, on any CPU (TRAPS 1: an AVX512-BF16 one repacks weights when it evaluates)."""
     output_dir, flags = real_run
     few = tmp_path / "held_out.jsonl"
-    few.write_text("".join(orders.read_text().splitlines(keepends=True)[:2]))
+    few.write_text("".join(sums.read_text().splitlines(keepends=True)[:2]))
     evaluate = ["--eval-every", "2", "--eval-data", str(few), "--num-samples", "1", "--sample-tokens", "4"]
     train.main([*flags, *evaluate, "--output-dir", str(tmp_path / "out")])
     assert losses(tmp_path / "out") == losses(output_dir)
@@ -135,7 +146,7 @@ def test_merge_and_prompt(
 
 
 @pytest.mark.slow
-def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_steps_equal_peft(smollm2: str, sums: Path, tmp_path: Path) -> None:
     """Same 4-bit base, initial adapter and batches, fp32: PEFT on bitsandbytes' own layers gives our losses.
 
     Both run AdamW in fp32 over 20 steps; what differs is the order of additions (packed against single rows,
@@ -152,13 +163,13 @@ def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pyte
     from qlora.lora.adapter import inject_lora
     from qlora.lora.optimizer import BETAS, EPS, build_optimizer
     from qlora.lora.trainable import freeze_base, lora_parameters
+    from qlora.model.cache import cached_base
     from qlora.model.load import load_base_model
     from qlora.model.tokenizer import load_tokenizer
+    from qlora.quant.weight import QuantConfig
     from qlora.training.step import train_step
     from tests.shortcuts import load_examples
 
-    own_cache = tmp_path / "cache"  # that holds this base and no other
-    monkeypatch.setenv("QLORA_CACHE", str(own_cache))
     model = load_base_model(smollm2, compute_dtype="float32")
     config = LoRAConfig(adapter_dtype="float32")
     inject_lora(model, config, seed=3)
@@ -166,10 +177,7 @@ def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pyte
     start = tmp_path / "initial-adapter"
     save_adapter(model, start, config)
     model.train()
-    rows = tmp_path / "sums.jsonl"
-    sums = ({"prompt": f"{n} + {n * n}", "completion": str(n + n * n)} for n in range(1, 17))
-    rows.write_text("".join(json.dumps(row) + "\n" for row in sums))
-    examples, _ = load_examples(str(rows), load_tokenizer(smollm2), 128, say=lambda line: None)
+    examples, _ = load_examples(str(sums), load_tokenizer(smollm2), 128, say=lambda line: None)
     windows = [[examples[(2 * step) % 16], examples[(2 * step + 1) % 16]] for step in range(20)]
 
     optimizer, ours = build_optimizer(lora_parameters(model), "adamw"), []
@@ -178,7 +186,7 @@ def test_twenty_steps_equal_peft(smollm2: str, tmp_path: Path, monkeypatch: pyte
         ours.append(train_step(model, optimizer, make_batches(window, 2, 128, True), Accelerator(), 1e-3).loss)
     del model
 
-    cached = next(own_cache.glob("base-*"))
+    cached = cached_base(Path(smollm2), QuantConfig())
     base = AutoModelForCausalLM.from_pretrained(cached, dtype=torch.float32)
     for module in base.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -227,16 +235,10 @@ def test_prompt_mode_prints_the_answer_and_nothing_else(tmp_path: Path) -> None:
 
 
 def launch_by_accelerate(processes: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        str(processes),
-    ]
+    command = [sys.executable, *fork_server.LAUNCHER, "-m", "accelerate.commands.launch"]
+    command += ["--multi_gpu", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "train.py", *arguments]
-    return subprocess.run(
+    return fork_server.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
 

@@ -9,7 +9,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +19,7 @@ from tokenizers import pre_tokenizers
 
 from eval.__main__ import main as evaluate
 from examples.orders import write_task
+from tests import fork_server
 from tests.adapters.test_fused_formats import minimind_state
 from tests.adapters.test_other_formats import (
     LAYERS,
@@ -95,8 +95,8 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "--modelfile" in words:
         Path("Modelfile").unlink(missing_ok=True)
     if words[0] == "accelerate":
-        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *words[1:], *TINY_STEPS]
-        subprocess.run(launch, check=True, timeout=300, capture_output=True)
+        launch = [sys.executable, *fork_server.LAUNCHER, "-m", "accelerate.commands.accelerate_cli"]
+        fork_server.run([*launch, *words[1:], *TINY_STEPS], check=True, timeout=300, capture_output=True)
         return
     assert words[0] == "python", f"the test cannot run {command}"
     if words[1].startswith("examples/") or words[2].startswith("examples."):

@@ -81,11 +81,9 @@ def test_scores_agree_with_lm_eval(directory: Path, tmp_path: Path, kind: str, s
 
 
 @pytest.mark.slow
-def test_the_real_model_agrees_with_lm_eval(smollm2: str, tmp_path: Path) -> None:
+def test_the_real_model_agrees_with_lm_eval(dense_smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M, dense in fp32, contexts of three shots."""
-    from tests.evaluation.test_perplexity import save_dense
-
-    dense = save_dense(smollm2, tmp_path / "dense")
+    dense = dense_smollm2
     data = write_questions(tmp_path / "test.jsonl", "text", 4)
     solved = write_questions(tmp_path / "train.jsonl", "text", 3, seed=1)
     run(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -32,6 +31,7 @@ from qlora.data.rows import Record
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
+from tests import fork_server
 from tests.models import save_tiny_trio
 from tests.tiny import tiny_tokenizer
 
@@ -203,8 +203,17 @@ def test_two_processes_equal_one(models: Path, tmp_path: Path, capsys: pytest.Ca
     main([*flags, "--output", str(tmp_path / "one.json")])
     assert capsys.readouterr().out.count("exact match 0/18") == 1
     launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671", "-m", "eval"]
-    command = [sys.executable, "-m", *launcher, "exact_match", *flags, "--output", str(tmp_path / "two.json")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        *fork_server.LAUNCHER,
+        "-m",
+        *launcher,
+        "exact_match",
+        *flags,
+        "--output",
+        str(tmp_path / "two.json"),
+    ]
+    done = fork_server.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("exact match 0/18") == 1
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))

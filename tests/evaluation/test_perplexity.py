@@ -76,13 +76,13 @@ def test_documents_agree_with_lm_eval(tmp_path: Path, add_bos: bool) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_model_agrees_with_lm_eval(smollm2: str, tmp_path: Path) -> None:
+def test_the_real_model_agrees_with_lm_eval(dense_smollm2: Path, tmp_path: Path) -> None:
     """SmolLM2-135M, dense in fp32: log-likelihoods of documents of some 300 tokens within 1e-3.
 
     lm-eval's softmax over 49,152 tokens is taken in fp64: torch's in fp32 is off by 1e-5 a token, always to the
     same side: docs/LOG.md.
     """
-    dense = save_dense(smollm2, tmp_path / "dense")
+    dense = dense_smollm2
     texts = [
         text for text in (Path(__file__).parents[2] / "README.md").read_text().split("\n## ") if len(text) > 800
     ][:2]
@@ -95,20 +95,6 @@ def test_the_real_model_agrees_with_lm_eval(smollm2: str, tmp_path: Path) -> Non
     theirs = model.loglikelihood_rolling(instances("loglikelihood_rolling", *((t,) for t in texts)))
     assert [row["log_likelihood"] for row in rows] == pytest.approx(theirs, abs=1e-3)
     assert max(row["tokens"] for row in rows) > 128
-
-
-def save_dense(model: str, directory: Path) -> Path:
-    """The 16-bit weights of a GGUF model as an ordinary fp32 directory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    network = load_base_model(model, use_4bit=False, compute_dtype="float32")
-    config = AutoConfig.for_model(**network.config.to_dict())
-    config._attn_implementation = "sdpa"
-    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    dense.load_state_dict(network.state_dict())
-    dense.save_pretrained(directory)
-    load_tokenizer(model).save_pretrained(directory)
-    return directory
 
 
 def test_packed_equals_one_document_at_a_time(directory: Path) -> None:

@@ -38,7 +38,7 @@ from qlora.quant.library import Params4bit
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.file_names import WEIGHTS
-from tests import reference
+from tests import fork_server, reference
 from tests.models import save_tiny_llama, tiny_llama_config
 from tests.reference import relative_error
 from tests.tiny import tiny_tokenizer
@@ -924,7 +924,7 @@ def assert_resumes(llama: Path, adapter: Path, tmp_path: Path, **options: Any) -
 def test_killed_and_resumed(llama: Path, adapter: Path, tmp_path: Path) -> None:
     """SIGKILL, in another process, while the third file is finished."""
     argv = [str(llama), str(adapter), str(tmp_path / "merged")]
-    result = subprocess.run([sys.executable, "-c", KILL, *argv], cwd=REPOSITORY, capture_output=True)
+    result = fork_server.run([sys.executable, "-c", KILL, *argv], cwd=REPOSITORY, capture_output=True)
     assert result.returncode == -9, result.stderr.decode()
     assert_resumes(llama, adapter, tmp_path)
 
@@ -948,6 +948,20 @@ def test_a_damaged_file_is_written_again(llama: Path, adapter: Path, tmp_path: P
     merge(llama, adapter, tmp_path / "merged", max_shard_gb=60_000 / 1e9, say=heard.append)
     assert "2 of " in heard[0]
     assert file_bytes(tmp_path / "merged") == file_bytes(tmp_path / "whole")
+
+
+def test_other_weights_of_the_same_size_and_time_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -> None:
+    """As `cp -p` leaves them: half of the merged model was that of the old ones."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    staging = stop_merge(2, base, adapter, tmp_path / "merged")
+    file = base / "model.safetensors"
+    status, content = file.stat(), bytearray(file.read_bytes())
+    content[-4:] = bytes(4)  # the last value
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    staging.rename(tmp_path / "old")
+    again = stop_merge(2, base, adapter, tmp_path / "merged")
+    assert again.name != staging.name and file.stat().st_size == status.st_size
 
 
 def test_other_inputs_start_afresh(llama: Path, adapter: Path, tmp_path: Path) -> None:

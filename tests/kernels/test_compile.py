@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora.kernels.compile import compile_c
+from qlora.kernels import gemm
+from qlora.kernels.compile import FLAGS, compile_c
 
 SOURCE = "int answer(void) { return 42; }"
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None or not hasattr(os, "getuid"), reason="no C compiler")
@@ -133,3 +135,11 @@ def test_a_compiler_that_fails(source: Path, monkeypatch: pytest.MonkeyPatch) ->
     for compiler in ("false", "true"):
         monkeypatch.setenv("CC", shutil.which(compiler) or compiler)
         assert compile_c.__wrapped__(source) is None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its flags are an x86-64 compiler's")
+def test_a_kernel_that_is_not_for_this_processor_is_refused_at_once(tmp_path: Path) -> None:
+    """Each start on AVX2 spent half a second on the errors after the first."""
+    command = ["cc", *FLAGS, "-mno-avx512f", "-o", str(tmp_path / "gemm.so"), str(gemm.SOURCE)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stderr.count("error:") == 1 and "AVX2 only" in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +14,16 @@ from safetensors.torch import load_file, save_file
 from qlora.adapters.peft_files import AdapterSnapshot
 from qlora.training.checkpoint import checkpoint_path, save_checkpoint
 from qlora.training.progress import Progress
+from tests import fork_server
+from tools import crash
 from tools.crash import ROOT, Kill, Summary, compare_runs, newest_whole, run_crash_test
 
 ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path) -> None:
+def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crash, "START", fork_server.Program)
     kinds = ["writing", "training", "start-up", "writing"]
     summary = run_crash_test(tmp_path, num_kills=len(kinds), seed=1, num_steps=16, kinds=kinds)
     assert summary.problems == [], "\n".join(summary.problems)
@@ -33,7 +35,7 @@ def test_killed_runs_end_as_the_one_left_alone(tmp_path: Path) -> None:
 def test_each_file_operation_from_the_last_checkpoint_on() -> None:
     """A kill before any of the last 14, from the checkpoint's renaming to the curve's."""
     command = [sys.executable, "-m", "tools.crash_points", "--steps", "2", "--last", "14"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = fork_server.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.stdout.splitlines()[-1] == "all identical to the reference", done.stdout + done.stderr
     assert "os.rename checkpoints/.step-000002" in done.stdout.splitlines()[0]
 

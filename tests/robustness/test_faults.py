@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from qlora.lora.trainable import lora_parameters
 from qlora.system.errors import TrainingStopped
 from qlora.training.checkpoint import list_checkpoints, read_state
 from qlora.training.progress import Progress
+from tests import fork_server
 from tests.models import save_tiny_llama
 from tests.tiny import tiny_tokenizer
 from tests.training.test_loop import adapted, limit_memory, make_examples, run
@@ -43,13 +44,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [*flags, "--compute-dtype", "float32", "--learning-rate", "1e-3", "--warmup-steps", "1"]
 
 
-def command(*arguments: str, launcher: list[str] | None = None) -> list[str]:
-    return [sys.executable, *(launcher or []), str(ROOT / "train.py"), *arguments]
-
-
-def start(*arguments: str, launcher: list[str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(*arguments, launcher=launcher), cwd=ROOT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+def start(*arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    return fork_server.Program(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *arguments], cwd=ROOT, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
@@ -128,7 +126,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(
 @pytest.mark.slow
 def test_the_time_limit_does_the_same(job: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    code, _, err = train(*job, *ENDLESS, "--output-dir", str(out), "--stop-after", "12s")
+    code, _, err = train(*job, *ENDLESS, "--output-dir", str(out), "--stop-after", "6s")
     steps = len(read_lines(out))
     assert code == 4 and f"stopped after step {steps} of 100000 (--stop-after)" in err
     if steps:  # a machine that is busy enough spends the time on imports
@@ -274,7 +272,9 @@ def test_a_second_run_in_the_same_directory_is_refused(
 # ---- memory -----------------------------------------------------------------------------------------------
 
 LIMITED = """
-import contextlib, json, resource, sys
+import contextlib, ctypes, json, resource, sys
+M_ARENA_MAX = -8  # one: glibc reserves 64 MiB of addresses for each thread, and that is room within the limit
+ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
 import numpy, psutil, torch
 import matplotlib.pyplot
 import qlora.training.loop, train
@@ -313,10 +313,9 @@ def wide_job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def train_limited(mebibytes: float, *arguments: str) -> tuple[int, str, str]:
-    # One arena: glibc reserves 64 MiB of addresses for each thread, and that is room within the limit.
-    done = subprocess.run(
+    done = fork_server.run(
         [sys.executable, "-c", LIMITED, str(mebibytes), *arguments], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 
@@ -374,12 +373,13 @@ def test_a_save_that_fails_does_not_hide_why_training_stopped(
 
 
 def training_processes(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """Rank -> process, of the children that a launcher started."""
+    """Rank -> process, of the children that a launcher started; forked ones have it in their names."""
     ranks = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            rank = child.environ().get("RANK")
-            if rank is not None and any(word.endswith("train.py") for word in child.cmdline()):
+            forked = re.fullmatch(r"rank (\d+)", child.name())
+            rank = forked[1] if forked else child.environ().get("RANK")
+            if forked or (rank is not None and any(word.endswith("train.py") for word in child.cmdline())):
                 ranks[int(rank)] = child
     return ranks
 
@@ -392,7 +392,8 @@ def free_port() -> int:
 
 def torchrun() -> list[str]:
     """Two processes."""
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
+    return [*fork_server.LAUNCHER, *words]
 
 
 @pytest.mark.slow

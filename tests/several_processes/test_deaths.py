@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,9 +24,9 @@ import pytest
 from qlora.training.checkpoint import list_checkpoints, read_state
 from tests.robustness.test_faults import (
     ENDLESS,
+    ROOT,
     await_steps,
     check_whole,
-    command,
     finish,
     free_port,
     job,
@@ -51,7 +52,7 @@ def two_nodes(log: Path, *arguments: str) -> Iterator[list[subprocess.Popen[str]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with contextlib.ExitStack() as files:
         logs = [files.enter_context(open(log / f"node{node}.txt", "w")) for node in range(2)]
-        words = command(*arguments, launcher=launcher)
+        words = [sys.executable, *launcher, str(ROOT / "train.py"), *arguments]
         agents = [subprocess.Popen(words, text=True, stdout=f, stderr=f, env=environment) for f in logs]
     try:
         yield agents
@@ -122,7 +123,7 @@ def test_a_run_of_two_goes_on_with_three_and_with_one(job: list[str], tmp_path: 
     for count, batch_size in ((3, 8), (1, 24)):
         done = read_state(list_checkpoints(out)[-1])["progress"].step
         steps = ("--max-steps", str(done + 2), "--batch-size", str(batch_size), "--resume", "auto")
-        code, said, err = finish(start(*flags, *steps, launcher=processes(count) if count > 1 else None), 240)
+        code, said, err = finish(start(*flags, *steps, launcher=processes(count) if count > 1 else ()), 240)
         assert code == 0, err
         assert f"{done} steps done" in said
         check_whole(out, done + 2)

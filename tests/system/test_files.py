@@ -7,11 +7,13 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from qlora.system import digests
 from qlora.system.errors import InputError
 from qlora.system.files import JSON_LIMIT, new_directory, new_file, read_json, remove_leftovers
 from qlora.system.wording import explain
@@ -277,3 +279,23 @@ def test_what_a_killed_process_left_goes_with_the_next_try(tmp_path: Path, kind:
     with contextlib.suppress(InterruptedError), getattr(files, kind)(target):
         raise InterruptedError
     assert list(tmp_path.iterdir()) == [elsewhere]
+
+
+def test_a_directory_is_verified_once_and_again_when_a_file_has_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base split over processes was read twice at each start, to be loaded and to be compared."""
+    read: list[str] = []
+    whole = digests.content_digest
+    directory = tmp_path / "base"
+    directory.mkdir()
+    (directory / "a").write_bytes(b"1234")
+    digests.write_digests(directory)
+    monkeypatch.setattr(digests, "content_digest", lambda file: [read.append(file.name), whole(file)][1])
+    assert digests.is_whole(directory) and digests.is_whole(directory) and read == ["a"]
+    status = (directory / "a").stat()
+    time.sleep(0.03)
+    (directory / "a").write_bytes(b"1235")
+    os.utime(directory / "a", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert not digests.is_whole(directory) and not digests.is_whole(directory) and read == ["a"] * 3
+    assert not digests.is_whole(tmp_path / "absent")

@@ -5,14 +5,14 @@
    registers: only the 4 bits are read from memory, and W never exists as a whole. The panel equals the dequantized
    weight to the last bit. Compiled for bf16 (-DBF16) and for fp32 tensors. */
 
+#if !defined(__AVX512F__) || (defined(BF16) && (!defined(__AVX512BF16__) || defined(__AMX_BF16__)))
+#error "torch's products are as fast here (AVX2 only, or AMX)"
+#endif
+
 #include <omp.h>
 #include <stdlib.h>
 
 #include "tiles.h"
-
-#if !defined(__AVX512F__) || (defined(BF16) && (!defined(__AVX512BF16__) || defined(__AMX_BF16__)))
-#error "torch's products are as fast here (AVX2 only, or AMX)"
-#endif
 
 #define COLUMNS (WIDE * LANES) /* of a panel */
 #define DEPTH 512              /* lanes of a panel, summed separately: shorter chains of roundings */
