@@ -64,13 +64,14 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
         from accelerate import Accelerator
 
-        from qlora.adapters.load import load_adapter
+        from qlora.adapters.load import check_before_loading, load_adapter
         from qlora.model.load import load_base_model
         from qlora.model.tokenizer import load_tokenizer
         from qlora.quant.weight import QuantConfig
         from qlora.system.device import best_device
 
     # Without cpu=True, each of several processes on a machine without a GPU would compute everything.
+    check_before_loading([] if config.adapter is None else [config.adapter], name)
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     tokenizer = load_tokenizer(name, config.adapter)
     quant = QuantConfig(config.quant_type, config.double_quant)

@@ -22,7 +22,7 @@ def tiny_tokenizer(chat_template: bool = True, add_bos: bool = False, pad_is_eos
 
     Args:
         chat_template: True gives ChatML without a default system message, False none, as in a base model.
-        add_bos:       True puts `<s>` before every text tokenised with special tokens, as LLaMA does.
+        add_bos:       True puts `<s>` before every text tokenized with special tokens, as LLaMA does.
         pad_is_eos:    True makes `<|im_end|>` the pad token too, else `<|pad|>` is.
 
     The eos token is `<|im_end|>` (id 2), the bos token `<s>` (id 4).

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from qlora.adapters.load import check_adapter, with_base_shift
 from qlora.adapters.peft_files import SavedAdapter, read_adapter
-from qlora.adapters.provenance import TrainedBase, trained_base
+from qlora.adapters.provenance import TrainedBase, blocks_of_base, trained_base
 from qlora.lora.linalg import low_rank_svd
 from qlora.lora.targets import linear_layers
 from qlora.lora.variants import variant_of
@@ -69,12 +69,14 @@ class Inspection:
         adapter: as read from its files.
         quantization: how the base was quantized in training, in words.
         with_base: the updates were measured against a base.
+        num_blocks: decoder layers of the base; None: it is not on this machine.
     """
 
     adapter: SavedAdapter
     quantization: str
     updates: list[LayerUpdate]
     with_base: bool
+    num_blocks: int | None = None
 
     @property
     def variant(self) -> str:
@@ -104,20 +106,46 @@ class Inspection:
 
     @property
     def gaps(self) -> dict[str, list[int]]:
-        """Module -> blocks, up to the last adapted one, for which the file has no tensors and nothing says so.
+        """Module -> blocks for which the file has no tensors and nothing says so; a name of target_modules that no
+        layer has -> no blocks.
 
         A file that lost some layers looks whole by its tensors alone; with a base, `check_adapter` refuses it.
+        Where the number of blocks is not known, those after the last adapted one are not checked (`last_checked`).
         """
-        numbers = self.adapter.description.get("layers_to_transform")
-        allowed = None if numbers is None else {numbers} if type(numbers) is int else set(numbers)
+        targets = self.adapter.description.get("target_modules")
         found: dict[str, set[int]] = {}
         for update in self.updates:
             if update.block is not None:
                 found.setdefault(update.module, set()).add(update.block)
-        every = range(max((max(blocks) for blocks in found.values()), default=-1) + 1)
-        wanted = [block for block in every if not allowed or block in allowed]
+        wanted = sorted(self._numbers) or range(
+            self.last_block + 1 if self.num_blocks is None else self.num_blocks
+        )
         gaps = {module: [block for block in wanted if block not in there] for module, there in found.items()}
-        return {module: missing for module, missing in gaps.items() if missing}
+        changed = [*(u.layer for u in self.updates), *(name.rpartition(".")[0] for name in self.adapter.rows)]
+        without = [
+            target
+            for target in (targets if isinstance(targets, list) else [])
+            if not any(f".{layer}".endswith(f".{target}") for layer in changed)
+        ]
+        return {module: missing for module, missing in gaps.items() if missing} | {
+            target: [] for target in without
+        }
+
+    @property
+    def last_checked(self) -> int | None:
+        """The last adapted block, if nothing tells whether the base has more."""
+        is_known = self.num_blocks is not None or bool(self._numbers) or self.last_block < 0
+        return None if is_known else self.last_block
+
+    @property
+    def last_block(self) -> int:
+        return max((update.block for update in self.updates if update.block is not None), default=-1)
+
+    @property
+    def _numbers(self) -> set[int]:
+        """layers_to_transform; empty: all layers."""
+        numbers = self.adapter.description.get("layers_to_transform")
+        return {numbers} if type(numbers) is int else set(numbers or ())
 
     def grid(self) -> tuple[list[int | None], list[str], dict[tuple[int | None, str], float]]:
         """(blocks, modules, (block, module) -> size), with layers of the same block and module combined.
@@ -151,10 +179,12 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
     adapter = read_adapter(directory)
     _check_layers(adapter)
     base = trained_base(str(directory), model)
+    num_blocks = blocks_of_base(str(directory))
     if model is None:
         updates = _measure(adapter)
     else:
         network = empty_model(model)
+        num_blocks = network.config.get_text_config().num_hidden_layers
         adapter = with_base_shift(adapter, network, model)
         check_adapter(adapter, network)
         updates = _measure(adapter)
@@ -164,7 +194,7 @@ def inspect_adapter(directory: str | Path, model: str | None = None) -> Inspecti
             if layer in updates:
                 dense = weight.T if layer in flipped else weight  # Conv1D: (in, out)
                 updates[layer] = _compare(adapter, updates[layer], dense)
-    return Inspection(adapter, _quantization(base), list(updates.values()), model is not None)
+    return Inspection(adapter, _quantization(base), list(updates.values()), model is not None, num_blocks)
 
 
 def _check_layers(adapter: SavedAdapter) -> None:

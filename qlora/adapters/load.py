@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -67,6 +67,20 @@ def load_adapter(
     freeze_base(model)
     compare_base(saved, base_model, say)
     return written_config(saved)
+
+
+def check_before_loading(directories: Iterable[str | Path], base: str) -> None:
+    """Check adapters against the modules of a base, before any of its weights is read or downloaded.
+
+    Args:
+        base: directory, hub id or .gguf.
+    Raises:
+        InputError: as `load_adapter`.
+    """
+    saved = [read_adapter(directory) for directory in directories]
+    network: Any = empty_model(base) if saved else None
+    for adapter in saved:
+        check_adapter(adapter, network)
 
 
 def continued_config(asked: LoRAConfig, saved: SavedAdapter, base: str) -> LoRAConfig:

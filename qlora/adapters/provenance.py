@@ -107,3 +107,20 @@ def base_model_of(adapter: str, say: Callable[[str], Any] = print) -> str:
         )
     say(f"base model: {shown}, as {source} names it")
     return name
+
+
+def blocks_of_base(adapter: str) -> int | None:
+    """How many decoder layers the base of an adapter has, if its config.json is on this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with suppress(InputError, OSError, ValueError):
+        name = base_model_of(adapter, say=lambda line: None)
+        file = Path(os.path.expanduser(name), "config.json")
+        cached = None if file.is_file() else try_to_load_from_cache(name, "config.json")
+        config = read_json(Path(cached) if isinstance(cached, str) else file, "")
+        inner = config.get("text_config")
+        for section in (config, inner if isinstance(inner, dict) else {}):
+            for key in ("num_hidden_layers", "n_layer", "num_layers"):
+                if type(section.get(key)) is int:
+                    return int(section[key])
+    return None

@@ -46,6 +46,7 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
         "layers": f"{len(found.updates):,} in {len({u.block for u in found.updates}):,} blocks",
         "modules": _listed(list(dict.fromkeys(u.module for u in found.updates))),
         **({"without tensors": _gaps(found.gaps)} if found.gaps else {}),
+        **({"not checked": _unchecked(found.last_checked)} if found.last_checked is not None else {}),
         "trained whole": _listed(list(adapter.trained)),
         **({"embeddings": _listed([f"{c} of {n}" for n, c in adapter.rows.items()])} if adapter.rows else {}),
         "parameters": f"{num_parameters:,}",
@@ -70,7 +71,11 @@ def print_inspection(found: Inspection, console: Console | None = None) -> None:
 
 def _gaps(gaps: dict[str, list[int]]) -> str:
     """Modules with the blocks that the file leaves out."""
-    return _listed([f"{module} in blocks {to_text(blocks)}" for module, blocks in gaps.items()])
+    return _listed([f"{m} in blocks {to_text(blocks)}" if blocks else m for m, blocks in gaps.items()])
+
+
+def _unchecked(last: int) -> str:
+    return f"whether the base has blocks after {last} that the file leaves out; pass --model"
 
 
 def _size_table(found: Inspection) -> Table:

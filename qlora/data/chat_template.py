@@ -18,6 +18,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -64,12 +65,10 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, own: str | None, special: re.Pattern[str]) -> None:
         self.tokenizer, self.own, self.special = tokenizer, own, special
         self._renderer = Renderer(tokenizer)
-        texts = " ".join(template_texts(tokenizer.chat_template))
-        self.thought_key = next(
-            (key for key in TURN["thought"] if re.search(rf"\b{key}\b", texts)), "reasoning_content"
-        )
         self.date: date | None = getattr(tokenizer, "template_date", None)
-        self._opened: tuple[str, str] | None = None
+        # Named templates may differ: of each, with and without tools.
+        self._thought_keys: dict[bool, str] = {}
+        self._opened: dict[bool, tuple[str, str]] = {}
         self._not_printed: dict[Any, list[str]] = {}
         self._lost: dict[Any, str | None] = {}
         self._blank: list[str | None] = []
@@ -102,9 +101,10 @@ class ChatTemplate:
             turn | {"content": blank} if "tool_calls" in turn and turn["content"] == "" else turn
             for turn in messages
         ]
-        if self.thought_key != "reasoning_content":
+        thought_key = self._thought_key(tools)
+        if thought_key != "reasoning_content":
             turns = [
-                {self.thought_key if key == "reasoning_content" else key: value for key, value in turn.items()}
+                {thought_key if key == "reasoning_content" else key: value for key, value in turn.items()}
                 for turn in turns
             ]
         shown: Any = tools or None
@@ -114,6 +114,17 @@ class ChatTemplate:
             kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())[:200].rstrip(".")
             raise BadRow(origin, f"the chat template refuses it: {reason}; fix the record.") from error
+
+    def _thought_key(self, tools: list[dict[str, Any]]) -> str:
+        """What the template calls a thought."""
+        if bool(tools) not in self._thought_keys:
+            try:
+                text: Any = self.tokenizer.get_chat_template(self.own, tools or None)
+            except ValueError:  # none has the name default
+                text = " ".join(template_texts(self.tokenizer.chat_template))
+            found = [key for key in TURN["thought"] if re.search(rf"\b{key}\b", text)]
+            self._thought_keys[bool(tools)] = [*found, "reasoning_content"][0]
+        return self._thought_keys[bool(tools)]
 
     def _dated(self, tools: Any) -> str | None:
         """The template to render, None for the tokenizer's; with a fixed date, `strftime_now` is a macro in it."""
@@ -154,13 +165,13 @@ class ChatTemplate:
         parts, start = list[str](), ""
         for number, text in enumerate(texts, start=1):
             answer = messages[-1] if number == len(cuts) and not opens_turn else None
-            before, after = self._cut(after, text, answer, number, origin)
+            before, after = self._cut(after, text, answer, tools, number, origin)
             parts.append(before[len(start) :])
             start = before
         return [*parts, after[len(start) :]]
 
     def _cut(
-        self, before: str, after: str, answer: dict[str, Any] | None, number: int, origin: str
+        self, before: str, after: str, answer: dict[str, Any] | None, tools: Any, number: int, origin: str
     ) -> tuple[str, str]:
         """The texts before an answer and at the end of what follows it, so that one begins with the other.
 
@@ -169,7 +180,7 @@ class ChatTemplate:
         """
         if after.startswith(before):
             return before, after
-        tag, space = self._settle_opened()
+        tag, space = self._settle_opened(tools)
         base = before.removesuffix(tag + space)
         if not tag or not before.endswith(tag + space) or not after.startswith(base):
             raise BadRow(
@@ -199,25 +210,22 @@ class ChatTemplate:
         before = self.render(messages[: windows.answers[-1]], tools, True, origin)
         after = self.render(messages, tools, opens_turn, origin)
         answer = messages[-1] if not opens_turn else None
-        before, after = self._cut(before, after, answer, len(parts), origin)
+        before, after = self._cut(before, after, answer, tools, len(parts), origin)
         return [*parts, after[len(before) :]] if "".join(parts) == before else None
 
-    def _settle_opened(self) -> tuple[str, str]:
+    def _settle_opened(self, tools: list[dict[str, Any]]) -> tuple[str, str]:
         """The tag that the start of an answer ends with, and the white space after it; "" without one."""
-        if self._opened is None:
-            self._opened = ("", "")
-            hello = _PROBE[:1]
-            try:
-                closed, opened = (self.render(hello, [], opens, "") for opens in (False, True))
-            except BadRow:
-                return self._opened
-            found = re.search(r"(<[^<>|｜/\s]+>)(\s*)$", opened[_common_start(closed, opened) :])
-            self._opened = (found[1], found[2]) if found else ("", "")
-        return self._opened
+        if bool(tools) not in self._opened:
+            found, hello = None, _PROBE[:1]
+            with suppress(BadRow):
+                closed, opened = (self.render(hello, tools, opens, "") for opens in (False, True))
+                found = re.search(r"(<[^<>|｜/\s]+>)(\s*)$", opened[_common_start(closed, opened) :])
+            self._opened[bool(tools)] = (found[1], found[2]) if found else ("", "")
+        return self._opened[bool(tools)]
 
     def take_thoughts(self, messages: Messages) -> Messages:
         """Move the thought that an answer's content begins with to its own key, if the template opens thoughts."""
-        tag, _ = self._settle_opened()
+        tag, _ = self._settle_opened(split_tools(messages)[1])
         if not tag:
             return messages
         end = _closing(tag)

@@ -1,17 +1,28 @@
-"""Rows that the model cannot compute are refused before any of its weights is read or downloaded."""
+"""Rows and adapters that the model cannot compute are refused before any of its weights is read or downloaded."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from qlora.config.lora import LoRAConfig
 from qlora.data.batches import lengths_of
 from qlora.data.example import Example
 from qlora.data.tokenizer_files import token_ids_of
+from qlora.lora.adapter import create_adapter
 from qlora.model.bounds import position_limit
 from qlora.model.hf_config import load_config
 from qlora.model.skeleton import empty_model
 from qlora.system.errors import InputError
+
+
+def check_lora(model: str, lora: LoRAConfig, tokenizer: Any) -> None:
+    """Check a new adapter's settings against the base's modules.
+
+    Raises:
+        InputError: target_modules, layers, patterns or modules_to_save name nothing in it.
+    """
+    create_adapter(empty_model(model), lora, tokenizer=tokenizer)
 
 
 def check_rows(model: str, tokenizer: Any, new_tokens: Sequence[str], examples: Sequence[Example]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 
 import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
-from qlora.adapters.load import continued_config, load_adapter
+from qlora.adapters.load import check_before_loading, continued_config, load_adapter
 from qlora.adapters.peft_files import read_adapter
 from qlora.config.data import DataConfig
 from qlora.config.fields import to_text
@@ -67,7 +67,7 @@ from qlora.training.page import Page
 from qlora.training.progress import Progress
 from qlora.training.recompute import choose_recomputed_layers
 from qlora.training.reference import prepare_preferences
-from qlora.training.rows import check_rows
+from qlora.training.rows import check_lora, check_rows
 from qlora.training.run_directory import RunDirectory
 from qlora.training.run_facts import gather_facts
 from qlora.training.samples import AnswerScore, Sampler, Samples
@@ -133,6 +133,7 @@ class TrainingRun:
             raise InputError("Nothing to do; pass --data FILE to train, or --prompt TEXT to get an answer.")
         config.check_training()
         if config.generate.adapter is not None:  # run.json tells what trains
+            check_before_loading([config.generate.adapter], config.model.model)
             saved = read_adapter(config.generate.adapter)
             config = replace(config, lora=continued_config(config.lora, saved, config.model.model))
         return cls(config, call, observers, started, rows, ends_process)
@@ -187,6 +188,8 @@ class TrainingRun:
         if prints_date(self.tokenizer):
             day = self.tokenizer.template_date = date.fromisoformat(self.directory.kept("date") or str(today()))
             self.say(f"the chat template prints the date; this run keeps {day:%d %B %Y}, also when it is resumed")
+        if config.generate.adapter is None:
+            check_lora(self._base, config.lora, self.tokenizer)
         sources = Sources(
             [self.rows.get(name, name) for name in d.data],
             d.data_weights,

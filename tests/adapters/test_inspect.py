@@ -278,6 +278,7 @@ def test_everything_about_an_adapter_is_printed(tmp_path: Path) -> None:
         "dropout": "0.05",
         "layers": "6 in 2 blocks",
         "modules": "mlp.down_proj, self_attn.q_proj, self_attn.v_proj",
+        "not checked": "whether the base has blocks after 1 that the file leaves out; pass --model",
         "trained whole": "model.embed_tokens.weight",
         "parameters": f"{numbers:,}",
         "file": f"{size:,} bytes, float32 (12 tensors), bfloat16 (1 tensors)",

@@ -316,4 +316,19 @@ def test_inspect_names_the_gap(bases: dict[str, Path], tmp_path: Path, capsys: p
     assert "without tensors self_attn.q_proj in blocks 2,3, self_attn.v_proj in blocks 2,3,5" in printed
     (tmp_path / CONFIG).write_text(json.dumps({**settings, "layers_to_transform": [0, 1, 4, 5]}))
     main([str(tmp_path)])
-    assert "self_attn.q_proj in" not in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "self_attn.q_proj in" not in printed and "self_attn.v_proj in blocks 5" in printed
+    assert "not checked" not in printed
+    (tmp_path / CONFIG).write_text(json.dumps({**settings, "target_modules": ["q_proj", "v_proj", "up_proj"]}))
+    main([str(tmp_path)])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "blocks 2,3,5, up_proj" in printed
+    assert "not checked whether the base has blocks after 5 that the file leaves out; pass --model" in printed
+    for config in ({"num_hidden_layers": 8}, {"text_config": {"num_hidden_layers": 8}}, {"n_layer": 8}):
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+        named = {**settings, "base_model_name_or_path": str(tmp_path / "base")}
+        (tmp_path / CONFIG).write_text(json.dumps(named))
+        main([str(tmp_path)])
+        printed = " ".join(capsys.readouterr().out.split())
+        assert "self_attn.q_proj in blocks 2,3,6,7" in printed and "not checked" not in printed

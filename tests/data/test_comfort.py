@@ -191,7 +191,7 @@ def test_check_data_reads_the_same(folder: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.slow
 def test_two_processes_end_alike(run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tokenises or maps by itself; one of them writes the cache. Losses are equal to rounding."""
+    """Each tokenizes or maps by itself; one of them writes the cache. Losses are equal to rounding."""
     flags = flags_of(folder)
     flags[flags.index("--batch-size") + 1] = "2"
     monkeypatch.setenv("QLORA_CACHE", new_cache(tmp_path / "cache"))

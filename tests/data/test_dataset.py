@@ -98,7 +98,7 @@ def test_bad_rows_are_skipped_counted_and_listed(source: str, spoilt: str, tmp_p
 
 
 def test_a_bad_row_stops(spoilt: str, tmp_path: Path) -> None:
-    """The first one of the file: it is read and tokenised in one go."""
+    """The first one of the file: it is read and tokenized in one go."""
     said: list[str] = []
     with pytest.raises(InputError, match=f"^{spoilt}:1: completion is null"):
         load_examples(spoilt, tiny_tokenizer(), 256, say=said.append, bad_rows_file=tmp_path / "bad_rows.jsonl")

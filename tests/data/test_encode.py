@@ -388,7 +388,7 @@ def test_a_tokenizer_that_never_makes_the_token():
 
 
 @pytest.mark.parametrize("train_on", ["completion", "all"])
-def test_tokenised_records_stand_as_they_are(train_on):
+def test_tokenized_records_stand_as_they_are(train_on):
     """Made from a conversation's own row: the same row again; labels are not shifted, targets are."""
     tokenizer = tiny_tokenizer()
     expected = encode_example(conversation("Hi", "Hello"), tokenizer, LONG)
@@ -522,7 +522,7 @@ def sentencepiece_tokenizer(scheme, special, strip=False):
 
 @pytest.mark.parametrize("strip", [False, True])
 @pytest.mark.parametrize("scheme", ["first", "always", "never", "normalizer"])
-def test_hidden_text_is_tokenised_as_if_it_were_no_token(scheme, strip):
+def test_hidden_text_is_tokenized_as_if_it_were_no_token(scheme, strip):
     """The reference is the same vocabulary where <x> and <y> are no special tokens: its plain path."""
     template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[I] {{ m['content'] }} [/I]"

@@ -139,6 +139,20 @@ def test_templates_that_open_a_thought(template: str, inline: bool, thought: str
     assert end_of_turn_id(tokenizer) == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking"])
+def test_each_named_template_is_judged_by_itself(key: str) -> None:
+    """A template for tools that opens thoughts, or calls them otherwise, was judged by the default one."""
+    tool_use = "{% for tool in tools %}{{ tool | tojson }}{% endfor %}" + QWEN3_THINKING
+    tokenizer = tokenizer_of()
+    tokenizer.chat_template = {"default": QWEN3, "tool_use": tool_use.replace("reasoning_content", key)}
+    row = {"messages": [USER, ANSWER | {"thought": "Why?"}]}
+    expected = {"default": "<think>\nWhy?", "tool_use": "Why?"}
+    for name, fields in (("default", row), ("tool_use", row | {"tools": TOOLS})):
+        (example,), report = encode_records([Record(fields, "a:1")], tokenizer, LONG)
+        assert text_of(example, trained=True) == f"{expected[name]}\n</think>\n\nHello<|im_end|>"
+        assert not report.notes
+
+
 @pytest.mark.parametrize("template", [QWEN3_THINKING, DEEPSEEK_R1])
 def test_earlier_answers_of_templates_that_open_a_thought(template: str) -> None:
     """They stand as the template shows them to a later prompt, without thoughts."""

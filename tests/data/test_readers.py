@@ -398,7 +398,7 @@ SHAREGPT = [{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}, {
         ("text", {"prompt": "Q", "text": "once"}, [{"role": "document", "content": "once"}]),
     ],
 )
-def test_every_shape_is_recognised(name, fields, expected):
+def test_every_shape_is_recognized(name, fields, expected):
     assert detect_format(fields, "here") == name
     assert messages_of(fields) == expected
 
@@ -453,7 +453,7 @@ TOKENS = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "attention_mask": [1, 
         (TOKENS | {"attention_mask": [0, 1, 0]}, [6], [True]),  # padding on either side
     ],
 )
-def test_tokenised_rows(fields, ids, is_target):
+def test_tokenized_rows(fields, ids, is_target):
     assert detect_format(fields, "here") == "tokenized"
     assert messages_of(fields) == [{"role": "tokens", "content": "", "input_ids": ids, "is_target": is_target}]
     assert messages_of(fields | {"text": "t"})[0]["role"] == "document"  # what there is to read goes first
@@ -474,7 +474,7 @@ def test_tokenised_rows(fields, ids, is_target):
         ({"input_ids": [], "labels": [], "attention_mask": []}, "input_ids is empty"),
     ],
 )
-def test_bad_tokenised_rows(changes, expected):
+def test_bad_tokenized_rows(changes, expected):
     assert expected in error_of(messages_of, TOKENS | changes)
 
 

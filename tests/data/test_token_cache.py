@@ -244,7 +244,7 @@ def test_an_unusable_source_leaves_nothing(cache: Path, tmp_path: Path) -> None:
     assert stores_in(cache) == set()
 
 
-def test_processes_that_start_together_tokenise_once(cache: Path, source: Path) -> None:
+def test_processes_that_start_together_tokenize_once(cache: Path, source: Path) -> None:
     code = (
         "import sys; from tests.data.test_token_cache import load; from pathlib import Path\n"
         "examples, said = load(Path(sys.argv[1])); print(len(examples), said[0])"

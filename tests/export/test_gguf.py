@@ -523,7 +523,7 @@ def splitter(name: str) -> Any:
 
 
 @pytest.mark.parametrize("name", list(PRE_TOKENIZERS))
-def test_splitters_are_recognised(name: str) -> None:
+def test_splitters_are_recognized(name: str) -> None:
     backend = tiny_tokenizer().backend_tokenizer
     backend.pre_tokenizer = splitter(name)
     description = json.loads(backend.to_str())

@@ -281,7 +281,7 @@ def test_a_warm_up_longer_than_the_run_only_rises(warmup_steps: int, name: str, 
     assert all(a < b for a, b in pairwise(rates))
 
 
-# ---- tokenising -------------------------------------------------------------------------------------------
+# ---- tokenizing -------------------------------------------------------------------------------------------
 
 END_OF_TURN = "<|im_end|>"
 # What has gone wrong at boundaries before: blanks and newlines at either end, joined emoji, marks that combine.
@@ -355,7 +355,7 @@ def without_end(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def check_tokenised(
+def check_tokenized(
     messages: list[dict[str, Any]],
     tokenizer: Any,
     rendered: str,
@@ -430,7 +430,7 @@ def test_a_row_is_its_text_and_begins_with_its_prompts(
 ) -> None:
     written = without_end(messages) if parse_special else messages
     rendered, rendered_empty = (render(m, kind[0], kind[1]) for m in (written, empty(messages)))
-    check_tokenised(messages, TINY_TOKENIZERS[kind], rendered, rendered_empty, cut, parse_special)
+    check_tokenized(messages, TINY_TOKENIZERS[kind], rendered, rendered_empty, cut, parse_special)
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +453,7 @@ def test_a_row_of_smollm2_is_its_text_and_begins_with_its_prompts(
     written = without_end(messages) if parse_special else messages
     told = written if messages[0]["role"] == "system" else [default, *written]
     rendered, rendered_empty = (render(m, chat_template=True, add_bos=False) for m in (told, empty(told)))
-    check_tokenised(messages, smollm2_tokenizer, rendered, rendered_empty, cut, parse_special)
+    check_tokenized(messages, smollm2_tokenizer, rendered, rendered_empty, cut, parse_special)
 
 
 @fuzz

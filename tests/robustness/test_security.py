@@ -168,7 +168,7 @@ def find_dangers(source: str) -> list[str]:
         "AutoModel.from_pretrained(p, trust_remote_code=True)", "import os\nos.system('ls')", "yaml.load(f)",
     ],
 )  # fmt: skip
-def test_dangers_are_recognised(danger: str) -> None:
+def test_dangers_are_recognized(danger: str) -> None:
     assert find_dangers(danger)
 
 

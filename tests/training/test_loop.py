@@ -1,4 +1,4 @@
-"""The loop: token normalisation, evaluation without a trace, exact resume, and stopping with a reason."""
+"""The loop: token normalization, evaluation without a trace, exact resume, and stopping with a reason."""
 
 from __future__ import annotations
 

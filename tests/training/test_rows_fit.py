@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 
+from eval.__main__ import main as evaluate
+from qlora.adapters.peft_files import save_adapter
+from qlora.cli.commands import chat, generate
+from qlora.cli.exits import run as exit_code
+from qlora.config.lora import LoRAConfig
 from qlora.config.parse import parse_args
 from qlora.config.run import RunConfig
+from qlora.lora.adapter import inject_lora
 from qlora.model.load import load_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.system.errors import InputError
@@ -39,6 +45,48 @@ def flags(model: Path, rows: list[dict[str, Any]], folder: Path, *more: str) -> 
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = f"--model {model} --data {data} --output-dir {folder / 'out'} --compute-dtype float32 --max-steps 1"
     return [*text.split(), "--num-samples", "0", *more]
+
+
+TYPOS = {
+    "--target-modules q_prj": "match no linear layer",
+    "--target-modules all-linear --layers 7": "names decoder layer 7",
+    "--exclude-modules zzz": "name none of the layers to adapt",
+    "--rank-pattern zz=4": "names none of the layers to adapt",
+    "--modules-to-save emb": "modules_to_save names 'emb'",
+    "--adapter nowhere": "The adapter directory nowhere has no adapter_config.json",
+}
+
+
+@pytest.mark.parametrize("typo", TYPOS)
+def test_typos_are_found_before_a_weight_is_read(llama: Path, tmp_path: Path, typo: str) -> None:
+    """They were told only after the base had been read, or downloaded."""
+    model = without_weights(llama, tmp_path)
+    job = flags(model, [{"prompt": "a", "completion": "b"}], tmp_path, *typo.split())
+    with pytest.raises(InputError, match=TYPOS[typo]):
+        fit(job)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "other"])
+def test_an_adapter_is_checked_before_a_weight_is_read(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """By every command that takes one; `other` belongs to a smaller base."""
+    small = load_base_model(str(save_tiny_llama(tmp_path / "small", hidden_size=32, intermediate_size=32)))
+    config = LoRAConfig(rank=2)
+    inject_lora(small, config)
+    save_adapter(small, tmp_path / "other", config)
+    job = flags(without_weights(llama, tmp_path), [{"prompt": "a", "completion": "b"}], tmp_path)
+    adapter = ["--adapter", str(tmp_path / name)]
+    expected = "made for another base" if name == "other" else "has no adapter_config.json"
+    with pytest.raises(InputError, match=expected):
+        fit([*job, *adapter])
+    base = [*job[:2], *adapter]
+    assert exit_code(generate.main, [*base, "--prompt", "Hi"]) == 2
+    assert exit_code(evaluate, ["perplexity", *base, *job[2:4]]) == 2
+    said = capsys.readouterr().err
+    assert said.count(expected) == 2
+    assert exit_code(chat.main, base) == 2
+    assert (expected if name == "other" else "No adapter or directory is named") in capsys.readouterr().err
 
 
 def test_a_target_beyond_the_vocabulary(llama: Path, tmp_path: Path) -> None:

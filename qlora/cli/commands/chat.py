@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
+        from qlora.adapters.load import check_before_loading
         from qlora.adapters.model import LoRAModel
         from qlora.adapters.provenance import base_model_of
         from qlora.chat.session import Chat, split_adapter
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> None:
     m, directories = config.model, [split_adapter(text)[1] for text in config.adapter]
     name = m.model or base_model_of(str(directories[0]), lambda text: print(text, file=sys.stderr))
     quant = QuantConfig(m.quant_type, m.double_quant)
+    check_before_loading(directories, name)
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     session = Chat(LoRAModel(model, base_name=name), name, config.sampling(config.seed), config.system)
     names = [session.load_adapter(text) for text in config.adapter]

@@ -44,7 +44,7 @@ def answer(model_config: ModelConfig, asked: GenerateConfig, chat_template: str 
     with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
-        from qlora.adapters.load import load_adapter
+        from qlora.adapters.load import check_before_loading, load_adapter
         from qlora.data.row_encoder import set_chat_template
         from qlora.generation import stream_answer
         from qlora.model.load import load_base_model
@@ -54,6 +54,7 @@ def answer(model_config: ModelConfig, asked: GenerateConfig, chat_template: str 
 
     m, name = model_config, model_config.model
     quant = QuantConfig(m.quant_type, m.double_quant)
+    check_before_loading([] if asked.adapter is None else [asked.adapter], name)
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     if asked.adapter is not None:
         load_adapter(model, asked.adapter, name)
