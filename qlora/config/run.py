@@ -10,7 +10,7 @@ from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
-from qlora.config.model import ModelConfig
+from qlora.config.model import CalibrationConfig, ModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
 from qlora.config.preferences import REFERRING, PreferenceConfig
@@ -36,6 +36,7 @@ class RunConfig(Settings):
     saving: SavingConfig = field(default_factory=SavingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -89,8 +90,26 @@ class RunConfig(Settings):
             )
         self.check_preferences()
         self.check_split()
+        self.check_calibration()
         if self.generate.adapter is not None and self.lora.new_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
+
+    def check_calibration(self) -> None:
+        """Whether --calibrate goes with the other settings.
+
+        Raises:
+            InputError: it does not.
+        """
+        if self.calibration.calibrate == "off":
+            return
+        others = {
+            "--no-4bit": not self.model.use_4bit,
+            "--no-cache": not self.model.cache,
+            f"--init {self.lora.init}": self.lora.starts_from_base,
+            "--adapter": self.generate.adapter is not None,  # its own base is used
+        }
+        for other in (flag for flag, is_given in others.items() if is_given):
+            raise InputError(f"--calibrate and {other} do not go together; leave out one of them.")
 
     def check_preferences(self) -> None:
         """Whether the settings go with the objective.

@@ -25,6 +25,7 @@ import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
 from qlora.adapters.load import check_before_loading, continued_config, load_adapter
 from qlora.adapters.peft_files import read_adapter
+from qlora.adapters.provenance import calibration_of
 from qlora.config.data import DataConfig
 from qlora.config.fields import to_text
 from qlora.config.lora import LoRAConfig
@@ -55,6 +56,7 @@ from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
+from qlora.training.calibration import calibrated
 from qlora.training.checkpoint import load_checkpoint
 from qlora.training.display import Display
 from qlora.training.fingerprint import run_settings
@@ -211,8 +213,15 @@ class TrainingRun:
 
     def load_base(self) -> None:
         """Load the frozen base, and let it judge the answers that preferences are measured against."""
-        m = self.config.model
-        quant, dtype = QuantConfig(m.quant_type, m.double_quant), self.directory.compute_dtype(m.compute_dtype)
+        m, c, adapter = self.config.model, self.config.calibration, self.config.generate.adapter
+        dtype = self.directory.compute_dtype(m.compute_dtype)
+        quant = calibration_of([] if adapter is None else [adapter], QuantConfig(m.quant_type, m.double_quant))
+        if c.calibrate != "off":
+            with self.accelerator.main_process_first():  # the others find it in the cache
+                quant = calibrated(
+                    self._base, quant, c.calibrate, c.calibrate_tokens, self.examples,
+                    encoder_of(self.config.data, self.tokenizer), dtype, self.accelerator.device, self.say,
+                )  # fmt: skip
         self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
         self.preferences = prepare_preferences(
             self.config, self.model, self.accelerator, [self.examples, self.held_out], self.say
