@@ -70,8 +70,8 @@ def test_what_the_tree_names_exists() -> None:
 
 def test_every_data_shape_reads_as_shown() -> None:
     examples = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \|$", DATA, flags=re.MULTILINE)
-    assert len(examples) == 8
-    expected = {"text": ["document"], "tokenized": ["tokens"]}
+    assert len(examples) == 9
+    expected = {"text": ["document"], "tokenized": ["tokens"], "Gemini": ["system", "user", "assistant"]}
     expected["tools (OpenAI)"] = ["tools", "user", "assistant", "tool", "assistant"]
     for shape, text in examples:
         roles = [m["role"] for m in to_messages(Record(json.loads(text), shape))]
