@@ -3,13 +3,14 @@
     python -m benchmarks.calibration --model M --data train.jsonl --eval-data test.jsonl,prose.jsonl \\
         [--tokens 8192] [--rows 60] [--compute-dtype float32]
 
-Bases: 16 bits; NF4 with the nearest codes; NF4 with codes chosen on the training data's first rows ("own"), on
-general text ("general"), and on half of each, which is `--calibrate auto` ("mix"). For each file of --eval-data:
+Bases: 16 bits; NF4 with the nearest codes; NF4 with codes chosen on the training data's first rows ("own", as
+`--calibrate auto` does), on general text ("general"), and on half of each ("mix"). For each file of --eval-data:
 the loss per target token, and the gap to 16 bits with a 95 % interval over rows (paired, by Student's t).
 """
 
 from __future__ import annotations
 
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -53,7 +54,6 @@ def main(argv: Sequence[str]) -> None:
 
     from qlora.data.dataset import Encoder, Sources, load_examples
     from qlora.data.encode import encode_records
-    from qlora.data.general_text import general_texts
     from qlora.data.rows import Record
     from qlora.model.calibrate import calibrate_base, choose_texts
     from qlora.model.load import load_base_model
@@ -71,10 +71,10 @@ def main(argv: Sequence[str]) -> None:
     records = [Record({"text": text}, "general text") for text in general_texts()]
     general = encode_records(records[: config.tokens // 64], tokenizer, config.max_length)[0]
     half = config.tokens // 2
-    texts: dict[str, tuple[Any, Any]] = {
-        "own": (choose_texts(own, config.tokens), []),
-        "general": (choose_texts(general, config.tokens), []),
-        "mix": (choose_texts(own, half), choose_texts(general, half)),
+    texts = {
+        "own": choose_texts(own, config.tokens),
+        "general": choose_texts(general, config.tokens),
+        "mix": choose_texts(own, half) + choose_texts(general, half),
     }
     held_out = {name: rows_of(name)[: config.rows] for name in config.eval_data.split(",")}
     results: dict[str, dict[str, list[tuple[float, int]]]] = {}
@@ -85,9 +85,7 @@ def main(argv: Sequence[str]) -> None:
         started = time.process_time()
         quant = QuantConfig()
         if base in texts:
-            quant = calibrate_base(
-                config.model, texts[base][0], quant, texts[base][1], config.compute_dtype, best_device()
-            )[0]
+            quant = calibrate_base(config.model, texts[base], quant, config.compute_dtype, best_device())[0]
         seconds = time.process_time() - started
         network = load_base_model(config.model, base != "16 bits", quant, config.compute_dtype, best_device())
         results[base] = {name: losses(network, rows) for name, rows in held_out.items()}
@@ -101,6 +99,16 @@ def main(argv: Sequence[str]) -> None:
             plain = paired(results["NF4"][name], results["16 bits"][name])[0]
             cells += [f"{gap:+.4f} ± {spread:.4f}", f"{gap / plain:.0%}"]
         print(f"| {base} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
+
+
+def general_texts() -> list[str]:
+    """English prose and code that every Python carries: pieces of its language reference, in a fixed order."""
+    from pydoc_data.topics import topics
+
+    texts = [" ".join(text.split()) for _, text in sorted(topics.items())]
+    pieces = [text[start : start + 900] for text in texts for start in range(0, len(text) - 899, 900)]
+    random.Random(0).shuffle(pieces)
+    return pieces
 
 
 def losses(network: Any, rows: Sequence[Any]) -> list[tuple[float, int]]:

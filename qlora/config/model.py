@@ -33,7 +33,7 @@ class CalibrationConfig(Settings):
     """Calibration of the base."""
 
     calibrate: str = "off"
-    """Choose the 4-bit codes by what the layers compute: auto = on the first rows of --data and general text,
-    FILE = on the rows of this file; off = the nearest codes. Takes minutes at the first start."""
+    """Choose the 4-bit codes by what the layers compute: auto = on the first rows of --data, FILE = on the
+    rows of this file; off = the nearest codes. Takes minutes at the first start."""
     calibrate_tokens: Annotated[int, at_least(2048)] = 16384
     """Tokens of text for --calibrate."""

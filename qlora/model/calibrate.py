@@ -105,7 +105,6 @@ def calibrate_base(
     model: str,
     texts: Sequence[Example],
     quant: QuantConfig | None = None,
-    general: Sequence[Example] = (),
     compute_dtype: str = "auto",
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], Any] = lambda done, total: None,
@@ -115,7 +114,6 @@ def calibrate_base(
     Args:
         model: directory, hub id or .gguf file with the original weights.
         texts: tokenized; every eighth is kept out.
-        general: other texts to choose the codes on, as `texts`; the loss is measured without them.
         progress: called with the finished blocks and all blocks.
     Returns:
         (`quant` that names the calibration, for `load_base_model`; what came out).
@@ -127,25 +125,22 @@ def calibrate_base(
         raise InputError(
             f"--model {model} is stored in 4 bits, so its codes cannot be chosen again; pass the original model."
         )
-    own, held_out = _split(texts)
-    more, held_out_too = _split(general)
-    seen, unseen = own + more, held_out + held_out_too
-    num_tokens = sum(map(len, own))
-    if num_tokens < FEWEST_TOKENS or not any(text.num_targets for text in held_out):
+    seen, unseen = _split(texts)
+    num_tokens = sum(map(len, seen))
+    if num_tokens < FEWEST_TOKENS or not any(text.num_targets for text in unseen):
         raise InputError(
             f"There are {num_tokens:,} tokens in {len(texts)} texts to choose 4-bit codes on; give at least "
             f"{FEWEST_TOKENS:,} in {UNSEEN_SHARE} texts or more, the eighth with an answer, or --calibrate off."
         )
-    num_tokens = sum(map(len, seen))
     calibration = _identity(seen, unseen)
     named = replace(quant, calibration=calibration)
     target = cached_base(resolve_model(model), named)
 
     def write(staging: Path) -> None:
         network = load_base_model(model, True, quant, compute_dtype, device)
-        before = _mean_loss(network, held_out)
+        before = _mean_loss(network, unseen)
         codes, num_kept = _choose_all(network, model, seen, unseen, parts, progress)
-        after = _mean_loss(network, held_out)
+        after = _mean_loss(network, unseen)
         done = Calibration(calibration, num_tokens, before, after, len(codes), num_kept)
         source = open_cache(cached_base(resolve_model(model), quant))
         write_cache(empty_model(model), source, quant, torch.device("cpu"), staging, codes, vars(done))

@@ -10,12 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from qlora.data.dataset import Encoder, Sources, load_examples
-from qlora.data.encode import encode_records
 from qlora.data.example import Example
-from qlora.data.general_text import general_texts
 from qlora.data.order import sources_of
-from qlora.data.rows import Record
-from qlora.model.calibrate import FEWEST_TOKENS, calibrate_base, choose_texts
+from qlora.model.calibrate import calibrate_base, choose_texts
 from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 
@@ -35,7 +32,7 @@ def calibrated(
 
     Args:
         calibrate: "auto", or a file of rows.
-        num_tokens: of text to choose codes on. With "auto" one half is general text, if there is any.
+        num_tokens: of text to choose codes on.
         examples: the training data, for "auto", of which each source gives its first rows.
         encoder: for the file's rows.
         say: receives what came out; for "auto" also why the nearest codes stay.
@@ -44,16 +41,9 @@ def calibrated(
     """
     if calibrate != "auto":
         rows = load_examples(Sources([calibrate], [], None, 0.0, 0), encoder, say)[0]
-        return _calibrate(model, quant, choose_texts(rows, num_tokens), [], compute_dtype, device, say)
-    own = _first_rows(examples, num_tokens // 2)
-    found = sum(map(len, own))
-    if found < 2 * FEWEST_TOKENS:
-        say(f"calibrate auto: the training data has {found:,} tokens, too few to choose 4-bit codes on")
-        return quant
-    records = (Record({"text": text}, "general text") for text in general_texts()[: num_tokens // 64])
-    general = choose_texts(encode_records(records, encoder.tokenizer, encoder.max_length)[0], num_tokens // 2)
+        return _calibrate(model, quant, choose_texts(rows, num_tokens), compute_dtype, device, say)
     try:
-        return _calibrate(model, quant, own, general, compute_dtype, device, say)
+        return _calibrate(model, quant, _first_rows(examples, num_tokens), compute_dtype, device, say)
     except InputError as error:
         say(f"calibrate auto: {error} The nearest codes stay.")
         return quant
@@ -74,7 +64,6 @@ def _calibrate(
     model: str,
     quant: QuantConfig,
     texts: Sequence[Example],
-    general: Sequence[Example],
     compute_dtype: str,
     device: torch.device,
     say: Callable[[str], Any],
@@ -86,6 +75,6 @@ def _calibrate(
         def show(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        named, found = calibrate_base(model, texts, quant, general, compute_dtype, device, show)
+        named, found = calibrate_base(model, texts, quant, compute_dtype, device, show)
     say(str(found))
     return named
