@@ -20,14 +20,24 @@ from qlora.system.errors import InputError
 from qlora.system.files import new_file, read_json
 
 LEVEL = 0.95
-BASE_NAMES = {"bf16": "bf16", "nf4": "NF4", "nf4-nodq": "NF4, no double quantization", "fp4": "FP4"}
-PLOT_NAMES = {**BASE_NAMES, "nf4-nodq": "NF4, no\ndouble q."}
+BASE_NAMES = {
+    "bf16": "bf16",
+    "nf4": "NF4",
+    "nf4-nodq": "NF4, no double quantization",
+    "fp4": "FP4",
+    "nf4-calibrated": "NF4, calibrated",
+}
+PLOT_NAMES = {**BASE_NAMES, "nf4-nodq": "NF4, no\ndouble q.", "nf4-calibrated": "NF4,\ncalibrated"}
 TARGET_NAMES = {"qv": "q/v", "all": "all-linear"}
 REFERENCE = Cell("bf16", "qv", 8)
 # (title, cell, cell to compare with)
 COMPARISONS = (
     ("NF4 − bf16, q/v", Cell("nf4", "qv", 8), REFERENCE),
     ("NF4 − bf16, all-linear", Cell("nf4", "all", 8), Cell("bf16", "all", 8)),
+    ("NF4 calibrated − bf16, q/v", Cell("nf4-calibrated", "qv", 8), REFERENCE),
+    ("NF4 calibrated − bf16, all-linear", Cell("nf4-calibrated", "all", 8), Cell("bf16", "all", 8)),
+    ("NF4 calibrated − NF4, q/v", Cell("nf4-calibrated", "qv", 8), Cell("nf4", "qv", 8)),
+    ("NF4 calibrated − NF4, all-linear", Cell("nf4-calibrated", "all", 8), Cell("nf4", "all", 8)),
     ("FP4 − bf16, q/v", Cell("fp4", "qv", 8), REFERENCE),
     ("FP4 − NF4, q/v", Cell("fp4", "qv", 8), Cell("nf4", "qv", 8)),
     ("NF4 without − with double quantization", Cell("nf4-nodq", "qv", 8), Cell("nf4", "qv", 8)),
@@ -228,7 +238,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers = [Cell(base, targets, 8) for base in ("bf16", "nf4") for targets in TARGET_NAMES]
+    layers = [Cell(base, targets, 8) for base in ("bf16", "nf4", "nf4-calibrated") for targets in TARGET_NAMES]
     panels = (
         ("data type (q/v, rank 8)", {PLOT_NAMES[base]: Cell(base, "qv", 8) for base in BASES}),
         ("layers (rank 8)", {f"{PLOT_NAMES[c.base]}\n{TARGET_NAMES[c.targets]}": c for c in layers}),

@@ -1,6 +1,6 @@
 """Load, quantize and train a model of LLaMA-7B's shape: seconds, memory and share of the limit.
 
-    python -m benchmarks.seven_b [--layers 32] [--steps 2] [--folder DIR] [--memory-budget GB]
+    python -m benchmarks.seven_b [--layers 32] [--steps 2] [--folder DIR] [--memory-budget GB] [--calibrate TOKENS]
 
 The benchmark writes random weights, one tensor in memory at a time (13.5 GB for 32 layers, plus 3.9 GB of cache;
 all is deleted at the end). Then, each in a separate process:
@@ -9,6 +9,7 @@ all is deleted at the end). Then, each in a separate process:
     second start    it maps the cache, once with cold and once with warm page cache
     training        rank 8 on q_proj and v_proj through `fit`, micro-batches of 1,024 random tokens, all of them
                     targets; every layer recomputed, or with --memory-budget as few as needed
+    calibration     with --calibrate: 4-bit codes chosen on random tokens (model/calibrate.py)
 
 "Ready" counts from the start of the process, with imports. Memory is the resident set of the process, with mapped
 files. The limit is that of benchmarks/roofline.py. 32 layers take about 10 minutes on 2 cores.
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -162,10 +164,38 @@ def train(folder: Path, steps: int, memory_budget: float | None) -> Result:
     }
 
 
+def calibrate(folder: Path, num_tokens: int) -> Result:
+    """`calibrate_base` on random rows of 512 tokens."""
+    import psutil
+
+    from qlora.data.example import Example
+    from qlora.model.calibrate import calibrate_base
+    from qlora.model.hf_config import load_config
+    from qlora.system.device import best_device
+    from qlora.system.memory import GIB, peak_memory_gib
+
+    generator, vocabulary = torch.Generator().manual_seed(0), load_config(str(folder)).vocab_size
+    num_rows = -(-num_tokens * 8 // (7 * 512))
+    rows = [torch.randint(vocabulary, (513,), generator=generator) for _ in range(num_rows)]
+    before, seconds, device = psutil.Process().memory_info().rss, list[float](), best_device()
+    started = time.perf_counter()
+    with suppress(InputError):  # random weights are no better at random tokens than their nearest codes
+        calibrate_base(
+            str(folder), [Example(row[:-1], row[1:]) for row in rows], device=device,
+            progress=lambda done, total: seconds.append(time.perf_counter() - started),
+        )  # fmt: skip
+    return {
+        "layer_seconds": [b - a for a, b in itertools.pairwise(seconds)] or seconds,
+        "seconds": time.perf_counter() - started,
+        "libraries": before,
+        "peak": peak_memory_gib(device) * GIB,
+    }
+
+
 def run_part(part: str, folder: Path, options: argparse.Namespace) -> Result:
     """Run a part in a separate process; returns the JSON object that it prints last, and seconds until ready."""
     command = [sys.executable, "-m", "benchmarks.seven_b", "--part", part, "--folder", str(folder / "model")]
-    command += ["--steps", str(options.steps)]
+    command += ["--steps", str(options.steps), "--calibrate", str(options.calibrate)]
     if options.memory_budget is not None:
         command += ["--memory-budget", str(options.memory_budget)]
     environment = os.environ | {"QLORA_CACHE": str(folder / "cache")}
@@ -192,12 +222,15 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=2, help="training steps; 0 leaves training out")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where to write")
     parser.add_argument("--memory-budget", type=float, help="in GB: recompute as few layers as fit")
-    parser.add_argument("--part", choices=("start", "train"), help=argparse.SUPPRESS)
+    parser.add_argument("--calibrate", type=int, default=0, metavar="TOKENS", help="also choose codes on them")
+    parser.add_argument("--part", choices=("start", "train", "calibrate"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.part == "start":
         print(json.dumps(start(options.folder)[1]))
     elif options.part == "train":
         print(json.dumps(train(options.folder, options.steps, options.memory_budget)))
+    elif options.part == "calibrate":
+        print(json.dumps(calibrate(options.folder, options.calibrate)))
     else:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed on SIGTERM too
         measure_all(options)
@@ -228,7 +261,15 @@ def measure_all(options: argparse.Namespace) -> None:
         cold, warm = (run_part("start", folder, options) for _ in range(2))
         trained = run_part("train", folder, options) if options.steps else None
         model_bytes = sum(file.stat().st_size for file in cache)
+        chosen = run_part("calibrate", folder, options) if options.calibrate else None
     table = report(first, cold, warm, trained, model_bytes, max(sizes.values()))
+    if chosen is not None:
+        layers = ", ".join(f"{seconds:.0f}" for seconds in chosen["layer_seconds"])
+        table.add_row(f"calibration on {options.calibrate:,} tokens: seconds per layer", layers)
+        above = (chosen["peak"] - chosen["libraries"]) / GB
+        table.add_row(
+            "calibration: seconds in all; peak above the libraries", f"{chosen['seconds']:.0f}; {above:.2f} GB"
+        )
     table.title = f"{options.layers} layers of LLaMA-7B's shape, {sum(sizes.values()) / 2e9:.2f} billion weights"
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     Console(width=115).print(table, versions, describe_machine(), sep="\n")

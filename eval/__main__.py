@@ -3,6 +3,7 @@
 perplexity    of any text or data set: per token, per word, per byte
 choice        the most likely of several answers: MMLU, ARC, HellaSwag and similar
 exact_match   generated answers against expected ones
+preference    the chosen answer of a pair against the rejected one
 harness       any task of lm-eval
 compare       two results, or two models, item by item
 """
@@ -18,7 +19,7 @@ from qlora.system.errors import InputError
 
 from . import PROGRAM
 
-COMMANDS = ("perplexity", "choice", "exact_match", "harness", "compare")
+COMMANDS = ("perplexity", "choice", "exact_match", "preference", "harness", "compare")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -65,16 +65,18 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         from accelerate import Accelerator
 
         from qlora.adapters.load import check_before_loading, load_adapter
+        from qlora.adapters.provenance import calibration_of
         from qlora.model.load import load_base_model
         from qlora.model.tokenizer import load_tokenizer
         from qlora.quant.weight import QuantConfig
         from qlora.system.device import best_device
 
     # Without cpu=True, each of several processes on a machine without a GPU would compute everything.
-    check_before_loading([] if config.adapter is None else [config.adapter], name)
+    adapters = [] if config.adapter is None else [config.adapter]
+    check_before_loading(adapters, name)
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     tokenizer = load_tokenizer(name, config.adapter)
-    quant = QuantConfig(config.quant_type, config.double_quant)
+    quant = calibration_of(adapters, QuantConfig(config.quant_type, config.double_quant))
     with accelerator.main_process_first():  # the others find the quantized base in the cache
         model = load_base_model(
             name, config.use_4bit, quant, config.compute_dtype, accelerator.device, config.cache

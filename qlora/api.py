@@ -246,8 +246,10 @@ class Run:
         Args:
             data: as for `train`; by default the run's held-out data.
         Raises:
-            InputError: the data cannot be used, or none was held out.
+            InputError: the data cannot be used, or none was held out; or the run learned preferences.
         """
+        if self.config.preference.objective != "sft":
+            raise InputError("This run learned preferences; python -m eval preference measures them.")
         d, examples = self.config.data, self._held_out
         if data is not None:
             sources = data if isinstance(data, (str, os.PathLike)) else take_sources("data", data)

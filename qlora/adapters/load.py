@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
+from qlora.adapters.provenance import trained_base
 from qlora.config.fields import check_pattern, flag_of, to_text
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
@@ -26,6 +27,7 @@ from qlora.lora.variants import variant_of
 from qlora.model.base import find_base_info
 from qlora.model.skeleton import empty_model
 from qlora.quant.layers import logical_shape
+from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
 from qlora.system.redact import redact
@@ -164,6 +166,7 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
         InputError: a mismatch, or other adapters share the base; the model is unchanged.
     """
     info = find_base_info(model)
+    check_calibration(saved, None if info is None else info.quantization)
     saved = with_whole_rows(saved, model)
     saved = with_base_shift(saved, model, None if info is None else info.source)
     if not same_shift(base_shift(model), saved.base_shift):
@@ -171,6 +174,25 @@ def settle_base(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:
         check_base(model, saved.base_shift)
         shift_base(model, saved.base_shift)
     return saved
+
+
+def check_calibration(saved: SavedAdapter, quant: QuantConfig | None) -> None:
+    """Check that a 4-bit base has the codes that an adapter was trained on, if the adapter says which.
+
+    Args:
+        quant: of the base; None for 16 bits, on which any adapter may be used.
+    Raises:
+        InputError: it has others.
+    """
+    if quant is None:
+        return
+    trained = trained_base(str(saved.directory)).quantization
+    if trained is not None and trained.calibration != quant.calibration:
+        theirs, own = (one.calibration or "none" for one in (trained, quant))
+        raise InputError(
+            f"The adapter {saved.directory} was trained on a 4-bit base with another calibration ({theirs}; this "
+            f'one: {own}); load the base with QuantConfig(calibration="{trained.calibration}"), or in 16 bits.'
+        )
 
 
 def with_whole_rows(saved: SavedAdapter, model: nn.Module) -> SavedAdapter:

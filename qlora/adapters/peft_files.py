@@ -54,6 +54,7 @@ from qlora.lora.slot import BaseShift, network_of
 from qlora.lora.state import lora_state_dict
 from qlora.lora.variants import PEFT_TYPES, variant_of
 from qlora.model.base import find_base_info
+from qlora.quant.weight import QuantConfig
 from qlora.system.errors import InputError
 from qlora.system.file_names import BASE_SHIFT, CONFIG, WEIGHTS
 from qlora.system.files import new_file, read_tensors
@@ -100,7 +101,7 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     info = find_base_info(model)
     quantization = None if info is None else info.quantization
     # Only one key: safetensors writes several in random order, and equal adapters should give equal files.
-    metadata = {"base_quantization": json.dumps(quantization and asdict(quantization))}
+    metadata = {"base_quantization": json.dumps(_as_recorded(quantization))}
     description = describe_adapter(config, list(layers), base_model, transposed)
     trained = {} if adapter is None else adapter.trained
     description["modules_to_save"] = sorted(saved_modules(model, config, trained)) or None
@@ -119,6 +120,12 @@ def snapshot_adapter(model: nn.Module, config: LoRAConfig, base_model: str = "")
     if shift:  # PEFT redoes PiSSA on a 16-bit base, refuses it on a 4-bit one, and LoftQ without its config
         description["init_lora_weights"] = config.init
     return AdapterSnapshot(state, description, metadata, {} if adapter is None else adapter.tokenizer, shift)
+
+
+def _as_recorded(quant: QuantConfig | None) -> dict[str, Any] | None:
+    """A base's quantization as adapters record it; earlier versions know no calibration."""
+    fields = None if quant is None else asdict(quant)
+    return fields and {name: value for name, value in fields.items() if value != "" or name != "calibration"}
 
 
 def write_adapter(snapshot: AdapterSnapshot, path: str | Path) -> None:

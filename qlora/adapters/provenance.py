@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ def trained_base(adapter: str, model: str | None = None) -> TrainedBase:
         return TrainedBase(QuantConfig(), True)
     stored = None if model is None else declared_quantization(load_config(model), model)
     return TrainedBase(stored, stored is not None)
+
+
+def calibration_of(adapters: Iterable[str | Path], quant: QuantConfig) -> QuantConfig:
+    """`quant` with the calibration of the base that all of these adapters were trained on.
+
+    Raises:
+        InputError: two were trained on different ones.
+    """
+    known = {str(adapter): trained_base(str(adapter)).quantization for adapter in adapters}
+    ids = {name: "" if base is None else base.calibration for name, base in known.items()}
+    different = set(ids.values())
+    if len(different) > 1:
+        listed = ", ".join(f"{name}: {found or 'none'}" for name, found in ids.items())
+        raise InputError(f"These adapters need one base, but its calibrations differ ({listed}); use one of them.")
+    return replace(quant, calibration=different.pop() if different else "")
 
 
 def _kept_path(adapter: Path) -> str | None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from qlora.config.settings import Settings
+from qlora.config.settings import Settings, at_least
 
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
@@ -26,3 +26,14 @@ class ModelConfig(Settings):
     """Dtype of activations; auto picks the faster one on this device by measuring."""
     cache: bool = True
     """Keep the quantized base on disk ($QLORA_CACHE, else ~/.cache/qlora) for the next start."""
+
+
+@dataclass
+class CalibrationConfig(Settings):
+    """Calibration of the base."""
+
+    calibrate: str = "off"
+    """Choose the 4-bit codes by what the layers compute: auto = on the first rows of --data, FILE = on the
+    rows of this file; off = the nearest codes. Takes minutes at the first start."""
+    calibrate_tokens: Annotated[int, at_least(2048)] = 16384
+    """Tokens of text for --calibrate."""

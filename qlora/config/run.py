@@ -10,15 +10,16 @@ from qlora.config.fields import to_text
 from qlora.config.generate import GenerateConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import WHOLE_LAYERS, LoRAConfig
-from qlora.config.model import ModelConfig
+from qlora.config.model import CalibrationConfig, ModelConfig
 from qlora.config.optimizer import OptimizerConfig
 from qlora.config.parallel import ParallelConfig
+from qlora.config.preferences import REFERRING, PreferenceConfig
 from qlora.config.saving import SavingConfig
 from qlora.config.settings import Settings
 from qlora.config.watching import WatchingConfig
 from qlora.system.errors import InputError
 
-TRAINING = ("loop", "optimizer", "watching", "saving")
+TRAINING = ("preference", "loop", "optimizer", "watching", "saving")
 
 
 @dataclass
@@ -28,12 +29,14 @@ class RunConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     watching: WatchingConfig = field(default_factory=WatchingConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -43,8 +46,13 @@ class RunConfig(Settings):
         watching = self.watching
         return self.saving.load_best or watching.early_stopping_patience > 0 or watching.best_metric != "eval_loss"
 
+    @property
+    def row_tokens(self) -> int:
+        """The most tokens of a row: --max-length, of a row of preferences twice that."""
+        return self.data.max_length * (1 if self.preference.objective == "sft" else 2)
+
     def saved(self) -> dict[str, Any]:
-        """The sections of run.json and of checkpoints: the four of training are one there, `train`; lists and
+        """The sections of run.json and of checkpoints: the five of training are one there, `train`; lists and
         maps are text."""
         sections: dict[str, Any] = {}
         for group, values in asdict(self).items():
@@ -80,9 +88,60 @@ class RunConfig(Settings):
             raise InputError(
                 "--best-metric exact_match needs answers apart from their prompts; leave out --train-on all."
             )
+        self.check_preferences()
         self.check_split()
+        self.check_calibration()
         if self.generate.adapter is not None and self.lora.new_tokens:
             raise InputError("--new-tokens begins an adapter, --adapter goes on with one; leave out one of them.")
+
+    def check_calibration(self) -> None:
+        """Whether --calibrate goes with the other settings.
+
+        Raises:
+            InputError: it does not.
+        """
+        if self.calibration.calibrate == "off":
+            return
+        others = {
+            "--no-4bit": not self.model.use_4bit,
+            "--no-cache": not self.model.cache,
+            f"--init {self.lora.init}": self.lora.starts_from_base,
+            "--adapter": self.generate.adapter is not None,  # its own base is used
+        }
+        for other in (flag for flag, is_given in others.items() if is_given):
+            raise InputError(f"--calibrate and {other} do not go together; leave out one of them.")
+
+    def check_preferences(self) -> None:
+        """Whether the settings go with the objective.
+
+        Raises:
+            InputError: they do not.
+        """
+        own, data = self.preference, self.data
+        own.check_objective()
+        if own.objective == "sft":
+            if self.watching.best_metric == "accuracy":
+                raise InputError(
+                    "--best-metric accuracy compares answers; pass --objective dpo or another with it."
+                )
+            return
+        if data.train_on != "completion":
+            raise InputError(
+                f"--train-on means nothing to --objective {own.objective}, which learns the answers that differ; "
+                "leave it out."
+            )
+        if own.objective == "kto" and self.watching.best_metric == "exact_match":
+            raise InputError(
+                "--best-metric exact_match needs right answers; with kto pass --best-metric accuracy."
+            )
+        if own.objective in REFERRING and self.lora.new_tokens:
+            raise InputError(
+                f"--new-tokens are unknown to the reference of --objective {own.objective}; train them with "
+                "--objective sft first, or pass orpo or simpo."
+            )
+        if own.reference_each_step and (self.lora.starts_from_base or self.parallel.is_split):
+            cause = f"--init {self.lora.init}" if self.lora.starts_from_base else self.parallel.flag
+            raise InputError(f"--reference-each-step needs the base as it was; leave it out with {cause}.")
 
     def check_split(self) -> None:
         """Whether a base that is split can do what is asked.

@@ -35,8 +35,9 @@ class WatchingConfig(Settings):
     """Longest such answer, in tokens."""
     sample_prompts: str | None = None
     """Prompts to answer, any data file; by default those of the first held-out, else training examples."""
-    best_metric: Literal["eval_loss", "exact_match"] = "eval_loss"
-    """Metric that selects the best checkpoint: the held-out loss, or the share of held-out answers that match."""
+    best_metric: Literal["eval_loss", "exact_match", "accuracy"] = "eval_loss"
+    """Metric that selects the best checkpoint: the held-out loss, the share of held-out answers that match, or of
+    held-out preferences that the model shares."""
     score_examples: Count = 64
     """Held-out examples that exact_match answers, greedily and up to --max-new-tokens; 0 = all."""
     score_match: Literal["text", "json", "json_in_text", "gsm8k", "letter"] = "text"

@@ -44,6 +44,11 @@ class Batch:
     num_targets: int
     examples: tuple[Example, ...]  # its source
 
+    @property
+    def sequences(self) -> list[Example]:
+        """The sequences in its rows, in order."""
+        return [sequence for example in self.examples for sequence in example.sequences]
+
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
         moved: dict[str, Any] = {
@@ -96,13 +101,14 @@ def cut_evenly(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 def collate_packed(examples: Sequence[Example]) -> Batch:
     """Join examples in one row. Targets are already shifted, so nothing leaks across a boundary."""
-    lengths = torch.tensor([len(example) for example in examples])
-    bounds = torch.zeros(len(examples) + 1, dtype=torch.int32)
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    bounds = torch.zeros(len(sequences) + 1, dtype=torch.int32)
     bounds[1:] = lengths.cumsum(0)
     return Batch(
         input_ids=torch.cat([e.input_ids for e in examples])[None],
         targets=torch.cat([e.targets for e in examples])[None],
-        position_ids=torch.cat([torch.arange(len(e)) for e in examples])[None],
+        position_ids=torch.cat([torch.arange(len(e)) for e in sequences])[None],
         cu_seqlens=bounds,
         max_length=int(lengths.max()),
         num_tokens=int(lengths.sum()),
@@ -112,17 +118,18 @@ def collate_packed(examples: Sequence[Example]) -> Batch:
 
 
 def collate_padded(examples: Sequence[Example]) -> Batch:
-    """One example per row, padded on the right with token 0 (nothing attends to it)."""
-    longest = max(len(example) for example in examples)
-    input_ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    targets = torch.full((len(examples), longest), IGNORE_INDEX)
-    for row, example in enumerate(examples):
+    """One sequence per row, padded on the right with token 0 (nothing attends to it)."""
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    longest = max(len(sequence) for sequence in sequences)
+    input_ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    targets = torch.full((len(sequences), longest), IGNORE_INDEX)
+    for row, example in enumerate(sequences):
         input_ids[row, : len(example)] = example.input_ids
         targets[row, : len(example)] = example.targets
     return Batch(
         input_ids=input_ids,
         targets=targets,
-        position_ids=torch.arange(longest).expand(len(examples), longest),
+        position_ids=torch.arange(longest).expand(len(sequences), longest),
         cu_seqlens=None,
         max_length=longest,
         num_tokens=sum(len(e) for e in examples),

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from qlora.data.conversations import to_messages
 from qlora.data.example import EncodeReport, format_sample, shift_targets
 from qlora.data.keys import Notes, count_notes
+from qlora.data.preferences import Kind, read_row
 from qlora.data.readers import detect_format, stream_records
 from qlora.data.row_encoder import RowEncoder
 from qlora.data.rows import BadRow, collect_bad_row, sort_by_place
@@ -59,6 +59,7 @@ def check_data(
     on_long: str = "truncate",
     parse_special: bool = False,
     columns: Mapping[str, str] | None = None,
+    kind: Kind = "answers",
 ) -> DataCheck:
     """Read a whole file, and tokenize it if there is a tokenizer; the rows themselves are not kept.
 
@@ -72,7 +73,7 @@ def check_data(
     if tokenizer is not None:
         encoder, check.report = RowEncoder(tokenizer, parse_special), EncodeReport(notes=check.notes)
     first_places: dict[bytes, str] = {}
-    for record in stream_records(source, columns=columns):
+    for record in stream_records(source, columns=columns, kind=kind):
         if isinstance(record, BadRow):
             check.bad_rows.append(record)
             continue
@@ -82,26 +83,27 @@ def check_data(
             notes.add((what, name))
 
         try:
-            messages = to_messages(record, note)
-            ids, is_target = encoder.encode_row(messages, train_on, origin, note) if encoder else ([], [])
+            conversations, is_wanted = read_row(record, kind, note)
+            encoded = [encoder.encode_row(each, train_on, origin, note) for each in conversations if encoder]
         except BadRow as error:
             collect_bad_row(error, check.bad_rows)
             continue
         count_notes(check.notes, notes)
-        check.formats[detect_format(record.fields, origin)] += 1
+        check.formats[detect_format(record.fields, origin, kind)] += 1
+        messages = [message for conversation in conversations for message in conversation]
         num_characters = sum(len(message["content"]) for message in messages)
         check.lengths.append(num_characters)
         signs = _find_signs(messages, num_characters, encoder)
-        digest = hashlib.blake2b(json.dumps(messages).encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(json.dumps([messages, is_wanted]).encode(), digest_size=16).digest()
         if first_places.setdefault(digest, origin) != origin:
             check.suspicious.setdefault("same as an earlier row", []).append(f"{origin} is {first_places[digest]}")
-        if encoder and check.report:
-            row = shift_targets(ids, is_target, len(ids), origin)
-            check.lengths[-1] = len(row)
-            had_targets, num_dropped = row.num_targets > 0, check.report.num_dropped_no_target
-            example = check.report.admit(row, max_length, on_long)
-            if example and check.sample is None:
-                check.sample = format_sample(example, tokenizer)
+        if check.report:
+            rows = [shift_targets(ids, is_target, len(ids), origin) for ids, is_target in encoded]
+            check.lengths[-1] = sum(map(len, rows))
+            had_targets, num_dropped = all(row.num_targets for row in rows), check.report.num_dropped_no_target
+            kept = check.report.admit_sequences(rows, max_length, on_long)
+            if kept and check.sample is None:
+                check.sample = "\n".join(format_sample(row, tokenizer) for row in kept)
             if had_targets and check.report.num_dropped_no_target > num_dropped:
                 signs.append(f"dropped: all targets lie beyond --max-length {max_length}")
         for sign in signs:

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from qlora.data.encode import stream_examples
 from qlora.data.example import EncodeReport, Example, finish_report, format_sample
 from qlora.data.keys import describe_notes
 from qlora.data.order import rows_per_epoch
+from qlora.data.preferences import Kind
 from qlora.data.python_rows import PythonRows
 from qlora.data.readers import identify_source, parts_of, stream_records
 from qlora.data.rows import BadRow, collect_bad_row
@@ -50,10 +51,12 @@ class Examples(Sequence[Example]):
         lengths: tokens of each row.
         num_targets: total over all rows.
         digests: (rows,) uint64, identity of each row's tokens.
+        reference: (rows, 2) fp32, each row's `Example.reference`; None: they have none.
     """
 
     def __init__(self, parts: Sequence[SourceRows], notes: Sequence[str] = ()) -> None:
         self._parts, self.notes = parts, list(notes)
+        self.reference: np.ndarray | None = None
         self.sources = [(len(rows), weight) for _, rows, weight in parts]
         self._starts = np.cumsum([0, *(len(rows) for _, rows, _ in parts)])
 
@@ -82,7 +85,12 @@ class Examples(Sequence[Example]):
         number = range(len(self))[index]
         part = int(np.searchsorted(self._starts, number, side="right")) - 1
         store, rows, _ = self._parts[part]
-        return store[int(rows[number - self._starts[part]])]
+        example = store[int(rows[number - self._starts[part]])]
+        return (
+            example
+            if self.reference is None
+            else replace(example, reference=tuple(self.reference[number].tolist()))
+        )
 
 
 def find_sources(source: str | Sequence[Source], weights: Sequence[float] = ()) -> list[tuple[Source, float]]:
@@ -158,6 +166,7 @@ class Encoder:
     num_workers: int = 0
     columns: Mapping[str, str] | None = None
     cache: bool = False
+    kind: Kind = "answers"
 
     @cached_property
     def key(self) -> list[Any]:
@@ -167,6 +176,7 @@ class Encoder:
             digest.update(f"{name} {len(content)} ".encode() + content)
         options: list[Any] = [date_of(self.tokenizer)] if prints_date(self.tokenizer) else []
         options += [self.max_length, self.train_on, self.on_long, self.parse_special]
+        options += [] if self.kind == "answers" else [self.kind]
         return [digest.hexdigest(), sorted((self.columns or {}).items()), *options]
 
     def load(
@@ -185,11 +195,11 @@ class Encoder:
                 report = EncodeReport(**writer.saved["report"])
                 for where, problem in writer.saved["bad_rows"]:
                     collect_bad_row(BadRow(where, problem), bad_rows)
-            records = stream_records(source, columns=self.columns)
+            records = stream_records(source, columns=self.columns, kind=self.kind)
             rows = stream_examples(
                 islice(records, report.num_records + len(found), None), self.tokenizer, self.max_length,
                 self.train_on, self.on_long, report,
-                parse_special=self.parse_special, num_workers=self.num_workers,
+                parse_special=self.parse_special, num_workers=self.num_workers, kind=self.kind,
             )  # fmt: skip
             with closing(records), closing(rows):
                 for row in rows:
@@ -197,7 +207,8 @@ class Encoder:
                         collect_bad_row(row, bad_rows)
                     else:
                         writer.add(row)
-                    if writer.is_save_due():  # the report and the bad rows count all records up to this row
+                    # The report and the bad rows count all records up to this row; a labelled one needs others.
+                    if self.kind != "labels" and writer.is_save_due():
                         listed = [[bad.where, bad.problem] for bad in found]
                         writer.save({"report": asdict(report), "bad_rows": listed})
             finish_report(report, found, writer.num_rows, self.max_length)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qlora.data.conversations import to_messages
 from qlora.data.example import EncodeReport, Example, finish_report, shift_targets
 from qlora.data.keys import count_notes
+from qlora.data.preferences import Kind, Messages, join_pair, read_row, with_other_answers
 from qlora.data.row_encoder import Row, RowEncoder
 from qlora.data.rows import BadRow, Record, collect_bad_row
 from qlora.system.errors import InputError
@@ -44,6 +45,7 @@ def encode_records(
     *,
     parse_special: bool = False,
     num_workers: int = 0,
+    kind: Kind = "answers",
     bad_rows: list[BadRow] | None = None,
 ) -> tuple[list[Example], EncodeReport]:
     """Encode every record as a row. Rows without a target teach nothing: they are dropped and counted.
@@ -52,6 +54,7 @@ def encode_records(
         on_long:       "truncate" keeps a longer row's first max_length tokens, "drop" leaves it out.
         parse_special: special-token text in a message becomes the token.
         num_workers:   worker processes that tokenize; 0 = this process. The result and its order are the same.
+        kind:          what a record holds; pairs and labelled answers become rows of two sequences.
         bad_rows:      collects unusable records, merged in file order with those from read_records; all are
             counted. None: raise at the first.
     Raises:
@@ -60,7 +63,7 @@ def encode_records(
         TrainingStopped: a worker died.
     """
     examples, report = [], EncodeReport()
-    options: Any = dict(parse_special=parse_special, num_workers=num_workers)
+    options: Any = dict(parse_special=parse_special, num_workers=num_workers, kind=kind)
     rows = stream_examples(records, tokenizer, max_length, train_on, on_long, report, **options)
     with closing(rows):
         for row in rows:
@@ -82,60 +85,77 @@ def stream_examples(
     *,
     parse_special: bool = False,
     num_workers: int = 0,
+    kind: Kind = "answers",
 ) -> Generator[Example | BadRow, None, None]:
     """Yield training rows and bad rows; `report` counts the dropped ones. Call `finish_report` at the end.
 
     Arguments and errors are those of `encode_records`. Close the generator to end its workers early.
     """
     _check_options(max_length, train_on, on_long)
-    encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length)
+    encode = partial(_encode_chunk, RowEncoder(tokenizer, parse_special), train_on, max_length, kind)
     rows = iter(records)
     chunks = iter(lambda: list(islice(rows, CHUNK_SIZE)), [])
-    with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
-        for result in chain.from_iterable(results):
+
+    def admit_all(results: Iterable[_Result]) -> Generator[Example | BadRow, None, None]:
+        for result in results:
             if isinstance(result, BadRow):
                 yield result
                 continue
-            ids, targets, origin, notes = result
+            sequences, is_wanted, origin, notes = result
             count_notes(report.notes, notes)
-            row = Example(torch.from_numpy(ids), torch.from_numpy(targets), origin)
-            example = report.admit(row, max_length, on_long)
-            if example is not None:
-                yield example
+            examples = [Example(torch.from_numpy(ids), torch.from_numpy(t), origin) for ids, t in sequences]
+            kept = report.admit_sequences(examples, max_length, on_long)
+            if len(kept) == 2:
+                yield join_pair(kept[0], kept[1])
+            elif kept:
+                yield kept[0] if is_wanted else replace(kept[0], is_wanted=False)
+
+    with closing(map_chunks(encode, chunks, num_workers)) as results:  # an error here ends the workers
+        admitted = admit_all(chain.from_iterable(results))
+        yield from with_other_answers(admitted, max_length) if kind == "labels" else admitted
 
 
 _Notes = set[tuple[str, str]]
-_Result = tuple[np.ndarray, np.ndarray, str, _Notes] | BadRow  # as an Example; a tensor would be sent as a file
+_Task = tuple[list[Messages], bool, str, _Notes]  # conversations, whether wanted, origin, what was noted
+_Sequence = tuple[np.ndarray, np.ndarray]  # as an Example; a tensor would be sent as a file
+_Result = tuple[list[_Sequence], bool, str, _Notes] | BadRow
 
 
 def _encode_chunk(
-    encoder: RowEncoder, train_on: str, max_length: int, records: list[Record | BadRow]
+    encoder: RowEncoder, train_on: str, max_length: int, kind: Kind, records: list[Record | BadRow]
 ) -> list[_Result]:
-    """Rows of at most max_length + 1 tokens: the extra one marks a row as too long."""
+    """Rows whose sequences have at most max_length + 1 tokens: the extra one marks a row as too long."""
     results: list[_Result | None] = []
-    good: list[tuple[list[dict[str, Any]], str, _Notes]] = []
+    good: list[_Task] = []
     for record in records:
         notes: _Notes = set()
         try:
             if isinstance(record, BadRow):
                 raise record
-            good.append((to_messages(record, _note_into(notes)), record.origin, notes))
+            good.append((*read_row(record, kind, _note_into(notes)), record.origin, notes))
             results.append(None)
         except BadRow as error:
             results.append(BadRow(error.where, error.problem))
-    encoded = encoder.encode_rows(
-        ((messages, origin, _note_into(notes)) for messages, origin, notes in good), train_on, max_length + 2
+    asked = (
+        (messages, origin, _note_into(notes))
+        for conversations, _, origin, notes in good
+        for messages in conversations
     )
-    rows = zip(good, encoded, strict=True)
-    return [_result(*next(rows), max_length) if result is None else result for result in results]
+    encoded, tasks = iter(encoder.encode_rows(asked, train_on, max_length + 2)), iter(good)
+    return [_result(next(tasks), encoded, max_length) if result is None else result for result in results]
 
 
-def _result(task: tuple[Any, str, _Notes], row: Row | BadRow, max_length: int) -> _Result:
-    if isinstance(row, BadRow):
-        return BadRow(row.where, row.problem)
-    _, origin, notes = task
-    example = shift_targets(*row, max_length + 1, origin)
-    return example.input_ids.numpy(), example.targets.numpy(), origin, notes
+def _result(task: _Task, encoded: Iterator[Row | BadRow], max_length: int) -> _Result:
+    conversations, is_wanted, origin, notes = task
+    sequences: list[_Sequence] = []
+    bad: BadRow | None = None
+    for row in islice(encoded, len(conversations)):
+        if isinstance(row, BadRow):
+            bad = bad or BadRow(row.where, row.problem)
+            continue
+        example = shift_targets(*row, max_length + 1, origin)
+        sequences.append((example.input_ids.numpy(), example.targets.numpy()))
+    return bad or (sequences, is_wanted, origin, notes)
 
 
 def _note_into(notes: _Notes) -> Callable[[str, str], None]:

@@ -5,6 +5,7 @@ T tokens of one example.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qlora.data.keys import Notes
+from qlora.data.keys import EQUAL, Notes, count_notes
 from qlora.data.rows import BadRow, sort_by_place
 from qlora.system.errors import InputError
 from qlora.system.wording import show_controls
@@ -27,15 +28,33 @@ IGNORE_INDEX = -100
 class Example:
     """One row: input_ids (T,) int64; targets (T,) int64, shifted already, IGNORE_INDEX where not trained.
 
-    `origin` is its source, such as `train.jsonl:17`.
+    A row of preferences has two sequences, one behind the other, which do not see each other: the chosen and the
+    rejected answer, or an answer that is good or bad and one that belongs to another prompt.
+
+    Attributes:
+        origin: its source, such as `train.jsonl:17`.
+        split: where the second sequence starts; 0 = there is one alone.
+        is_wanted: whether the first answer is a good one.
+        reference: log p of both sequences' targets under the reference model, where an objective needs it.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     origin: str = ""
+    split: int = 0
+    is_wanted: bool = True
+    reference: tuple[float, float] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    @property
+    def sequences(self) -> list[Example]:
+        """Its sequences, each as a row of its own."""
+        if not self.split:
+            return [self]
+        parts = slice(self.split), slice(self.split, None)
+        return [Example(self.input_ids[part], self.targets[part], self.origin) for part in parts]
 
     @property
     def num_targets(self) -> int:
@@ -50,37 +69,52 @@ class EncodeReport:
     num_truncated: int = 0  # kept, but cut at max_length
     num_dropped_long: int = 0
     num_dropped_no_target: int = 0
+    num_dropped_equal: int = 0  # pairs
     num_bad_rows: int = 0
     num_tokens: int = 0
     num_targets: int = 0
     notes: Notes = field(default_factory=dict)
 
     def __str__(self) -> str:
-        num_kept = self.num_records - self.num_dropped_long - self.num_dropped_no_target - self.num_bad_rows
+        dropped = self.num_dropped_long + self.num_dropped_no_target + self.num_dropped_equal
+        num_kept = self.num_records - dropped - self.num_bad_rows
         share = self.num_targets / max(self.num_tokens, 1)
-        skipped = f"; {self.num_bad_rows:,} bad rows skipped" if self.num_bad_rows else ""
+        more = f", {self.num_dropped_equal:,} with equal answers" if self.num_dropped_equal else ""
+        more += f"; {self.num_bad_rows:,} bad rows skipped" if self.num_bad_rows else ""
         return (
             f"{num_kept:,} of {self.num_records:,} records kept ({self.num_truncated:,} truncated; dropped: "
-            f"{self.num_dropped_long:,} too long, {self.num_dropped_no_target:,} without a target{skipped}), "
+            f"{self.num_dropped_long:,} too long, {self.num_dropped_no_target:,} without a target{more}), "
             f"{self.num_tokens:,} tokens, {self.num_targets:,} of them targets ({share:.0%})"
         )
 
     def admit(self, row: Example, max_length: int, on_long: str) -> Example | None:
         """Count one whole row and return its part to train on: at most max_length tokens, or None."""
+        kept = self.admit_sequences([row], max_length, on_long)
+        return kept[0] if kept else None
+
+    def admit_sequences(self, rows: Sequence[Example], max_length: int, on_long: str) -> list[Example]:
+        """`admit` of a row with one sequence, or with a pair that has to differ; [] if it is dropped."""
         self.num_records += 1
-        is_long = len(row) > max_length
-        example = Example(row.input_ids[:max_length], row.targets[:max_length], row.origin)
-        num_targets = example.num_targets
+        is_long = any(len(row) > max_length for row in rows)
+        kept = [Example(row.input_ids[:max_length], row.targets[:max_length], row.origin) for row in rows]
+        counts = [example.num_targets for example in kept]
         if is_long and on_long == "drop":
             self.num_dropped_long += 1
-            return None
-        if num_targets == 0:
+        elif 0 in counts:
             self.num_dropped_no_target += 1
-            return None
-        self.num_truncated += is_long
-        self.num_tokens += len(example)
-        self.num_targets += num_targets
-        return example
+        elif len(kept) == 2 and all(torch.equal(*parts) for parts in zip(*map(_tokens_of, kept), strict=True)):
+            self.num_dropped_equal += 1
+            count_notes(self.notes, [(EQUAL, "within --max-length" if is_long else "in the data")])
+        else:
+            self.num_truncated += is_long
+            self.num_tokens += sum(map(len, kept))
+            self.num_targets += sum(counts)
+            return kept
+        return []
+
+
+def _tokens_of(example: Example) -> tuple[torch.Tensor, torch.Tensor]:
+    return example.input_ids, example.targets
 
 
 def finish_report(report: EncodeReport, bad_rows: list[BadRow], num_kept: int, max_length: int) -> None:
@@ -92,15 +126,18 @@ def finish_report(report: EncodeReport, bad_rows: list[BadRow], num_kept: int, m
     if bad_rows and report.num_bad_rows == report.num_records:
         raise InputError(f"All {report.num_records} records are bad; the first: {bad_rows[0]}")
     if not num_kept:
+        equal = f"{report.num_dropped_equal} with equal answers, " if report.num_dropped_equal else ""
         raise InputError(
             f"None of {report.num_records} records is left at --max-length {max_length}: "
             f"{report.num_dropped_long} too long, {report.num_dropped_no_target} without a target within it, "
-            f"{report.num_bad_rows} bad; raise it or fix the data."
+            f"{equal}{report.num_bad_rows} bad; raise it or fix the data."
         )
 
 
 def format_sample(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """The row as the model sees it, with special tokens, and with targets between ⟦ and ⟧."""
+    if example.split:
+        return "\n".join(format_sample(sequence, tokenizer) for sequence in example.sequences)
     is_target = (example.targets != IGNORE_INDEX).tolist()
     ids = example.input_ids.tolist() + example.targets[-1:].tolist()
     pieces = []

@@ -18,6 +18,7 @@ Note = Callable[[str, str], Any]  # (what is said, of which name)
 Notes = dict[str, dict[str, int]]  # what is said -> of which name -> in how many rows
 MAX_NAMES = 200  # that are counted of one kind
 COLUMNS, TURN_KEYS, PART_KEYS = "columns not used", "keys of turns not used", "keys of content parts not used"
+EQUAL = "pairs dropped, whose answers are equal"
 TURNS, EMPTY, NOT_PRINTED = "turns not used", "nothing to learn in", "not printed by the chat template"
 
 TOOLS = ("tools", "functions")  # OpenAI's, and its older name
@@ -38,12 +39,33 @@ SHAPES: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("tokenized", ("input_ids",), ("labels", "attention_mask", "completion_mask", "assistant_masks")),
     ("gemini", ("contents",), _CHAT),
 )
+# Of pairs, the answer is in two columns; of labelled answers (KTO), one more column says whether it is good.
+_PAIR = ("chosen", "rejected")
+PAIR_SHAPES = tuple(
+    ("pair", (*question, *_PAIR), optional)
+    for question, optional in (
+        (("prompt",), _SINGLE),
+        (("question",), _SINGLE),
+        (("instruction",), ("input", "context", *_SINGLE)),
+        (("conversations",), _CHAT),
+        (("messages",), _CHAT),
+        ((), _CHAT),
+    )
+)
+LABELS = ("label", "kto_tag")
+LABEL_SHAPES = tuple(
+    ("labelled", (*columns, label), optional)
+    for label in LABELS
+    for shape, columns, optional in SHAPES
+    if shape not in ("text", "tokenized")
+)
+SHAPES_OF = {"answers": SHAPES, "pairs": PAIR_SHAPES, "labels": LABEL_SHAPES}
 _MEDIA = "is not text, and this project trains on text alone; remove the column, or the rows that need it"
-_PREFERENCE = "belongs to a preference pair, and this project trains on one answer per row; pass --columns "
+_PREFERENCE = "belongs to a preference pair; pass --objective dpo to learn from pairs, or pass --columns "
 _PACKED = "marks several examples packed into one row; write one example per row (this project packs them itself)"
 REFUSED = dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), _MEDIA)
 REFUSED |= dict.fromkeys(("chosen", "rejected"), _PREFERENCE)
-REFUSED |= dict.fromkeys(("label", "kto_tag"), "")  # if true or false: see _refusal
+REFUSED |= dict.fromkeys(LABELS, "")  # if true or false: see _refusal
 REFUSED |= dict.fromkeys(("seq_lengths", "position_ids"), _PACKED)
 REFUSED["chat_template_kwargs"] = "would change the chat template row by row; pass --chat-template FILE instead"
 _OF_TOKENS = ("seq_lengths", "position_ids")
@@ -94,13 +116,17 @@ def is_empty(value: Any) -> bool:
     return value is None or value in ("", [], {})
 
 
-def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The shape of a record; BadRow if none fits."""
+def match_shape(
+    fields: dict[str, Any], origin: str, kind: str = "answers"
+) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The shape of a record among those of its kind (SHAPES_OF); BadRow if none fits."""
     filled = {name for name, value in fields.items() if value is not None}
     for columns in (filled, set(fields)):  # the second pass is for the error that names the null column
-        for shape in SHAPES:
+        for shape in SHAPES_OF[kind]:
             if columns.issuperset(shape[1]):
                 return shape
+    if kind != "answers":
+        raise BadRow(origin, _explain_kind(fields, filled, kind))
     for name in ("rejected", "chosen"):
         if name in filled:
             raise BadRow(origin, f"the column {quote(name)} {_PREFERENCE}{_of_chosen(fields)}.")
@@ -110,6 +136,18 @@ def match_shape(fields: dict[str, Any], origin: str) -> tuple[str, tuple[str, ..
     if likely := _likely(fields):
         first, last = f"pass --columns {likely}, or ", ""
     raise BadRow(origin, f"unknown columns [{names}]; {first}rename them to one of: {known}{last}.")
+
+
+def _explain_kind(fields: dict[str, Any], filled: set[str], kind: str) -> str:
+    """Why a record is no pair, or has no label, and which objective its columns are for."""
+    names = shorten(", ".join(sorted(map(quote, fields))), 200)
+    if kind == "pairs":
+        wanted = "pairs have the columns prompt, chosen and rejected"
+        other = "kto" if filled & {*LABELS} else "sft"
+    else:
+        wanted = "labelled answers have the columns prompt, completion and label (true or false)"
+        other = "dpo" if filled >= {*_PAIR} else "sft"
+    return f"{wanted}, but the columns are [{names}]; rename them with --columns, or pass --objective {other}."
 
 
 def _likely(fields: dict[str, Any]) -> str:
@@ -137,10 +175,10 @@ def _of_chosen(fields: dict[str, Any]) -> str:
     return f"{wanted} to train on the chosen ones"
 
 
-def used_columns(record: Record, note: Note) -> set[str]:
+def used_columns(record: Record, note: Note, kind: str = "answers") -> set[str]:
     """The columns that a record's shape uses; the others are noted. BadRow for one of REFUSED."""
     used = set()
-    name, columns, optional = match_shape(record.fields, record.origin)
+    name, columns, optional = match_shape(record.fields, record.origin, kind)
     for column, value in record.fields.items():
         is_odd = column in TOOLS and len(columns) > 1 and not _may_be_tools(value)
         if column in columns or (column in optional and not is_odd):
@@ -167,12 +205,14 @@ def _may_be_tools(value: Any) -> bool:
 def _refusal(shape: str, column: str, fields: dict[str, Any]) -> str | None:
     """Why a column of REFUSED cannot be left out of a record of this shape; None if it can."""
     value = fields[column]
-    if column in ("chosen", "rejected"):
-        return _PREFERENCE + _of_chosen(fields)
-    if column in ("label", "kto_tag"):
-        wanted = "says whether the answer is wanted (KTO), and this project would train unwanted ones as well"
-        remedy = "keep the rows where it is true, and remove the column"
-        return f"{wanted}; {remedy}" if isinstance(value, bool) and shape not in ("text", "tokenized") else None
+    if column in LABELS:
+        wanted = "says whether the answer is wanted, and --objective sft would train unwanted ones as well"
+        remedy = "pass --objective kto, or keep the rows where it is true and remove the column"
+        is_free = shape in ("text", "tokenized", "pair", "labelled")
+        return None if is_free or not isinstance(value, bool) else f"{wanted}; {remedy}"
+    if column in _PAIR:
+        of_pair = "belongs to a pair; pass --objective dpo, or remove the column"
+        return of_pair if shape == "labelled" else _PREFERENCE + _of_chosen(fields)
     if (column in _OF_TOKENS) != (shape == "tokenized") or (column == "position_ids" and _is_one_run(value)):
         return None
     return REFUSED[column]

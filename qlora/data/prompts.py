@@ -26,14 +26,16 @@ class Prompt:
 def prompt_of(example: Example, tokenizer: Any) -> Prompt:
     """Make a prompt of a training row: the tokens before its last answer, which is the expected answer.
 
+    Of a pair that is the chosen one; a bad answer (KTO) is not expected.
     If the row is all targets (a document, --train-on all), its first half is the prompt.
     """
+    is_wanted, example = example.is_wanted, example.sequences[0]
     ids, targets = example.input_ids.tolist(), example.targets.tolist()
     last = max(place for place, target in enumerate(targets) if target != IGNORE_INDEX)
     masked = [place for place in range(last) if targets[place] == IGNORE_INDEX]
     first = masked[-1] + 1 if masked else len(ids) // 2
     expected = str(tokenizer.decode(targets[first : last + 1], skip_special_tokens=True)).strip()
-    return Prompt(ids[: first + 1], _text_of(ids[: first + 1], tokenizer), expected)
+    return Prompt(ids[: first + 1], _text_of(ids[: first + 1], tokenizer), expected if is_wanted else None)
 
 
 def choose_prompts(

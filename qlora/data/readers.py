@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora.data.conversations import MAX_TEXT
-from qlora.data.keys import COLUMNS, SHAPES, is_empty, match_shape
+from qlora.data.keys import COLUMNS, SHAPES_OF, is_empty, match_shape
 from qlora.data.python_rows import PythonRows
 from qlora.data.rows import (
     BadRow,
@@ -60,7 +60,10 @@ def read_records(
 
 
 def stream_records(
-    source: str | PythonRows, split: str = "train", columns: Mapping[str, str] | None = None
+    source: str | PythonRows,
+    split: str = "train",
+    columns: Mapping[str, str] | None = None,
+    kind: str = "answers",
 ) -> Rows:
     """Yield the rows of a local file, of one split of a hub dataset, or from Python.
 
@@ -68,20 +71,20 @@ def stream_records(
         source:  a .json, .jsonl, .csv or .parquet file, or a hub id (`owner/name`) if no such path exists; or rows
             from Python.
         split:   the hub split or a slice such as `train[:1000]`; ignored otherwise.
-        columns: column in SHAPES -> its name in the source.
+        columns: column in SHAPES_OF[kind] -> its name in the source.
     Yields:
         A Record, or a BadRow for an unreadable row.
     Raises:
         InputError: the source is missing, of an unknown kind, unreadable as a whole, or empty.
     """
-    check_columns(columns or {})
+    check_columns(columns or {}, kind)
     rows = _open_source(source, split)
     num_rows = 0
     try:
         with closing(rows):
             for row in rows:
                 num_rows += 1
-                yield _map_columns(row, columns) if columns and isinstance(row, Record) else row
+                yield _map_columns(row, columns, kind) if columns and isinstance(row, Record) else row
     except OSError as error:
         raise InputError(f"{source} cannot be read; check its permissions ({error}).") from error
     if num_rows == 0:
@@ -130,23 +133,26 @@ def identify_source(source: str | PythonRows, split: str = "train") -> list[Any]
     return [source, split, str(_load_hub(source, split)._fingerprint)]
 
 
-def check_columns(columns: Mapping[str, str]) -> None:
-    """InputError if a key is not a column in SHAPES; it lists the valid names."""
-    unknown = [name for name in columns if name not in _NAMES]
+def check_columns(columns: Mapping[str, str], kind: str = "answers") -> None:
+    """InputError if a key is not a column of this kind of rows (SHAPES_OF); it lists the valid names."""
+    known = {name for _, names, optional in SHAPES_OF[kind] for name in (*names, *optional)}
+    unknown = [name for name in columns if name not in known]
     if unknown:
         raise InputError(
             f"Unknown column {quote(unknown[0])} in --columns; write NAME=COLUMN, where COLUMN is in the data and "
-            f"NAME is one of {', '.join(sorted(_NAMES))}."
+            f"NAME is one of {', '.join(sorted(known))}."
         )
 
 
-def _map_columns(record: Record, columns: Mapping[str, str]) -> Record | BadRow:
+def _map_columns(record: Record, columns: Mapping[str, str], kind: str) -> Record | BadRow:
     """Rename the record's columns by `columns`; of the others, keep those of a shape that has all of these."""
     absent = [column for column in columns.values() if column not in record.fields]
     if absent:
         there = shorten(", ".join(sorted(map(quote, record.fields))), 200)
         return BadRow(record.origin, f"--columns names {quote(absent[0])}, but the columns are [{there}].")
-    shapes = [{*names, *optional} for _, names, optional in SHAPES if columns.keys() & {*names, *optional}]
+    shapes = [
+        {*names, *optional} for _, names, optional in SHAPES_OF[kind] if columns.keys() & {*names, *optional}
+    ]
     whole = [shape for shape in shapes if shape >= columns.keys()]
     partners = set[str]().union(*(whole or shapes))
     taken = set(columns.values())
@@ -395,7 +401,7 @@ def _read_hub(name: str, split: str) -> Rows:
 _READERS = {".json": _read_json, ".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
 
 
-_NAMES = {name for _, names, optional in SHAPES for name in (*names, *optional)}
+_NAMES = {name for shapes in SHAPES_OF.values() for _, names, optional in shapes for name in (*names, *optional)}
 
 
 @dataclass(frozen=True)
@@ -408,6 +414,6 @@ class Unreadable:
         return f"<{self.kind}>"
 
 
-def detect_format(fields: dict[str, Any], origin: str) -> str:
-    """The name of the record's shape in SHAPES; BadRow if none fits."""
-    return match_shape(fields, origin)[0]
+def detect_format(fields: dict[str, Any], origin: str, kind: str = "answers") -> str:
+    """The name of the record's shape in SHAPES_OF[kind]; BadRow if none fits."""
+    return match_shape(fields, origin, kind)[0]

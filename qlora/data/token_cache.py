@@ -48,24 +48,27 @@ from qlora.system.cache import cache_directory
 from qlora.system.files import locked, make_directories, new_file, publish_directory, remove_leftovers
 from qlora.system.versions import versions
 
-FORMAT = 3  # increase it when the same rows, tokenizer, template and options give different tokens
+FORMAT = 4  # increase it when the same rows, tokenizer, template and options give different tokens
 MAX_CACHE = 20 * 10**9  # bytes
 ROW = np.dtype(
     [
         ("start", "i8"), ("length", "i4"), ("num_targets", "i4"), ("origin", "i8"), ("num_letters", "i4"),
-        ("digest", "u8"),
+        ("digest", "u8"), ("split", "i4"), ("is_wanted", "?"),
     ]
 )  # fmt: skip
-PACKED_ROW = struct.Struct("=qiiqiQ")  # the same bytes
+PACKED_ROW = struct.Struct("=qiiqiQi?")  # the same bytes
 INDEX, TOKENS, ORIGINS, REPORT = "index.bin", "tokens.bin", "origins.bin", "report.json"
 PROGRESS, SAVE_SECONDS = "progress.json", 5.0
 FILES: dict[str, Any] = {INDEX: ROW, TOKENS: np.int32, ORIGINS: np.uint8}
 
 
-def row_digest(input_ids: np.ndarray, targets: np.ndarray) -> int:
-    """64-bit digest of a row's tokens; both arrays int32, of equal length."""
-    digest = hashlib.blake2b(input_ids.tobytes(), digest_size=8)
-    digest.update(targets.tobytes())
+def row_digest(example: Example) -> int:
+    """64-bit digest of a row's tokens, as int32, and of what sets a row of preferences apart."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in (example.input_ids, example.targets):
+        digest.update(tensor.numpy().astype(np.int32).tobytes())
+    if example.split:
+        digest.update(f"{example.split} {example.is_wanted}".encode())
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -74,8 +77,7 @@ def digests_of(examples: Sequence[Example]) -> np.ndarray:
     digests: np.ndarray | None = getattr(examples, "digests", None)
     if digests is not None:
         return digests
-    rows = ((e.input_ids.numpy().astype(np.int32), e.targets.numpy().astype(np.int32)) for e in examples)
-    return np.array([row_digest(*row) for row in rows], np.uint64)
+    return np.array([row_digest(example) for example in examples], np.uint64)
 
 
 class TokenWriter:
@@ -102,7 +104,7 @@ class TokenWriter:
         ids, targets = (tensor.numpy().astype(np.int32) for tensor in (example.input_ids, example.targets))
         origin = example.origin.encode("utf-8", "surrogateescape") + b"\n"
         place = (self._num_tokens, len(ids), example.num_targets, self._num_letters, len(origin) - 1)
-        self._write(INDEX, PACKED_ROW.pack(*place, row_digest(ids, targets)))
+        self._write(INDEX, PACKED_ROW.pack(*place, row_digest(example), example.split, example.is_wanted))
         self._write(TOKENS, ids.tobytes() + targets.tobytes())
         self._write(ORIGINS, origin)
         self._num_tokens += 2 * len(ids)
@@ -194,10 +196,10 @@ class TokenStore(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        start, length, _, origin, num_letters, _ = self._index[range(len(self))[index]].tolist()
+        start, length, _, origin, num_letters, _, split, is_wanted = self._index[range(len(self))[index]].tolist()
         both = torch.from_numpy(self._tokens[start : start + 2 * length].astype(np.int64))
         text = self._origins[origin : origin + num_letters].tobytes().decode("utf-8", "surrogateescape")
-        return Example(both[:length], both[length:], text)
+        return Example(both[:length], both[length:], text, split, is_wanted)
 
 
 def write_store(

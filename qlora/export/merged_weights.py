@@ -21,7 +21,7 @@ from qlora.model.weights import dequantized_weights
 from qlora.quant.gptq import input_moments, requantize
 from qlora.quant.library import Params4bit
 from qlora.quant.storage import quantization_config
-from qlora.quant.weight import dequantize_weight
+from qlora.quant.weight import QuantConfig, dequantize_weight
 from qlora.system.files import new_file, read_json, sha256_of
 
 GB = 10**9
@@ -68,11 +68,7 @@ class PackedWriter:
         self.network = load_base_model(model, True, mixture.quantization, compute_dtype="float32")
         own, kind = base_info(self.network).quantization, self.network.config.model_type
         assert own is not None
-        linears = [(n, m) for n, m in self.network.named_modules() if isinstance(m, nn.Linear)]
-        self.quantization_config = {
-            **quantization_config(own),
-            "llm_int8_skip_modules": [n for n, m in linears if not isinstance(m.weight, Params4bit)],
-        }
+        self.quantization_config = network_quantization(self.network, own)
         mixture.load_onto(self.network)
         parameters = {
             saved_name(name, kind): p.detach() if p.is_floating_point() else p
@@ -105,6 +101,13 @@ class PackedWriter:
                 merged = self.mixture.merge_into(name, dequantize_weight(parameter, torch.float32))
                 parameter = requantize(merged, parameter, moment)
             yield name, stored_parts(name, parameter)
+
+
+def network_quantization(network: nn.Module, quant: QuantConfig) -> dict[str, Any]:
+    """config.json's entry for a 4-bit network; it names the linear layers that are not quantized."""
+    linears = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    skipped = [name for name, module in linears if not isinstance(module.weight, Params4bit)]
+    return {**quantization_config(quant), "llm_int8_skip_modules": skipped}
 
 
 def write_merged_shards(

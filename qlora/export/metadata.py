@@ -32,17 +32,38 @@ def write_metadata(model: str, mixture: Mixture, directory: Path, writer: DenseW
         model: the base: directory, hub id or .gguf.
     """
     config = load_config(model)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    if writer.quantization_config is not None:
-        config.quantization_config = writer.quantization_config
-    config.dtype = torch.bfloat16
     config.tie_word_embeddings = config.tie_word_embeddings and not mixture.untied
     config.vocab_size = writer.shapes[vocabulary_names(empty_model(model))[0]][0]
+    tokenizer_files = read_tokenizer_files(mixture.adapters[0].directory) if mixture.is_plain else {}
+    _write_all(model, config, writer.quantization_config, tokenizer_files, directory)
+
+
+def write_base_metadata(model: str, quantization: dict[str, Any], directory: Path) -> None:
+    """Write everything that a quantized base needs next to its weights.
+
+    Args:
+        quantization: the entry of config.json.
+    """
+    _write_all(model, load_config(model), quantization, {}, directory)
+
+
+def _write_all(
+    model: str,
+    config: Any,
+    quantization: dict[str, Any] | None,
+    tokenizer_files: dict[str, bytes],
+    directory: Path,
+) -> None:
+    """Write configs, tokenizer and template; `tokenizer_files` replace the base's."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if quantization is not None:
+        config.quantization_config = quantization
+    config.dtype = torch.bfloat16
     config.save_pretrained(directory)
-    _change_json(directory / "config.json", lambda written: legacy_config_keys(written) | written)
+    change_json(directory / "config.json", lambda written: legacy_config_keys(written) | written)
     base = metadata_directory(model)
-    tokenizer = _write_tokenizer(model, base, mixture, directory)
+    tokenizer = _write_tokenizer(model, base, tokenizer_files, directory)
     _write_generation_config(config, base / "generation_config.json", directory, set(stop_ids(tokenizer)))
 
 
@@ -66,10 +87,9 @@ def legacy_config_keys(config: dict[str, Any]) -> dict[str, Any]:
     return legacy
 
 
-def _write_tokenizer(model: str, base: Path, mixture: Mixture, directory: Path) -> Any:
+def _write_tokenizer(model: str, base: Path, own_files: dict[str, bytes], directory: Path) -> Any:
     """Write the tokenizer that was trained with, as its own files where it is the base's, and return it."""
     tokenizer = load_tokenizer(model)
-    own_files = read_tokenizer_files(mixture.adapters[0].directory) if mixture.is_plain else {}
     tokenizer.save_pretrained(directory)
     # With new tokens, the adapter's. Else the base's own, which all of its readers know.
     for name, content in (own_files or read_tokenizer_files(base)).items():
@@ -79,7 +99,7 @@ def _write_tokenizer(model: str, base: Path, mixture: Mixture, directory: Path) 
     if tokenizer.chat_template is None:  # training used the fallback
         tokenizer.chat_template = fallback_template(tokenizer)
         (directory / "chat_template.jinja").write_text(tokenizer.chat_template)
-    _change_json(directory / "tokenizer_config.json", _named_as_before)
+    change_json(directory / "tokenizer_config.json", _named_as_before)
     return tokenizer
 
 
@@ -110,10 +130,10 @@ def _write_generation_config(config: Any, base: Path, directory: Path, stops: se
         both = [*known, *sorted(stops - set(known))]
         return written | ({"eos_token_id": both[0] if len(both) == 1 else both} if both != known else {})
 
-    _change_json(target, with_stops)
+    change_json(target, with_stops)
 
 
-def _change_json(file: Path, change: Any) -> None:
+def change_json(file: Path, change: Any) -> None:
     """Rewrite a JSON file if `change` of its content is another."""
     content = json.loads(file.read_text(encoding="utf-8"))
     changed = change(content)

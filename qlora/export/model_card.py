@@ -16,6 +16,8 @@ from typing import Any
 from qlora.config.lora import VARIANTS
 from qlora.export.drift import Drift
 from qlora.export.mixture import Mixture
+from qlora.model.calibrate import Calibration
+from qlora.quant.weight import QuantConfig
 from qlora.report.curve import read_metrics
 from qlora.system.errors import InputError
 from qlora.system.file_names import CONFIG
@@ -148,6 +150,21 @@ def make_merged_card(
         summary=f"{adapters} merged into the {weights} weights of {_span(name)}, {storage}.\n\n"
         f"Drift from base + adapter, in fp32: {'not measured' if drift is None else drift}.",
         advice=advice,
+    )
+
+
+def make_quantized_card(model: str, quant: QuantConfig, found: Calibration | None) -> str:
+    """README.md of a base that was only quantized."""
+    name = public_name(model)
+    how = "the nearest of its 16 levels for each weight" if found is None else str(found)
+    return _fill(
+        name,
+        "PATH",
+        is_adapter=False,
+        title=f"{name} in 4 bits",
+        summary=f"{_span(name)}, its blocks' linear layers quantized to {quant.quant_type} "
+        f"(double quantization {quant.double_quant}): {how}.",
+        advice="It is a bitsandbytes checkpoint: transformers loads it in 4 bits automatically.",
     )
 
 

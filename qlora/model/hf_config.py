@@ -37,6 +37,8 @@ SIZE_LIMITS = {  # for values of a model's config: many times today's largest
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 SHARES = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "partial_rotary_factor")
 
+CALIBRATION = "qlora_calibration"  # in a checkpoint's config.json: what is known of its calibration
+
 
 def load_config(model: str) -> Any:
     """The transformers config of a model; custom code is never run."""
@@ -183,7 +185,12 @@ def declared_quantization(config: Any, model: str) -> QuantConfig | None:
         raise InputError(
             f"--model {model} is stored in another quantization ({method!r:.60}); choose the original."
         )
-    return QuantConfig(entries.get("bnb_4bit_quant_type", "fp4"), entries.get("bnb_4bit_use_double_quant", False))
+    known = getattr(config, CALIBRATION, None) or {}
+    return QuantConfig(
+        entries.get("bnb_4bit_quant_type", "fp4"),
+        entries.get("bnb_4bit_use_double_quant", False),
+        calibration=known.get("id", "") if isinstance(known, dict) else "",
+    )
 
 
 def generation_config_of(network: Any, directory: Path) -> Any:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -31,7 +32,8 @@ from torch.nn import functional as F
 from qlora.model.base import BaseInfo
 from qlora.model.block import decoder_layers, fuse_blocks
 from qlora.model.bounds import check_lookup
-from qlora.model.cache import cached_base, open_cache, write_cache
+from qlora.model.cache import cached_base, check_calibration, open_cache
+from qlora.model.cache_writer import write_cache
 from qlora.model.hf_config import declared_quantization, generation_config_of, load_config, metadata_directory
 from qlora.model.resolve import open_source, resolve_model
 from qlora.model.skeleton import EmptySource, Source, empty_model, matrix_layers, set_tensor, tied_names
@@ -79,7 +81,7 @@ def load_base_model(
     quant = quant or QuantConfig()
     device = torch.device(device)
     path = resolve_model(model)
-    cached = cached_base(path, quant) if use_4bit and cache else None
+    cached = cached_base(path, quant) if use_4bit and (cache or quant.calibration) else None
     dtype = cached_compute_dtype(compute_dtype, device, cache)
 
     def build(source: Source) -> Any:
@@ -94,6 +96,7 @@ def load_base_model(
     source = open_source(path)
     if source.packed and not use_4bit:
         raise InputError(f"--model {model} is stored in 4 bits; leave out --no-4bit.")
+    check_calibration(model, source, quant if use_4bit else None)
     if cached is None or source.packed:  # 4-bit codes are what a cache would hold
         return build(source)
     make_verified(cached, lambda staging: write_cache(empty_model(model), source, quant, device, staging))
@@ -164,7 +167,11 @@ def _finish(
     _fill(network, weights if cut is None else ((name, cut(name, weight)) for name, weight in weights), device)
     _compute_in(network, dtype)
     fuse_blocks(network)
-    network.base_info = BaseInfo(model, _quantization_of(network), dtype)
+    quantization = _quantization_of(network)
+    if quantization is not None:
+        named = declared_quantization(load_config(model), model) or quant
+        quantization = replace(quantization, calibration=named.calibration if named is not None else "")
+    network.base_info = BaseInfo(model, quantization, dtype)
 
 
 def cached_compute_dtype(name: str, device: torch.device, cache: bool) -> torch.dtype:

@@ -44,61 +44,70 @@ from qlora.system.memory import trim_heap
 CHUNK_SIZE = 256  # supervised positions whose logits exist at once
 
 
+class _HeadChunks:
+    """The losses and gradients g of a head's rows, a chunk at a time; all chunks share one buffer of logits.
+
+    Args:
+        hidden: (n, D); head: (V, D); targets: (n,) int64; the others as for `linear_cross_entropy`.
+        options: chunk_size, scale, softcap.
+    """
+
+    def __init__(
+        self, hidden: Tensor, head: Tensor, targets: Tensor, options: tuple[int, float, float | None]
+    ) -> None:
+        self.hidden, self.weight, self.targets = hidden, head.detach(), targets
+        self.chunk_size, self.scale, self.softcap = options
+        self.buffer = hidden.new_empty(min(self.chunk_size, len(targets)), len(head))
+
+    def times_head(self, rows: Tensor, out: Tensor, backward: bool = False) -> Tensor:
+        product = multiply_16bit(rows, self.weight, None, backward, out)
+        if product is None:
+            if self.weight.dtype != rows.dtype and self.weight.device.type == "cpu":
+                trim_heap()  # frees the layers' temporaries before a copy of the head
+            self.weight = self.weight.to(rows.dtype)
+            product = torch.mm(rows, self.weight if backward else self.weight.T, out=out)
+        return product
+
+    def __call__(self, needs_gradient: bool, trains_head: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, their losses (n,) fp32, g (n, V) in the logits' dtype, or in fp32 where they are not plain)."""
+        for start in range(0, len(self.targets), self.chunk_size):
+            rows = slice(start, start + self.chunk_size)
+            target = self.targets[rows]
+            logits = self.times_head(self.hidden[rows], self.buffer[: len(target)])
+            if not trains_head and self.scale == 1 and self.softcap is None:
+                yield rows, *cross_entropy(logits, target)
+                continue
+            if self.scale != 1:
+                logits *= self.scale
+            if self.softcap is not None:
+                logits = self.softcap * torch.tanh(logits / self.softcap)
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            losses = -log_p.gather(1, target[:, None])[:, 0]
+            if not needs_gradient:
+                yield rows, losses, logits
+                continue
+            g = log_p.exp_()
+            g.scatter_add_(1, target[:, None], g.new_full((len(g), 1), -1.0))
+            if self.softcap is not None:
+                g *= 1 - (logits.float() / self.softcap) ** 2
+            if self.scale != 1:
+                g *= self.scale
+            yield rows, losses, g
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Loss sum and its gradients in one pass; formulas in the module docstring."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        chunk_size: int,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
         dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         dhead = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        weight = head.detach()
-        buffer = hidden.new_empty(min(chunk_size, len(targets)), len(weight))  # shared by all chunks
-
-        def times_head(rows: Tensor, out: Tensor, backward: bool = False) -> Tensor:
-            nonlocal weight
-            product = multiply_16bit(rows, weight, None, backward, out)
-            if product is None:
-                if weight.dtype != hidden.dtype and weight.device.type == "cpu":
-                    trim_heap()  # frees the layers' temporaries before a copy of the head
-                weight = weight.to(hidden.dtype)
-                product = torch.mm(rows, weight if backward else weight.T, out=out)
-            return product
-
-        for start in range(0, len(targets), chunk_size):
-            rows = slice(start, start + chunk_size)
-            logits = times_head(hidden[rows], buffer[: len(targets[rows])])
-            if dhead is None and scale == 1 and softcap is None:
-                losses, g = cross_entropy(logits, targets[rows])
-                loss += losses.sum()
-                if dhidden is not None:
-                    times_head(g, dhidden[rows], backward=True)
-                continue
-            if scale != 1:
-                logits *= scale
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-            target = targets[rows, None]
-            loss -= log_p.gather(1, target).sum()
-            if dhidden is None and dhead is None:
-                continue
-            g = log_p.exp_()
-            g.scatter_add_(1, target, g.new_full(target.shape, -1.0))
-            if softcap is not None:
-                g *= 1 - (logits.float() / softcap) ** 2
-            if scale != 1:
-                g *= scale
+        chunks = _HeadChunks(hidden, head, targets, options)  # type: ignore[arg-type]
+        for rows, losses, g in chunks(dhidden is not None or dhead is not None, dhead is not None):
+            loss += losses.sum()
             if dhidden is not None:
-                times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
+                chunks.times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
             if dhead is not None:
                 dhead.addmm_(g.T, hidden[rows].float())
         ctx.dhidden, ctx.dhead = dhidden, dhead
@@ -108,6 +117,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dhidden = None if ctx.dhidden is None else ctx.dhidden * dloss.to(ctx.dhidden.dtype)
         dhead = None if ctx.dhead is None else ctx.dhead * dloss
+        return dhidden, dhead, None, None, None, None
+
+
+class _TokenCrossEntropy(torch.autograd.Function):
+    """Each row's loss in one pass, and its gradient to the hidden states before its factor is known.
+
+    Row i's loss alone depends on h_i, so the backward pass multiplies row i of what was stored by dloss_i. A head
+    that trains sums over rows, so its gradient waits for the factors: the chunks' logits are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
+        dhidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        found = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        chunks = _HeadChunks(hidden, head, targets, options)  # type: ignore[arg-type]
+        for rows, losses, g in chunks(dhidden is not None, False):
+            found[rows] = losses
+            if dhidden is not None:
+                chunks.times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
+        ctx.dhidden, ctx.options = dhidden, options
+        ctx.save_for_backward(*((hidden, head, targets) if ctx.needs_input_grad[1] else ()))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dhidden = None if ctx.dhidden is None else ctx.dhidden * dlosses[:, None].to(ctx.dhidden.dtype)
+        dhead = None
+        if saved := ctx.saved_tensors:
+            hidden, head, targets = saved
+            dhead = torch.zeros_like(head, dtype=torch.float32)
+            for rows, _, g in _HeadChunks(hidden, head, targets, ctx.options)(True, True):
+                dhead.addmm_((g * dlosses[rows, None]).T, hidden[rows].float())
         return dhidden, dhead, None, None, None, None
 
 
@@ -161,6 +202,29 @@ def head_cross_entropy(
         rows = slice(start, start + chunk_size)
         loss = loss + checkpoint(chunk_loss, states[rows], wanted[rows], use_reentrant=False)
     return loss, positions.numel()
+
+
+def token_cross_entropy(hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE) -> Tensor:
+    """(n,) fp32: the cross-entropy of each supervised position, each with its own factor in the backward pass.
+
+    The arguments are those of `head_cross_entropy`, whose loss is the sum.
+    """
+    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    states, wanted = hidden[positions], targets[positions]
+    if not head.is_adapted:
+        losses: Tensor = _TokenCrossEntropy.apply(
+            states, head.weight, wanted, chunk_size, head.scale, head.softcap
+        )
+        return losses
+
+    def chunk_losses(states: Tensor, wanted: Tensor) -> Tensor:
+        return F.cross_entropy(head.logits(states), wanted, reduction="none")
+
+    parts = [
+        checkpoint(chunk_losses, *part, use_reentrant=False)
+        for part in zip(states.split(chunk_size), wanted.split(chunk_size), strict=True)
+    ]
+    return torch.cat(parts) if len(wanted) else states.sum(dim=1, dtype=torch.float32)
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
@@ -273,6 +337,25 @@ def attention_arguments(model: Any, batch: Batch) -> dict[str, Any]:
     return packed_arguments(batch.cu_seqlens, batch.max_length)
 
 
+def _run_base(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """(hidden states (positions, D), `load_balancing_loss` of a mixture of experts that trains)."""
+    arguments = attention_arguments(model, batch)
+    coefficient = getattr(model.config, "router_aux_loss_coef", None) if model.training else None
+    if coefficient:
+        arguments["output_router_logits"] = True
+    output = model.base_model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
+    )
+    hidden = output.last_hidden_state.flatten(0, 1)
+    if not coefficient or not getattr(output, "router_logits", None):
+        return hidden, None
+    lengths = torch.tensor([len(row) for row in batch.sequences], device=batch.input_ids.device)
+    if batch.cu_seqlens is not None:  # one row, no padding
+        lengths = lengths.sum()[None]
+    real = torch.arange(batch.input_ids.shape[1], device=lengths.device) < lengths[:, None]
+    return hidden, load_balancing_loss(output.router_logits, model.config.num_experts_per_tok, real.flatten())
+
+
 def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, int]:
     """Loss sum of one micro-batch through a transformers causal LM.
 
@@ -289,22 +372,27 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
     Raises:
         InputError: the model's head has a bias, which the chunked loss would ignore.
     """
-    config: Any = model.config
-    arguments = attention_arguments(model, batch)
-    coefficient = getattr(config, "router_aux_loss_coef", None) if model.training else None
-    if coefficient:
-        arguments["output_router_logits"] = True
-    output = model.base_model(
-        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **arguments
-    )
-    hidden, targets = output.last_hidden_state.flatten(0, 1), batch.targets.flatten()
+    hidden, balance = _run_base(model, batch)
     with gathered_head(model) as head:
-        loss, num_targets = head_cross_entropy(hidden, head, targets, chunk_size)
-    if coefficient and getattr(output, "router_logits", None):
-        lengths = torch.tensor([len(example) for example in batch.examples], device=batch.input_ids.device)
-        if batch.cu_seqlens is not None:  # one row, no padding
-            lengths = lengths.sum()[None]
-        real = torch.arange(batch.input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        balance = load_balancing_loss(output.router_logits, config.num_experts_per_tok, real.flatten())
-        loss = loss + coefficient * num_targets * balance
+        loss, num_targets = head_cross_entropy(hidden, head, batch.targets.flatten(), chunk_size)
+    if balance is not None:
+        loss = loss + model.config.router_aux_loss_coef * num_targets * balance
     return loss, num_targets
+
+
+def sequence_log_likelihoods(
+    model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE
+) -> tuple[Tensor, Tensor | float]:
+    """log p of the targets of each sequence, with gradients where the model trains.
+
+    Returns:
+        ((S,) fp32 in nats, the balance of a mixture of experts that trains, times its coefficient; else 0).
+    Raises:
+        InputError: as `causal_lm_loss`.
+    """
+    hidden, balance = _run_base(model, batch)
+    with gathered_head(model) as head:
+        losses = token_cross_entropy(hidden, head, batch.targets.flatten(), chunk_size)
+    counts = [row.num_targets for row in batch.sequences]
+    log_p = -torch.stack([part.sum() for part in losses.split(counts)])
+    return log_p, 0.0 if balance is None else model.config.router_aux_loss_coef * balance

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora.model.cache import find_source
 from qlora.model.resolve import open_source, resolve_model
 from qlora.model.safetensors_source import SafetensorsSource, saved_name
 from qlora.model.skeleton import (
@@ -42,7 +43,8 @@ def dequantized_weights(
     Raises:
         InputError: as `load_base_model`; or `original` for a checkpoint that is stored in 4 bits.
     """
-    source = open_source(resolve_model(model))
+    is_calibrated = quant is not None and quant.calibration != "" and not original
+    source: Source = find_source(model, quant) if is_calibrated else open_source(resolve_model(model))
     network = empty_model(model)
     stored = match_names(network, source)
     blocks = names_to_quantize(network, source) if quant is not None else set()
@@ -78,16 +80,24 @@ def read_weights(model: str, layers: Iterable[str]) -> Iterator[tuple[str, Tenso
 
     4-bit codes in the files are dequantized.
     """
+    read = weight_reader(model)
+    return ((layer, read(layer)) for layer in layers)
+
+
+def weight_reader(model: str) -> Callable[[str], Tensor]:
+    """A function that reads the weight (out, in) fp32 of a linear layer, by its name, from a model's files."""
     source, network = open_source(resolve_model(model)), empty_model(model)
     stored, transposed = match_names(network, source), transposed_names(network)
-    for layer in layers:
+
+    def read(layer: str) -> Tensor:
         name = f"{layer}.weight"
         packed = read_packed_weight(source, stored[name], torch.device("cpu"))
         if packed is not None:
-            yield layer, dequantize_weight(packed, torch.float32)
-        else:
-            tensor = source.read(stored[name]).float()
-            yield layer, tensor.T.contiguous() if name in transposed else tensor
+            return dequantize_weight(packed, torch.float32)
+        tensor = source.read(stored[name]).float()
+        return tensor.T.contiguous() if name in transposed else tensor
+
+    return read
 
 
 def is_stored_in_4bit(model: str) -> bool:

@@ -114,7 +114,7 @@ class Planner:
             return plan
         t, length, layout = config.loop, config.data.max_length, plan.layout
         model, census = self._adapted_model(config), self._census(layout.tensor_parallel)
-        tokens, batches = t.batch_size * t.grad_accum * length, t.grad_accum
+        tokens, batches = t.batch_size * t.grad_accum * config.row_tokens, t.grad_accum
         if config.data.packing and self.device.type == "cpu":
             batches = min(max(batches, -(-tokens // CPU_TOKENS)), t.batch_size * t.grad_accum)
         work = Work(tokens, batches, length, plan.recomputed, census.first_trained)
@@ -133,7 +133,9 @@ class Planner:
         model = self._adapted_model(config)
         check_widths(model.config, layout.tensor_parallel, self.name)
         optim = choose_optimizer(config.optimizer.optim, self.device)
-        num_tokens = largest_micro_batch(t.batch_size, d.max_length, d.max_length, d.packing, self.device.type)
+        num_tokens = largest_micro_batch(
+            t.batch_size, config.row_tokens, config.row_tokens, d.packing, self.device.type
+        )
         together = layout.tensor_parallel, layout.sequence_parallel
         settings = (num_tokens, base_info(model).compute_dtype, CHUNK_SIZE, optim, *together)
         key = f"{self._adapted} {settings}"

@@ -17,8 +17,10 @@ Neither needs its input, so `FrozenLinear` saves no activation: it keeps the lay
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -46,8 +48,12 @@ class QuantConfig:
     quant_type: str = "nf4"  # "nf4" or "fp4"
     double_quant: bool = True  # quantize the fp32 block scales to 8 bits as well
     block_size: int = 64  # weights that share one scale
+    # Digest of the texts that the codes were chosen on (model/calibrate.py); "" = the nearest codes.
+    calibration: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.calibration, str) or not re.fullmatch("[0-9a-f]{0,64}", self.calibration):
+            raise InputError(f"calibration is {self.calibration!r:.60}; it should be hexadecimal digits.")
         if self.quant_type not in ("nf4", "fp4"):
             raise InputError(f"quant_type is {self.quant_type!r:.60}; choose nf4 or fp4.")
         if type(self.double_quant) is not bool:
@@ -104,6 +110,16 @@ def quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor, QuantState]:
     # bitsandbytes would reuse the table of its first call, even one on the meta device.
     table = torch.empty(256, device="meta") if scales.is_meta else None
     return offset, *quantize_blockwise(scales - offset, table, blocksize=256)
+
+
+def with_scales(weight: Params4bit, scales: Tensor) -> Params4bit:
+    """The same codes with other scales of the blocks, (blocks,) fp32, quantized if the weight's own are."""
+    state = copy(weight.quant_state)
+    if state.nested:
+        state.offset, state.absmax, state.state2 = quantize_scales(scales)
+    else:
+        state.absmax = scales
+    return wrap_codes(weight.data, state)
 
 
 def quantization_of(weight: Params4bit) -> QuantConfig:

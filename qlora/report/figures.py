@@ -42,6 +42,8 @@ def draw_charts(run: Run) -> list[Chart]:
     charts = [
         draw_loss(run),
         *(_draw_score(run, name) for name in run.scores),
+        _draw_column(run, "accuracy", "Share of preferences that the model has, training", is_noisy=True),
+        _draw_column(run, "margin", "Margin between rewards, training", is_noisy=True),
         _draw_column(run, "learning_rate", "Learning rate"),
         _draw_column(run, "grad_norm", "Gradient norm, before clipping", is_noisy=True),
         _draw_column(run, "tokens_per_second", "Tokens per second", is_noisy=True),
@@ -74,7 +76,9 @@ def draw_loss(run: Run) -> Chart | None:
         tables.append(_table("Held out", ("step", "loss"), eval_steps, eval_losses))
     label = f"Loss by optimizer step: {'; '.join(said)}"
     svgs = [draw_curves("loss-wide", label, curves, WIDE, None), draw_curves("loss", label, curves, bottom=None)]
-    return Chart("Loss per target token, in nats", label, svgs, tables, key)
+    is_pairs = (run.setting("train", "objective") or "sft") != "sft"
+    title = "Loss per row of preferences" if is_pairs else "Loss per target token, in nats"
+    return Chart(title, label, svgs, tables, key)
 
 
 def _draw_score(run: Run, name: str) -> Chart | None:

@@ -30,7 +30,8 @@ class LossFigure(Figure):
         if evaluations:
             held_out = [x["eval_loss"] for x in evaluations]
             axes.plot([x["step"] for x in evaluations], held_out, "o-", color="tab:orange", label="held out")
-        axes.set(xlabel="optimizer step", ylabel="loss per target token (nats)")
+        unit = "row of preferences" if any("accuracy" in line for line in training) else "target token (nats)"
+        axes.set(xlabel="optimizer step", ylabel=f"loss per {unit}")
         axes.grid(alpha=0.3)
         axes.legend()
 

@@ -73,7 +73,8 @@ class Display(Observer):
         step = line["step"]
         if "eval_loss" in line:
             score = f"  exact match {line['exact_match']:.1%}" if "exact_match" in line else ""
-            self.say(f"step {step:>5}/{self.total_steps}  held-out loss {line['eval_loss']:.4f}{score}")
+            shown = f"held-out loss {line['eval_loss']:.4f}{_preferences(line, 'eval_')}{score}"
+            self.say(f"step {step:>5}/{self.total_steps}  {shown}")
             self._begin_again()
             return
         self._marks.append((step, self.clock()))
@@ -83,6 +84,7 @@ class Display(Observer):
         status = f"loss {line['loss']:.4f}"
         if self._losses.maxlen != 1:
             status += f" (smoothed {sum(self._losses) / len(self._losses):.4f})"
+        status += _preferences(line)
         status += f"  {line['tokens_per_second']:,.0f} tokens/s  peak {line['peak_memory_gib']:.2f} GiB{self.plan}"
         left = f"{format_seconds(self.seconds_left(step))} left" if step < self.total_steps else ""
         if self._bar is not None:
@@ -117,6 +119,12 @@ class Display(Observer):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def _preferences(line: dict[str, Any], prefix: str = "") -> str:
+    """Accuracy and margin of a line, if it has them."""
+    text = f"  accuracy {line[prefix + 'accuracy']:.0%}" if prefix + "accuracy" in line else ""
+    return text + (f"  margin {line[prefix + 'margin']:.3f}" if prefix + "margin" in line else "")
 
 
 def _make_console() -> Console:

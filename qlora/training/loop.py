@@ -4,6 +4,8 @@ One optimizer step consumes a window of examples, spread over devices and micro-
 
     sum over the window's target tokens of their cross-entropy / number of those tokens
 
+(of preferences the mean over the window's rows, preferences.py),
+
 so 1 x 8, 2 x 4 and 8 x 1 examples, on one device or two, give the same gradient. Each micro-batch adds its sum;
 one all-reduce adds the devices' adapter gradients, a few megabytes in fp32 (a DDP wrapper would average over
 devices, and overlap communication that takes no time); then the sum is divided once.
@@ -43,6 +45,7 @@ from qlora.system.errors import StoppedOnRequest, TrainingStopped
 from qlora.system.memory import peak_memory_gib
 from qlora.training.held_out import AskStop, evaluate
 from qlora.training.observer import Observer
+from qlora.training.preferences import Preferences
 from qlora.training.progress import Progress
 from qlora.training.skipped import keep_examples
 from qlora.training.step import (
@@ -79,6 +82,7 @@ class TrainingData:
         packing: concatenate a micro-batch's examples into one row; False: pad them.
         seed: for the data order and each step's random numbers.
         held_out: examples for evaluation.
+        preferences: the loss of examples that are preferences.
     """
 
     examples: Sequence[Example]
@@ -88,6 +92,7 @@ class TrainingData:
     packing: bool = True
     seed: int = 0
     held_out: Sequence[Example] = ()
+    preferences: Preferences | None = None
 
 
 @dataclass(frozen=True)
@@ -195,10 +200,15 @@ class Trainer:
         self.progress.step, self.progress.eval_loss, self.progress.score = self.progress.step + 1, None, None
         return result
 
-    def held_out(self, stop: AskStop = lambda: None) -> float | None:
-        """Mean loss per target token over the held-out examples, in nats; None: `stop` gave a reason first."""
+    def held_out(self, stop: AskStop = lambda: None) -> dict[str, float] | None:
+        """Numbers of the held-out examples by name; `eval_loss` is the mean per target token, in nats, or per row.
+
+        None: `stop` gave a reason first.
+        """
         data = self.data
-        return evaluate(self.model, data.held_out, self.accelerator, self.budget, data.packing, stop)
+        compute = evaluate if data.preferences is None else data.preferences.evaluate
+        found = compute(self.model, data.held_out, self.accelerator, self.budget, data.packing, stop)
+        return {"eval_loss": found} if isinstance(found, float) else found
 
     @property
     def is_last(self) -> bool:
@@ -239,6 +249,7 @@ class Trainer:
             speed, memory = result.num_tokens / seconds, peak_memory_gib(self.accelerator.device)
             counts = result.num_tokens, result.num_targets
             line = asdict(StepMetrics(step, result.loss, result.grad_norm, rate, *counts, speed, memory))
+            line |= result.measures
         for observer in self.observers:
             observer.after_step(self, line)
 
@@ -268,7 +279,7 @@ class Trainer:
             try:
                 result = train_step(
                     self.model, self.optimizer, batches, self.accelerator, self.schedule(step),
-                    self.limits.max_grad_norm, not self._is_checked,
+                    self.limits.max_grad_norm, not self._is_checked, self.data.preferences,
                 )  # fmt: skip
                 self._is_checked = True
                 return replace(result, largest_micro_batch=limit)

@@ -14,7 +14,7 @@ class Progress:
         step: optimizer steps done, skipped ones included.
         skipped: how many of these were skipped because their loss was not finite.
         eval_loss: loss of exactly this state, if it was evaluated.
-        score: share of held-out answers that matched at that evaluation, if scored.
+        score: share of held-out answers that matched at that evaluation, or of preferences shared, if it decides.
         best_loss, best_score: of the best evaluation so far: the highest score, and at equal scores, or without
             them, the lowest loss.
         reference: the score, or without one the loss below zero, from which patience counts (`record_evaluation`).

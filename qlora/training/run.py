@@ -25,6 +25,7 @@ import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
 from qlora.adapters.load import check_before_loading, continued_config, load_adapter
 from qlora.adapters.peft_files import read_adapter
+from qlora.adapters.provenance import calibration_of
 from qlora.config.data import DataConfig
 from qlora.config.fields import to_text
 from qlora.config.lora import LoRAConfig
@@ -34,12 +35,13 @@ from qlora.data.batches import largest_micro_batch, lengths_of
 from qlora.data.chat_template import prints_date, today
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.order import WindowOrder
+from qlora.data.preferences import kind_of
 from qlora.data.prompts import choose_prompts
 from qlora.data.python_rows import PythonRows
 from qlora.data.row_encoder import set_chat_template
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adalora_optimizer import build_adapter_optimizer
-from qlora.lora.adapter import inject_lora, set_tokenizer
+from qlora.lora.adapter import inject_lora, set_tokenizer, wrap_layers
 from qlora.lora.optimizer import MasterOptimizer
 from qlora.lora.svd_start import initialize_adapter
 from qlora.lora.targets import resolve_targets
@@ -54,6 +56,7 @@ from qlora.system.errors import InputError, TrainingStopped
 from qlora.system.files import whole_lines
 from qlora.system.memory import GIB
 from qlora.system.signals import StopRequest
+from qlora.training.calibration import calibrated
 from qlora.training.checkpoint import load_checkpoint
 from qlora.training.display import Display
 from qlora.training.fingerprint import run_settings
@@ -65,6 +68,7 @@ from qlora.training.outcome import check_outcome, doubts
 from qlora.training.page import Page
 from qlora.training.progress import Progress
 from qlora.training.recompute import choose_recomputed_layers
+from qlora.training.reference import prepare_preferences
 from qlora.training.rows import check_lora, check_rows
 from qlora.training.run_directory import RunDirectory
 from qlora.training.run_facts import gather_facts
@@ -196,8 +200,8 @@ class TrainingRun:
             config.loop.seed,
         )
         self.examples, self.held_out = load_examples(
-            sources, encoder_of(d, self.tokenizer), self.say, on_bad_row=d.on_bad_row,
-            bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
+            sources, encoder_of(d, self.tokenizer, config.preference.objective), self.say,
+            on_bad_row=d.on_bad_row, bad_rows_file=self.directory.bad_rows, show_sample=d.show_sample,
         )  # fmt: skip
         if config.generate.adapter is None:  # an adapter may bring a larger embedding
             for examples in (self.examples, self.held_out):
@@ -208,10 +212,20 @@ class TrainingRun:
         self.prompts = choose_prompts(rows, self.tokenizer, num_samples, w.sample_prompts, d.parse_special)
 
     def load_base(self) -> None:
-        """Load the frozen base."""
-        m = self.config.model
-        quant, dtype = QuantConfig(m.quant_type, m.double_quant), self.directory.compute_dtype(m.compute_dtype)
+        """Load the frozen base, and let it judge the answers that preferences are measured against."""
+        m, c, adapter = self.config.model, self.config.calibration, self.config.generate.adapter
+        dtype = self.directory.compute_dtype(m.compute_dtype)
+        quant = calibration_of([] if adapter is None else [adapter], QuantConfig(m.quant_type, m.double_quant))
+        if c.calibrate != "off":
+            with self.accelerator.main_process_first():  # the others find it in the cache
+                quant = calibrated(
+                    self._base, quant, c.calibrate, c.calibrate_tokens, self.examples,
+                    encoder_of(self.config.data, self.tokenizer), dtype, self.accelerator.device, self.say,
+                )  # fmt: skip
         self.model = load_for_ranks(self._base, self.ranks, self.accelerator, m.use_4bit, quant, dtype, m.cache)
+        self.preferences = prepare_preferences(
+            self.config, self.model, self.accelerator, [self.examples, self.held_out], self.say
+        )
 
     def add_adapter(self) -> None:
         """Make LoRA, memory plan and optimizer, or restore them from a resumed run's checkpoint."""
@@ -228,6 +242,8 @@ class TrainingRun:
             freeze_base(self.model)
         if config.data.chat_template is not None:
             set_tokenizer(self.model, self.tokenizer)
+        if self.preferences is not None and self.preferences.reference is not None:
+            wrap_layers(self.model, self.preferences.reference.layers)
         self.say(parameter_summary(self.model))
         optim = choose_optimizer(o.optim, self.accelerator.device, self.say)
         self.plan = self._plan_memory(optim)
@@ -240,6 +256,7 @@ class TrainingRun:
         self.settings = run_settings(
             self.model, lora, config, self.examples, window, self.total_steps, optim, self.tokenizer.chat_template,
         )  # fmt: skip
+        self.settings |= {} if self.preferences is None else self.preferences.settings
         if prints_date(self.tokenizer):
             self.settings["date"] = str(self.tokenizer.template_date)
         if config.generate.adapter is None and self.directory.checkpoint is None:
@@ -252,8 +269,9 @@ class TrainingRun:
         t, d, o = self.config.loop, self.config.data, self.config.optimizer
         observers = self._observers()
         data = TrainingData(
-            self.examples, t.batch_size, t.grad_accum, d.max_length, d.packing, t.seed, self.held_out
-        )
+            self.examples, t.batch_size, t.grad_accum, self.config.row_tokens, d.packing, t.seed, self.held_out,
+            self.preferences,
+        )  # fmt: skip
         skipped, warmup = self.directory.path / "skipped", o.warmup_steps or 0
         self.trainer = Trainer(
             self.model, self.optimizer,
@@ -295,7 +313,8 @@ class TrainingRun:
         """Choose the layers that are recomputed."""
         t, d, device = self.config.loop, self.config.data, self.accelerator.device
         longest = max(lengths_of(self.examples))
-        num_tokens = largest_micro_batch(t.batch_size, d.max_length, longest, d.packing, device.type)
+        longest = longest if d.packing or self.preferences is None else 2 * min(longest, d.max_length)
+        num_tokens = largest_micro_batch(t.batch_size, self.config.row_tokens, longest, d.packing, device.type)
         mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
         return choose_recomputed_layers(
             self.model, mode, num_tokens, budget, self.accelerator, self.say, optim
@@ -337,7 +356,7 @@ class TrainingRun:
         writing.callback(display.close)  # again, so that it closes first
         writer.lines = self._open_lines() if is_main else []
         return [
-            HeldOut(w.eval_every, self._score(), w.early_stopping_patience, w.early_stopping_min_delta, stop),
+            self._held_out_observer(stop),
             *self.observers,
             Stop(stop),
             *([Samples(self._sampler(display, writer.lines), w.sample_every)] if self.prompts else []),
@@ -347,6 +366,12 @@ class TrainingRun:
             self.trackers,
             *page,
         ]
+
+    def _held_out_observer(self, stop: StopRequest) -> HeldOut:
+        w = self.config.watching
+        metric = "eval_accuracy" if w.best_metric == "accuracy" else None
+        patience, min_delta = w.early_stopping_patience, w.early_stopping_min_delta
+        return HeldOut(w.eval_every, self._score(), patience, min_delta, stop, metric)
 
     def _open_lines(self) -> list[LinesFile]:
         """Write run.json, and open metrics.jsonl and samples.jsonl where the run continues."""
@@ -384,8 +409,9 @@ class TrainingRun:
         return AnswerScore(self.model, self.tokenizer, asked, is_match, length, self.accelerator)
 
 
-def encoder_of(d: DataConfig, tokenizer: Any) -> Encoder:
+def encoder_of(d: DataConfig, tokenizer: Any, objective: str = "sft") -> Encoder:
     """The encoder from rows to examples for these settings."""
     return Encoder(
-        tokenizer, d.max_length, d.train_on, d.on_long, d.parse_special, d.num_workers, d.columns, d.token_cache
-    )
+        tokenizer, d.max_length, d.train_on, d.on_long, d.parse_special, d.num_workers, d.columns, d.token_cache,
+        kind_of(objective),
+    )  # fmt: skip

@@ -261,7 +261,7 @@ class CheckpointWriter:
         """One line: the best checkpoint, and whether another state had the best evaluation."""
         progress = read_state(best)["progress"]
         is_kept = (progress.eval_loss, progress.score) == (self.progress.best_loss, self.progress.best_score)
-        score = "" if progress.score is None else f", exact match {progress.score:.1%}"
+        score = "" if progress.score is None else f", score {progress.score:.1%}"
         lost = "" if is_kept else "; the best evaluation was of a state that was not saved"
         taken = "; its adapter is the run's" if is_adopted else ""
         return f"best checkpoint: {best} (held-out loss {progress.eval_loss:.4f}{score}{lost}{taken})"

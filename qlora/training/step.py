@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -49,11 +50,12 @@ class StepResult:
     """The result of a step; losses in nats, counts summed over devices.
 
     Attributes:
-        loss: per target token of the window.
+        loss: per target token of the window; of preferences, per row.
         grad_norm: before clipping.
         num_tokens, num_targets: tokens of the window, and how many have a target.
         largest_micro_batch: tokens that a micro-batch may hold from now on, found because memory ran out in this
             step; None: it did not.
+        measures: what else the window's loss measured, by its name in metrics.jsonl.
     """
 
     loss: float
@@ -61,6 +63,23 @@ class StepResult:
     num_tokens: int
     num_targets: int
     largest_micro_batch: int | None = None
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+class WindowLoss(Protocol):
+    """Replaces the cross-entropy as the loss of a window: `training.preferences.Preferences`."""
+
+    num_rows: int
+    """Rows of the window on all devices, by which the sum of the losses is divided."""
+
+    def begin(self, model: nn.Module, batches: Sequence[Batch], accelerator: Accelerator) -> Sequence[Batch]:
+        """Prepare a window; returns the micro-batches to compute."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of a micro-batch's losses."""
+
+    def finish(self, ranks: Ranks) -> dict[str, float]:
+        """What else was measured in the window, the same on all devices."""
 
 
 def train_step(
@@ -71,6 +90,7 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float = 0.0,
     check_adapters: bool = False,
+    window_loss: WindowLoss | None = None,
 ) -> StepResult:
     """Train on one window with one update.
 
@@ -79,6 +99,7 @@ def train_step(
         batches: this device's micro-batches of the window, possibly none.
         max_grad_norm: clip the global gradient to this norm; 0 = never.
         check_adapters: stop if an adapter got no gradient (`check_adapters_learn`).
+        window_loss: instead of the mean cross-entropy per target token.
     Raises:
         NonFiniteStep, StepOutOfMemory: on all devices, before anything is changed.
     """
@@ -90,8 +111,11 @@ def train_step(
     losses: list[Tensor] = []
     is_out = False
     try:
+        if window_loss is not None:
+            batches = window_loss.begin(model, batches, accelerator)
         for batch in batches:
-            loss_sum, _ = causal_lm_loss(model, batch.to(device))
+            on_device = batch.to(device)
+            loss_sum = window_loss.loss(model, on_device) if window_loss else causal_lm_loss(model, on_device)[0]
             accelerator.backward(loss_sum)
             losses.append(loss_sum.detach())
     except (RuntimeError, MemoryError) as error:
@@ -105,13 +129,14 @@ def train_step(
         is_out = True  # handled outside of this block: the error holds the activations
     if any_device(is_out, accelerator):
         raise StepOutOfMemory(here=is_out)
+    divisor = max(1, window_loss.num_rows if window_loss else num_targets)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
     _sum_gradients(optimizer.parameters, ranks)
     for parameter in optimizer.parameters:
         if parameter.grad is not None:
-            parameter.grad.div_(max(1, num_targets))  # once, in fp32
+            parameter.grad.div_(divisor)  # once, in fp32
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-    loss, norm = (ranks.sum(total) / max(1, num_targets)).item(), grad_norm.item()
+    loss, norm = (ranks.sum(total) / divisor).item(), grad_norm.item()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [i for i, value in enumerate(losses) if not torch.isfinite(value)]
         where = f"micro-batch {bad[0] + 1} of {len(batches)}" if bad else "the gradient"
@@ -124,7 +149,8 @@ def train_step(
             if parameter.grad is not None:
                 parameter.grad.mul_(max_grad_norm / norm)
     optimizer.step(learning_rate)
-    return StepResult(loss, norm, num_tokens, num_targets)
+    measures = window_loss.finish(ranks) if window_loss else {}
+    return StepResult(loss, norm, num_tokens, num_targets, measures=measures)
 
 
 def any_device(flag: bool, accelerator: Accelerator) -> bool:

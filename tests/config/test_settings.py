@@ -72,7 +72,7 @@ def test_on_disk_lists_and_maps_are_text() -> None:
     saved = RunConfig(lora=config, data=DataConfig(data_weights=[1, 0.3]), loop=LoopConfig(seed=3)).saved()
     assert saved["lora"]["target_modules"] == "q_proj,v_proj" and saved["data"]["data_weights"] == "1,0.3"
     assert saved["train"]["seed"] == 3 and saved["train"]["learning_rate"] == 2e-4
-    assert list(saved) == ["model", "lora", "data", "train", "parallel", "generate", "debug"]
+    assert list(saved) == ["model", "lora", "data", "train", "parallel", "generate", "calibration", "debug"]
 
 
 def test_how_a_checkpoint_spelled_its_lists_does_not_matter() -> None:

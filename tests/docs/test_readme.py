@@ -71,8 +71,9 @@ def test_what_the_tree_names_exists() -> None:
 def test_every_data_shape_reads_as_shown() -> None:
     examples = re.findall(r"^\| ([^|]+) \| `(\{.*\})` \|$", DATA, flags=re.MULTILINE)
     assert len(examples) == 9
-    expected = {"text": ["document"], "tokenized": ["tokens"], "Gemini": ["system", "user", "assistant"]}
+    expected = {"text": ["document"], "tokenized": ["tokens"]}
     expected["tools (OpenAI)"] = ["tools", "user", "assistant", "tool", "assistant"]
+    expected["Gemini"] = ["system", "user", "assistant"]
     for shape, text in examples:
         roles = [m["role"] for m in to_messages(Record(json.loads(text), shape))]
         assert roles == expected.get(shape, ["user", "assistant"])

@@ -155,7 +155,7 @@ def test_commands_are_known_without_loading_anything() -> None:
     )
 
 
-@pytest.mark.parametrize("command", ["perplexity", "choice", "exact_match", "harness", "compare"])
+@pytest.mark.parametrize("command", ["perplexity", "choice", "exact_match", "preference", "harness", "compare"])
 def test_help_loads_no_torch(command: str) -> None:
     import subprocess
     import sys

@@ -109,7 +109,7 @@ def test_a_family_without_fused_blocks(tmp_path: Path) -> None:
 
 def test_a_checkpoint_in_4_bits(untied: Path, tmp_path: Path) -> None:
     """Its config says how it was quantized, whatever the flags say."""
-    from qlora.model.cache import write_cache
+    from qlora.model.cache_writer import write_cache
     from qlora.model.resolve import open_source
     from qlora.model.skeleton import empty_model
 

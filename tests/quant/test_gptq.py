@@ -10,8 +10,23 @@ from torch import Tensor
 
 from qlora.lora.targets import linear_layers
 from qlora.model.load import load_base_model
-from qlora.quant.gptq import input_moments, requantize, round_with_feedback
-from qlora.quant.weight import QuantConfig, block_scales, dequantize_weight, quantize_weight
+from qlora.quant.gptq import (
+    DAMPING,
+    FACTORS,
+    Feedback,
+    choose_codes,
+    input_moments,
+    requantize,
+    rescaled,
+    round_with_feedback,
+)
+from qlora.quant.weight import (
+    QuantConfig,
+    block_scales,
+    dequantize_weight,
+    quantization_of,
+    quantize_weight,
+)
 from qlora.system.errors import InputError
 from tests import reference
 from tests.models import save_tiny_llama
@@ -66,8 +81,8 @@ def test_against_the_definition() -> None:
     values = torch.tensor(reference.NF4, dtype=torch.float64)
     H = moment + 0.01 * moment.diagonal().mean() * torch.eye(150)
     expected = obq(target, scales, values, H)
-    actual = round_with_feedback(target, scales, values, moment, damping=0.01)
-    assert torch.equal(actual, expected)
+    actual = round_with_feedback(target, scales, values, Feedback.of(moment, 0.01))
+    assert torch.equal(actual.long(), expected)
     nearest = (target[..., None] / scales[..., None] - values).abs().argmin(-1)
     assert (actual != nearest).double().mean() > 0.2  # the errors did go somewhere
 
@@ -97,7 +112,7 @@ def test_never_worse_than_rounding_to_the_nearest() -> None:
     result = dequantize_weight(requantize(target, base, moment), torch.float32)
     scales = block_scales(base.quant_state).repeat_interleave(64).view(48, 192)
     values = torch.tensor(reference.NF4)
-    fed_back = values[round_with_feedback(target, scales, values, moment)] * scales
+    fed_back = values[round_with_feedback(target, scales, values, Feedback.of(moment, DAMPING)).int()] * scales
     nearest = values[(target[..., None] - values * scales[..., None]).abs().argmin(-1)] * scales
     errors = [((weight - target) @ inputs.T).square().sum(1) for weight in (result, fed_back, nearest)]
     assert (errors[0] <= torch.minimum(errors[1], errors[2]) * 1.001).all()
@@ -203,3 +218,38 @@ def test_input_moments(tmp_path: Path) -> None:
             assert len(x) == 10 and relative_error(moment, x.T @ x / 10) < 1e-6
     hooked = {name for name, module in network.named_modules() if module._forward_pre_hooks}
     assert hooked == {"model.embed_tokens"}, "the loader's own check of token ids"
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=str)
+def test_scales_that_clip(quant: QuantConfig) -> None:
+    """Block by block the best of the factors, by the weighted error of the nearest codes, in plain loops."""
+    generator = torch.Generator().manual_seed(2)
+    target = 0.1 * torch.randn(6, 256, generator=generator)
+    importance = 0.1 + torch.rand(256, generator=generator)
+    base = quantize_weight(target, quant)
+    table, size = torch.tensor(reference.TABLES[quant.quant_type]), quant.block_size
+    expected, before = [], block_scales(base.quant_state)
+    for number, block in enumerate(target.view(-1, size)):
+        weights = importance[number * size % 256 :][:size]
+        levels = [before[number] * factor * table for factor in FACTORS]
+        errors = [((block[:, None] - level).abs().amin(1).square() * weights).sum() for level in levels]
+        expected.append(before[number] * FACTORS[int(torch.stack(errors).argmin())])
+    result = rescaled(target, base, importance)
+    assert torch.equal(result.data, base.data) and quantization_of(result) == quant
+    assert relative_error(block_scales(result.quant_state), torch.stack(expected)) < (
+        0.02 if quant.double_quant else 1e-6
+    )
+    assert (torch.stack(expected) < before).double().mean() > 0.5
+    ragged = quantize_weight(target[:, :75], quant)
+    assert rescaled(target[:, :75], ragged, importance[:75]) is ragged
+
+
+def test_slabs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs are independent: pieces of a weight give the codes of the whole."""
+    inputs = correlated_inputs(600, 192)
+    target = 0.1 * torch.randn(48, 192, generator=torch.Generator().manual_seed(0))
+    base, feedback = quantize_weight(target, QuantConfig()), Feedback.of(inputs.T @ inputs / 600, 0.1)
+    whole = choose_codes(target, base, feedback, inputs)
+    monkeypatch.setattr("qlora.quant.gptq.SLAB", 10 * 192)
+    pieces = choose_codes(target, base, feedback, inputs)
+    assert whole is not None and pieces is not None and torch.equal(whole.data, pieces.data)

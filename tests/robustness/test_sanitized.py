@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TESTS = [f"tests/kernels/test_{name}.py" for name in ("fused", "gemm", "bounds")] + ["tests/test_generation.py"]
+TESTS = [f"tests/kernels/test_{name}.py" for name in ("fused", "gemm", "rounding", "bounds")] + [
+    "tests/test_generation.py"
+]
 # Tensors of two bytes are read by vectors and by pairs, wherever they begin.
 FLAGS = "-O0 -g -fsanitize=address,undefined -fno-sanitize=alignment -fno-sanitize-recover=all"
 MISTAKE = "int mistake(long n) { int x[4] = {0}; return x[n]; }"

@@ -103,7 +103,17 @@ def test_run_json_holds_settings_and_the_facts_of_the_latest_start(tiny: str, tm
     flags += ["--batch-size", "2", "--run-name", secret]
     train.main([*flags, "--max-steps", "1"])
     first = json.loads((out / "run.json").read_text())
-    assert list(first) == ["model", "lora", "data", "train", "parallel", "generate", "debug", "facts"]
+    assert list(first) == [
+        "model",
+        "lora",
+        "data",
+        "train",
+        "parallel",
+        "generate",
+        "calibration",
+        "debug",
+        "facts",
+    ]
     assert first["train"]["batch_size"] == 2 and first["train"]["run_name"] == "[redacted]"
     assert first["facts"]["command"].startswith(f"python train.py --model {tiny} --data")
     assert secret not in (out / "run.json").read_text()

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
         from qlora.adapters.load import check_before_loading
         from qlora.adapters.model import LoRAModel
-        from qlora.adapters.provenance import base_model_of
+        from qlora.adapters.provenance import base_model_of, calibration_of
         from qlora.chat.session import Chat, split_adapter
         from qlora.model.load import load_base_model
         from qlora.quant.weight import QuantConfig
@@ -51,8 +51,8 @@ def main(argv: Sequence[str]) -> None:
 
     m, directories = config.model, [split_adapter(text)[1] for text in config.adapter]
     name = m.model or base_model_of(str(directories[0]), lambda text: print(text, file=sys.stderr))
-    quant = QuantConfig(m.quant_type, m.double_quant)
     check_before_loading(directories, name)
+    quant = calibration_of(directories, QuantConfig(m.quant_type, m.double_quant))
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     session = Chat(LoRAModel(model, base_name=name), name, config.sampling(config.seed), config.system)
     names = [session.load_adapter(text) for text in config.adapter]

@@ -11,6 +11,7 @@ import tyro
 from qlora.cli.program import program
 from qlora.config.data import RowsConfig
 from qlora.config.parse import parse_args
+from qlora.config.preferences import Objective
 from qlora.system.errors import InputError
 
 
@@ -20,6 +21,8 @@ class CheckDataConfig(RowsConfig):
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")] = field()  # type: ignore[assignment]
     """A .jsonl, .json, .csv or .parquet file, or a hub id."""
+    objective: Objective = "sft"
+    """What a run would learn: single answers (sft), pairs (dpo, ipo, orpo, simpo) or labelled answers (kto)."""
     model: str | None = None
     """Count tokens with this model's tokenizer; nothing else of it is loaded."""
     debug: bool = False
@@ -32,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--chat-template needs a tokenizer; pass --model.")
     from qlora.cli.show_check import print_check
     from qlora.data.check import check_data
+    from qlora.data.preferences import kind_of
     from qlora.data.row_encoder import set_chat_template
     from qlora.model.tokenizer import load_tokenizer
 
@@ -39,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     if config.chat_template is not None:
         set_chat_template(tokenizer, config.chat_template)
     options = (config.max_length, config.train_on, config.on_long, config.parse_special, config.columns)
-    found = check_data(config.data, tokenizer, *options)
+    kind = kind_of(config.objective)
+    found = check_data(config.data, tokenizer, *options, kind)
     print_check(found)
     if found.bad_rows:
         raise InputError(

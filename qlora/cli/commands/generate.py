@@ -45,6 +45,7 @@ def answer(model_config: ModelConfig, asked: GenerateConfig, chat_template: str 
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
         from qlora.adapters.load import check_before_loading, load_adapter
+        from qlora.adapters.provenance import calibration_of
         from qlora.data.row_encoder import set_chat_template
         from qlora.generation import stream_answer
         from qlora.model.load import load_base_model
@@ -53,8 +54,9 @@ def answer(model_config: ModelConfig, asked: GenerateConfig, chat_template: str 
         from qlora.system.device import best_device
 
     m, name = model_config, model_config.model
-    quant = QuantConfig(m.quant_type, m.double_quant)
-    check_before_loading([] if asked.adapter is None else [asked.adapter], name)
+    adapters = [] if asked.adapter is None else [asked.adapter]
+    check_before_loading(adapters, name)
+    quant = calibration_of(adapters, QuantConfig(m.quant_type, m.double_quant))
     model = load_base_model(name, m.use_4bit, quant, m.compute_dtype, best_device(), m.cache)
     if asked.adapter is not None:
         load_adapter(model, asked.adapter, name)
