@@ -18,7 +18,7 @@ import torch
 
 from qlora.config.generate import Sampling
 from qlora.data.encode import encode_prompt
-from qlora.data.row_encoder import end_of_turn_id
+from qlora.data.row_encoder import end_of_turn_ids
 from qlora.lora.adapter import lora_layers
 from qlora.model.base import base_info
 from qlora.quant.decode import decode_copy, decode_in_place
@@ -283,7 +283,7 @@ def _generation_settings(model: Any, tokenizer: Any, max_new_tokens: int) -> Any
 def end_ids(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer."""
     stops = model.generation_config.eos_token_id
-    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id, end_of_turn_id(tokenizer)]
+    stops = [*(stops if isinstance(stops, list) else [stops]), tokenizer.eos_token_id, *end_of_turn_ids(tokenizer)]
     return {stop for stop in stops if stop is not None}
 
 

@@ -156,6 +156,8 @@ def config_file_flags(file: str, names: dict[str, Any]) -> list[str]:
             if isinstance(value, dict):
                 inner = f"write its settings at the left margin, as `{next(iter(value), 'name')}: ...`"
                 raise InputError(f"{where}: {reprlib.repr(key)} is a section, and there are none here; {inner}.")
+            if value is None:
+                raise InputError(f"{where}: {reprlib.repr(key)} has no value and is no setting; remove the line.")
             raise InputError(f"{where}: unknown key {reprlib.repr(key)}; {_nearest(name, names)}")
         if name in lines:
             raise InputError(f"{where}: {name} was given in line {lines[name]} already; remove one of them.")

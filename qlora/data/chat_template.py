@@ -53,6 +53,12 @@ _PROBE: Messages = [
         ],
     },
 ]
+CALL: Messages = [{"role": "tools", "tools": _PROBE_TOOLS}, *_PROBE]
+AFTER_CALL: Messages = [
+    *CALL,
+    {"role": "tool", "content": "1", "name": "find", "tool_call_id": "call00001"},
+    {"role": "assistant", "content": "Hello"},
+]
 
 
 class ChatTemplate:

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.data.chat_template import ChatTemplate, Messages, bos_ids, fallback_template, split_tools
+from qlora.data.chat_template import (
+    AFTER_CALL,
+    CALL,
+    ChatTemplate,
+    Messages,
+    bos_ids,
+    fallback_template,
+    split_tools,
+)
 from qlora.data.keys import Note, ignore
 from qlora.data.rows import BadRow
 from qlora.data.texts import PIECE, Texts
@@ -31,7 +40,22 @@ SPELLED_OUT = "special tokens that answers spell out, trained as plain text"
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token id that training teaches the model to stop with; not always tokenizer.eos_token_id."""
     conversation = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-    ids, is_target = RowEncoder(tokenizer).encode_row(conversation, "completion", "the tokenizer")
+    return _last_target(RowEncoder(tokenizer), conversation)
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`end_of_turn_id`, then the others that rows with tools teach: a call and the answer after its result may end
+    otherwise, most of all where such rows have a named template of their own.
+    """
+    encoder, found = RowEncoder(tokenizer), [end_of_turn_id(tokenizer)]
+    for conversation in (CALL, AFTER_CALL):
+        with suppress(BadRow):  # most templates know no tools
+            found.append(_last_target(encoder, conversation))
+    return list(dict.fromkeys(found))
+
+
+def _last_target(encoder: RowEncoder, conversation: Messages) -> int:
+    ids, is_target = encoder.encode_row(conversation, "completion", "the tokenizer")
     return [token for token, trained in zip(ids, is_target, strict=True) if trained][-1]
 
 

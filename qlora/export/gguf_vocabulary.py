@@ -22,7 +22,7 @@ from contextlib import suppress
 from typing import Any
 
 from qlora.data.chat_template import fallback_template
-from qlora.data.row_encoder import end_of_turn_id
+from qlora.data.row_encoder import end_of_turn_ids
 from qlora.data.rows import BadRow
 from qlora.system.errors import InputError
 
@@ -197,7 +197,7 @@ def _flatten(step: dict[str, Any] | None, parts: str) -> list[dict[str, Any]]:
 
 
 def _add_special_ids(writer: Any, tokenizer: Any) -> None:
-    """Write special ids by role, whether BOS and EOS are added to plain text, and the trained end of turn."""
+    """Write special ids by role, whether BOS and EOS are added to plain text, and the trained ends of turns."""
     for role in ("bos", "eos", "unk", "pad"):
         token = getattr(tokenizer, f"{role}_token_id")
         if token is not None:
@@ -206,13 +206,15 @@ def _add_special_ids(writer: Any, tokenizer: Any) -> None:
     added_before, added_after = ids[: -len(plain)], ids[len(plain) :]
     writer.add_add_bos_token(bool(added_before) and added_before[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(bool(added_after) and added_after[-1] == tokenizer.eos_token_id)
-    for end_of_turn in stop_ids(tokenizer) - {tokenizer.eos_token_id}:
-        writer.add_eot_token_id(end_of_turn)
+    others = [token for token in stop_ids(tokenizer) if token != tokenizer.eos_token_id]
+    # llama.cpp stops at both: an end of turn, and an end of message, which is a call's.
+    for token, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(token)
 
 
-def stop_ids(tokenizer: Any) -> set[int]:
-    """EOS, and the trained end-of-turn token if the chat template has one."""
-    ends = {tokenizer.eos_token_id}
+def stop_ids(tokenizer: Any) -> list[int]:
+    """EOS, and the ends of turns that training teaches if the chat template has them."""
+    ends = [tokenizer.eos_token_id]
     with suppress(BadRow):
-        ends.add(end_of_turn_id(tokenizer))
-    return ends - {None}
+        ends += end_of_turn_ids(tokenizer)
+    return [token for token in dict.fromkeys(ends) if token is not None]

@@ -64,7 +64,7 @@ def _write_all(
     change_json(directory / "config.json", lambda written: legacy_config_keys(written) | written)
     base = metadata_directory(model)
     tokenizer = _write_tokenizer(model, base, tokenizer_files, directory)
-    _write_generation_config(config, base / "generation_config.json", directory, stop_ids(tokenizer))
+    _write_generation_config(config, base / "generation_config.json", directory, set(stop_ids(tokenizer)))
 
 
 def legacy_config_keys(config: dict[str, Any]) -> dict[str, Any]:

@@ -407,6 +407,8 @@ def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
     [
         ("ranks: 8", r"unknown key 'ranks'; did you mean rank\?"),
         ("lora:\n  rank: 8", r"'lora' is a section, and there are none here; .* at the left margin, as `rank: "),
+        ("train:\n  rank: 8", r"'train' is a section, and there are none here; .* at the left margin, as `rank: "),
+        ("train:\nrank: 8", r"run.yaml:1: 'train' has no value and is no setting; remove the line"),
         ("lora_r: 8", r"unknown key 'lora_r'; it is called rank here"),
         ("zzz: 1", r"unknown key 'zzz'; known keys: .*learning_rate.*"),
         ("a: b: c", r"not valid YAML"),
@@ -427,7 +429,7 @@ def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
         ("? [1, 2]\n: 3", r"not valid YAML|unknown key"),
         ("data: !!binary aGk=", r"write a single value"),
     ],
-    ids=range(21),
+    ids=range(23),
 )
 def test_wrong_file(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as raised:

@@ -13,6 +13,7 @@ from qlora.config.merge import MergeOptions
 from qlora.export.gguf import export_gguf
 from qlora.export.merge import merge_adapter
 from qlora.export.metadata import legacy_config_keys
+from qlora.export.ollama import write_modelfile
 from tests.models import save_tiny_llama
 from tests.tiny import CHATML_TEMPLATE, tiny_tokenizer
 
@@ -100,6 +101,45 @@ def test_generation_stops_where_training_taught(tmp_path: Path, before: Any, aft
     assert before is None or {**written, **before, "eos_token_id": after} == written
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert model.generation_config.eos_token_id == after
+
+
+TOOL_USE = (
+    "{% for tool in tools %}{{ tool | tojson }}{% endfor %}"
+    "{% for message in messages %}{{ message.role }}\n{{ message.content or '' }}"
+    "{% if message.tool_calls %}{{ message.tool_calls | tojson }}<|eom|>{% else %}<|im_end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_every_reader_stops_at_every_end_that_training_taught(tmp_path: Path, named: bool) -> None:
+    """Of the base, of turns and of calls: in the merge, its .gguf file, its Modelfile and this project's own
+    answers.
+    """
+    from gguf import GGUFReader
+
+    from qlora.generation import end_ids
+    from qlora.model.load import load_base_model
+    from qlora.model.tokenizer import load_tokenizer
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>", "extra_special_tokens": ["<|eom|>"]})
+    tokenizer.chat_template = {"default": CHATML_TEMPLATE, "tool_use": TOOL_USE} if named else CHATML_TEMPLATE
+    base = save_tiny_llama(tmp_path / "base", tokenizer=tokenizer)
+    (base / "generation_config.json").write_text('{"eos_token_id": 0}')
+    directory = merged(base, tmp_path)
+    ends = [0, 2, 269] if named else [0, 2]
+    assert read(directory / "generation_config.json")["eos_token_id"] == ends
+    export_gguf(str(directory), tmp_path / "model.gguf", "f32", pre_tokenizer="gpt-2")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    names = [f"tokenizer.ggml.{role}_token_id" for role in ("eos", "eot", "eom")]
+    assert [fields[name].contents() for name in names if name in fields] == ends
+    write_modelfile(tmp_path / "model.gguf", load_tokenizer(str(directory)))
+    stops = [f'PARAMETER stop "{end}"' for end in ("<|endoftext|>", "<|im_end|>", "<|eom|>")[: len(ends)]]
+    assert (tmp_path / "Modelfile").read_text().splitlines() == ["FROM ./model.gguf", *stops]
+    network = load_base_model(str(base), use_4bit=False, compute_dtype="float32")
+    assert end_ids(network, load_tokenizer(str(base))) == set(ends)
 
 
 def test_files_of_the_base_travel_unchanged(tmp_path: Path) -> None:
