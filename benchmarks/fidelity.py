@@ -4,10 +4,11 @@
         [--steps 16] [--seeds 3] [--only nf4-qv-r8,bf16-qv-r8] [--page docs/fidelity.md]
     python -m benchmarks.fidelity --report-only --output-dir DIR
 
-Nine adapters, each trained from every seed, with the same steps, rows, learning rate and alpha:
+Eleven adapters, each trained from every seed, with the same steps, rows, learning rate and alpha:
 
-    data type   bf16, nf4, fp4 and nf4-nodq (without double quantization): q_proj and v_proj, rank 8
-    layers      bf16 and nf4: all linear layers, rank 8
+    data type   bf16, nf4, fp4, nf4-nodq (without double quantization) and nf4-calibrated (--calibrate auto):
+                q_proj and v_proj, rank 8
+    layers      bf16, nf4 and nf4-calibrated: all linear layers, rank 8
     rank        nf4: q_proj and v_proj, rank 4, 16 and 64
 
 A seed gives the same order of rows and, in layers of the same shape and rank, the same initial A for every base:
@@ -62,7 +63,9 @@ BASES: dict[str, tuple[str, bool] | None] = {
     "nf4": ("nf4", True),
     "nf4-nodq": ("nf4", False),
     "fp4": ("fp4", True),
+    "nf4-calibrated": ("nf4", True),  # as --calibrate auto
 }
+CALIBRATION_TOKENS = 8192
 TARGETS = {"qv": ["q_proj", "v_proj"], "all": ["all-linear"]}
 CELLS = (
     Cell("bf16", "qv", 8),
@@ -74,6 +77,8 @@ CELLS = (
     Cell("nf4", "all", 8),
     Cell("nf4-nodq", "qv", 8),
     Cell("fp4", "qv", 8),
+    Cell("nf4-calibrated", "qv", 8),
+    Cell("nf4-calibrated", "all", 8),
 )
 
 
@@ -221,15 +226,22 @@ class Bench:
     def take_base(self, base: str) -> Any:
         """The base of this name as a LoRAModel without an adapter; drops the previous one first."""
         from qlora.adapters.model import LoRAModel
+        from qlora.data.dataset import Encoder
         from qlora.model.load import load_base_model
         from qlora.quant.weight import QuantConfig
         from qlora.system.device import best_device
+        from qlora.training.calibration import calibrated
 
         if self.base != base:
             self.model = None
             gc.collect()
             how = BASES[base]
             quant = None if how is None else QuantConfig(*how)
+            if base == "nf4-calibrated" and quant is not None:
+                encoder, device = Encoder(self.tokenizer, self.config.max_length), best_device()
+                quant = calibrated(
+                    self.source, quant, "auto", CALIBRATION_TOKENS, self.examples, encoder, self.dtype, device
+                )
             network = load_base_model(self.source, how is not None, quant, self.dtype, best_device())
             self.model = LoRAModel(network)
             self.base = base

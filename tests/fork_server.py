@@ -36,6 +36,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "KMP_", "GOMP_", "MKL_", "MALLOC_", "LD_", "PYTHON", "BNB_")
+SET_BY_IMPORTS = {"KMP_DUPLICATE_LIB_OK"}  # scikit-learn sets it, in whichever process imports it
 PR_SET_CHILD_SUBREAPER, PR_SET_NAME = 36, 15
 LONGEST = 2**17  # bytes of a request
 
@@ -126,6 +127,7 @@ class Server:
         """
         asked = request["environment"]
         names = {name for name in asked.keys() | self.environment if name.startswith(READ_AT_IMPORT)}
+        names -= SET_BY_IMPORTS
         other = sorted(name for name in names if asked.get(name) != self.environment.get(name))
         if other:
             raise ValueError(f"{', '.join(other)} would come too late: start a process of its own")

@@ -29,7 +29,6 @@ class RunConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     watching: WatchingConfig = field(default_factory=WatchingConfig)
@@ -37,6 +36,7 @@ class RunConfig(Settings):
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     debug: bool = False
     """Show the traceback of an error."""
 

@@ -341,7 +341,7 @@ def test_the_longest_text(tmp_path, monkeypatch):
 
 
 def test_directory(tmp_path):
-    assert "is a directory; name one" in error_of(read_records, str(tmp_path))
+    assert "is a directory without files of one kind; name one" in error_of(read_records, str(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["data/train.jsonl", "train.parquet", "./train", "../a/b", "/no/such", "a/b/c"])

@@ -55,9 +55,9 @@ NOT_RUN = {
 }
 # Pages whose commands run here, and how many; of the others every command is named in NOT_RUN.
 RUN = {
-    "README.md": 7, "docs/adapters.md": 5, "docs/chat.md": 4, "docs/data.md": 2, "docs/evaluation.md": 10,
-    "docs/fidelity.md": 1, "docs/memory.md": 1, "docs/merge-and-export.md": 6, "docs/serving.md": 6,
-    "docs/training.md": 3, "docs/tutorial.md": 16,
+    "README.md": 7, "docs/adapters.md": 5, "docs/calibration.md": 1, "docs/chat.md": 4, "docs/data.md": 2,
+    "docs/evaluation.md": 10, "docs/fidelity.md": 1, "docs/memory.md": 1, "docs/merge-and-export.md": 6,
+    "docs/preferences.md": 8, "docs/serving.md": 6, "docs/training.md": 3, "docs/tutorial.md": 16,
 }  # fmt: skip
 STAND_INS = {  # words of the pages, for what tests cannot reach, or what only stands for something
     "huggyllama/llama-7b": "M",
@@ -71,6 +71,10 @@ STAND_INS = {  # words of the pages, for what tests cannot reach, or what only s
     "arc_easy,my_task.yaml": "my_task.yaml",
     "OUTPUT_DIR": "out",
     "smollm2.gguf": "M",
+    "keys/sft.jsonl": "train.jsonl",
+    "keys/pairs_80.jsonl": "pairs.jsonl",
+    "keys/test_pairs.jsonl": "pairs.jsonl",
+    "keys/test.jsonl": "test.jsonl",
 }
 TINY_STEPS = ["--max-steps", "2"]
 TINY_ANSWERS = ["--max-new-tokens", "8"]
@@ -123,9 +127,10 @@ def write_questions(directory: Path) -> None:
         {"question": t, "choices": {"text": ["one", "two"], "label": ["A", "B"]}, "answerKey": "A"} for t in texts
     ]
     sums = [{"question": text, "answer": f"#### {2 * number}"} for number, text in enumerate(texts)]
+    pairs = [{"prompt": text, "chosen": f"{number}", "rejected": "many"} for number, text in enumerate(texts * 4)]
     rows = {"mmlu_test": mmlu, "mmlu_dev": mmlu, "arc": arc, "arc_train": arc * 4, "gsm8k": sums, "held_out": sums}
     (directory / "code").mkdir()
-    for name, content in {**rows, "chat": sums, "code/sums": sums}.items():
+    for name, content in {**rows, "chat": sums, "code/sums": sums, "pairs": pairs}.items():
         (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (directory / "book.txt").write_text("It was a dark and stormy night. " * 20)
     task = {
