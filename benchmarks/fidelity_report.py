@@ -27,7 +27,7 @@ BASE_NAMES = {
     "fp4": "FP4",
     "nf4-calibrated": "NF4, calibrated",
 }
-PLOT_NAMES = {**BASE_NAMES, "nf4-nodq": "NF4, no\ndouble q.", "nf4-calibrated": "NF4,\ncalibrated"}
+PLOT_NAMES = {**BASE_NAMES, "nf4-nodq": "NF4, no\ndouble q.", "nf4-calibrated": "NF4,\ncalibr."}
 TARGET_NAMES = {"qv": "q/v", "all": "all-linear"}
 REFERENCE = Cell("bf16", "qv", 8)
 # (title, cell, cell to compare with)
@@ -257,7 +257,7 @@ def draw(study: dict[str, Any], path: Path) -> None:
             if losses:
                 mean, half = mean_interval(list(losses.values()))
                 axis.errorbar(x, mean, half, fmt="o", color="C0", capsize=5)
-        axis.set_xticks(range(len(cells)), list(cells))
+        axis.set_xticks(range(len(cells)), list(cells), fontsize=8)
         axis.set(xlabel=title, xlim=(-0.5, len(cells) - 0.5))
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_ylabel("held-out loss, nats per target token")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qlora.data.example import Example
 from qlora.model import calibrate as module
-from qlora.model.cache import cached_base
+from qlora.model.cache import cached_base, find_source
 from qlora.model.calibrate import Calibration, calibrate_base, choose_texts
 from qlora.model.load import load_base_model
 from qlora.model.shards import layout_of
-from qlora.model.weights import dequantized_weights, read_weights
+from qlora.model.weights import dequantized_weights, read_packed_weight, read_weights
 from qlora.quant.gptq import Feedback, choose_codes
 from qlora.quant.layers import Linear4bit
 from qlora.quant.storage import packed_tensors
@@ -269,6 +269,15 @@ def test_without_the_calibrated_base(llama: str, rows: list[Example], fresh_cach
         with pytest.raises(InputError, match="calibration 0123456789abcdef, which is not in"):
             read()
     assert len(list(dequantized_weights(llama, quant, original=True))) > 14
+
+
+def test_a_split_base_reads_it(llama: str, rows: list[Example], fresh_cache: Path) -> None:
+    """FSDP's and tensor parallelism's source of weights: the calibrated one, without writing."""
+    quant, _ = calibrate(llama, rows)
+    source = find_source(llama, quant, cache=False)
+    name = "model.layers.1.mlp.up_proj"
+    packed = read_packed_weight(source, f"{name}.weight", torch.device("cpu"))
+    assert packed is not None and torch.equal(packed.data, codes_of(llama, quant)[name])
 
 
 def test_merging_reads_it(llama: str, rows: list[Example], fresh_cache: Path) -> None:
