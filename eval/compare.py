@@ -114,13 +114,11 @@ def measure_sides(
 
 def _measure_on_one_base(config: CompareConfig, sides: Sequence[Side], record: Callable[..., None]) -> None:
     """Measure the base, then each adapter on it; frees the base at the end."""
-    from qlora.adapters.load import check_before_loading
     from qlora.adapters.model import LoRAModel
     from qlora.model.tokenizer import load_tokenizer
 
     adapters = [side for side in sides if side.kind == "adapter"]
-    check_before_loading([side.path for side in adapters], config.model or "")
-    model, tokenizer, accelerator = load_evaluated(_loading(config))
+    model, tokenizer, accelerator = load_evaluated(_loading(config), [side.path for side in adapters])
     switching = LoRAModel(model, base_name=config.model or "")
     for side in adapters:  # load all first, to find one that does not fit before any measurement
         switching.load_adapter(side.path, side.name)

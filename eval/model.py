@@ -48,9 +48,11 @@ def require(config: Any, *names: str) -> None:
         raise InputError(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} required.")
 
 
-def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
+def load_evaluated(config: EvalConfig, later: Sequence[str] = ()) -> tuple[Any, Any, Any]:
     """The model to evaluate, in eval mode, with its adapter if there is one.
 
+    Args:
+        later: adapters that the caller will load: the base is the one that they were trained on.
     Returns:
         (model, tokenizer, accelerator); the model is on the accelerator's device.
     Raises:
@@ -72,7 +74,7 @@ def load_evaluated(config: EvalConfig) -> tuple[Any, Any, Any]:
         from qlora.system.device import best_device
 
     # Without cpu=True, each of several processes on a machine without a GPU would compute everything.
-    adapters = [] if config.adapter is None else [config.adapter]
+    adapters = [*later] if config.adapter is None else [config.adapter]
     check_before_loading(adapters, name)
     accelerator = Accelerator(cpu=best_device().type == "cpu", mixed_precision="no")
     tokenizer = load_tokenizer(name, config.adapter)

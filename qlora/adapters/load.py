@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from qlora.adapters.peft_files import SavedAdapter, read_adapter, written_config
-from qlora.adapters.provenance import trained_base
+from qlora.adapters.provenance import recorded_base
 from qlora.config.fields import check_pattern, flag_of, to_text
 from qlora.config.lora import LoRAConfig
 from qlora.data.tokenizer_files import read_tokenizer_files
@@ -186,7 +186,8 @@ def check_calibration(saved: SavedAdapter, quant: QuantConfig | None) -> None:
     """
     if quant is None:
         return
-    trained = trained_base(str(saved.directory)).quantization
+    recorded = recorded_base(str(saved.directory))
+    trained = None if recorded is None else recorded.quantization
     if trained is not None and trained.calibration != quant.calibration:
         theirs, own = (one.calibration or "none" for one in (trained, quant))
         raise InputError(

@@ -49,30 +49,45 @@ def trained_base(adapter: str, model: str | None = None) -> TrainedBase:
     Raises:
         InputError: a record that cannot be read.
     """
-    weights = weights_file(Path(adapter))
-    try:
-        recorded = recorded_quantization(Path(adapter))
-        if recorded is not None:
-            fields = json.loads(recorded)
-            return TrainedBase(None if fields is None else QuantConfig(**fields), True)
-    except (ValueError, TypeError, RecursionError, InputError) as error:
-        raise InputError(
-            f"{weights} has no base_quantization that reads ({explain(error)}); save it again."
-        ) from error
+    recorded = recorded_base(adapter)
+    if recorded is not None:
+        return recorded
     if NAMES_4BIT.search(str(read_adapter(adapter).description.get("base_model_name_or_path"))):
         return TrainedBase(QuantConfig(), True)
     stored = None if model is None else declared_quantization(load_config(model), model)
     return TrainedBase(stored, stored is not None)
 
 
+def recorded_base(adapter: str) -> TrainedBase | None:
+    """The base that an adapter's weights file records; None: it records none. Its tensors are not read.
+
+    Raises:
+        InputError: a record that cannot be read.
+    """
+    weights = weights_file(Path(adapter))
+    try:
+        recorded = recorded_quantization(Path(adapter))
+        if recorded is None:
+            return None
+        fields = json.loads(recorded)
+        return TrainedBase(None if fields is None else QuantConfig(**fields), True)
+    except (ValueError, TypeError, RecursionError, InputError) as error:
+        raise InputError(
+            f"{weights} has no base_quantization that reads ({explain(error)}); save it again."
+        ) from error
+
+
 def calibration_of(adapters: Iterable[str | Path], quant: QuantConfig) -> QuantConfig:
-    """`quant` with the calibration of the base that all of these adapters were trained on.
+    """`quant` with the calibration of the base that these adapters were trained on.
+
+    Adapters that record no base, or one in 16 bits, go with any.
 
     Raises:
         InputError: two were trained on different ones.
     """
-    known = {str(adapter): trained_base(str(adapter)).quantization for adapter in adapters}
-    ids = {name: "" if base is None else base.calibration for name, base in known.items()}
+    known = {str(adapter): recorded_base(str(adapter)) for adapter in adapters}
+    bases = {name: base.quantization for name, base in known.items() if base is not None}
+    ids = {name: base.calibration for name, base in bases.items() if base is not None}
     different = set(ids.values())
     if len(different) > 1:
         listed = ", ".join(f"{name}: {found or 'none'}" for name, found in ids.items())

@@ -51,7 +51,7 @@ from qlora.quant.layers import Linear4bit
 from qlora.quant.library import Params4bit
 from qlora.quant.storage import unpack_tensors
 from qlora.quant.weight import QuantConfig
-from qlora.system.digests import damaged_file, make_verified, write_digests
+from qlora.system.digests import damaged_file, is_whole, make_verified, write_digests
 from qlora.system.errors import InputError
 from qlora.system.files import new_directory, read_json
 
@@ -121,10 +121,6 @@ def calibrate_base(
         InputError: the base is stored in 4 bits, there are too few texts, or the new codes are not better.
     """
     quant = quant or QuantConfig()
-    if is_stored_in_4bit(model):
-        raise InputError(
-            f"--model {model} is stored in 4 bits, so its codes cannot be chosen again; pass the original model."
-        )
     seen, unseen = _split(texts)
     num_tokens = sum(map(len, seen))
     if num_tokens < FEWEST_TOKENS or not any(text.num_targets for text in unseen):
@@ -146,7 +142,11 @@ def calibrate_base(
         write_cache(empty_model(model), source, quant, torch.device("cpu"), staging, codes, vars(done))
 
     parts = target.with_name(f"calibrating-{target.name.removeprefix('base-')}")
-    if not target.is_dir() or damaged_file(target) is not None:
+    if not is_whole(target):
+        if is_stored_in_4bit(model):
+            raise InputError(
+                f"--model {model} is stored in 4 bits, so its codes cannot be chosen again; pass the original."
+            )
         make_verified(target, write)
         shutil.rmtree(parts, ignore_errors=True)
     found = Calibration(**read_json(target / "config.json", f"delete {target}")[CALIBRATION])

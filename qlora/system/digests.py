@@ -137,14 +137,14 @@ def build_verified(directory: Path, build: Callable[[], T]) -> T | None:
     if not directory.is_dir():
         return None
     with ThreadPoolExecutor(1) as thread:
-        damaged = thread.submit(damaged_file, directory)
+        whole = thread.submit(is_whole, directory)
         try:
             built = build()
         except Exception:
-            if damaged.result() is None:
+            if whole.result():
                 raise
             return None
-    return built if damaged.result() is None else None
+    return built if whole.result() else None
 
 
 def make_verified(target: Path, write: Callable[[Path], object]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import qlora
+from eval.compare import main as compare
 from qlora.adapters.load import load_adapter
 from qlora.adapters.provenance import calibration_of, trained_base
 from qlora.cli.commands.generate import main as generate
@@ -86,6 +89,21 @@ def test_it_is_used_again_without_asking(run: Any, base: str, tmp_path: Path, ca
         **{name: value for name, value in SETTINGS.items() if name != "rank"},
     )  # fmt: skip
     assert more.model.base_info.quantization == quant
+
+
+def test_compare_takes_the_base_of_its_adapters(run: Any, base: str, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:2]))
+    options = ["--data", str(tmp_path / "test.jsonl"), "--max-new-tokens", "4", "--compute-dtype", "float32"]
+    compare(["--model", base, "--adapter", str(run.adapter_dir), *options])
+
+
+def test_an_adapter_without_a_record_goes_with_any_base(run: Any, tmp_path: Path) -> None:
+    """As PEFT writes it: nothing is known, and nothing of it is read twice."""
+    other = Path(shutil.copytree(run.adapter_dir, tmp_path / "other"))
+    save_file(load_file(other / "adapter_model.safetensors"), other / "adapter_model.safetensors")
+    found = calibration_of([other, run.adapter_dir], QuantConfig())
+    assert found == trained_base(str(run.adapter_dir)).quantization
+    assert calibration_of([other], QuantConfig()) == QuantConfig()
 
 
 def test_another_base_is_refused(run: Any, base: str) -> None:
@@ -180,6 +198,7 @@ def test_quantize_without_texts_and_with_wrong_input(base: str, kept: str, tmp_p
         (["--model", base], "--output-dir are required"),
         (["--model", base, "--output-dir", str(tmp_path / "nearest")], "exists already"),
         (["--model", kept, "--output-dir", str(tmp_path / "x")], "stored in 4 bits"),
+        (["--model", base, "--calibrate", "auto", "--output-dir", str(tmp_path / "x")], "auto is for training"),
         (["--model", base, "--calibrate", "none.jsonl", "--output-dir", str(tmp_path / "x")], "none.jsonl"),
     ):
         with pytest.raises(InputError, match=problem):

@@ -18,6 +18,10 @@ def main(argv: Sequence[str]) -> None:
         raise InputError("--model and --output-dir are required.")
     if Path(config.output_dir).exists():
         raise InputError(f"--output-dir {config.output_dir} exists already; remove it or choose another.")
+    if config.calibrate in ("auto", "off"):
+        raise InputError(
+            f"--calibrate {config.calibrate} is for training; name a file of rows here, or leave it out."
+        )
     with collection_paused(), importing_transformers():
         import transformers.modeling_utils  # noqa: F401  (load_base_model needs it)
 
