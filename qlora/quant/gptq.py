@@ -235,14 +235,16 @@ def _inverse_factor(moment: Tensor, damping: float) -> Tensor:
     """(I, I) upper triangular U with U^T U = (H + damping mean(diag H) 1)^-1."""
     mean = moment.diagonal().mean().item()
     if not math.isfinite(mean):
-        raise InputError(
-            "A layer's inputs are not finite on the calibration texts; choose others by --calibration."
-        )
+        raise InputError("A layer's inputs are not finite on the calibration texts; choose other texts.")
     while True:
         H = moment.clone()
         H.diagonal().add_(damping * mean or 1.0)  # no inputs: plain rounding to the nearest
         L, failed = torch.linalg.cholesky_ex(H)
-        U, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        del H  # each of these is as large as the layer's moment
+        inverse = torch.cholesky_inverse(L)
+        del L
+        U, failed_too = torch.linalg.cholesky_ex(inverse, upper=True)
+        del inverse
         if not failed and not failed_too and U.isfinite().all():
             return U.contiguous()
         damping *= 10  # too near to singular for fp32

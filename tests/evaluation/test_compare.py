@@ -67,7 +67,9 @@ def test_each_model_answers_as_in_a_run_of_its_own(
 
     loaded: list[Any] = []
     load = eval.compare.load_evaluated
-    monkeypatch.setattr(eval.compare, "load_evaluated", lambda config: loaded.append(config) or load(config))
+    monkeypatch.setattr(
+        eval.compare, "load_evaluated", lambda config, *more: loaded.append(config) or load(config, *more)
+    )
     capsys.readouterr()
     output, markdown = tmp_path / "compared.json", tmp_path / "compared.md"
     names = ["base", "pissa", "adapter", "merged"]
