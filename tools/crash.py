@@ -173,7 +173,7 @@ def start_job(flags: list[str], work: Path, rng: random.Random | None, say: Call
         shutil.rmtree(reference, ignore_errors=True)
         Path(f"{reference}.log").unlink(missing_ok=True)
         mix = Mix() if rng is None else draw_mix(rng)
-        job = Job([*flags, *mix.flags], work, reference, mix)
+        job = Job([*flags, *(flag.format(work=work) for flag in mix.flags)], work, reference, mix)
         try:
             run_reference(job)
         except RunRefusedError as error:
@@ -213,11 +213,14 @@ def write_job(work: Path, model: str, seed: int, num_steps: int) -> list[str]:
 
     # SmolLM2's template would put a longer system message of its own.
     system = [] if model == "tiny" else [{"role": "system", "content": ""}]
-    data = work / "data.jsonl"
-    with data.open("w") as file:
-        for _ in range(rows + rows // 10):
+    data, pairs, labels = (work / f"{name}.jsonl" for name in ("data", "pairs", "labels"))
+    with data.open("w") as file, pairs.open("w") as pair_file, labels.open("w") as label_file:
+        for number in range(rows + rows // 10):
             question, answer = ({"role": role, "content": sentence(1, 6)} for role in ("user", "assistant"))
-            file.write(json.dumps({"messages": [*system, question, answer]}) + "\n")
+            row = {"messages": [*system, question, answer]}
+            pair = {"prompt": row["messages"][:-1], "chosen": answer["content"], "rejected": f"No {number}"}
+            for out, line in ((file, row), (pair_file, pair), (label_file, row | {"label": bool(number % 2)})):
+                out.write(json.dumps(line) + "\n")
     if model == "tiny":
         path = str(save_tiny_llama(work / "model", tokenizer=tiny_tokenizer()))
     elif model == "smollm2":

@@ -24,7 +24,9 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("", "--lora-plus-ratio 4", "--optim adamw", "--adapter-dtype float32",
      "--max-grad-norm 0.5 --weight-decay 0.1"),
     # the data
-    ("", "--no-packing", "--no-token-cache", "--train-on all", "--on-long drop --max-length 48"),
+    ("", "--no-packing", "--no-token-cache", "--train-on all", "--on-long drop --max-length 48",
+     "--objective dpo --data {work}/pairs.jsonl", "--objective kto --data {work}/labels.jsonl",
+     "--objective dpo --data {work}/pairs.jsonl --reference-each-step"),
     # what happens beside the steps
     ("", "--load-best", "--early-stopping-patience 2 --load-best", "--score-examples 2", "--sample-every 3"),
     ("", "--gradient-checkpointing on", "--keep-last 1", "--save-every 3"),

@@ -112,7 +112,7 @@ def _print_step(
         rows.append((t.kind, f"{t.inside / GIB:.2f} GiB", text))
     if rows:
         console.print(_table(*rows))
-    tokens = config.loop.batch_size * config.loop.grad_accum * config.row_tokens
+    tokens = config.loop.batch_size * config.loop.grad_accum * config.trained_tokens
     console.print(
         f"\ncomputed by each device per step of {tokens:,} tokens: {plan.flops / 1e12:,.3g} TFLOP", end=""
     )

@@ -51,6 +51,17 @@ class RunConfig(Settings):
         """The most tokens of a row: --max-length, of a row of preferences twice that."""
         return self.data.max_length * (1 if self.preference.objective == "sft" else 2)
 
+    @property
+    def trained_tokens(self) -> int:
+        """The most tokens of a row in the pass that trains: KTO's second sequence only passes forward."""
+        return self.data.max_length if self.preference.objective == "kto" else self.row_tokens
+
+    @property
+    def scored_tokens(self) -> int:
+        """The most tokens of a row in a step's passes without gradients."""
+        other = self.row_tokens - self.trained_tokens
+        return other + (self.row_tokens if self.preference.reference_each_step else 0)
+
     def saved(self) -> dict[str, Any]:
         """The sections of run.json and of checkpoints: the five of training are one there, `train`; lists and
         maps are text."""
@@ -139,9 +150,10 @@ class RunConfig(Settings):
                 f"--new-tokens are unknown to the reference of --objective {own.objective}; train them with "
                 "--objective sft first, or pass orpo or simpo."
             )
-        if own.reference_each_step and (self.lora.starts_from_base or self.parallel.is_split):
-            cause = f"--init {self.lora.init}" if self.lora.starts_from_base else self.parallel.flag
-            raise InputError(f"--reference-each-step needs the base as it was; leave it out with {cause}.")
+        if own.reference_each_step and self.lora.starts_from_base:
+            raise InputError(
+                f"--reference-each-step needs the base as it was; leave it out with --init {self.lora.init}."
+            )
 
     def check_split(self) -> None:
         """Whether a base that is split can do what is asked.
@@ -159,6 +171,7 @@ class RunConfig(Settings):
             f"--init {lora.init}": lora.starts_from_base,
             **{f"--{name.replace('_', '-')}": getattr(lora, name) and is_tensor for name in WHOLE_LAYERS},
             "--no-4bit": not self.model.use_4bit and is_tensor,
+            "--reference-each-step": self.preference.reference_each_step,
             "--best-metric exact_match": self.watching.best_metric == "exact_match",
         }
         for other in (flag for flag, is_asked in unable.items() if is_asked and parallel.is_split):

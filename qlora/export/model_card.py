@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.config.lora import VARIANTS
+from qlora.config.preferences import REFERRING, PreferenceConfig
 from qlora.export.drift import Drift
 from qlora.export.mixture import Mixture
 from qlora.model.calibrate import Calibration
@@ -281,6 +282,19 @@ def _training(run: dict[str, Any], data: str, metrics: Path) -> list[tuple[str, 
         examples = train.get("batch_size", 0) * train.get("grad_accum", 0)
         rows.append(("optimizer steps", f"{len(lines):,}, each of {examples} examples per device"))
         rows.append(("tokens", f"{tokens:,}, of which {targets:,} were learned"))
+    rows += _objective(train)
     for section, names in HYPERPARAMETERS.items():
         rows += [(name, f"{run[section][name]}") for name in names.split() if name in run.get(section, {})]
+    return rows
+
+
+def _objective(train: dict[str, Any]) -> list[tuple[str, str]]:
+    """The objective of preferences, its constants and its reference; nothing of a run that learned answers."""
+    if train.get("objective", "sft") == "sft":
+        return []
+    own = PreferenceConfig(**{name: train[name] for name in vars(PreferenceConfig()) if name in train})
+    rows = [("objective", own.objective), *((name, f"{value:g}") for name, value in own.constants().items())]
+    if own.objective in REFERRING:
+        adapter = own.reference_adapter
+        rows.append(("reference", "the base" + (f" with {_span(public_name(adapter))}" if adapter else "")))
     return rows

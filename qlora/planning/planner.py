@@ -114,10 +114,11 @@ class Planner:
             return plan
         t, length, layout = config.loop, config.data.max_length, plan.layout
         model, census = self._adapted_model(config), self._census(layout.tensor_parallel)
-        tokens, batches = t.batch_size * t.grad_accum * config.row_tokens, t.grad_accum
+        rows, batches = t.batch_size * t.grad_accum, t.grad_accum
+        tokens, scored = rows * config.trained_tokens, rows * config.scored_tokens
         if config.data.packing and self.device.type == "cpu":
-            batches = min(max(batches, -(-tokens // CPU_TOKENS)), t.batch_size * t.grad_accum)
-        work = Work(tokens, batches, length, plan.recomputed, census.first_trained)
+            batches = min(max(batches, -(-rows * config.row_tokens // CPU_TOKENS)), rows)
+        work = Work(tokens, batches, length, plan.recomputed, census.first_trained, scored)
         shares = sum(unit.share(layout.base_ranks) for unit in census.units) if layout.cpu_offload else 0
         return replace(
             plan,
@@ -133,9 +134,9 @@ class Planner:
         model = self._adapted_model(config)
         check_widths(model.config, layout.tensor_parallel, self.name)
         optim = choose_optimizer(config.optimizer.optim, self.device)
-        num_tokens = largest_micro_batch(
-            t.batch_size, config.row_tokens, config.row_tokens, d.packing, self.device.type
-        )
+        size = config.row_tokens
+        num_tokens = largest_micro_batch(t.batch_size, size, size, d.packing, self.device.type)
+        num_tokens = min(num_tokens, t.batch_size * config.trained_tokens)
         together = layout.tensor_parallel, layout.sequence_parallel
         settings = (num_tokens, base_info(model).compute_dtype, CHUNK_SIZE, optim, *together)
         key = f"{self._adapted} {settings}"

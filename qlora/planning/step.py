@@ -62,6 +62,8 @@ class Work:
     Attributes:
         tokens: n, split into `micro_batches`, in examples of `length` tokens.
         recomputed, first_trained: recomputed decoder layers, and those below the first trained one.
+        scored: tokens that only pass forward, in as many micro-batches: those of a reference in each step, and
+            KTO's answers to other prompts.
     """
 
     tokens: int
@@ -69,6 +71,7 @@ class Work:
     length: int
     recomputed: int
     first_trained: int
+    scored: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,8 @@ def step_traffic(layout: DeviceLayout, census: Census, work: Work) -> list[Traff
     if layout.ranks > 1:
         found.append(traffic("gradients", 1, layout.ranks, 8 * census.trained))
     if layout.base_ranks > 1:
-        gathers = [(unit.gathers * work.micro_batches, unit) for unit in census.units if unit.tensors]
+        again = int(work.scored > 0)
+        gathers = [((unit.gathers + again) * work.micro_batches, unit) for unit in census.units if unit.tensors]
         calls, ranks = sum(count for count, _ in gathers), layout.base_ranks
         size = sum(count * unit.gathered(ranks) for count, unit in gathers)
         found.append(traffic("gathers", calls, ranks, size, hidden=True))
@@ -115,10 +119,14 @@ def step_traffic(layout: DeviceLayout, census: Census, work: Work) -> list[Traff
         differentiated = census.num_layers - work.first_trained
         wants_none = int(differentiated > 0)
         if layout.sequence_parallel:
-            calls = 4 * census.num_layers + 3 * work.recomputed + 4 * differentiated - wants_none + 1
+            forward = 4 * census.num_layers + 1
+            calls = forward + 3 * work.recomputed + 4 * differentiated - wants_none
         else:
-            calls = 2 * census.num_layers + work.recomputed + 2 * differentiated - wants_none
-        size = calls * work.tokens * census.token_bytes * (1 if layout.sequence_parallel else 2)
+            forward = 2 * census.num_layers
+            calls = forward + work.recomputed + 2 * differentiated - wants_none
+        size = (calls * work.tokens + forward * work.scored) * census.token_bytes
+        size *= 1 if layout.sequence_parallel else 2
+        calls += forward if work.scored else 0
         found.append(traffic("activations", calls * work.micro_batches, layout.tensor_parallel, size))
     return found
 
@@ -128,17 +136,19 @@ def step_flops(model: Any, work: Work, layout: DeviceLayout) -> int:
     config, ranks = model.config, layout.tensor_parallel
     heads, _, head_dim = head_counts(config)
     scores = heads * head_dim * work.length
-    total = 0
+    total = only_forward = 0
     for number, layer in enumerate(decoder_layers(model)):
         w, a = _weights(layer, config)
         forward = (2 * w + 2 * scores) // ranks + 2 * a
         backward = (2 * w + 5 * scores) // ranks + 4 * a
         above = number - work.first_trained
+        only_forward += forward
         total += forward * (2 if 0 <= above < work.recomputed else 1) + (backward if above >= 0 else 0)
     head = head_layer(model)
     if head is not None:
         total += (6 if head.weight.requires_grad else 4) * head.weight.numel()
-    return work.tokens * total
+        only_forward += 2 * head.weight.numel()
+    return work.tokens * total + work.scored * only_forward
 
 
 def _weights(layer: nn.Module, config: Any) -> tuple[int, int]:

@@ -315,6 +315,7 @@ class TrainingRun:
         longest = max(lengths_of(self.examples))
         longest = longest if d.packing or self.preferences is None else 2 * min(longest, d.max_length)
         num_tokens = largest_micro_batch(t.batch_size, self.config.row_tokens, longest, d.packing, device.type)
+        num_tokens = min(num_tokens, t.batch_size * self.config.trained_tokens)
         mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
         return choose_recomputed_layers(
             self.model, mode, num_tokens, budget, self.accelerator, self.say, optim

@@ -70,6 +70,28 @@ def metadata_of(card: str) -> dict[str, Any]:
 # ---- what is uploaded -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"objective": "sft", "beta": None}, []),
+        ({"objective": "dpo", "beta": 0.3, "label_smoothing": 0.0, "reference_adapter": "/home/jane/sft"},
+         ["objective | dpo", "beta | 0.3", "label_smoothing | 0", "reference | the base with `sft`"]),
+        ({"objective": "kto", "beta": None, "desirable_weight": 2.0},
+         ["objective | kto", "beta | 0.1", "desirable_weight | 2", "undesirable_weight | 1",
+          "reference | the base"]),
+        ({"objective": "simpo"}, ["objective | simpo", "beta | 2", "simpo_gamma | 1"]),
+    ],
+)  # fmt: skip
+def test_a_card_names_the_objective(tmp_path: Path, train: dict[str, Any], expected: list[str]) -> None:
+    """Its constants with their defaults, and what it was measured against; SFT has none."""
+    file = save_run(tmp_path / "out") / "run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps(run | {"train": run["train"] | train}))
+    rows = make_card(file.parent).partition("## Training")[2].partition("## Results")[0].splitlines()
+    shown = ("objective", "beta", "label", "simpo", "desirable", "undesirable", "reference")
+    assert [row.strip("| ") for row in rows if row.startswith(tuple(f"| {name}" for name in shown))] == expected
+
+
 def test_adapter(hub: LoopbackHub, tmp_path: Path) -> None:
     """The adapter, its curve and a card; the base's path is cut down to its name, the files stay as they are."""
     directory = save_run(tmp_path / "out")

@@ -12,10 +12,12 @@ import torch
 
 from qlora.cli.main import main
 from qlora.config.data import DataConfig
+from qlora.config.devices import DevicesConfig
 from qlora.config.loop import LoopConfig
 from qlora.config.lora import LoRAConfig
 from qlora.config.model import ModelConfig
 from qlora.config.optimizer import OptimizerConfig
+from qlora.config.preferences import PreferenceConfig
 from qlora.config.run import RunConfig
 from qlora.data.tokenizer_files import add_tokens
 from qlora.lora.adapter import inject_lora
@@ -25,7 +27,7 @@ from qlora.model.base import base_info
 from qlora.model.load import load_base_model, plan_base_model
 from qlora.model.tokenizer import load_tokenizer
 from qlora.planning.memory import plan_recomputing
-from qlora.planning.planner import Planner
+from qlora.planning.planner import Planner, RunPlan
 from qlora.quant.weight import QuantConfig, dequantize_weight, quantize_weight
 from qlora.system.errors import InputError
 from qlora.training.recompute import choose_recomputed_layers
@@ -98,6 +100,27 @@ def test_the_config_alone_gives_the_loaded_model_s_plan(
 def test_the_real_model_s_plan(smollm2: str, use_4bit: bool) -> None:
     model = ModelConfig(use_4bit=use_4bit, compute_dtype="bfloat16")
     assert_same_plan(smollm2, model, LoRAConfig(target_modules="all-linear", rank=16), cache=True)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_rows_of_preferences(untied: Path, device: str) -> None:
+    """A pair trains two sequences. KTO trains one, and computes the other without gradients, as a reference is."""
+    planner = Planner(str(untied), device)
+
+    def plan(objective: Any, length: int = TOKENS, each_step: bool = False) -> RunPlan:
+        config = RunConfig(
+            ModelConfig(str(untied), compute_dtype="bfloat16"), data=DataConfig(max_length=length),
+            preference=PreferenceConfig(objective, reference_each_step=each_step),
+        )  # fmt: skip
+        return planner.plan(config, DevicesConfig())
+
+    assert plan("kto").memory == plan("sft").memory
+    assert plan("dpo").memory == plan("sft", 2 * TOKENS).memory
+    other = plan("kto").flops - plan("sft").flops
+    assert 0.3 < other / plan("sft").flops < 0.6
+    assert plan("dpo", each_step=True).flops - plan("dpo").flops == 2 * other
+    assert plan("kto", each_step=True).flops - plan("kto").flops == 2 * other
+    assert plan("kto").flops < plan("dpo").flops == 2 * plan("sft").flops
 
 
 def test_a_family_without_fused_blocks(tmp_path: Path) -> None:

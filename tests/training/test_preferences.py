@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.multiprocessing import ProcessExitedException
 
 from qlora.adapters.peft_files import save_adapter
 from qlora.config.lora import LoRAConfig
@@ -29,6 +33,7 @@ from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
 from qlora.system.errors import InputError, StoppedOnRequest
 from qlora.training import preferences as preferences_module
+from qlora.training.checkpoint import list_checkpoints
 from qlora.training.observer import Observer
 from qlora.training.preferences import Preferences, score_alone, under
 from qlora.training.reference import add_reference
@@ -37,8 +42,10 @@ from qlora.training.step import train_step
 from tests.model.test_preference_loss import LOSSES, make_pairs
 from tests.models import save_tiny_llama
 from tests.processes import run_processes
+from tests.shortcuts import new_cache
 from tests.tiny import tiny_tokenizer
 from tests.training.test_loop import TIMING
+from tools.proof import DIVISIBLE
 
 ACCELERATOR = Accelerator()
 
@@ -214,6 +221,35 @@ def test_a_stopped_run_resumes_bit_for_bit(job: Any, tmp_path: Path) -> None:
         fit([*flags, "--beta", "0.7", "--resume", "auto"], parts)
 
 
+class KillAt(Observer):
+    """SIGKILL before a step, once the checkpoint of the one before is whole."""
+
+    def __init__(self, step: int, out: Path) -> None:
+        self.step, self.out = step, out
+
+    def before_step(self, trainer: Any) -> str | None:
+        if trainer.progress.step == self.step:
+            while not list_checkpoints(self.out):
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return None
+
+
+@pytest.mark.parametrize("more", [(), ("--reference-each-step", "--no-packing")])
+def test_a_killed_run_resumes_byte_for_byte(job: Any, tmp_path: Path, more: tuple[str, ...]) -> None:
+    """SIGKILL between two checkpoints: a step is made again, and nothing differs from the run left alone."""
+    flags, whole, parts = job("dpo", *more), tmp_path / "whole", tmp_path / "parts"
+    expected = fit(flags, whole)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        run_processes(1, fit, flags, parts, KillAt(3, parts))
+    assert [line["step"] for line in lines_of(parts) if "loss" in line] == [1, 2, 3]
+    assert fit([*flags, "--resume", "auto"], parts) == expected
+    files = [file.relative_to(whole) for file in sorted(whole.rglob("*.safetensors"))]
+    assert len(files) >= 3  # the adapter, and a checkpoint's
+    for file in files:
+        assert (whole / file).read_bytes() == (parts / file).read_bytes(), file
+
+
 def test_the_reference_of_each_step_is_that_of_the_cache_bit_for_bit(
     job: Any, tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +325,36 @@ def test_two_processes_are_one(tiny: str, tmp_path: Path) -> None:
         assert len(values) >= 8 and values == pytest.approx(expected, abs=1e-5, rel=1e-4)
 
 
+def fit_among(out: Path, flags: list[str]) -> None:
+    """`fit` in one of several processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    fit(flags, out)
+
+
+@pytest.mark.parametrize(
+    ("objective", "how"),
+    [("kto", "--grad-accum 1"), ("dpo", "--grad-accum 1 --shard fsdp"), ("dpo", "--tensor-parallel 2")],
+)
+def test_runs_of_two_processes_learn_as_one(
+    job: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str, how: str
+) -> None:
+    """Data parallel, sharded and tensor parallel: what is shown and the adapter are one process's, to rounding."""
+    model = str(save_tiny_llama(tmp_path / "model", tokenizer=tiny_tokenizer(), **DIVISIBLE))
+    flags = job(objective, "--model", model, "--adapter-dtype", "float32", "--dropout", "0")
+    monkeypatch.setenv("QLORA_CACHE", new_cache(tmp_path / "cache"))
+    run_processes(2, fit_among, tmp_path / "two", [*flags, *how.split()])
+    monkeypatch.setenv("QLORA_CACHE", new_cache(tmp_path / "other"))
+    found, expected = lines_of(tmp_path / "two"), fit(flags, tmp_path / "one")
+    assert len(found) == len(expected) == 7
+    for line, other in zip(found, expected, strict=True):
+        assert line.keys() == other.keys()
+        assert line == pytest.approx(other, abs=1e-4, rel=1e-3)
+    tensors, others = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], atol=1e-3, rtol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("objective", "more", "words"),
     [
@@ -300,6 +366,7 @@ def test_two_processes_are_one(tiny: str, tmp_path: Path) -> None:
         ("dpo", ["--train-on", "last"], "--train-on means nothing to --objective dpo"),
         ("sft", ["--best-metric", "accuracy"], "--best-metric accuracy compares answers"),
         ("kto", ["--best-metric", "exact_match"], "needs right answers"),
+        ("dpo", ["--reference-each-step", "--shard", "fsdp"], "needs the whole base on every device"),
         ("dpo", ["--new-tokens", "<x>"], "unknown to the reference of --objective dpo"),
         ("sft", [], "pass --objective dpo to learn from pairs"),
     ],
