@@ -109,14 +109,20 @@ def report(results: dict[str, list[Measured]], console: Console) -> None:
     for heading in ("side", "tokens/s", "peak GiB", "loss of the last step"):
         table.add_column(heading, justify="left" if heading == "side" else "right")
     for name, runs in results.items():
-        speed, peak = (statistics.median(getattr(r, key) for r in runs) for key in ("tokens_per_second", "peak_gib"))
+        speed, peak = (
+            statistics.median(getattr(r, key) for r in runs) for key in ("tokens_per_second", "peak_gib")
+        )
         table.add_row(name, f"{speed:,.0f}", f"{peak:.2f}", f"{runs[-1].loss:.6f}")
     console.print(table)
     pairs = list(zip(old, new, strict=True))
     speeds = sorted(b.tokens_per_second / a.tokens_per_second for a, b in pairs)
     peaks = sorted(b.peak_gib / a.peak_gib for a, b in pairs)
-    console.print(f"this checkout / before: speed {statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f})")
-    console.print(f"this checkout / before: memory {statistics.median(peaks):.2f} ({peaks[0]:.2f} to {peaks[-1]:.2f})")
+    console.print(
+        f"this checkout / before: speed {statistics.median(speeds):.2f} ({speeds[0]:.2f} to {speeds[-1]:.2f})"
+    )
+    console.print(
+        f"this checkout / before: memory {statistics.median(peaks):.2f} ({peaks[0]:.2f} to {peaks[-1]:.2f})"
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -132,8 +138,18 @@ def main(argv: Sequence[str]) -> None:
         check_out(options.commit, work / "before")
         if options.sequence:
             write_sequence(work / "rows.jsonl", options.sequence)
-            flags += ["--data", str(work / "rows.jsonl"), "--max-length", str(options.sequence), "--batch-size", "1"]
-        sides = [Side(options.commit, work / "before", work / "caches-before"), Side("this checkout", ROOT, work / "caches")]
+            flags += [
+                "--data",
+                str(work / "rows.jsonl"),
+                "--max-length",
+                str(options.sequence),
+                "--batch-size",
+                "1",
+            ]
+        sides = [
+            Side(options.commit, work / "before", work / "caches-before"),
+            Side("this checkout", ROOT, work / "caches"),
+        ]
         results: dict[str, list[Measured]] = {side.name: [] for side in sides}
         if options.sequence is None:
             for side in sides:
