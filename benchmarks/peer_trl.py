@@ -1,4 +1,4 @@
-"""One run of PEFT + TRL's SFTTrainer on tokenized rows, started by benchmarks/peers.py.
+"""One run of PEFT + TRL's SFTTrainer or DPOTrainer on tokenized rows, started by benchmarks/peers.py.
 
     python peer_trl.py JOB.json
 
@@ -17,7 +17,7 @@ from datasets import Dataset
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):
@@ -37,11 +37,21 @@ class Clock(TrainerCallback):
             self.losses.append(logs["loss"])
 
 
-class InOrder(SFTTrainer):
+class SFTInOrder(SFTTrainer):
     """Takes the rows in the given order."""
 
     def _get_train_sampler(self, *_args):
         return SequentialSampler(self.train_dataset)
+
+
+class DPOInOrder(DPOTrainer):
+    """The same."""
+
+    def _get_train_sampler(self, *_args):
+        return SequentialSampler(self.train_dataset)
+
+    def _prepare_dataset(self, dataset, *_args):
+        return dataset  # SFTTrainer knows tokenized rows by itself
 
 
 def peak_bytes():
@@ -65,14 +75,17 @@ def main():
     base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=job["checkpointing"])
     model = PeftModel.from_pretrained(base, job["adapter"], is_trainable=True)
     clock = Clock()
-    config = SFTConfig(
+    is_dpo = job["objective"] == "dpo"
+    kind, trainer_kind = (DPOConfig, DPOInOrder) if is_dpo else (SFTConfig, SFTInOrder)
+    config = kind(
         output_dir=job["output_dir"], per_device_train_batch_size=job["batch_size"], max_steps=job["steps"],
         learning_rate=job["learning_rate"], lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=1.0,
         optim="adamw_torch", weight_decay=0.0, bf16=dtype == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=job["checkpointing"], max_length=None, completion_only_loss=True,
+        gradient_checkpointing=job["checkpointing"], max_length=None,
+        **({"beta": 0.1} if is_dpo else {"completion_only_loss": True}),
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataset_num_proc=None,
     )  # fmt: skip
-    trainer = InOrder(
+    trainer = trainer_kind(
         model=model, args=config, train_dataset=Dataset.from_list([job["rows"][i] for i in job["order"]]),
         processing_class=AutoTokenizer.from_pretrained(job["model"]), callbacks=[clock],
     )  # fmt: skip

@@ -44,10 +44,17 @@ def make_problem(rng: random.Random) -> dict[str, str]:
     return {"question": question, "answer": "\n".join(steps)}
 
 
-def write_problems(path: Path, count: int = 100, seed: int = 0) -> Path:
-    """Write `count` problems as .jsonl; returns the path."""
+def write_problems(path: Path, count: int = 100, seed: int = 0, is_paired: bool = False) -> Path:
+    """Write `count` problems as .jsonl, or pairs whose rejected answer is another problem's; returns the path."""
     rng = random.Random(seed)
-    path.write_text("".join(json.dumps(make_problem(rng)) + "\n" for _ in range(count)))
+    rows = [make_problem(rng) for _ in range(count)]
+    if is_paired:
+        others = [*rows[1:], rows[0]]
+        rows = [
+            {"prompt": row["question"], "chosen": row["answer"], "rejected": other["answer"]}
+            for row, other in zip(rows, others, strict=True)
+        ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

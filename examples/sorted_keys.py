@@ -1,16 +1,17 @@
 """A task of preferences that can be checked: JSON with its keys in alphabetical order, rather than in another one.
 
-    "Write this as JSON: size small, color red, item mug"
+    "size small, color red, item mug"
     chosen      {"color": "red", "item": "mug", "size": "small"}
     rejected    {"item": "mug", "color": "red", "size": "small"}
 
-Both answers are right, equally long and differ in their order alone. Things come from a seeded generator; those
-that are held out never occur in training.
+Both answers are right and equally long. SFT learns answers in random order, so that it teaches the content and no
+preference: one answer in six is sorted by chance. The pairs then teach the order. Things come from a seeded
+generator; those that are held out never occur in training, in any order.
 
     python -m examples.sorted_keys DIRECTORY [--seed N]
 
-writes sft.jsonl (answers in any order), pairs.jsonl (dpo, ipo, orpo, simpo), labels.jsonl (kto), and of held-out
-things test_pairs.jsonl, test_labels.jsonl and test.jsonl (the sorted answers, for exact match).
+writes sft.jsonl, pairs.jsonl (dpo, ipo, orpo, simpo), labels.jsonl (kto), and of held-out things test_pairs.jsonl,
+test_labels.jsonl and test.jsonl (the sorted answers, for exact match).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+SYSTEM = "Write JSON."
 VALUES = {
     "age": "new old used antique".split(),
     "city": "Oslo Paris Rome Vienna Lisbon Athens Boston Tokyo".split(),
@@ -32,38 +34,43 @@ VALUES = {
 }
 
 
-def make_thing(rng: random.Random) -> tuple[str, dict[str, str], dict[str, str]]:
-    """(prompt, its answer with sorted keys, the same in another order)."""
-    keys = rng.sample(sorted(VALUES), rng.choice((3, 4)))
-    thing = {key: rng.choice(VALUES[key]) for key in keys}
-    right = sorted(keys)
-    other = right
-    while other == right:
-        other = rng.sample(keys, len(keys))
-    prompt = "Write this as JSON: " + ", ".join(f"{key} {value}" for key, value in thing.items())
-    return prompt, {key: thing[key] for key in right}, {key: thing[key] for key in other}
+def make_thing(rng: random.Random) -> dict[str, str]:
+    """Three keys in random order, and their values."""
+    return {key: rng.choice(VALUES[key]) for key in rng.sample(sorted(VALUES), 3)}
 
 
-def write_task(directory: Path, num_train: int = 600, num_test: int = 100, seed: int = 0) -> None:
-    """Write the files of the module docstring."""
+def in_order(thing: dict[str, str], keys: list[str]) -> str:
+    return json.dumps({key: thing[key] for key in keys})
+
+
+def write_task(directory: Path, num_train: int = 320, num_test: int = 100, seed: int = 0) -> None:
+    """Write the files of the module docstring; pairs and labels are of the first 160 training things."""
     rng = random.Random(seed)
-    things: dict[str, tuple[str, str]] = {}
+    things: dict[frozenset[tuple[str, str]], dict[str, str]] = {}
     while len(things) < num_train + num_test:
-        prompt, right, other = make_thing(rng)
-        things.setdefault(prompt, (json.dumps(right), json.dumps(other)))
-    rows = list(things.items())
+        thing = make_thing(rng)
+        things.setdefault(frozenset(thing.items()), thing)
+    rows: list[tuple[dict[str, str], dict[str, str]]] = []  # (what is asked, its answers)
+    for thing in things.values():
+        right = other = sorted(thing)
+        while other == right:
+            other = rng.sample(right, 3)
+        orders = {"any": rng.sample(right, 3), "chosen": right, "rejected": other}
+        prompt = ", ".join(f"{key} {value}" for key, value in thing.items())
+        answers = {name: in_order(thing, keys) for name, keys in orders.items()}
+        rows.append(({"system": SYSTEM, "prompt": prompt}, answers))
     train, test = rows[num_test:], rows[:num_test]
     files: dict[str, list[dict[str, Any]]] = {
-        "sft": [{"prompt": p, "completion": rng.choice(both)} for p, both in train],
-        "test": [{"prompt": p, "completion": right} for p, (right, _) in test],
+        "sft": [asked | {"completion": answers["any"]} for asked, answers in train],
+        "test": [asked | {"completion": answers["chosen"]} for asked, answers in test],
     }
-    for name, part in (("", train), ("test_", test)):
-        pairs = [{"prompt": p, "chosen": right, "rejected": other} for p, (right, other) in part]
-        labels = [bool(rng.getrandbits(1)) for _ in pairs]
-        files[f"{name}pairs"] = pairs
+    for name, part in (("", train[:160]), ("test_", test)):
+        sides = ("chosen", "rejected")
+        files[f"{name}pairs"] = [asked | {side: answers[side] for side in sides} for asked, answers in part]
         files[f"{name}labels"] = [
-            {"prompt": row["prompt"], "completion": row["chosen" if label else "rejected"], "label": label}
-            for row, label in zip(pairs, labels, strict=True)
+            asked | {"completion": answers[side], "label": side == "chosen"}
+            for asked, answers in part
+            for side in (rng.choice(sides),)
         ]
     directory.mkdir(parents=True, exist_ok=True)
     for name, lines in files.items():

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _HOME = {
     "InputError": "system.errors",
     # the base
-    "load_base_model": "model.load",
+    "load_base_model": "training.calibration",
     "load_tokenizer": "model.tokenizer",
     "QuantConfig": "quant.weight",
     # adapters

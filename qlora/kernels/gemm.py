@@ -78,7 +78,7 @@ def multiply_16bit(
     x: Tensor, dense: Tensor, bias: Tensor | None, backward: bool, out: Tensor | None = None
 ) -> Tensor | None:
     """The same for a W (rows, columns) in bf16; `out` receives the product."""
-    if dense.dtype != torch.bfloat16 or not dense.is_contiguous():
+    if library(x) is None or dense.dtype != torch.bfloat16 or not dense.is_contiguous():
         return None
     return _multiply(x, _Weight(None, dense.data_ptr(), None, None, *dense.shape, 0), bias, backward, out)
 

@@ -80,10 +80,11 @@ class MasterOptimizer:
             if parameter is not master:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
         self.inner.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter is not master:
-                parameter.copy_(master)
-                master.grad = None
+        pairs = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        if pairs:
+            torch._foreach_copy_([p for p, _ in pairs], [m for _, m in pairs])
+        for _, master in pairs:
+            master.grad = None
 
     def zero_grad(self) -> None:
         for parameter in self.parameters:
@@ -133,6 +134,26 @@ class MasterOptimizer:
                     value.copy_(tensors[f"{index}.{name}"])
                 elif name == "step":  # bitsandbytes counts in a plain int
                     state[name] = int(tensors[f"{index}.{name}"])
+
+
+class LibraryAdamW(bnb.optim.AdamW):
+    """bitsandbytes' AdamW; the host waits for the device once per step, not after every tensor."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if not self.initialized:
+            self.to_gpu()
+            self.initialized = True
+        for index, group in enumerate(self.param_groups):
+            for number, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if not self.state[p]:
+                    self.init_state(group, p, index, number)
+                self.prefetch_state(p)
+                self.update_step(group, p, index, number)
+        if self.is_paged:  # from now on the host may read the pages
+            torch.cuda.synchronize()
 
 
 class AdapterOptimizer(torch.optim.Optimizer):
@@ -227,7 +248,7 @@ def adamw_kind(name: str | MakeOptimizer, weight_decay: float = 0.0) -> MakeOpti
         )
     if name in ("paged_adamw_32bit", "paged_adamw_8bit"):
         bits = 32 if name.endswith("32bit") else 8
-        return lambda groups: bnb.optim.AdamW(
+        return lambda groups: LibraryAdamW(
             groups, 0.0, BETAS, EPS, weight_decay, optim_bits=bits, is_paged=groups[0]["params"][0].is_cuda
         )
     raise InputError(f"optim is {name!r}; choose adamw, paged_adamw_32bit or paged_adamw_8bit.")

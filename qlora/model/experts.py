@@ -54,11 +54,16 @@ class Experts(nn.ModuleList):
         num_tokens, top_k = top_k_index.shape
         chosen = top_k_index.flatten()  # (N K,), a token's experts side by side
         by_expert = chosen.argsort(stable=True)
-        counts = chosen.bincount(minlength=len(self)).tolist()
+        counts = count_choices(chosen, len(self)).tolist()  # the one time that the host waits for the device
         inputs = hidden_states[by_expert // top_k].split(counts)
         outputs = torch.cat([expert(x) for expert, x in zip(self, inputs, strict=True) if len(x)])
         weighted = outputs[by_expert.argsort()] * top_k_weights.reshape(-1, 1)
         return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def count_choices(chosen: Tensor, num_experts: int) -> Tensor:
+    """(E,) int64: how often each expert is in `chosen` (n,); on CUDA `bincount` would wait for the largest."""
+    return chosen.new_zeros(num_experts).scatter_add(0, chosen, torch.ones_like(chosen))
 
 
 def separate_experts(network: Any) -> None:

@@ -38,6 +38,7 @@ from qlora.data.example import IGNORE_INDEX
 from qlora.kernels.fused import cross_entropy
 from qlora.kernels.gemm import multiply_16bit
 from qlora.model.attention import packed_arguments
+from qlora.model.experts import count_choices
 from qlora.system.errors import InputError
 from qlora.system.memory import trim_heap
 
@@ -163,6 +164,7 @@ def linear_cross_entropy(
     chunk_size: int = CHUNK_SIZE,
     scale: float = 1.0,
     softcap: float | None = None,
+    num_targets: int | None = None,
 ) -> tuple[Tensor, int]:
     """Sum of next-token cross-entropy over the supervised positions.
 
@@ -173,6 +175,7 @@ def linear_cross_entropy(
         chunk_size: positions whose logits exist at once.
         scale: multiplies the logits.
         softcap: largest magnitude c of a logit, z -> c tanh(z / c); its derivative is 1 - (capped z / c)^2.
+        num_targets: supervised positions, if known; None: they are counted.
     Returns:
         (loss_sum, num_targets): fp32 scalar in nats, connected to `hidden` even when every target is
         masked (then 0 with a gradient of zeros); number of supervised positions.
@@ -181,25 +184,38 @@ def linear_cross_entropy(
     """
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"hidden has {hidden.shape[0]} positions but targets {targets.shape[0]}.")
-    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    positions = target_positions(targets, num_targets)
     loss = _LinearCrossEntropy.apply(hidden[positions], weight, targets[positions], chunk_size, scale, softcap)
     return loss, positions.numel()
 
 
+def target_positions(targets: Tensor, count: int | None) -> Tensor:
+    """(count,) int64: where targets (N,) are supervised. On CUDA the host waits for the device without a count."""
+    supervised = targets != IGNORE_INDEX
+    found = supervised.nonzero() if count is None else supervised.nonzero_static(size=count)
+    return found.squeeze(1)
+
+
 def head_cross_entropy(
-    hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE
+    hidden: Tensor,
+    head: OutputHead,
+    targets: Tensor,
+    chunk_size: int = CHUNK_SIZE,
+    num_targets: int | None = None,
 ) -> tuple[Tensor, int]:
     """`linear_cross_entropy` of a model's head, which may have an adapter: then W h is the layer's own product.
 
     The logits of a chunk are computed again for its gradients, so that again only one chunk's exist.
     """
     if not head.is_adapted:
-        return linear_cross_entropy(hidden, head.weight, targets, chunk_size, head.scale, head.softcap)
+        return linear_cross_entropy(
+            hidden, head.weight, targets, chunk_size, head.scale, head.softcap, num_targets
+        )
 
     def chunk_loss(states: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(head.logits(states), wanted, reduction="sum")
 
-    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    positions = target_positions(targets, num_targets)
     states, wanted = hidden[positions], targets[positions]
     loss = states.sum(dtype=torch.float32) * 0  # keeps the graph when every target is masked
     for start in range(0, len(wanted), chunk_size):
@@ -208,12 +224,18 @@ def head_cross_entropy(
     return loss, positions.numel()
 
 
-def token_cross_entropy(hidden: Tensor, head: OutputHead, targets: Tensor, chunk_size: int = CHUNK_SIZE) -> Tensor:
+def token_cross_entropy(
+    hidden: Tensor,
+    head: OutputHead,
+    targets: Tensor,
+    chunk_size: int = CHUNK_SIZE,
+    num_targets: int | None = None,
+) -> Tensor:
     """(n,) fp32: the cross-entropy of each supervised position, each with its own factor in the backward pass.
 
     The arguments are those of `head_cross_entropy`, whose loss is the sum.
     """
-    positions = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    positions = target_positions(targets, num_targets)
     states, wanted = hidden[positions], targets[positions]
     if not head.is_adapted:
         losses: Tensor = _TokenCrossEntropy.apply(
@@ -231,20 +253,21 @@ def token_cross_entropy(hidden: Tensor, head: OutputHead, targets: Tensor, chunk
     return torch.cat(parts) if len(wanted) else states.sum(dim=1, dtype=torch.float32)
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor) -> Tensor:
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, real: Tensor | None = None) -> Tensor:
     """E sum of f_e P_e over all layers together; formula in the module docstring.
 
     Args:
         router_logits: per layer (N, E).
         top_k: experts that each token chooses.
-        real: (N,) bool, false on padding.
+        real: (n,) int64, the positions that are not padding; None: all.
     Returns:
         fp32 scalar; `top_k` if all experts are used equally.
     """
     num_experts = router_logits[0].shape[-1]
-    p = torch.cat([logits[real].float().softmax(dim=-1) for logits in router_logits])
+    kept = router_logits if real is None else [logits[real] for logits in router_logits]
+    p = torch.cat([logits.float().softmax(dim=-1) for logits in kept])
     chosen = p.detach().topk(top_k, dim=-1).indices.flatten()
-    f = chosen.bincount(minlength=num_experts) / len(p)
+    f = count_choices(chosen, num_experts) / len(p)
     return num_experts * (f * p.mean(dim=0)).sum()
 
 
@@ -353,11 +376,12 @@ def _run_base(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
     hidden = output.last_hidden_state.flatten(0, 1)
     if not coefficient or not getattr(output, "router_logits", None):
         return hidden, None
-    lengths = torch.tensor([len(row) for row in batch.sequences], device=batch.input_ids.device)
-    if batch.cu_seqlens is not None:  # one row, no padding
-        lengths = lengths.sum()[None]
-    real = torch.arange(batch.input_ids.shape[1], device=lengths.device) < lengths[:, None]
-    return hidden, load_balancing_loss(output.router_logits, model.config.num_experts_per_tok, real.flatten())
+    real = None
+    if batch.cu_seqlens is None:  # padded
+        lengths = torch.tensor([len(row) for row in batch.sequences], device=hidden.device)
+        mask = torch.arange(batch.input_ids.shape[1], device=hidden.device) < lengths[:, None]
+        real = mask.flatten().nonzero_static(size=batch.num_tokens).squeeze(1)
+    return hidden, load_balancing_loss(output.router_logits, model.config.num_experts_per_tok, real)
 
 
 def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, int]:
@@ -378,7 +402,8 @@ def causal_lm_loss(model: Any, batch: Batch, chunk_size: int = CHUNK_SIZE) -> tu
     """
     hidden, balance = _run_base(model, batch)
     with gathered_head(model) as head:
-        loss, num_targets = head_cross_entropy(hidden, head, batch.targets.flatten(), chunk_size)
+        targets = batch.targets.flatten()
+        loss, num_targets = head_cross_entropy(hidden, head, targets, chunk_size, batch.num_targets)
     if balance is not None:
         loss = loss + model.config.router_aux_loss_coef * num_targets * balance
     return loss, num_targets
@@ -396,7 +421,7 @@ def sequence_log_likelihoods(
     """
     hidden, balance = _run_base(model, batch)
     with gathered_head(model) as head:
-        losses = token_cross_entropy(hidden, head, batch.targets.flatten(), chunk_size)
+        losses = token_cross_entropy(hidden, head, batch.targets.flatten(), chunk_size, batch.num_targets)
     counts = [row.num_targets for row in batch.sequences]
     log_p = -torch.stack([part.sum() for part in losses.split(counts)])
     return log_p, 0.0 if balance is None else model.config.router_aux_loss_coef * balance

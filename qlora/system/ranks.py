@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,12 @@ class Ranks:
         """Make of `values` their sum over all processes, with no copy."""
         if self.size > 1:
             torch.distributed.all_reduce(values)
+
+    def totals(self, values: Sequence[int], device: torch.device) -> list[int]:
+        """The sum of each number over different micro-batches; the host waits for the others only."""
+        if self.size == 1:
+            return list(values)
+        return self.sum(torch.tensor(values, device=device)).tolist()
 
     def max(self, value: int, device: torch.device) -> int:
         """The largest of all processes' numbers."""

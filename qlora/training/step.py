@@ -105,8 +105,8 @@ def train_step(
     """
     optimizer.zero_grad()
     device, ranks = accelerator.device, ranks_of(model, accelerator)
-    counts = torch.tensor([sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)], device=device)
-    num_tokens, num_targets = ranks.sum(counts).tolist()
+    counts = sum(b.num_tokens for b in batches), sum(b.num_targets for b in batches)
+    num_tokens, num_targets = ranks.totals(counts, device)
     batches = in_lockstep(batches, ranks, device)
     losses: list[Tensor] = []
     is_out = False
@@ -132,11 +132,12 @@ def train_step(
     divisor = max(1, window_loss.num_rows if window_loss else num_targets)
     total = torch.stack(losses).sum() if losses else torch.zeros((), device=device)
     _sum_gradients(optimizer.parameters, ranks)
-    for parameter in optimizer.parameters:
-        if parameter.grad is not None:
-            parameter.grad.div_(divisor)  # once, in fp32
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.parameters if p.grad is not None])
-    loss, norm = (ranks.sum(total) / divisor).item(), grad_norm.item()
+    gradients = [p.grad for p in optimizer.parameters if p.grad is not None]
+    if gradients:
+        torch._foreach_div_(gradients, divisor)  # once, in fp32
+    grad_norm = torch.nn.utils.get_total_norm(gradients)
+    # Together, since the host waits for the device.
+    loss, norm = torch.stack([ranks.sum(total) / divisor, grad_norm.to(total)]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         bad = [i for i, value in enumerate(losses) if not torch.isfinite(value)]
         where = f"micro-batch {bad[0] + 1} of {len(batches)}" if bad else "the gradient"
@@ -144,10 +145,8 @@ def train_step(
     if check_adapters:
         check_adapters_learn(model)
     # torch's clip_grads_with_norm_ divides by norm + 1e-6, which changes the bits of every clipped step.
-    if 0 < max_grad_norm < norm:
-        for parameter in optimizer.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(max_grad_norm / norm)
+    if 0 < max_grad_norm < norm and gradients:
+        torch._foreach_mul_(gradients, max_grad_norm / norm)
     optimizer.step(learning_rate)
     measures = window_loss.finish(ranks) if window_loss else {}
     return StepResult(loss, norm, num_tokens, num_targets, measures=measures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import runpy
 import statistics
@@ -142,13 +143,14 @@ def test_the_machine_is_described() -> None:
 # ---- our side ---------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def job(tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(params=["sft"])
+def job(tmp_path: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     """Two steps of three word problems on a tiny model."""
     model = save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer(), max_position_embeddings=2048)
     options = argparse.Namespace(
-        model=str(model), data=None, steps=2, batch_size=3, learning_rate=2e-4, max_length=2048
-    )
+        model=str(model), data=None, steps=2, batch_size=3, learning_rate=2e-4, max_length=2048,
+        objective=request.param,
+    )  # fmt: skip
     (tmp_path / "job").mkdir()
     return peers.write_job(options, tmp_path / "job")
 
@@ -175,10 +177,25 @@ def test_our_side_computes_the_loss_of_the_rows(
     assert result["losses"][0] == pytest.approx(total / num_targets, abs=1e-5)  # fp32 sums in another order
 
 
+@pytest.mark.parametrize("job", ["dpo"], indirect=True)
+def test_our_side_learns_the_pairs(job: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model and reference agree in the first step: log 2. The other side reads the same sequences."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    result = peers.train_ours(job | {"dtype": "float32"})
+    assert result["losses"][0] == pytest.approx(math.log(2), abs=1e-6) != result["losses"][1]
+    tokenizer = load_tokenizer(job["model"])
+    for row in job["rows"]:
+        texts = [tokenizer.decode(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        assert "How much money" in texts[0] and "####" in texts[1] and "####" in texts[2] != texts[1]
+        assert [len(ids) - sum(mask) for ids, mask in peers.sequences_of(row)] == [len(row["prompt_ids"])] * 2
+
+
 def test_too_few_rows(tmp_path: Path) -> None:
     model = save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer())
     data = write_problems(tmp_path / "rows.jsonl", 5)
-    options = argparse.Namespace(model=str(model), data=str(data), steps=2, batch_size=3, max_length=2048)
+    options = argparse.Namespace(
+        model=str(model), data=str(data), steps=2, batch_size=3, max_length=2048, objective="sft"
+    )
     with pytest.raises(InputError, match="has 5 rows, too few for 2 steps"):
         peers.write_job(options, tmp_path)
 
@@ -197,7 +214,8 @@ def cells(table: Any) -> list[list[str]]:
 
 def test_report_judges_each_goal() -> None:
     """A measured window of 2 rows of 101 ids: 200 tokens. Three rounds, on a machine 1 to 3 times slower."""
-    job = {"batch_size": 2, "steps": 2, "rows": [{"input_ids": [0] * 101}] * 4, "order": [0, 1, 2, 3]}
+    rows = [{"input_ids": [0] * 101, "completion_mask": []}] * 4
+    job = {"batch_size": 2, "steps": 2, "rows": rows, "order": [0, 1, 2, 3], "objective": "sft"}
     slower = (1, 3, 2)
     ours = [make_run(1.0 * s, 1, limit=[99.0, 0.85 * s], dtype="float32") for s in slower]
     runs = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from examples.sorted_keys import write_task
 from qlora.data.batches import collate_packed, collate_padded, split_batch
 from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.encode import encode_records
@@ -246,3 +249,26 @@ def test_a_pair_is_shown_and_asked_by_its_chosen_answer() -> None:
     bad = encode([labelled("A", "a", False), labelled("B", "b")], "labels")[0]
     assert [prompt_of(example, tiny_tokenizer()).expected for example in bad] == [None, "b"]
     assert str(EncodeReport()) == str(EncodeReport(num_dropped_equal=0))
+
+
+def test_the_example_s_preference_is_not_in_its_answers(tmp_path: Path) -> None:
+    """Answers for SFT come in any of six orders; chosen ones are sorted; what is held out is not trained."""
+    write_task(tmp_path)
+    rows = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in tmp_path.iterdir()}
+
+    def keys(text: str) -> list[str]:
+        return list(json.loads(text))
+
+    assert {name: len(lines) for name, lines in rows.items()} == {
+        "sft": 320, "pairs": 160, "labels": 160, "test": 100, "test_pairs": 100, "test_labels": 100,
+    }  # fmt: skip
+    num_sorted = sum(keys(row["completion"]) == sorted(keys(row["completion"])) for row in rows["sft"])
+    assert 35 < num_sorted < 75  # a sixth
+    for row in rows["pairs"] + rows["test_pairs"]:
+        chosen, rejected = json.loads(row["chosen"]), json.loads(row["rejected"])
+        assert chosen == rejected and list(chosen) == sorted(chosen) != list(rejected)
+        assert sorted(row["prompt"].split(", ")) == [f"{key} {value}" for key, value in chosen.items()]
+    trained, held_out = (
+        {frozenset(json.loads(row["completion"]).items()) for row in rows[name]} for name in ("sft", "test")
+    )
+    assert len(trained) == 320 and len(held_out) == 100 and not trained & held_out

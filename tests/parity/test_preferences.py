@@ -1,7 +1,8 @@
 """Ten steps of TRL's trainers and of ours: same start, same pairs; skipped where TRL is not installed.
 
-TRL is no requirement of this project. With `pip install trl==1.16.0` beside it these tests run; the formulas are
-compared with full logits in tests/model/test_preference_loss.py in any case.
+TRL is no requirement of this project. With `pip install trl==1.16.0` beside it these tests run, with `-m full` on
+SmolLM2-135M-Instruct too; the formulas are compared with full logits in tests/model/test_preference_loss.py in any
+case.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from qlora.lora.optimizer import build_optimizer
 from qlora.lora.trainable import freeze_base, lora_parameters
 from qlora.model.load import load_base_model
 from qlora.model.preference_loss import PreferenceLoss
+from qlora.model.tokenizer import load_tokenizer
 from qlora.training.preferences import Preferences
 from qlora.training.step import train_step
-from tests.models import save_tiny_llama
+from tests.models import save_tiny_llama, smollm2_path
 from tests.tiny import tiny_tokenizer
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
-STEPS, RATE, RANK, TOLERANCE = 10, 1e-3, 4, 1e-4
+STEPS, RANK, TOLERANCE = 10, 4, 1e-4
+# Adam's first steps have the size of the rate even where a gradient is rounding alone.
+RATES = {"tiny": 1e-3, "smollm2": 1e-4}
 WORDS = "a bee can do every fine good hat in just kind low".split()
 
 
@@ -83,7 +87,9 @@ def rows_of(objective: str, inputs: dict[str, Any]) -> list[Example]:
     return [join_pair(*pair) for pair in zip(*sides, strict=True)]
 
 
-def trainer_of(objective: str, model: Any, rows: list[dict[str, Any]], out: Path) -> Any:
+def trainer_of(
+    objective: str, model: Any, tokenizer: Any, rows: list[dict[str, Any]], rate: float, out: Path
+) -> Any:
     from datasets import Dataset
 
     own: dict[str, Any] = {"beta": PreferenceConfig(objective=objective).strength}  # type: ignore[arg-type]
@@ -104,25 +110,38 @@ def trainer_of(objective: str, model: Any, rows: list[dict[str, Any]], out: Path
 
         own |= {"loss_type": "simpo", "simpo_gamma": 1.0, "cpo_alpha": 0.0}
     settings = Config(
-        output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=RATE, max_grad_norm=0.0,
+        output_dir=str(out), max_steps=STEPS, per_device_train_batch_size=2, learning_rate=rate, max_grad_norm=0.0,
         lr_scheduler_type="constant", logging_steps=1, report_to=[], use_cpu=True, optim="adamw_torch", bf16=False,
         gradient_checkpointing=False, save_strategy="no", max_length=200, **own,
     )  # fmt: skip
-    return Kind(
-        model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tiny_tokenizer()
-    )
+    return Kind(model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
 
 
+def dense_model(which: str, path: Path) -> Any:
+    """Save a model whose weights are bf16 values, as a base that is not quantized is held; its tokenizer."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    if which == "tiny":
+        tokenizer, source, where = tiny_tokenizer(), save_tiny_llama(path, tokenizer=tiny_tokenizer()), {}
+    else:
+        tokenizer, file = load_tokenizer(str(smollm2_path())), smollm2_path()
+        source, where = file.parent, {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, **where)
+    model.bfloat16().float().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+@pytest.mark.parametrize("which", ["tiny", pytest.param("smollm2", marks=pytest.mark.full)])
 @pytest.mark.parametrize("objective", ["dpo", "ipo", "orpo", "simpo", "kto"])
-def test_ten_steps_are_trl_s(objective: str, tmp_path: Path) -> None:
+def test_ten_steps_are_trl_s(objective: str, which: str, tmp_path: Path) -> None:
     """Losses, rewards and gradients within 1e-4 (relative above 1), in fp32."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, TrainerCallback
 
     warnings.simplefilter("ignore")
-    path = str(save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer()))
-    source = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    source.bfloat16().float().save_pretrained(path)  # a base that is not quantized is held in bf16
+    path = str(tmp_path / which)
+    tokenizer = dense_model(which, Path(path))
     ours = load_base_model(path, use_4bit=False, compute_dtype="float32", cache=False).float()
     inject_lora(
         ours, LoRAConfig(rank=RANK, alpha=16, target_modules=["q_proj", "v_proj"], adapter_dtype="float32")
@@ -137,7 +156,7 @@ def test_ten_steps_are_trl_s(objective: str, tmp_path: Path) -> None:
         own, other = lora_layers(ours)[name].weights, theirs.get_submodule(f"base_model.model.{name}")
         other.lora_A["default"].weight.data.copy_(own.lora_A.data.view(RANK, -1))
 
-    trainer = trainer_of(objective, theirs, make_rows(objective), tmp_path / "trl")
+    trainer = trainer_of(objective, theirs, tokenizer, make_rows(objective), RATES[which], tmp_path / "trl")
     batches: list[dict[str, Any]] = []
     losses: list[float] = []
     rewards: list[dict[str, float]] = []
@@ -174,19 +193,24 @@ def test_ten_steps_are_trl_s(objective: str, tmp_path: Path) -> None:
     maths = PreferenceLoss(objective, **config.constants())
     preferences = Preferences(maths, reference_each_step=maths.needs_reference)
     optimizer = build_optimizer(lora_parameters(ours.train()), "adamw")
+    gaps = {"loss": 0.0, "reward": 0.0, "gradient": 0.0}  # the largest, relative above 1
     for number, inputs in enumerate(batches):
         rows = rows_of(objective, inputs)
         assert len(rows) == 2
         result = train_step(
-            ours, optimizer, [collate_packed(rows)], Accelerator(cpu=True), RATE, window_loss=preferences
+            ours, optimizer, [collate_packed(rows)], Accelerator(cpu=True), RATES[which], window_loss=preferences
         )
-        assert result.loss == pytest.approx(losses[number], abs=TOLERANCE, rel=TOLERANCE), number
-        for side, reward in rewards[number].items():
-            assert result.measures[f"reward_{side}"] == pytest.approx(reward, abs=TOLERANCE, rel=TOLERANCE), number
+        pairs = {"loss": [(result.loss, losses[number])]}
+        pairs["reward"] = [(result.measures[f"reward_{side}"], r) for side, r in rewards[number].items()]
         weights = [layer.weights for layer in lora_layers(ours).values()]
         found = [parameter.grad for own in weights for parameter in (own.lora_A, own.lora_B)]
         largest = max(gradient.abs().max().item() for gradient in gradients[number])
-        assert largest > 1e-3
+        assert largest > 1e-3 and len(found) == len(gradients[number])
         for gradient, other in zip(found, gradients[number], strict=True):
             assert gradient is not None
-            assert (gradient.view_as(other) - other).abs().max() < TOLERANCE * max(1.0, largest), number
+            gap = (gradient.view_as(other) - other).abs().max().item() / max(1.0, largest)
+            gaps["gradient"] = max(gaps["gradient"], gap)
+        for kind, values in pairs.items():
+            gaps[kind] = max([gaps[kind], *(abs(a - b) / max(1.0, abs(b)) for a, b in values)])
+    print(f"{objective}, {which}: {gaps}")
+    assert max(gaps.values()) < TOLERANCE, gaps

@@ -19,9 +19,12 @@ from qlora.adapters.provenance import calibration_of, trained_base
 from qlora.cli.commands.generate import main as generate
 from qlora.cli.commands.merge import main as merge
 from qlora.cli.commands.quantize import main as quantize
+from qlora.data.dataset import Encoder, Sources, load_examples
 from qlora.data.example import Example
 from qlora.model.cache import cached_base
+from qlora.model.calibrate import calibrate_base, choose_texts
 from qlora.model.load import load_base_model
+from qlora.model.tokenizer import load_tokenizer
 from qlora.model.weights import dequantized_weights
 from qlora.quant.layers import Linear4bit
 from qlora.quant.storage import packed_tensors
@@ -89,6 +92,39 @@ def test_it_is_used_again_without_asking(run: Any, base: str, tmp_path: Path, ca
         **{name: value for name, value in SETTINGS.items() if name != "rank"},
     )  # fmt: skip
     assert more.model.base_info.quantization == quant
+
+
+def test_load_base_model_is_the_longer_way(base: str, rows: str, tmp_path: Path) -> None:
+    """Rows in a file or in Python: the base that `calibrate_base` makes of the same texts."""
+    examples = load_examples(Sources([rows]), Encoder(load_tokenizer(base), 1024))[0]
+    quant, _ = calibrate_base(base, choose_texts(examples, 4096), compute_dtype="float32")
+    expected = list(load_base_model(base, True, quant, compute_dtype="float32").parameters())
+    nearest = list(load_base_model(base, compute_dtype="float32").parameters())
+    options: dict[str, Any] = dict(calibrate_tokens=4096, compute_dtype="float32")
+    for source in (rows, Path(rows), ROWS):
+        found = qlora.load_base_model(base, calibrate=source, **options)
+        assert found.base_info.quantization == quant
+        assert all(torch.equal(one, other) for one, other in zip(found.parameters(), expected, strict=True))
+    assert not all(torch.equal(one, other) for one, other in zip(expected, nearest, strict=True))
+    off = qlora.load_base_model(base, calibrate="off", **options)
+    assert off.base_info.quantization == QuantConfig()
+    assert all(torch.equal(one, other) for one, other in zip(off.parameters(), nearest, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (dict(calibrate=ROWS, use_4bit=False), "calibrate and use_4bit=False do not go together"),
+        (dict(calibrate=ROWS, cache=False), "calibrate and cache=False do not go together"),
+        (dict(calibrate=ROWS, quant=QuantConfig(calibration="0" * 16)), "names a calibration do not go together"),
+        (dict(calibrate="auto"), "'auto' is for training"),
+        (dict(calibrate=7), "calibrate is of type int; give a path, a list of dicts"),
+        (dict(calibrate=ROWS[:9]), "give at least 2,048"),
+    ],
+)
+def test_load_base_model_refuses(base: str, options: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
+        qlora.load_base_model(base, compute_dtype="float32", **options)
 
 
 def test_compare_takes_the_base_of_its_adapters(run: Any, base: str, tmp_path: Path) -> None:
