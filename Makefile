@@ -1,5 +1,6 @@
 # make demo   set up, then run the main job on a real model          (configs/demo.yaml, about 10 minutes)
 # make test   set up, then check style, types and imports, and run all tests
+# make gpu   on a machine with a GPU: the tests and measurements that need one, into docs/gpu.md (9 minutes; no network)
 # make resolve   whether the requirements can be met on every Python that is supported
 # make bench  set up PEFT + TRL beside it and compare speed, memory and losses (DATA=train.jsonl for your own rows)
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test resolve bench lint clean-demo clean
+.PHONY: setup demo test gpu resolve bench lint clean-demo clean
 
 $(VENV)/.runtime: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +54,10 @@ resolve: $(VENV)/.runtime
 
 bench: $(VENV)/.runtime benchmarks/.venv/.peers
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.peers $(if $(DATA),--data $(DATA))
+
+# With the Python that is there, whose torch must be a CUDA build: nothing is installed.
+gpu:
+	$(PYTHON) -m tools.gpu_hour
 
 clean-demo:
 	rm -rf demo
