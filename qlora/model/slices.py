@@ -51,7 +51,8 @@ class SlicedMLP(torch.autograd.Function):
         ctx: Any, z: Tensor, kept: Any, forward: Callable[..., Tensor], module: nn.Module, *parameters: Tensor
     ) -> Tensor:
         ctx.kept, ctx.call, ctx.parameters = kept, (forward, module), parameters
-        ctx.random = torch.get_rng_state(), torch.cuda.get_rng_state(z.device) if z.is_cuda else None
+        on_cuda = z.is_cuda and torch.cuda.is_initialized()
+        ctx.random = torch.get_rng_state(), torch.cuda.get_rng_state(z.device) if on_cuda else None
         y = torch.empty_like(z)
         for source, target in zip(z.split(SLICE_TOKENS), y.split(SLICE_TOKENS), strict=True):
             target.copy_(forward(module, source))
@@ -63,10 +64,11 @@ class SlicedMLP(torch.autograd.Function):
         forward, module = ctx.call
         dz = torch.empty_like(z)
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
-        with torch.random.fork_rng(devices=[z.device] if z.is_cuda else []), torch.enable_grad():
-            torch.set_rng_state(ctx.random[0])
-            if z.is_cuda:
-                torch.cuda.set_rng_state(ctx.random[1], z.device)
+        of_cpu, of_cuda = ctx.random
+        with torch.random.fork_rng(devices=[] if of_cuda is None else [z.device]), torch.enable_grad():
+            torch.set_rng_state(of_cpu)
+            if of_cuda is not None:
+                torch.cuda.set_rng_state(of_cuda, z.device)
             for source, dy_s, dz_s in zip(*(t.split(SLICE_TOKENS) for t in (z, dy, dz)), strict=True):
                 source = source.detach().requires_grad_()
                 leaves = [source, *ctx.parameters]
