@@ -54,6 +54,16 @@ def print_plan(
     console.print(table)
     if plan.main_memory:
         console.print(f"plus {plan.main_memory / GIB:.2f} GiB of main memory per node for the base")
+    if plan.offloaded:
+        where = (
+            "main memory per device"
+            if planner.device.type == "cuda"
+            else "the output directory's disk per process"
+        )
+        console.print(
+            f"plus {plan.offloaded / GIB:.2f} GiB of {where} for the inputs of recomputed layers, written "
+            "and read once a micro-batch"
+        )
     console.print(f"\n{NOT_COUNTED[planner.device.type]}")
     if plan.layout.ranks > 1:
         console.print("Also not counted: buffers and latency of the communication library.")
@@ -99,6 +109,7 @@ def _print_step(
         "gathers": "sharded base, {calls:,} pieces",
         "activations": "layer outputs, {calls:,} all-reduces",
         "shares": "from main memory, {calls:,} times",
+        "offloaded": "inputs of recomputed layers, to main memory and back, {calls:,} copies",
     }
     if plan.traffic:
         console.print("\nsent and received by each device per step:")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from qlora.config.fields import size_in_bytes
 from qlora.config.settings import Check, Count, Positive, Settings
+from qlora.system.errors import InputError
 
 Size = Annotated[str | None, Check("a size such as 4GiB or 800MB", lambda text: size_in_bytes(text) is not None)]
 
@@ -32,6 +33,16 @@ class LoopConfig(Settings):
     """Steps with a non-finite loss or gradient to skip before the run stops."""
     seed: Count = 42
     """Seeds the adapter, the data order, the split and the dropout."""
+    offload_activations: bool = False
+    """Keep the inputs of recomputed layers in main memory, on a CPU in a file in the output directory: for long
+    sequences."""
+
+    def check(self) -> None:
+        if self.offload_activations and self.gradient_checkpointing == "off":
+            raise InputError(
+                "--offload-activations keeps the inputs of recomputed layers, and --gradient-checkpointing off "
+                "recomputes none; leave one of them out."
+            )
 
     @property
     def memory_budget_bytes(self) -> int | None:

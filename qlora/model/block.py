@@ -18,6 +18,8 @@ Under tensor parallelism (parallel/tensor_parallel.py) each process has some hea
 and the MLP's output are partial sums, and the residual stream may be split by tokens. The block's `exchange` does
 the communication.
 
+A block that is recomputed runs its MLP, half of all it would hold, in slices of the tokens: model/slices.py.
+
 `fuse_blocks` replaces transformers' own block by this one for families where it is known to compute the same
 (model/families.py). With a key-value cache transformers' own still runs.
 """
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from qlora.kernels import fused as kernels
 from qlora.kernels.packed_attention import PackedAttention
 from qlora.model.families import FAMILIES
+from qlora.model.slices import mlp_in_slices
 from qlora.system.errors import InputError
 
 
@@ -132,6 +135,11 @@ def is_fused(block: nn.Module) -> bool:
     return isinstance(block, FusedBlock)
 
 
+def recomputes(block: Any) -> bool:
+    """Whether a block's activations are recomputed in the backward pass of this call."""
+    return block.gradient_checkpointing and block.training and torch.is_grad_enabled()
+
+
 def exchange_of(block: nn.Module) -> Exchange:
     """A decoder block's exchange; for transformers' own block, which is never split, one that does nothing."""
     return block.exchange if isinstance(block, FusedBlock) else ALONE
@@ -169,9 +177,15 @@ def block_forward(block: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     o = exchange.leave(o.reshape(batch, -1, own[-1]))
     x, z = AddNorm.apply(x, o.reshape(x.shape), second.weight, second.variance_epsilon)
     z = exchange.enter(z.view(own), length).flatten(0, 1)
-    down = mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
+    down = mlp_in_slices(mlp_forward, mlp, z) if recomputes(block) else mlp_forward(mlp, z)
     x = x.view(own) + exchange.leave(down.view(batch, -1, own[-1]))  # no view itself: FSDP2 hooks the output
     return exchange.end(x, length)
+
+
+def mlp_forward(mlp: Any, z: Tensor) -> Tensor:
+    """(N, D) -> (N, D)."""
+    down: Tensor = mlp.down_proj(SwiGLU.apply(mlp.gate_proj(z), mlp.up_proj(z)))
+    return down
 
 
 def _attend(attention: Any, y: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -111,13 +111,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunks.times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
             if dhead is not None:
                 dhead.addmm_(g.T, hidden[rows].float())
-        ctx.dhidden, ctx.dhead = dhidden, dhead
+        ctx.save_for_backward(
+            dhidden, dhead
+        )  # freed as soon as they are used; an attribute lives as long as the graph
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dhidden = None if ctx.dhidden is None else ctx.dhidden * dloss.to(ctx.dhidden.dtype)
-        dhead = None if ctx.dhead is None else ctx.dhead * dloss
+        dhidden, dhead = ctx.saved_tensors
+        dhidden = None if dhidden is None else dhidden * dloss.to(dhidden.dtype)
+        dhead = None if dhead is None else dhead * dloss
         return dhidden, dhead, None, None, None, None
 
 
@@ -137,15 +140,16 @@ class _TokenCrossEntropy(torch.autograd.Function):
             found[rows] = losses
             if dhidden is not None:
                 chunks.times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
-        ctx.dhidden, ctx.options = dhidden, options
-        ctx.save_for_backward(*((hidden, head, targets) if ctx.needs_input_grad[1] else ()))
+        ctx.options = options
+        ctx.save_for_backward(dhidden, *((hidden, head, targets) if ctx.needs_input_grad[1] else ()))
         return found
 
     @staticmethod
     def backward(ctx: Any, dlosses: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        dhidden = None if ctx.dhidden is None else ctx.dhidden * dlosses[:, None].to(ctx.dhidden.dtype)
+        dhidden, *saved = ctx.saved_tensors
+        dhidden = None if dhidden is None else dhidden * dlosses[:, None].to(dhidden.dtype)
         dhead = None
-        if saved := ctx.saved_tensors:
+        if saved:
             hidden, head, targets = saved
             dhead = torch.zeros_like(head, dtype=torch.float32)
             for rows, _, g in _HeadChunks(hidden, head, targets, ctx.options)(True, True):

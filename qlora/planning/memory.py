@@ -26,6 +26,12 @@ are recomputed: the backward pass reaches them after the others' activations are
 then holds in full takes no extra memory. One layer at a time is differentiated: its gradients take at most as much
 as what it saves, and one of its weights exists in the compute dtype.
 
+If all layers are recomputed, a fused block runs its MLP in slices of S tokens (model/slices.py). Then it holds per
+token, besides what attention saves, c D, the MLP's input, and gradients of c max(2 D, 2 Q + 2 K - D): first those
+of the MLP's input and output, later those of attention. What the MLP saves, and its gradients, it holds for S
+tokens. With --offload-activations the inputs of two recomputed layers are on the device: the one that is computed
+and the one that is copied.
+
 The plan counts live tensors. A process takes more: Python and libraries (about 0.4 GiB with torch, transformers
 and accelerate on Linux), the CUDA context on a GPU, and freed memory that an allocator keeps.
 """
@@ -46,6 +52,7 @@ from qlora.model.attention import head_counts
 from qlora.model.block import decoder_layers, is_fused
 from qlora.model.families import family_of, known_layers
 from qlora.model.loss import CHUNK_SIZE, head_layer
+from qlora.model.slices import SLICE_TOKENS
 from qlora.parallel.divisibility import split_axis
 from qlora.quant.layers import logical_sizes
 from qlora.quant.parts import local
@@ -123,6 +130,25 @@ def layer_bytes(
     return norms + c * (inputs + 2 * queries + 2 * keys + 3 * mlp + experts * hidden)
 
 
+def sliced_layer_bytes(
+    config: Any, dtype: torch.dtype, adapted: Collection[str], layer: int, tensor_parallel: int = 1
+) -> tuple[int, int, int]:
+    """Bytes of a recomputed fused block whose MLP runs in slices, by the module's formula.
+
+    Args:
+        layer: its `layer_bytes`.
+    Returns:
+        (saved per token, gradients per token, saved by the MLP per token of a slice).
+    """
+    (heads, kv_heads, head_dim), hidden, c = head_counts(config), config.hidden_size, dtype.itemsize
+    queries, keys = heads * head_dim // tensor_parallel, kv_heads * head_dim // tensor_parallel
+    has_input = not known_layers("mlp_in").isdisjoint(adapted)
+    has_activation = not known_layers("mlp_out").isdisjoint(adapted)
+    mlp = c * (config.intermediate_size // tensor_parallel) * (2 + has_activation)
+    saved = layer - mlp + (0 if has_input else c * hidden)
+    return saved, c * max(2 * hidden, 2 * queries + 2 * keys - hidden), mlp
+
+
 def adapter_bytes(model: nn.Module, dtype: torch.dtype, tensor_parallel: int = 1) -> int:
     """Bytes that adapted layers save per token in addition to their inputs: h, dropout mask and DoRA's z.
 
@@ -190,6 +216,7 @@ def plan_recomputing(
     optim: str = "adamw",
     tensor_parallel: int = 1,
     sequence_parallel: bool = False,
+    offloads: bool = False,
 ) -> list[MemoryPlan]:
     """The plans of a run with this model, adapters included, with 0, 1, ... all layers recomputed.
 
@@ -203,6 +230,7 @@ def plan_recomputing(
         optim: kind of optimizer; a paged one's moments count, wherever the driver may put them.
         tensor_parallel, sequence_parallel: as for `layer_bytes`. The model must be whole, and the base is counted
             whole (planning/devices.py divides the plan).
+        offloads: whether the inputs of recomputed layers are kept elsewhere.
     """
     adapted = {name.rpartition(".")[2] for name in lora_layers(model)}
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -233,8 +261,18 @@ def plan_recomputing(
         logits=min(chunk_size, num_tokens) * config.vocab_size * logit_bytes + head_copy,
         workspace=num_tokens * layer + largest // tensor_parallel * dtype.itemsize,
     )
-    kept = [activation_bytes(layer, layer_input, num_tokens, len(layers), n) for n in range(len(layers) + 1)]
-    return [replace(plan, activations=number) for number in kept]
+    plans = []
+    for recomputed in range(len(layers) + 1):
+        kept = activation_bytes(layer, layer_input, num_tokens, len(layers), recomputed)
+        if recomputed == len(layers) and fused and num_tokens > SLICE_TOKENS:
+            saved, gradients, mlp = sliced_layer_bytes(config, dtype, adapted, layer, tensor_parallel)
+            kept += num_tokens * (saved - layer) + SLICE_TOKENS * mlp
+            work = num_tokens * gradients + SLICE_TOKENS * mlp + largest // tensor_parallel * dtype.itemsize
+            plan = replace(plan, workspace=work)
+        if offloads:
+            kept -= num_tokens * max(0, recomputed - 2) * layer_input
+        plans.append(replace(plan, activations=kept))
+    return plans
 
 
 def default_limit(plan: MemoryPlan, free: int) -> int:

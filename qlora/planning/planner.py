@@ -50,6 +50,7 @@ class RunPlan:
         all_recomputed: total bytes with every layer recomputed.
         optim: kind of optimizer.
         main_memory: bytes of main memory per node that hold shares of the base.
+        offloaded: bytes per device that recomputed layers keep elsewhere, written and read once a micro-batch.
         traffic, flops: communication per step by kind; operations per device and step.
     """
 
@@ -64,6 +65,7 @@ class RunPlan:
     optim: str
     layout: DeviceLayout = field(default_factory=DeviceLayout)
     main_memory: int = 0
+    offloaded: int = 0
     traffic: tuple[Traffic, ...] = ()
     flops: int = 0
 
@@ -122,7 +124,7 @@ class Planner:
         shares = sum(unit.share(layout.base_ranks) for unit in census.units) if layout.cpu_offload else 0
         return replace(
             plan,
-            traffic=tuple(step_traffic(layout, census, work)),
+            traffic=tuple(step_traffic(layout, census, work, config.loop.offload_activations)),
             flops=step_flops(model, work, layout),
             main_memory=shares * layout.node_ranks,
         )
@@ -138,7 +140,14 @@ class Planner:
         num_tokens = largest_micro_batch(t.batch_size, size, size, d.packing, self.device.type)
         num_tokens = min(num_tokens, t.batch_size * config.trained_tokens)
         together = layout.tensor_parallel, layout.sequence_parallel
-        settings = (num_tokens, base_info(model).compute_dtype, CHUNK_SIZE, optim, *together)
+        settings = (
+            num_tokens,
+            base_info(model).compute_dtype,
+            CHUNK_SIZE,
+            optim,
+            *together,
+            t.offload_activations,
+        )
         key = f"{self._adapted} {settings}"
         if key not in self._counted:
             counted = plan_recomputing(model, *settings), parameter_summary(model), len(decoder_layers(model))
@@ -152,10 +161,14 @@ class Planner:
             limit = default_limit(plans[0], free)
         # Without a known memory size nothing is recomputed.
         number = choose_recomputed(t.gradient_checkpointing, [p.total for p in plans], limit or plans[0].total)
-        return RunPlan(
+        found = RunPlan(
             plans[number], summary, num_tokens, number, num_layers,
             base_info(model).compute_dtype, self.process, plans[-1].total + self.process, optim, layout,
         )  # fmt: skip
+        if not t.offload_activations:
+            return found
+        width = model.config.hidden_size // (layout.tensor_parallel if layout.sequence_parallel else 1)
+        return replace(found, offloaded=num_tokens * number * width * found.dtype.itemsize)
 
     def _census(self, tensor_parallel: int) -> Census:
         """Measure the model with its current adapter."""

@@ -50,6 +50,14 @@ def _recompute(job: Job) -> Changed:
     yield "--gradient-checkpointing on", job.changed("loop", gradient_checkpointing="on")
 
 
+def _offload(job: Job) -> Changed:
+    """Keep what recomputed layers need in main memory; a CPU's process already computes there."""
+    if job.device != "cpu" and not job.config.loop.offload_activations:
+        flags = "--gradient-checkpointing on " * (job.config.loop.gradient_checkpointing != "on")
+        changed = job.changed("loop", gradient_checkpointing="on", offload_activations=True)
+        yield f"{flags}--offload-activations", changed
+
+
 def _shard(job: Job) -> Changed:
     """Shard the base over the same devices, first within each node."""
     if job.devices is None or (job.devices.gpus or 1) == 1 or job.parallel.tensor_parallel > 1:
@@ -132,6 +140,6 @@ def _shorter_examples(job: Job) -> Changed:
 
 # Mildest first: those that do not affect results, then those that cost accuracy or devices.
 CHANGES: tuple[Change, ...] = (
-    _recompute, _shard, _smaller_batches, _tensor_parallel, _cpu_offload, _small_moments, _four_bits,
+    _recompute, _shard, _smaller_batches, _offload, _tensor_parallel, _cpu_offload, _small_moments, _four_bits,
     _more_devices, _lower_rank, _shorter_examples,
 )  # fmt: skip

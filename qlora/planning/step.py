@@ -14,6 +14,8 @@ twice that of the bytes to sum):
                                                           recomputed (torch stops before the last one), 2
                                                           where it is differentiated
     shares       M times      u / K, by unit              --cpu-offload: from main memory
+    offloaded    2 M times    n D c / M, by layer         --offload-activations: the recomputed layers' inputs, to
+                                                          main memory and back
 
 The lowest differentiated layer needs no gradient of its input: one sum less. Sequence parallel uses all-gathers
 and reduce-scatters of (T - 1) / T each instead: 4 forward, 3 recomputed, 4 backward, one less in the lowest layer,
@@ -29,9 +31,9 @@ Operations per rank and token, with w weights and a adapter parameters in a laye
 The forward pass covers all layers, again for recomputed ones; the backward pass covers those from the first
 trained layer on. A rank has 1 / T of w and Q L. In a mixture of experts, w counts the experts that a token uses.
 
-Gathers and shares of the next unit overlap computing; sums do not. So
+Gathers, shares and offloaded inputs overlap computing; sums do not. So
 
-    max(computing, gathers, shares) + sums  <=  time  <=  computing + gathers + shares + sums
+    max(computing, each of these) + sums  <=  time  <=  computing + all of these + sums
 
 Not counted: latency (a ring of W ranks takes about 2 W steps), the optimizer, reading data, waiting for other
 ranks.
@@ -79,7 +81,7 @@ class Traffic:
     """Communication of one kind in a step.
 
     Attributes:
-        kind: "gradients", "gathers", "activations" or "shares".
+        kind: "gradients", "gathers", "activations", "shares" or "offloaded".
         calls: collective operations, or copies.
         inside: bytes that each rank sends.
         between: bytes that each node sends to other nodes.
@@ -97,8 +99,8 @@ class Traffic:
         return max(self.inside / link_rate, self.between / node_link_rate)
 
 
-def step_traffic(layout: DeviceLayout, census: Census, work: Work) -> list[Traffic]:
-    """All communication in a step, by kind."""
+def step_traffic(layout: DeviceLayout, census: Census, work: Work, offloads: bool = False) -> list[Traffic]:
+    """All communication in a step, by kind; `offloads`: --offload-activations."""
 
     def traffic(kind: str, calls: int, ring: int, size: int, hidden: bool = False) -> Traffic:
         sent = -(-(ring - 1) * size // ring)
@@ -128,6 +130,11 @@ def step_traffic(layout: DeviceLayout, census: Census, work: Work) -> list[Traff
         size *= 1 if layout.sequence_parallel else 2
         calls += forward if work.scored else 0
         found.append(traffic("activations", calls * work.micro_batches, layout.tensor_parallel, size))
+    if offloads and work.recomputed:
+        calls = 2 * work.recomputed
+        own = work.tokens // (layout.tensor_parallel if layout.sequence_parallel else 1)
+        size = calls * own * census.token_bytes
+        found.append(Traffic("offloaded", calls * work.micro_batches, size, 0, hidden=True))
     return found
 
 

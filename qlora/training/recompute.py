@@ -25,6 +25,7 @@ from qlora.planning.memory import (
     plan_recomputing,
 )
 from qlora.system.memory import GIB, available_memory, return_large_frees
+from qlora.training.offload import Store, recompute_from
 
 
 def choose_recomputed_layers(
@@ -35,6 +36,7 @@ def choose_recomputed_layers(
     accelerator: Accelerator | None = None,
     say: Callable[[str], Any] = print,
     optim: str = "adamw",
+    store: Store | None = None,
 ) -> tuple[float, MemoryPlan]:
     """Turn on recomputation for the lowest layers; say how many, why, and the planned memory of the run.
 
@@ -47,6 +49,7 @@ def choose_recomputed_layers(
         memory_budget: bytes for everything planned; None = the base and half of the free memory.
         accelerator: gives the device; its processes share a CPU's memory and decide the same.
         optim: kind of optimizer.
+        store: keeps the inputs of recomputed layers; None = the device's memory.
     Returns:
         (the share of the model's decoder layers that are recomputed, from 0 to 1; the plan).
     """
@@ -55,7 +58,7 @@ def choose_recomputed_layers(
     layers = differentiated_layers(model)
     ranks = ranks_of(model, accelerator)
     divided = ranks.tensor_size, ranks.sequence_parallel
-    plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided)
+    plans = plan_recomputing(model, num_tokens, dtype, CHUNK_SIZE, optim, *divided, store is not None)
     if ranks.size > 1:
         census = measure_layout(model)
         if ranks.cpu_offload:  # the shards are in main memory
@@ -71,7 +74,8 @@ def choose_recomputed_layers(
     for index, layer in enumerate(layers):
         # As transformers' own switch, but without requiring a gradient of the embeddings' output: that would
         # differentiate the layers below the first adapted one for nothing.
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        plain = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = plain if store is None else partial(recompute_from, store)
         layer.gradient_checkpointing = index < number
     if number and device.type == "cpu":  # memory is short
         return_large_frees()
@@ -80,6 +84,12 @@ def choose_recomputed_layers(
         reason = f"keeping all would take {plans[0].total / GIB:.2f} of at most {limit / GIB:.2f} GiB, {source}"
     name, planned = str(dtype).removeprefix("torch."), plans[number]
     say(f"computing in {name}; {number} of {len(layers)} layers are recomputed in the backward pass ({reason})")
+    if store is not None:
+        say(
+            "their inputs are offloaded"
+            if number
+            else "--offload-activations has nothing to do: no layer is recomputed"
+        )
     excess = "; more than that, so it may not fit" if mode == "auto" and planned.total > limit else ""
     say(f"{planned} at {num_tokens} tokens a micro-batch{excess}")
     return number / max(1, len(decoder_layers(model))), planned

@@ -64,6 +64,7 @@ from qlora.training.held_out import HeldOut
 from qlora.training.lines import LinesFile, Metrics, is_sampled
 from qlora.training.loop import Limits, Trainer, TrainingData
 from qlora.training.observer import Observer, Stop
+from qlora.training.offload import activation_store
 from qlora.training.outcome import check_outcome, doubts
 from qlora.training.page import Page
 from qlora.training.progress import Progress
@@ -317,8 +318,9 @@ class TrainingRun:
         num_tokens = largest_micro_batch(t.batch_size, self.config.row_tokens, longest, d.packing, device.type)
         num_tokens = min(num_tokens, t.batch_size * self.config.trained_tokens)
         mode, budget = t.gradient_checkpointing, t.memory_budget_bytes
+        store = activation_store(device, self.directory.path) if t.offload_activations else None
         return choose_recomputed_layers(
-            self.model, mode, num_tokens, budget, self.accelerator, self.say, optim
+            self.model, mode, num_tokens, budget, self.accelerator, self.say, optim, store
         )[1]  # fmt: skip
 
     def _optimizer(self, lora: LoRAConfig, optim: str) -> MasterOptimizer:

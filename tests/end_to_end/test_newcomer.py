@@ -56,7 +56,7 @@ NOT_RUN = {
 # Pages whose commands run here, and how many; of the others every command is named in NOT_RUN.
 RUN = {
     "README.md": 7, "docs/adapters.md": 5, "docs/calibration.md": 1, "docs/chat.md": 4, "docs/data.md": 2,
-    "docs/evaluation.md": 10, "docs/fidelity.md": 1, "docs/memory.md": 1, "docs/merge-and-export.md": 6,
+    "docs/evaluation.md": 10, "docs/fidelity.md": 1, "docs/memory.md": 2, "docs/merge-and-export.md": 6,
     "docs/preferences.md": 8, "docs/serving.md": 6, "docs/training.md": 3, "docs/tutorial.md": 16,
 }  # fmt: skip
 STAND_INS = {  # words of the pages, for what tests cannot reach, or what only stands for something
@@ -71,6 +71,7 @@ STAND_INS = {  # words of the pages, for what tests cannot reach, or what only s
     "arc_easy,my_task.yaml": "my_task.yaml",
     "OUTPUT_DIR": "out",
     "smollm2.gguf": "M",
+    "books.jsonl": "train.jsonl",
     "keys/sft.jsonl": "train.jsonl",
     "keys/pairs_80.jsonl": "pairs.jsonl",
     "keys/test_pairs.jsonl": "pairs.jsonl",
