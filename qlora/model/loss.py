@@ -111,9 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 chunks.times_head(g.to(hidden.dtype), dhidden[rows], backward=True)
             if dhead is not None:
                 dhead.addmm_(g.T, hidden[rows].float())
-        ctx.save_for_backward(
-            dhidden, dhead
-        )  # freed as soon as they are used; an attribute lives as long as the graph
+        # Freed as soon as they are used; an attribute would live as long as the graph.
+        ctx.save_for_backward(dhidden, dhead)
         return loss
 
     @staticmethod
