@@ -3,10 +3,10 @@
     python -m benchmarks.before d130d9e -- --model M --data gsm8k.jsonl --max-steps 20
     python -m benchmarks.before d130d9e --sequence 16384 -- --model M --gradient-checkpointing on --max-steps 1
 
-Each run is a process of its own. The two sides take turns, and each round begins with the other one, so a ratio
-compares runs that were made one after the other. Speed is the median over a run's steps without its first three
-(without none, if it makes at most three); memory is the peak of the process, libraries included (ru_maxrss). Each
-side has caches of its own, which an unmeasured run of one step fills.
+Each run is a process of its own, in the directory that this command was started in. The two sides take turns, and
+each round begins with the other one, so a ratio compares runs that were made one after the other. Speed is the
+median over a run's steps without its first three (all of them, if there are no more); memory is the peak of the
+process, libraries included (ru_maxrss). Each side has caches of its own, filled by an unmeasured run of one step.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.roofline import describe_machine
+from benchmarks.roofline import describe_machine, describe_versions
 from qlora.cli.exits import run
 from qlora.system.errors import InputError
 
@@ -81,19 +80,19 @@ def measure(side: Side, flags: Sequence[str]) -> Measured:
     """Run one training.
 
     Raises:
-        InputError: it failed; its last line says why.
+        InputError: it failed; its last lines say why.
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
-        command = [sys.executable, "train.py", *flags, "--output-dir", str(out)]
-        log = (Path(folder) / "log").open("w+", encoding="utf-8")
-        environment = {**os.environ, "XDG_CACHE_HOME": str(side.caches)}
-        process = subprocess.Popen(command, cwd=side.checkout, env=environment, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        if code := os.waitstatus_to_exitcode(status):
-            log.seek(0)
-            last = (log.read().strip().splitlines() or ["it printed nothing"])[-1]
-            raise InputError(f"train.py of {side.name} ended with {code}: {last}")
+        command = [sys.executable, str(side.checkout / "train.py"), *flags, "--output-dir", str(out)]
+        environment = {**os.environ, "QLORA_CACHE": str(side.caches)}
+        with (Path(folder) / "log").open("w+", encoding="utf-8") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+            if code := os.waitstatus_to_exitcode(status):
+                log.seek(0)
+                said = "\n".join(log.read().strip().splitlines()[-5:])
+                raise InputError(f"train.py of {side.name} ended with exit code {code}; it printed last:\n{said}")
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "tokens_per_second" in line]
     steady = steps[WARM_UP:] or steps
@@ -136,24 +135,19 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         check_out(options.commit, work / "before")
+        warm_up = [*flags, "--max-steps", "1"]
         if options.sequence:
             write_sequence(work / "rows.jsonl", options.sequence)
-            flags += [
-                "--data",
-                str(work / "rows.jsonl"),
-                "--max-length",
-                str(options.sequence),
-                "--batch-size",
-                "1",
-            ]
+            flags += ["--data", str(work / "rows.jsonl"), "--batch-size", "1"]
+            warm_up = [*flags, "--max-length", "128"]
+            flags += ["--max-length", str(options.sequence)]
         sides = [
             Side(options.commit, work / "before", work / "caches-before"),
             Side("this checkout", ROOT, work / "caches"),
         ]
         results: dict[str, list[Measured]] = {side.name: [] for side in sides}
-        if options.sequence is None:
-            for side in sides:
-                measure(side, [*flags, "--max-steps", "1"])
+        for side in sides:
+            measure(side, warm_up)
         for number in range(options.rounds):
             for side in sides[:: 1 if number % 2 == 0 else -1]:
                 found = measure(side, flags)
@@ -161,8 +155,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f"round {number + 1}, {side.name}: {found}", flush=True)
     console = Console(width=115)
     report(results, console)
-    names = ("torch", "transformers", "bitsandbytes", "accelerate")
-    console.print(", ".join(f"{name} {version(name)}" for name in names))
+    console.print(describe_versions())
     console.print(describe_machine())
 
 

@@ -25,14 +25,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.roofline import describe_machine, product_rate, useful_flops
+from benchmarks.roofline import describe_machine, describe_versions, product_rate, useful_flops
 from examples.demo import packaged_model
 from qlora.cli.exits import run
 
@@ -222,8 +221,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"round {number + 1}, {point[0]} tokens in sequences of {point[1]}: {seconds:.2f} s", flush=True)
     console = Console(width=115)
     report(results, console)
-    names = ("torch", "transformers", "bitsandbytes", "accelerate")
-    console.print(", ".join(f"{name} {version(name)}" for name in names))
+    console.print(describe_versions())
     console.print(describe_machine())
     if options.plot:
         plot(results, options.plot)

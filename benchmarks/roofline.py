@@ -24,6 +24,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def product_rate(dtype: torch.dtype, device: torch.device) -> float:
         (x @ x)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - started)
     return 2 * SQUARE**3 / statistics.median(seconds)
+
+
+def describe_versions() -> str:
+    """Versions of the libraries that decide speed, for the output of a benchmark."""
+    return ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "bitsandbytes", "accelerate"))
 
 
 def describe_machine() -> str:

@@ -11,7 +11,7 @@
     decoding  tokens per second of 1 and 16 answers
 
 Each part replaces its own lines in the section "Measured" of docs/gpu.md, so parts can be run apart.
-`--device cpu --shape DIR` runs the same code on a small shape, to see that it works; use another `--page` then.
+`--device cpu --shape DIR --page FILE` runs the same code on a small shape, to see that it works.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ ROOT = Path(__file__).parents[1]
 MINUTES = 9.0
 STEPS = 3  # measured, after one that is not
 RANK = 32
+PAGE = ROOT / "docs" / "gpu.md"
 
 
 @dataclass
@@ -248,13 +249,21 @@ def write_part(page: Path, part: str, lines: Sequence[str]) -> None:
     page.write_text(text)
 
 
+def whole_numbers(text: str) -> list[int]:
+    """The numbers of "2048,8192"; argparse reports its ValueError."""
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 1:
+        raise ValueError(text)
+    return numbers
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.gpu_hour", description=__doc__)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shape", type=Path, default=ROOT / "configs" / "shapes" / "llama-3.1-8b")
-    parser.add_argument("--lengths", default="2048,8192")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "gpu.md")
+    parser.add_argument("--lengths", type=whole_numbers, default="2048,8192", help="tokens of a row")
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     parts = options.parts.split(",")
@@ -262,8 +271,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no part {sorted(unknown)[0]!r}; choose from {', '.join(PARTS)}")
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA device; --device cpu --shape DIR tries the tool on a small shape")
-    lengths = [int(length) for length in options.lengths.split(",")]
-    job = Job(options.shape, device, lengths, time.monotonic() + 60 * MINUTES)
+    if device.type != "cuda" and options.page.resolve() == PAGE.resolve():
+        parser.error(f"{PAGE.name} is about GPUs; pass --page FILE with --device {device.type}")
+    if not (options.shape / "config.json").is_file():
+        parser.error(
+            f"--shape {options.shape} has no config.json; pass a directory such as configs/shapes/llama-7b"
+        )
+    job = Job(options.shape, device, options.lengths, time.monotonic() + 60 * MINUTES)
     machine = f"{describe_device(device)}, torch {torch.__version__}"
     failed = 0
     for part in parts:

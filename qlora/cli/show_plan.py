@@ -55,14 +55,10 @@ def print_plan(
     if plan.main_memory:
         console.print(f"plus {plan.main_memory / GIB:.2f} GiB of main memory per node for the base")
     if plan.offloaded:
-        where = (
-            "main memory per device"
-            if planner.device.type == "cuda"
-            else "the output directory's disk per process"
-        )
+        places = {"cuda": "main memory per device", "cpu": "disk per process, in the output directory,"}
         console.print(
-            f"plus {plan.offloaded / GIB:.2f} GiB of {where} for the inputs of recomputed layers, written "
-            "and read once a micro-batch"
+            f"plus {plan.offloaded / GIB:.2f} GiB of {places[planner.device.type]} for the inputs of recomputed "
+            "layers, written and read once a micro-batch"
         )
     console.print(f"\n{NOT_COUNTED[planner.device.type]}")
     if plan.layout.ranks > 1:
@@ -109,7 +105,7 @@ def _print_step(
         "gathers": "sharded base, {calls:,} pieces",
         "activations": "layer outputs, {calls:,} all-reduces",
         "shares": "from main memory, {calls:,} times",
-        "offloaded": "inputs of recomputed layers, to main memory and back, {calls:,} copies",
+        "offloaded": "inputs of recomputed layers, written and read again, {calls:,} copies",
     }
     if plan.traffic:
         console.print("\nsent and received by each device per step:")

@@ -18,7 +18,7 @@ Under tensor parallelism (parallel/tensor_parallel.py) each process has some hea
 and the MLP's output are partial sums, and the residual stream may be split by tokens. The block's `exchange` does
 the communication.
 
-A block that is recomputed runs its MLP, half of all it would hold, in slices of the tokens: model/slices.py.
+A recomputed block runs its MLP in slices of the tokens: model/slices.py.
 
 `fuse_blocks` replaces transformers' own block by this one for families where it is known to compute the same
 (model/families.py). With a key-value cache transformers' own still runs.

@@ -27,6 +27,8 @@ SMALLEST = 2**20  # bytes; a smaller tensor stays where it is
 class PinnedStore:
     """Main memory for tensors of a CUDA device, copied on a stream of its own."""
 
+    place = "main memory"
+
     def __init__(self) -> None:
         self._stream: torch.cuda.Stream | None = None
 
@@ -66,7 +68,7 @@ class FileStore:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.directory, self.place = directory, f"a file in {directory}"
         self.free: dict[int, list[int]] = {}
         self._end = 0
         self._file: Any = None

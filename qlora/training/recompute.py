@@ -71,11 +71,11 @@ def choose_recomputed_layers(
     number = choose_recomputed(mode, [plan.total for plan in plans], limit)
     if ranks.shard_mesh is not None and layers:
         end_backward_at(layers[0])
+    recompute = partial(checkpoint, use_reentrant=False) if store is None else partial(recompute_from, store)
     for index, layer in enumerate(layers):
         # As transformers' own switch, but without requiring a gradient of the embeddings' output: that would
         # differentiate the layers below the first adapted one for nothing.
-        plain = partial(checkpoint, use_reentrant=False)
-        layer._gradient_checkpointing_func = plain if store is None else partial(recompute_from, store)
+        layer._gradient_checkpointing_func = recompute
         layer.gradient_checkpointing = index < number
     if number and device.type == "cpu":  # memory is short
         return_large_frees()
@@ -84,12 +84,10 @@ def choose_recomputed_layers(
         reason = f"keeping all would take {plans[0].total / GIB:.2f} of at most {limit / GIB:.2f} GiB, {source}"
     name, planned = str(dtype).removeprefix("torch."), plans[number]
     say(f"computing in {name}; {number} of {len(layers)} layers are recomputed in the backward pass ({reason})")
-    if store is not None:
-        say(
-            "their inputs are offloaded"
-            if number
-            else "--offload-activations has nothing to do: no layer is recomputed"
-        )
+    if store is not None and number:
+        say(f"the inputs of the recomputed layers are kept in {store.place}")
+    elif store is not None:
+        say("--offload-activations has nothing to do: no layer is recomputed")
     excess = "; more than that, so it may not fit" if mode == "auto" and planned.total > limit else ""
     say(f"{planned} at {num_tokens} tokens a micro-batch{excess}")
     return number / max(1, len(decoder_layers(model))), planned

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from benchmarks import fidelity, fidelity_report, peers, seven_b
+from benchmarks import before, fidelity, fidelity_report, peers, seven_b
 from benchmarks.roofline import describe_machine, product_rate, useful_flops
 from benchmarks.word_problems import write_problems
 from qlora.adapters.model import LoRAModel
@@ -466,3 +466,32 @@ def test_the_page_of_the_study_is_what_its_results_say() -> None:
         tables = fidelity_report.make_tables(json.loads(path.read_text()))
         assert fidelity_report.fill_page(page, name, tables) == page
         assert path.with_suffix(".png").name in page
+
+
+# ---- before -----------------------------------------------------------------------------------------------
+
+
+def test_two_checkouts_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This tree stands for both sides; paths are those of the directory that the command was started in."""
+    save_tiny_llama(tmp_path / "tiny", tokenizer=tiny_tokenizer(), max_position_embeddings=2048)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(before, "check_out", lambda commit, directory: directory.symlink_to(before.ROOT))
+    before.main(["d130d9e", "--rounds", "1", "--sequence", "200", "--", "--model", "tiny", "--max-steps", "2"])
+    printed = capsys.readouterr().out
+    assert printed.index("round 1, d130d9e") < printed.index("round 1, this checkout")
+    rows = [line.split("│")[1:-1] for line in printed.splitlines() if line.startswith("│")]
+    assert [row[0].strip() for row in rows] == ["d130d9e", "this checkout"]
+    assert rows[0][3] == rows[1][3]  # the same loss
+    assert float(re.findall(r"memory ([0-9.]+)", printed)[0]) == pytest.approx(1, abs=0.2)
+
+
+def test_a_side_that_fails_says_why(tmp_path: Path) -> None:
+    side = before.Side("new", before.ROOT, tmp_path / "cache")
+    with pytest.raises(
+        InputError, match=r"(?s)of new ended with exit code 2; it printed last:.*--model M is neither"
+    ):
+        before.measure(side, ["--model", "M", "--data", "rows.jsonl"])
+    with pytest.raises(InputError, match="git knows no commit 'ffffffff'"):
+        before.check_out("ffffffff", tmp_path / "before")

@@ -40,3 +40,24 @@ def test_a_machine_without_a_gpu_is_refused(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as error:
         gpu_hour.main(["--parts", "sped"])
     assert error.value.code == 2 and "no part 'sped'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--device", "cpu"], "gpu.md is about GPUs; pass --page FILE"),
+        (["--device", "cpu", "--page", "x.md", "--lengths", "2048,many"], "invalid whole_numbers value"),
+        (["--device", "cpu", "--page", "x.md", "--shape", "nowhere"], "--shape nowhere has no config.json"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as error:
+        gpu_hour.main(arguments)
+    assert error.value.code == 2 and said in capsys.readouterr().err and not list(tmp_path.iterdir())

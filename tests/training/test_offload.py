@@ -125,6 +125,10 @@ def test_a_long_sequence_of_llama_8b_fits_24_gib() -> None:
 
     kept, offloaded = longest(), longest(offload_activations=True)
     assert 40_000 <= kept < 78_000 < offloaded
+    config = RunConfig(loop=LoopConfig(batch_size=1))
+    config.data.max_length = 78_000
+    alone, _ = Planner(LLAMA_8B, "cuda", 24 * 2**30).remedies(config)
+    assert "--gradient-checkpointing on --offload-activations" in [remedy.flags for remedy in alone]
 
 
 def test_the_plan_counts_bytes_and_time() -> None:
